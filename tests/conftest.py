@@ -1,0 +1,80 @@
+"""What all tests share: one thread, poisoned fresh memory, the backends this machine has, the GPU's budget."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: its threads make the interpreter slower
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: deterministic mode asks for it
+
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from tileformer.kernels import use_backend
+
+torch.set_num_threads(1)
+# Deterministic mode fills fresh memory with NaN (or the largest integer): an element that a kernel forgot to write
+# cannot pass by luck. torch's own CUDA operators that have no deterministic form may warn, but not fail a test of ours.
+torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+VALUE_BACKENDS = ("interpret", "triton") if torch.cuda.is_available() else ("interpret",)
+
+
+def device_for(backend: str) -> torch.device:
+    """Where the tensors of a test of this backend live."""
+    return torch.device("cuda" if backend == "triton" else "cpu")
+
+
+@pytest.fixture(params=VALUE_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that runs the Triton kernels here, in force during the test: interpreted; compiled where CUDA is."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """The device that belongs to `backend`."""
+    return device_for(backend)
+
+
+@pytest.fixture
+def gpu_specialisations() -> Callable[[], list[str]]:
+    """Every kernel of ours that this process compiled, once a specialisation. A test that asks for this runs last."""
+
+    def collect() -> list[str]:
+        found = []
+        for kernel in _kernels():
+            keys = {key for cache in kernel.device_caches.values() for key in cache[0]}
+            found += [kernel.fn.__name__] * len(keys)
+        return sorted(found)
+
+    return collect
+
+
+def _kernels() -> list[JITFunction]:
+    rooms = [module for name, module in list(sys.modules.items()) if name.startswith("tileformer.")]
+    kernels = {id(value): value for room in rooms for value in vars(room).values() if isinstance(value, JITFunction)}
+    return list(kernels.values())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", type=int, default=1, metavar="N", help="run only every Nth of the selected tests")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have selected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "gpu_specialisations" in getattr(item, "fixturenames", ()))
+    step = config.getoption("--sample")
+    config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % step])
+    items[:] = items[::step]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("gpu"):
+        needed = marker.kwargs.get("devices", 1)
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} CUDA device(s), torch sees {torch.cuda.device_count()}")

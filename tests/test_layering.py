@@ -1,0 +1,173 @@
+"""Imports point down, rooms are imported by their full name, files stay short: docs/architecture.md, held."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
+OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
+LONGEST_FILE = 500
+
+ROOM_FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+OUR_FILES = [*ROOM_FILES, *sorted((ROOT / "src" / "tileformer").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
+
+
+class Import(NamedTuple):
+    """One imported module. `names`: the words after `from ... import` (maybe modules too) or after `as`."""
+
+    module: str
+    names: tuple[str, ...]
+    line: int
+    text: str
+
+
+def imports_of(source: str) -> list[Import]:
+    """Every import of a file, also those inside functions; a relative one keeps its dots."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [Import(name.name, (name.asname or "",), node.lineno, ast.unparse(node)) for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found.append(Import(module, tuple(name.name for name in node.names), node.lineno, ast.unparse(node)))
+    return found
+
+
+def rooms_reached(found: Import) -> set[str]:
+    """The rooms of tileformer that an import reaches."""
+    dotted = [f"{found.module}.{name}" for name in found.names] if found.text.startswith("from") else [found.module]
+    return {parts[1] for parts in (name.split(".") for name in dotted) if parts[0] == "tileformer" and len(parts) > 1}
+
+
+def problems_in(path: str, source: str) -> list[str]:
+    """What is wrong with the imports of a file at `path` (relative to the repository)."""
+    place = Path(path)
+    room = place.parts[0]
+    problems = []
+
+    def report(found: Import, *reasons: str) -> None:
+        problems.extend(f"{path}:{found.line}: {found.text}: {why}" for why in reasons)
+
+    for found in imports_of(source):
+        top = found.module.split(".")[0]
+        if found.module.startswith("."):
+            report(found, "write the full name; a file imported under two names registers its ops twice")
+        if top in ROOMS or top == "src":
+            report(found, f"the room's name is tileformer.{top}")
+        if top in ("tests", "conftest"):
+            report(found, "nobody imports tests")
+        if found.text.startswith("import tileformer.") and found.names != ("",):
+            report(found, "this may bind the op instead of its module: use from ... import")
+        if room not in ROOMS:
+            continue
+        above = set(ROOMS[ROOMS.index(room) + 1 :]) & rooms_reached(found)
+        if above:
+            report(found, f"{room} is below {', '.join(above)}")
+        if not found.module.startswith(f"tileformer.{room}") and found.module.startswith("tileformer."):
+            private = [word for word in (*found.module.split("."), *found.names) if re.match(r"_[^_]", word)]
+            if private:
+                report(found, f"{', '.join(private)} belongs to another room")
+        if room == "kernels":
+            report(found, *_inside_kernels(place, found))
+    return problems
+
+
+def _inside_kernels(place: Path, found: Import) -> list[str]:
+    own_op = place.parts[1].removesuffix(".py")
+    if place.name == "__init__.py" and len(place.parts) == 2:
+        return []
+    reached = {found.module, *(f"{found.module}.{name}" for name in found.names)}
+    reached_modules = {name.split(".")[2] for name in reached if name.startswith("tileformer.kernels.")}
+    problems = []
+    if own_op in OPS and (others := reached_modules & set(OPS) - {own_op}):
+        problems.append(f"ops never import each other ({', '.join(sorted(others))})")
+    if "reference" in reached_modules and own_op not in OPS:
+        problems.append("only an op's own file reads the reference, to dispatch to it and for its second derivative")
+    if own_op == "reference" and reached_modules & set(OPS):
+        problems.append("the reference stands on torch alone")
+    return problems
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down(room):
+    files = [path for path in ROOM_FILES if path.relative_to(ROOT).parts[0] == room]
+    assert files, f"{room}/ holds no Python file"
+    problems = [line for path in files for line in problems_in(str(path.relative_to(ROOT)), path.read_text())]
+    assert not problems, "\n".join(problems)
+
+
+def test_the_command_and_the_tests_use_full_names():
+    others = [path for path in OUR_FILES if path not in ROOM_FILES]
+    problems = [line for path in others for line in problems_in(str(path.relative_to(ROOT)), path.read_text())]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("kernels/softmax.py", "from tileformer.decoder import Seq2Seq"),
+        ("kernels/softmax.py", "def f():\n    import tileformer.bench.check"),
+        ("decoder/layer.py", "from tileformer import training"),
+        ("training/loop.py", "from tileformer.bench import timing"),
+        ("kernels/softmax.py", "from . import reference"),
+        ("kernels/softmax.py", "from .reference import softmax"),
+        ("decoder/layer.py", "from kernels import attention"),
+        ("decoder/layer.py", "import kernels.attention"),
+        ("decoder/layer.py", "import tileformer.kernels.attention as attention_module"),
+        ("decoder/layer.py", "from tileformer.kernels.attention import _Attention"),
+        ("kernels/softmax.py", "from tileformer.kernels.attention import attention"),
+        ("kernels/attention/forward.py", "from tileformer.kernels import softmax"),
+        ("kernels/steps.py", "from tileformer.kernels import reference"),
+        ("kernels/reference.py", "from tileformer.kernels.softmax import softmax"),
+        ("bench/check.py", "from tests.conftest import device_for"),
+    ],
+)
+def test_the_parser_sees_a_forbidden_import(path, source):
+    assert problems_in(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("kernels/softmax.py", "from tileformer.kernels import reference"),
+        ("kernels/attention/forward.py", "from tileformer.kernels.attention.tiles import table"),
+        ("decoder/layer.py", "from tileformer.kernels import attention, dropout"),
+        ("training/loop.py", "from tileformer.decoder import Seq2Seq\nfrom tileformer.kernels import cross_entropy"),
+        ("bench/check.py", "from tileformer.kernels.info import require_device"),
+        ("decoder/layer.py", "from __future__ import annotations\nimport torch.nn.functional as F"),
+    ],
+)
+def test_the_parser_lets_a_good_import_pass(path, source):
+    assert not problems_in(path, source)
+
+
+def test_every_import_is_a_declared_dependency():
+    tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml, which Python 3.10 cannot")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    known = (
+        {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in declared} | {"tileformer"} | sys.stdlib_module_names
+    )
+    imported = {found.module.split(".")[0] for path in OUR_FILES for found in imports_of(path.read_text())}
+    assert imported - known == set()
+
+
+def test_the_reference_never_calls_a_fused_attention():
+    tree = ast.parse((ROOT / "kernels" / "reference.py").read_text())
+    called = {
+        node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert "scaled_dot_product_attention" not in called
+
+
+def test_no_file_is_long():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in OUR_FILES}
+    assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
