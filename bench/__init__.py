@@ -1,0 +1,1 @@
+"""Measuring and proving: timing on a GPU, compiling without one, and the `bench` and `check` programs."""

@@ -1,0 +1,78 @@
+"""The error budget: how far a kernel may be from float64, measured by what plain eager PyTorch reaches in the same dtype.
+
+    |got - truth| <= 2 max|eager - truth| + c eps(dtype) S
+
+truth is the reference in float64 on the same (rounded) inputs, eager the reference in the kernel's dtype. The second term is for results that
+cancel to nearly nothing, where eager may be exact by luck: S, element by element, is the sum of the absolute values of what is added up; c is 1
+for 16-bit types, whose kernels accumulate in float32, and 8 for float32, whose error grows with the order of summation.
+
+A maximum misses an accumulator that loses a little everywhere; `rms_ratio` sees it on long sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tileformer.kernels import reference
+
+
+def over_budget(got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float) -> float:
+    """Largest error over its budget: at most 1 passes. Infinite for a NaN or infinity that the truth does not have."""
+    if got.shape != truth.shape:
+        raise ValueError(f"shape {tuple(got.shape)} instead of {tuple(truth.shape)}")
+    dtype = got.dtype
+    got, eager, truth = (x.detach().double().cpu() for x in (got, eager, truth))
+    finite = truth.isfinite()
+    if not (torch.equal(got[~finite].nan_to_num(nan=0.5), truth[~finite].nan_to_num(nan=0.5)) and got[finite].isfinite().all()):
+        return float("inf")
+    error = (got - truth)[finite].abs()
+    if error.numel() == 0 or error.max() == 0.0:
+        return 0.0
+    yardstick = (torch.where(eager.isfinite(), eager, truth) - truth)[finite].abs().max()
+    factor = 1 if dtype in (torch.float16, torch.bfloat16) else 8
+    size = torch.as_tensor(size, dtype=torch.float64).cpu().expand(truth.shape)[finite]
+    return float((error / (2 * yardstick + factor * torch.finfo(dtype).eps * size).clamp_min(torch.finfo(torch.float64).tiny)).max())
+
+
+def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float | None = None) -> None:
+    """AssertionError if an error is larger than its budget. `size` is max|truth| when not given."""
+    if size is None:
+        size = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 0.0
+    ratio = over_budget(got, eager, truth, size)
+    assert ratio <= 1.0, f"{name}: error is {ratio:.3g} times its budget"
+
+
+def attention_sizes(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """S of out, lse, dq, dk, dv: the sums of `reference.attention` and of its backward with every term replaced by its absolute value.
+
+    With P the weights and M their dropout (0 or 1 / (1 - p)): dS is at most P (M |dO| |V|^T + rowsum|dO O| + |dlse|).
+    """
+    (b, h, _, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
+    options.pop("return_lse", None)
+    identity = torch.eye(t_k, dtype=q.dtype, device=q.device).expand(b, h_kv, t_k, t_k)
+    dropped = reference.attention(q, k, identity, **options)
+    weights = reference.attention(q, k, identity, **(options | dict(dropout_p=0.0)))
+    assert isinstance(dropped, Tensor) and isinstance(weights, Tensor)
+    scale = abs(options.get("scale") or d**-0.5)
+    key, value = (x.abs().repeat_interleave(h // h_kv, 1) for x in (k, v))
+    delta = (out * dout).abs().sum(-1, keepdim=True) + (0 if dlse is None else dlse.abs()[..., None])
+    ds = scale * (dropped * (dout.abs() @ value.transpose(-1, -2)) + weights * delta)
+    shared = lambda x: x.unflatten(1, (h_kv, h // h_kv)).sum(2)  # noqa: E731
+    return dict(
+        out=dropped @ value,
+        lse=scale * (q.abs() @ key.transpose(-1, -2)).amax(-1),
+        dq=ds @ key,
+        dk=shared(ds.transpose(-1, -2) @ q.abs()),
+        dv=shared(dropped.transpose(-1, -2) @ dout.abs()),
+    )
+
+
+def rms_ratio(got: Tensor, eager: Tensor, truth: Tensor) -> float:
+    """Root-mean-square error of `got` over that of eager in the same dtype."""
+    error, yardstick = ((x.detach().double() - truth.double()).square().mean().sqrt() for x in (got, eager))
+    return float(error / yardstick)

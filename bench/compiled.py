@@ -1,0 +1,130 @@
+"""Compile the library's calls for GPUs that need not be there, and judge what the compiler made of them.
+
+The calls of MATRIX go through the public ops, so tiles and specialisations are those of a real launch. A kernel passes when no register spills (its
+stack is empty), its shared memory fits the architecture, and its 16-bit dots became tensor-core instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tileformer import kernels
+from tileformer.bench.cases import DTYPES, Case, attention_call, class_call, row_call
+from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "causal padded": dict(causal=True, padding="right"),
+    "plain": dict(lse=False),
+    "boolean mask": dict(mask="boolean"),
+    "additive mask": dict(mask="additive"),
+    "dropout": dict(causal=True, padding="right", dropout_p=0.1),
+    "everything": dict(causal="bottom_right", padding="right", mask="additive", dropout_p=0.1),
+}
+HEAD_SIZES = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
+SAMPLED = {(64, "bf16"), (128, "bf16"), (256, "bf16"), (64, "fp32")}
+
+
+def _attention_matrix() -> Iterator[Case]:
+    for size in HEAD_SIZES:
+        for feature, options in FEATURES.items():
+            if feature != "causal padded" and size not in (64, 128, 256):
+                continue
+            build = attention_call((1, 2, 1, 256, 256, size), **options)
+            for dtype in ("bf16", "fp32", "fp16"):
+                if dtype == "fp16" and (size, feature) != (64, "causal padded"):
+                    continue
+                if dtype == "fp32" and feature not in ("causal padded", "everything"):
+                    continue
+                sampled = feature == "causal padded" and (size, dtype) in SAMPLED
+                yield Case("attention", f"D {size} {feature}", "tile table", build, quick=sampled, dtypes=(dtype,))
+
+
+def _row_matrix() -> Iterator[Case]:
+    for width in (128, 1024, 4096, 16384):
+        both = ("bf16", "fp32")
+        affine = row_call(64, width, params=("weight", "bias"), normalized_shape=(width,))
+        yield Case("layer_norm", f"N {width}", "warps and rows table", affine, quick=width == 1024, dtypes=both[: 1 if width == 1024 else 2])
+        yield Case("softmax", f"N {width}", "warps table", row_call(64, width), quick=width == 1024, dtypes=("bf16",))
+        yield Case("dropout", f"N {width}", "warps table", row_call(64, width, params=("residual",), p=0.1), quick=width == 1024, dtypes=("bf16",))
+    for classes in (4096, 32000, 131072):
+        build = class_call(8, classes, weighted=True, label_smoothing=0.1)
+        yield Case("cross_entropy", f"V {classes}", "blocks of classes", build, quick=classes == 32000, dtypes=("bf16",))
+
+
+MATRIX = [*_attention_matrix(), *_row_matrix()]
+
+# Stack bytes a thread that are accepted, and why: (architecture or None for all, op, part of the case's name, dtype, kernel) -> bytes.
+ALLOWED_STACK: dict[tuple[int | None, str, str, str], int] = {}
+
+
+def compiled(case: Case, dtype: str, arch: int) -> list[Launch]:
+    """The launches of a case, forward and backward, compiled for sm_`arch`; nothing runs."""
+    tensors, options = case.inputs()
+    cast = lambda x: x.to(DTYPES[dtype]) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+    leaves = {name: cast(x).requires_grad_() for name, x in tensors.items()}
+    with record(arch) as launches, kernels.use_backend("triton"):
+        outputs = getattr(kernels, case.op)(**leaves, **{name: cast(x) for name, x in options.items()})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(sum(x.sum() for x in outputs), list(leaves.values()))
+    return launches
+
+
+def judged(case: Case, dtype: str, arch: int) -> Iterator[dict[str, Any]]:
+    """A row for each distinct kernel of a case: what it uses, and what is wrong with it ("" if nothing)."""
+    seen = set()
+    for launch in compiled(case, dtype, arch):
+        binary = launch.binary
+        if binary.cubin in seen:
+            continue
+        seen.add(binary.cubin)
+        usage = binary.usage
+        allowed = ALLOWED_STACK.get((arch, case.name, dtype, binary.name), 0)
+        wants_dots = case.op == "attention" and dtype != "fp32" and "range" not in binary.name
+        problem = ""
+        if usage["stack"] > allowed:
+            problem = f"spills: {usage['stack']} bytes of stack, {allowed} allowed"
+        elif binary.shared > SHARED[arch]:
+            problem = f"shared memory {binary.shared} > {SHARED[arch]}"
+        elif wants_dots and not binary.uses_tensor_cores:
+            problem = "no tensor-core instruction"
+        yield dict(
+            arch=arch, op=case.op, case=case.name, dtype=dtype, kernel=binary.name, warps=launch.warps, shared=binary.shared,
+            problem=problem, **usage,
+        )  # fmt: skip
+
+
+def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: str | None) -> int:
+    """Compile, print a table (or JSON to `output`, "-" for standard output), and return 1 if a kernel has a problem."""
+    unknown = set(archs or ()) - set(ARCHITECTURES)
+    if unknown:
+        raise ValueError(f"--arch {min(unknown)}: choose from {', '.join(map(str, ARCHITECTURES))}")
+    rows = []
+    if output != "-":
+        print(f"{'sm':<4} {'kernel':<28} {'call':<20} {'dtype':<5} {'regs':>4} {'stack':>5} {'shared':>6}  problem")
+    for arch in archs or ARCHITECTURES:
+        for case, dtype in calls:
+            for row in judged(case, dtype, arch):
+                rows.append(row)
+                if output != "-":
+                    print(
+                        f"{arch:<4} {row['kernel']:<28} {row['case']:<20} {dtype:<5} {row['registers']:>4} {row['stack']:>5} "
+                        f"{row['shared']:>6}  {row['problem']}",
+                        flush=True,
+                    )
+    problems = sum(bool(row["problem"]) for row in rows)
+    if output:
+        text = json.dumps(rows, indent=1)
+        if output == "-":
+            sys.stdout.write(text + "\n")
+        else:
+            with open(output, "w") as file:
+                file.write(text)
+    if output != "-":
+        print(f"{len(rows)} kernels compiled, {problems} with a problem")
+    return 1 if problems else 0

@@ -1,0 +1,25 @@
+"""Fused Triton kernels of a decoder layer as differentiable functions, and their eager definitions.
+
+Every function takes ordinary tensors. `use_backend` says what serves a call; by default compiled Triton kernels serve CUDA tensors and plain
+torch operators serve CPU tensors. `reference` defines each op.
+"""
+
+from tileformer.kernels import reference
+from tileformer.kernels.attention import attention, scaled_dot_product_attention
+from tileformer.kernels.backend import current_backend, use_backend
+from tileformer.kernels.cross_entropy import cross_entropy
+from tileformer.kernels.dropout import dropout
+from tileformer.kernels.layer_norm import layer_norm
+from tileformer.kernels.softmax import softmax
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "current_backend",
+    "dropout",
+    "layer_norm",
+    "reference",
+    "scaled_dot_product_attention",
+    "softmax",
+    "use_backend",
+]

@@ -1,0 +1,309 @@
+"""Cross-entropy of class indices, with class weights w, label smoothing e and ignored targets.
+
+For a row x of V logits with target y, lse = log sum exp(x) and W = sum(w):
+
+    loss = (1 - e) w_y (lse - x_y) + (e / V) (W lse - sum(w x))
+    dloss/dx_j = softmax(x)_j ((1 - e) w_y + e W / V) - e w_j / V - (1 - e) w_y [j = y]
+
+The forward reads the logits once, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867); the backward reads
+them once more and keeps nothing but lse. Reductions over rows are left to torch, on the device.
+
+An ignored row is not read at all. A target outside [0, V) that is not ignored makes the weight w_y NaN, and with it the loss and the
+gradient; nothing is read out of bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tileformer.kernels import checks, reference
+from tileformer.kernels.backend import choose
+from tileformer.kernels.launch import cdiv, launch, register
+from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.second import second_derivative
+
+MAX_TILE = 8192
+
+
+@triton.jit
+def _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """Of each row: its target, whether it counts, whether it is a class, and its weight (NaN if it counts but is no class)."""
+    # [BLOCK_R]
+    target = tl.load(target_ptr + rows, mask=rows < R, other=ignore_index)
+    counted = (rows < R) & (target != ignore_index)
+    known = counted & (target >= 0) & (target < V)
+    own = tl.where(known, 1.0, 0.0).to(ACC)
+    if WEIGHT:
+        # [BLOCK_R]
+        own = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
+    return target, counted, known, tl.where(counted & (known == 0), float("nan"), own)
+
+
+@triton.jit(do_not_specialize=["R", "ignore_index"])
+def _cross_entropy_fwd_kernel(
+    logits_ptr, target_ptr, weight_ptr, total_ptr, loss_ptr, lse_ptr, own_ptr, logits_stride, R, V, ignore_index, smoothing,
+    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: loss, log-sum-exp and w_y of BLOCK_R rows."""
+    V = V // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
+    rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    target, counted, known, own = _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
+    x_ptrs = logits_ptr + rows[:, None] * logits_stride
+    top = tl.where(counted, float("-inf"), 0.0).to(ACC)
+    total = tl.zeros([BLOCK_R], ACC)
+    smooth = tl.zeros([BLOCK_R], ACC)
+    for start in range(0, V, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = counted[:, None] & (cols < V)
+        # [BLOCK_R, BLOCK_N]
+        x = tl.load(x_ptrs + cols, mask=inside, other=float("-inf")).to(ACC)
+        higher = tl.maximum(top, tl.max(x, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf: exp(-inf - 0) = 0, not NaN
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+        top = higher
+        if SMOOTH:
+            x = tl.where(inside, x, 0.0)
+            if WEIGHT:
+                # [BLOCK_N]
+                x = x * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
+            smooth += tl.sum(x, 1)
+    lse = top + tl.log(tl.where(total == 0.0, 1.0, total))
+    # [BLOCK_R]
+    x_y = tl.load(logits_ptr + rows * logits_stride + target, mask=known, other=0.0).to(ACC)
+    loss = own * (lse - x_y)
+    if SMOOTH:
+        mass = V
+        if WEIGHT:
+            mass = tl.load(total_ptr)
+        loss = (1.0 - smoothing) * loss + smoothing / V * (mass * lse - smooth)
+    tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=rows < R)
+    tl.store(lse_ptr + rows, lse, mask=rows < R)
+    tl.store(own_ptr + rows, own, mask=rows < R)
+
+
+@triton.jit(do_not_specialize=["R", "ignore_index"])
+def _cross_entropy_bwd_kernel(
+    dloss_ptr, logits_ptr, target_ptr, weight_ptr, total_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride, R, V,
+    ignore_index, smoothing,
+    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): the gradient of BLOCK_R rows and BLOCK_N classes."""
+    V = V // ALIGN * ALIGN
+    logits_stride = logits_stride // ALIGN * ALIGN
+    rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target, counted, known, own = _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
+    # [BLOCK_R]
+    lse = tl.load(lse_ptr + rows, mask=counted, other=0.0)
+    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=counted, other=0.0).to(ACC)
+    # [BLOCK_R, BLOCK_N]
+    x_ptrs = logits_ptr + rows[:, None] * logits_stride + cols
+    x = tl.load(x_ptrs, mask=counted[:, None] & (cols < V), other=float("-inf")).to(ACC)
+    p = tl.exp(x - lse[:, None])
+    is_target = cols == target[:, None]
+    if SMOOTH:
+        own = own * (1.0 - smoothing)
+        share = smoothing / V
+        if WEIGHT:
+            # [BLOCK_N]
+            spread = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
+            mass = share * tl.load(total_ptr)
+            d = p * (own + mass)[:, None] - spread - tl.where(is_target, own[:, None], 0.0)
+        else:
+            d = p * (own + smoothing)[:, None] - share - tl.where(is_target, own[:, None], 0.0)
+    else:
+        d = (p - tl.where(is_target, 1.0, 0.0)) * own[:, None]
+    d = tl.where(counted[:, None], d * dloss[:, None], 0.0)
+    dlogits_ptrs = dlogits_ptr + rows[:, None] * V + cols
+    tl.store(dlogits_ptrs, d.to(dlogits_ptr.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V))
+
+
+def _weights(weight: Tensor | None, wide: torch.dtype, absent: Tensor) -> tuple[Tensor, Tensor]:
+    """The class weights and their sum, for the kernels."""
+    return (absent, absent) if weight is None else (weight.contiguous(), weight.sum(dtype=wide))
+
+
+def cross_entropy_fwd(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, log-sum-exp and weight of the target (0 if ignored) of each row (R,)."""
+    outputs = _cross_entropy_fwd_fake(logits, target, weight, ignore_index, label_smoothing)
+    logits, target = rows_of(logits, logits.shape[1]), target.contiguous()
+    r, v = logits.shape
+    launch(
+        _cross_entropy_fwd_kernel,
+        lambda tile: (cdiv(r, tile["BLOCK_R"]),),
+        logits,
+        (logits, target, *_weights(weight, outputs[0].dtype, logits), *outputs, logits.stride(0), r, v, ignore_index, label_smoothing),
+        dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
+        [row_tile(v, MAX_TILE, 2048, 16)],
+    )
+    return outputs
+
+
+def _cross_entropy_fwd_fake(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    loss, lse, own = (torch.empty(target.shape, dtype=wide, device=logits.device) for _ in range(3))
+    return loss, lse, own
+
+
+def cross_entropy_bwd(
+    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """The gradient of the logits."""
+    dlogits = _cross_entropy_bwd_fake(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
+    logits, target = rows_of(logits, logits.shape[1]), target.contiguous()
+    r, v = logits.shape
+    launch(
+        _cross_entropy_bwd_kernel,
+        lambda tile: (cdiv(r, tile["BLOCK_R"]), cdiv(v, tile["BLOCK_N"])),
+        logits,
+        (
+            dloss, logits, target, *_weights(weight, lse.dtype, logits), lse, dlogits,
+            dloss.stride(0), logits.stride(0), r, v, ignore_index, label_smoothing,
+        ),
+        dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
+        [row_tile(v, MAX_TILE, 2048, 16)],
+    )  # fmt: skip
+    return dlogits
+
+
+def _cross_entropy_bwd_fake(
+    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+_fwd = register(cross_entropy_fwd, _cross_entropy_fwd_fake)
+_bwd = register(cross_entropy_bwd, _cross_entropy_bwd_fake)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(loss, log-sum-exp, weight of the target) of each row; differentiable in the logits through the loss."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits, target, weight, ignore_index, label_smoothing):  # type: ignore[override]
+        return _fwd(logits, target, weight, ignore_index, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        logits, target, weight, ctx.ignore_index, ctx.label_smoothing = inputs
+        _, lse, own = output
+        ctx.save_for_backward(logits, target, weight, lse)
+        ctx.mark_non_differentiable(lse, own)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dloss, *_):  # type: ignore[override]
+        if dloss is None:
+            return None, None, None, None, None
+        dlogits = _CrossEntropyBackward.apply(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing)
+        return dlogits, None, None, None, None
+
+
+class _CrossEntropyBackward(torch.autograd.Function):
+    """The fused backward; its own derivative differentiates the reference twice."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):  # type: ignore[override]
+        return _bwd(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        dloss, logits, target, weight, _, ctx.ignore_index, ctx.label_smoothing = inputs
+        ctx.save_for_backward(dloss, logits, target, weight)
+
+    @staticmethod
+    def backward(ctx, ddlogits):  # type: ignore[override]
+        dloss, logits, target, weight = ctx.saved_tensors
+        options = dict(ignore_index=ctx.ignore_index, reduction="none", label_smoothing=ctx.label_smoothing)
+        (first,), (second,) = second_derivative(
+            lambda x: (reference.cross_entropy(x, target, weight=weight, **options),), (logits,), (dloss,), (ddlogits,)
+        )
+        return second, first, None, None, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
+
+    Args:
+        logits: (R, V) or (V,) in float16, bfloat16 or float32 (float64 on the CPU's backends); a row must be contiguous, or the
+            tensor is copied once.
+        target: int64 (R,) or (): a class, or ignore_index. Any other value gives a NaN loss on the kernels (torch's own error on the
+            torch and reference backends).
+        weight: (V,) class weights, not differentiable.
+        ignore_index: rows with this target contribute neither loss nor gradient, whatever their logits hold.
+        reduction: "mean" (divided by the weight of the rows that count; NaN if there is none), "sum" or "none".
+        label_smoothing: between 0 and 1.
+
+    Returns:
+        () or, for "none", like target; in the logits' dtype, under autocast in float32. Rows are summed in float32 or wider.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
+        NotImplementedError: for class probabilities as target, and for a weight that requires a gradient.
+
+    Source: `tileformer.kernels.reference.cross_entropy` is the definition.
+    """
+    _check(logits, target, weight, reduction, label_smoothing)
+    backend = choose("cross_entropy", logits)
+    if backend == "reference":
+        return reference.cross_entropy(
+            logits, target, weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    autocast = torch.is_autocast_enabled(logits.device.type)
+    dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
+    if backend == "torch":
+        ignored = (target == ignore_index).unsqueeze(-1)
+        return F.cross_entropy(
+            torch.where(ignored, 0.0, logits),  # torch would hand a NaN in an ignored row on to its gradient
+            target, None if weight is None else weight.to(logits.dtype),
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+        ).to(dtype)  # fmt: skip
+    rows = logits if logits.dim() == 2 else logits[None]
+    loss, _, own = _CrossEntropy.apply(rows, target.view(rows.shape[:1]), weight, ignore_index, float(label_smoothing))
+    if reduction == "none":
+        return loss.view(target.shape).to(dtype)
+    return (loss.sum() / own.sum() if reduction == "mean" else loss.sum()).to(dtype)
+
+
+def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
+    checks.floating("cross_entropy", logits=logits, weight=weight)
+    checks.same_device("cross_entropy", logits, target=target, weight=weight)
+    if target.is_floating_point():
+        raise NotImplementedError(
+            "cross_entropy: target holds class probabilities: pass class indices, or use torch.nn.functional.cross_entropy"
+        )
+    if target.dtype != torch.int64:
+        raise TypeError(f"cross_entropy: target must be int64, got {checks.name_of(target.dtype)}: try target.long()")
+    if logits.dim() not in (1, 2) or logits.shape[-1] == 0:
+        raise ValueError(f"cross_entropy: logits must be (R, V) or (V,), got {tuple(logits.shape)}: try logits.flatten(0, -2)")
+    checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
+    checks.same_shape("cross_entropy", logits.shape[-1:], weight=weight)
+    if weight is not None and weight.requires_grad:
+        raise NotImplementedError("cross_entropy: weight requires a gradient, which is not defined here: pass weight.detach()")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"cross_entropy: label_smoothing must lie between 0 and 1, got {label_smoothing}")

@@ -1,0 +1,131 @@
+"""Dropout with an optional residual: y = residual + keep x / (1 - p).
+
+Nothing is stored for the backward but the seed: keep is a function of (seed, row, column), with x seen as rows of its last axis, so
+dx is the same kernel on dy. On the torch backend drawing costs more than storing, and keep / (1 - p) is kept instead.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tileformer.kernels import bits, checks, reference
+from tileformer.kernels.backend import choose
+from tileformer.kernels.launch import cdiv, launch, register
+from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.steps import dropout_keep
+
+MAX_TILE = 2048
+
+
+@triton.jit(do_not_specialize=["R", "threshold"])
+def _dropout_fwd_kernel(
+    x_ptr, residual_ptr, seed_ptr, y_ptr, x_stride, residual_stride, R, N, threshold, keep_scale,
+    RESIDUAL: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): BLOCK_R rows and BLOCK_N columns."""
+    N = N // ALIGN * ALIGN
+    x_stride = x_stride // ALIGN * ALIGN
+    residual_stride = residual_stride // ALIGN * ALIGN
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col_start = tl.program_id(1) * BLOCK_N
+    cols = col_start + tl.arange(0, BLOCK_N)
+    inside = (rows < R)[:, None] & (cols < N)
+    wide = rows.to(tl.int64)[:, None]
+    keep = dropout_keep(tl.load(seed_ptr), 0, rows, col_start, threshold, BLOCK_N, False)
+    # [BLOCK_R, BLOCK_N]
+    x = tl.load(x_ptr + wide * x_stride + cols, mask=inside, other=0.0).to(ACC)
+    y = x * tl.where(keep, keep_scale, 0.0)
+    if RESIDUAL:
+        # [BLOCK_R, BLOCK_N]
+        y += tl.load(residual_ptr + wide * residual_stride + cols, mask=inside, other=0.0).to(ACC)
+    tl.store(y_ptr + wide * N + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
+    """residual + keep x / (1 - p), in the wider of their dtypes."""
+    y = _dropout_fwd_fake(x, residual, seed, p)
+    n = x.shape[-1]
+    x = rows_of(x, n)
+    residual_ = x if residual is None else rows_of(residual, n)
+    tile = row_tile(n, MAX_TILE, 2048, 16)
+    tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
+    launch(
+        _dropout_fwd_kernel,
+        lambda tile: (cdiv(x.shape[0], tile["BLOCK_R"]), cdiv(n, tile["BLOCK_N"])),
+        x,
+        (x, residual_, seed, y, x.stride(0), residual_.stride(0), x.shape[0], n, bits.threshold(p), bits.keep_scale(p)),
+        dict(RESIDUAL=residual is not None, **row_flags(n, x, residual_)),
+        [tile],
+    )
+    return y
+
+
+def _dropout_fwd_fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+_fwd = register(dropout_fwd, _dropout_fwd_fake)
+
+
+class _Dropout(torch.autograd.Function):
+    """y; its gradient for x is itself on dy, so every derivative is fused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, residual, seed, p):  # type: ignore[override]
+        return _fwd(x, residual, seed, p)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        x, residual, seed, ctx.p = inputs
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.save_for_backward(seed)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        (seed,) = ctx.saved_tensors
+        x_dtype, residual_dtype = ctx.dtypes
+        dx = _Dropout.apply(dy.to(x_dtype), None, seed, ctx.p) if ctx.needs_input_grad[0] else None
+        dresidual = dy.to(residual_dtype) if ctx.needs_input_grad[1] else None
+        return dx, dresidual, None, None
+
+
+def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """residual + drop(x): each element of x is 0 with probability p and else divided by 1 - p. p is applied as given: a module passes 0 in evaluation.
+
+    Args:
+        x: any shape, float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read through its strides if its leading
+            axes are one evenly strided axis of rows and a row is contiguous; otherwise it is copied once.
+        p: from 0 (nothing is drawn, and without a residual x itself is returned) to 1 (everything is dropped).
+        seed: int64 tensor with one element on x's device, for reproducible bits; drawn from torch's generator when None.
+        residual: of x's shape, added after dropping.
+
+    Returns:
+        A tensor of x's shape, in x's dtype, or the wider one if the residual has another. The same seed drops the same elements on the
+        triton, interpret and reference backends; the torch backend has its own generator (`bits.fast_keep`).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes, devices or a rate that do not fit.
+
+    Source: Philox-4x32-7 (Salmon et al., SC 2011); `tileformer.kernels.reference.dropout` is the definition.
+    """
+    checks.floating("dropout", x=x, residual=residual)
+    checks.same_device("dropout", x, residual=residual)
+    checks.same_shape("dropout", x.shape, residual=residual)
+    checks.rate("dropout", p, seed, x)
+    backend = choose("dropout", x)
+    if p == 0.0:
+        return x if residual is None else residual + x
+    if seed is None:
+        seed = bits.new_seed(x.device)
+    if backend == "reference":
+        return reference.dropout(x, p, seed=seed, residual=residual)
+    if backend == "torch":
+        keep = bits.fast_keep(seed, x.shape, p, x.dtype)
+        return x * keep if residual is None else torch.addcmul(residual, x, keep)
+    return _Dropout.apply(x, residual, seed, float(p))

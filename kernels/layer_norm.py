@@ -1,0 +1,414 @@
+"""Layer normalisation over the trailing axes (Ba et al., arXiv:1607.06450).
+
+For a row x of N elements, with sums over the row:
+
+    mean = sum(x) / N    rstd = (sum((x - mean)^2) / N + eps)^(-1/2)    xhat = (x - mean) rstd    y = weight xhat + bias
+
+and with g = weight dy in the backward:
+
+    dx = rstd (g - sum(g) / N - xhat sum(g xhat) / N)    dweight = sum over rows of dy xhat    dbias = sum over rows of dy
+
+A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: the forward merges the statistics of
+its tiles (Chan et al., 1979); the backward takes the two sums of a row from a kernel of their own. The sums over rows are kept in registers by
+a fixed number of programs and added up in a fixed order, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tileformer.kernels import checks, reference
+from tileformer.kernels.backend import choose
+from tileformer.kernels.launch import cdiv, launch, recording, register
+from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.second import second_derivative
+
+MAX_FWD = 16384
+MAX_BWD = 8192
+
+
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, x_stride, R, N, eps,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_R rows. WHOLE: a tile spans the row."""
+    N = N // ALIGN * ALIGN
+    x_stride = x_stride // ALIGN * ALIGN
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < R
+    cols = tl.arange(0, BLOCK_N)
+    x_ptrs = x_ptr + rows[:, None] * x_stride
+    y_ptrs = y_ptr + rows[:, None] * N
+    if WHOLE:
+        # [BLOCK_R, BLOCK_N]
+        x = tl.load(x_ptrs + cols, mask=in_rows[:, None] & (cols < N), other=0.0).to(ACC)
+        mean = tl.sum(x, 1) / N
+        centred = tl.where(cols < N, x - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
+        y = _scaled_and_shifted(centred * rstd[:, None], weight_ptr, bias_ptr, cols, N, WEIGHT, BIAS)
+        tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < N))
+    else:
+        mean = tl.zeros([BLOCK_R], ACC)
+        spread = tl.zeros([BLOCK_R], ACC)
+        for start in range(0, N, BLOCK_N):
+            near = start + cols
+            # [BLOCK_R, BLOCK_N]
+            x = tl.load(x_ptrs + near, mask=in_rows[:, None] & (near < N), other=0.0).to(ACC)
+            count = tl.minimum(N - start, BLOCK_N)
+            tile_mean = tl.sum(x, 1) / count
+            centred = tl.where(near < N, x - tile_mean[:, None], 0.0)
+            apart = tile_mean - mean
+            share = apart * (count / (start + count))
+            mean += share
+            spread += tl.sum(centred * centred, 1) + apart * share * start
+        rstd = tl.rsqrt(spread / N + eps)
+        last = (N - 1) // BLOCK_N * BLOCK_N
+        for back in range(0, N, BLOCK_N):  # backwards: the last tiles are still in the cache
+            near = last - back + cols
+            # [BLOCK_R, BLOCK_N]
+            x = tl.load(x_ptrs + near, mask=in_rows[:, None] & (near < N), other=0.0).to(ACC)
+            xhat = (x - mean[:, None]) * rstd[:, None]
+            y = _scaled_and_shifted(xhat, weight_ptr, bias_ptr, near, N, WEIGHT, BIAS)
+            tl.store(y_ptrs + near, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (near < N))
+    tl.store(mean_ptr + rows, mean, mask=in_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=in_rows)
+
+
+@triton.jit
+def _scaled_and_shifted(xhat, weight_ptr, bias_ptr, cols, N, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+    y = xhat
+    if WEIGHT:
+        # [BLOCK_N]
+        y = y * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(y.dtype)
+    if BIAS:
+        # [BLOCK_N]
+        y = y + tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(y.dtype)
+    return y
+
+
+@triton.jit
+def _load_backward(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_stride, rows, cols, R, N,
+                   WEIGHT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """dy, xhat, g = weight dy [rows, cols] (dy and g are 0 outside) and rstd [rows]."""
+    in_rows = rows < R
+    inside = in_rows[:, None] & (cols < N)
+    # [BLOCK_R, BLOCK_N]
+    dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols, mask=inside, other=0.0).to(ACC)
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=inside, other=0.0).to(ACC)
+    # [BLOCK_R]
+    mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    g = dy
+    if WEIGHT:
+        # [BLOCK_N]
+        g = dy * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(ACC)
+    return dy, xhat, g, rstd
+
+
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm_sums_kernel(
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dy_stride, x_stride, R, N,
+    WEIGHT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: sum(g) / N and sum(g xhat) / N of BLOCK_R rows, to sums (2, R)."""
+    N = N // ALIGN * ALIGN
+    dy_stride = dy_stride // ALIGN * ALIGN
+    x_stride = x_stride // ALIGN * ALIGN
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    sum_g = tl.zeros([BLOCK_R], ACC)
+    sum_gx = tl.zeros([BLOCK_R], ACC)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        dy, xhat, g, rstd = _load_backward(
+            dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
+        )
+        sum_g += tl.sum(g, 1)
+        sum_gx += tl.sum(g * xhat, 1)
+    tl.store(sums_ptr + rows, sum_g / N, mask=rows < R)
+    tl.store(sums_ptr + R + rows, sum_gx / N, mask=rows < R)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm_bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, R, N,
+    WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) of G x n: columns tile j of every G-th block of rows from the i-th; its part of dweight and dbias to partial (G, 2, N)."""
+    N = N // ALIGN * ALIGN
+    dy_stride = dy_stride // ALIGN * ALIGN
+    x_stride = x_stride // ALIGN * ALIGN
+    pid = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PARTIAL:
+        dweight = tl.zeros([BLOCK_R, BLOCK_N], ACC)
+        dbias = tl.zeros([BLOCK_R, BLOCK_N], ACC)
+    for block in range(pid, tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        dy, xhat, g, rstd = _load_backward(
+            dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
+        )
+        if WHOLE:
+            mean_g = tl.sum(g, 1) / N
+            mean_gx = tl.sum(g * xhat, 1) / N
+        else:
+            # [BLOCK_R]
+            mean_g = tl.load(sums_ptr + rows, mask=rows < R, other=0.0)
+            mean_gx = tl.load(sums_ptr + R + rows, mask=rows < R, other=0.0)
+        dx = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
+        inside = (rows < R)[:, None] & (cols < N)
+        tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if PARTIAL:
+            dweight += dy * xhat
+            dbias += dy
+    if PARTIAL:
+        partial_ptr += pid.to(tl.int64) * 2 * N
+        tl.store(partial_ptr + cols, tl.sum(dweight, 0), mask=cols < N)
+        tl.store(partial_ptr + N + cols, tl.sum(dbias, 0), mask=cols < N)
+
+
+@triton.jit(do_not_specialize=["G"])
+def _layer_norm_partial_kernel(
+    partial_ptr, dweight_ptr, dbias_ptr, G, N, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N columns of dweight and dbias, from partial (G, 2, N)."""
+    near = tl.arange(0, BLOCK_G)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros([BLOCK_G, BLOCK_N], ACC)
+    dbias = tl.zeros([BLOCK_G, BLOCK_N], ACC)
+    for start in range(0, G, BLOCK_G):
+        offsets = (start + near).to(tl.int64)[:, None] * 2 * N + cols
+        inside = (start + near < G)[:, None] & (cols < N)
+        # [BLOCK_G, BLOCK_N]
+        if DWEIGHT:
+            dweight += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
+        if DBIAS:
+            dbias += tl.load(partial_ptr + N + offsets, mask=inside, other=0.0)
+    if DWEIGHT:
+        tl.store(dweight_ptr + cols, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=cols < N)
+    if DBIAS:
+        tl.store(dbias_ptr + cols, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=cols < N)
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _programs(x: Tensor) -> int:
+    """How many programs share the rows in the backward: two for each multiprocessor."""
+    if x.is_cuda:
+        return 2 * _multiprocessors(x.device)
+    return 264 if recording() else 3
+
+
+def _vector(weight: Tensor | None, absent: Tensor) -> Tensor:
+    return absent if weight is None else weight.contiguous()
+
+
+def layer_norm_fwd(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x; mean and rstd of each row (R,)."""
+    y, mean, rstd = _layer_norm_fwd_fake(x, normalized_shape, weight, bias, eps)
+    n = math.prod(normalized_shape)
+    x = rows_of(x, n)
+    launch(
+        _layer_norm_fwd_kernel,
+        lambda tile: (cdiv(x.shape[0], tile["BLOCK_R"]),),
+        x,
+        (x, _vector(weight, x), _vector(bias, x), y, mean, rstd, x.stride(0), x.shape[0], n, eps),
+        dict(WEIGHT=weight is not None, BIAS=bias is not None, WHOLE=n <= MAX_FWD, **row_flags(n, x)),
+        [row_tile(n, MAX_FWD, 4096, 32)],
+    )
+    return y, mean, rstd
+
+
+def _layer_norm_fwd_fake(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, wide = math.prod(x.shape[: x.dim() - len(normalized_shape)]), torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (torch.empty((rows,), dtype=wide, device=x.device) for _ in range(2))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias; the last two are empty where not needed."""
+    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias)
+    n = math.prod(normalized_shape)
+    x, dy, weight_ = rows_of(x, n), rows_of(dy, n), _vector(weight, x)
+    r, whole, partial = x.shape[0], n <= MAX_BWD, need_dweight or need_dbias
+    tile = row_tile(n, MAX_BWD, 4096, 16)
+    flags = dict(WEIGHT=weight is not None, **row_flags(n, x, dy))
+    sums = torch.empty((2, 0 if whole else r), dtype=mean.dtype, device=x.device)
+    if not whole:
+        launch(
+            _layer_norm_sums_kernel,
+            lambda tile: (cdiv(r, tile["BLOCK_R"]),),
+            x,
+            (dy, x, weight_, mean, rstd, sums, dy.stride(0), x.stride(0), r, n),
+            flags,
+            [tile],
+        )
+    columns = cdiv(n, tile["BLOCK_N"])
+    programs = min(cdiv(r, tile["BLOCK_R"]), max(1, _programs(x) // max(columns, 1)))
+    parts = torch.empty((programs if partial else 0, 2, n), dtype=mean.dtype, device=x.device)
+    launch(
+        _layer_norm_bwd_kernel,
+        lambda tile: (programs, columns),
+        x,
+        (dy, x, weight_, mean, rstd, sums, dx, parts, dy.stride(0), x.stride(0), r, n),
+        dict(flags, PARTIAL=partial, WHOLE=whole),
+        [tile],
+    )
+    if partial:
+        launch(
+            _layer_norm_partial_kernel,
+            lambda tile: (cdiv(n, tile["BLOCK_N"]),),
+            x,
+            (parts, dweight, dbias, programs, n),
+            dict(DWEIGHT=need_dweight, DBIAS=need_dbias, ACC=flags["ACC"]),
+            [dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)],
+        )
+    return dx, dweight, dbias
+
+
+def _layer_norm_bwd_fake(
+    dy: Tensor, x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    need_dweight: bool, need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(p: Tensor | None, needed: bool) -> Tensor:
+        return torch.empty(normalized_shape if needed else (0,), dtype=x.dtype if p is None else p.dtype, device=x.device)
+
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), like(weight, need_dweight), like(bias, need_dbias)
+
+
+_fwd = register(layer_norm_fwd, _layer_norm_fwd_fake)
+_bwd = register(layer_norm_bwd, _layer_norm_bwd_fake)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """(y, mean, rstd); differentiable in x, weight and bias through y."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, normalized_shape, weight, bias, eps):  # type: ignore[override]
+        return _fwd(x, normalized_shape, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        x, ctx.normalized_shape, weight, bias, ctx.eps = inputs
+        _, mean, rstd = output
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, *_):  # type: ignore[override]
+        if dy is None:
+            return None, None, None, None, None
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        _, _, need_dweight, need_dbias, _ = ctx.needs_input_grad
+        dx, dweight, dbias = _LayerNormBackward.apply(
+            dy, x, ctx.normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias, ctx.eps
+        )
+        return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None
+
+
+class _LayerNormBackward(torch.autograd.Function):
+    """The fused backward; its own derivative differentiates the reference twice."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias, eps):  # type: ignore[override]
+        return _bwd(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        dy, x, ctx.normalized_shape, weight, bias, _, _, ctx.need_dweight, ctx.need_dbias, ctx.eps = inputs
+        ctx.save_for_backward(dy, x, weight, bias)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, ddx, ddweight, ddbias):  # type: ignore[override]
+        dy, x, weight, bias = ctx.saved_tensors
+        # The bias counts through its gradient alone: y is linear in it.
+        given = {"x": (x, ddx)}
+        if weight is not None:
+            given["weight"] = weight, ddweight if ctx.need_dweight else None
+        if bias is not None:
+            given["bias"] = bias, ddbias if ctx.need_dbias else None
+
+        def outputs(*primals):
+            named = dict(zip(given, primals, strict=True))
+            return (reference.layer_norm(named.pop("x"), ctx.normalized_shape, eps=ctx.eps, **named),)
+
+        primals, tangents = zip(*given.values(), strict=True)
+        first, (second,) = second_derivative(outputs, primals, (dy,), tangents)
+        named = dict(zip(given, first, strict=True))
+        return second, named["x"], None, named.get("weight"), None, None, None, None, None, None
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) axes of x.
+
+    Args:
+        x: (..., *normalized_shape) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read through its strides if its
+            leading axes are one evenly strided axis of rows and a row is contiguous; otherwise it is copied once.
+        normalized_shape: sizes of the trailing axes that make a row.
+        weight, bias: of normalized_shape, either or both; any floating dtype, for example float32 beside a bfloat16 x.
+        eps: added to the variance.
+
+    Returns:
+        A tensor like x, in x's dtype (also under autocast).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+
+    Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
+    """
+    shape = list(normalized_shape)
+    checks.floating("layer_norm", x=x, weight=weight, bias=bias)
+    checks.same_device("layer_norm", x, weight=weight, bias=bias)
+    if not shape or list(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"layer_norm: normalized_shape {tuple(shape)} must be the last axes of x, which has shape {tuple(x.shape)}")
+    checks.same_shape("layer_norm", shape, weight=weight, bias=bias)
+    backend = choose("layer_norm", x)
+    if backend == "reference":
+        return reference.layer_norm(x, shape, weight, bias, eps)
+    if backend == "torch":
+        return _torch_layer_norm(x, shape, weight, bias, eps)
+    return _LayerNorm.apply(x, shape, weight, bias, eps)[0]
+
+
+def _torch_layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    given = [p for p in (x, weight, bias) if p is not None]
+    wide = functools.reduce(torch.promote_types, [p.dtype for p in given])
+    wide_x, weight, bias = (None if p is None else p.to(wide) for p in (x, weight, bias))  # torch wants one dtype
+    return F.layer_norm(wide_x, shape, weight, bias, eps).to(x.dtype)  # and autocast makes it float32

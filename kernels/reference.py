@@ -1,0 +1,181 @@
+"""The specification: every op in plain eager PyTorch. What a kernel must compute is decided here, in writing, before it exists.
+
+Each function computes in the dtype it is given (float64 is the truth, a 16-bit dtype the yardstick of an error budget), is
+differentiable any number of times, and runs on any device. None of them calls a fused PyTorch operator.
+
+Decided corner cases:
+- A row that may attend to nothing has output 0, weights 0, log-sum-exp -inf and no gradient.
+- A key that `key_mask` excludes is read as 0, so NaN or inf in it never reaches a result. A key that only `mask` or `causal` hides keeps
+  IEEE rules: its score is discarded, but 0 * NaN in its value is NaN.
+- A float mask is added to the scaled scores; -inf in it excludes, a large finite negative does not (a row full of it is a uniform average).
+- causal: query row i may see key j when j <= i + shift; shift is 0 ("top_left") or T_k - T_q ("bottom_right").
+- p = 1 drops everything (the result is 0, not NaN); p = 0 draws nothing.
+- An ignored target contributes neither loss nor gradient, whatever its logits hold; "mean" over no target at all is NaN, as in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tileformer.kernels import bits
+
+
+def causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
+    """How far row i sees past key i; None without a causal mask."""
+    return {False: None, True: 0, "top_left": 0, "bottom_right": t_k - t_q}[causal]
+
+
+def _excluded(causal: bool | str, mask: Tensor | None, t_q: int, t_k: int, device: torch.device) -> Tensor | None:
+    """Boolean, True where a key is hidden by `causal` or a boolean mask; broadcastable to (..., T_q, T_k)."""
+    hidden = None
+    shift = causal_shift(causal, t_q, t_k)
+    if shift is not None:
+        rows, cols = torch.arange(t_q, device=device)[:, None], torch.arange(t_k, device=device)
+        hidden = cols > rows + shift
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = ~mask if hidden is None else hidden | ~mask
+    return hidden
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0 and log-sum-exp -inf."""
+    top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    top = torch.where(top == -math.inf, 0.0, top).detach()
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    some = total > 0
+    safe = torch.where(some, total, 1.0)
+    return weights / safe, torch.where(some, top + safe.log(), -math.inf).squeeze(-1)
+
+
+def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
+    """softmax(scale * x + mask) over the last axis of x (..., T_q, T_k)."""
+    scores = x * scale
+    hidden = _excluded(causal, mask, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1], x.device)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(scores.dtype)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
+    return _softmax(scores)[0]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool | str = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + mask) v, with the arguments of `tileformer.kernels.attention`."""
+    (batch, heads, t_q, size), t_k = q.shape, k.shape[2]
+    scale = size**-0.5 if scale is None else scale
+    if key_mask is not None:
+        real = key_mask[:, None, :, None]
+        k, v = torch.where(real, k, 0.0), torch.where(real, v, 0.0)
+    group = heads // k.shape[1] if k.shape[1] else 1
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * scale
+    hidden = _excluded(causal, mask, t_q, t_k, q.device)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(scores.dtype)
+    if key_mask is not None:
+        padding = ~key_mask[:, None, None, :]
+        hidden = padding if hidden is None else hidden | padding
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
+    weights, lse = _softmax(scores)
+    if dropout_p > 0.0:
+        keep = dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
+        weights = weights * keep.to(weights.dtype) * bits.keep_scale(dropout_p)
+    out = weights @ v
+    return (out, lse.to(torch.promote_types(lse.dtype, torch.float32))) if return_lse else out
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) axes (arXiv:1607.06450)."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(axes, keepdim=True)
+    y = centred * torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
+
+    With w the class weights (1 without), e the smoothing and V classes, a row with target y has the loss
+    (1 - e) w_y (lse - x_y) + (e / V) sum_j w_j (lse - x_j); "mean" divides by the sum of w_y over rows that are not ignored.
+    """
+    if logits.dim() == 1:
+        return cross_entropy(
+            logits[None], target[None], weight=weight, ignore_index=ignore_index,
+            reduction="sum" if reduction == "none" else reduction, label_smoothing=label_smoothing,
+        )  # fmt: skip
+    counted = target != ignore_index
+    safe = torch.where(counted, target, 0)
+    logits = torch.where(counted[:, None], logits, 0.0)
+    weights = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
+    log_p = logits - _softmax(logits)[1][:, None].to(logits.dtype)
+    own = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
+    smooth = -(log_p * weights).sum(1) / logits.shape[1]
+    loss = torch.where(counted, (1 - label_smoothing) * own + label_smoothing * smooth, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / torch.where(counted, weights[safe], 0.0).sum() if reduction == "mean" else loss.sum()
+
+
+def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """residual + keep * x / (1 - p), x seen as rows (R, N) of its last axis."""
+    if p > 0.0:
+        keep = dropout_keep(seed, (x.numel() // max(x.shape[-1], 1), x.shape[-1]), p).view(x.shape)
+        x = x * keep.to(x.dtype) * bits.keep_scale(p)
+    return x if residual is None else residual + x
+
+
+def dropout_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """The keep mask (boolean, of `shape` (..., rows, columns)) that the kernels draw for this seed and rate.
+
+    Philox-4x32-7 (Salmon et al., SC 2011): key = seed; counter = (column // 4, index of the leading axes, row, 0); word column % 4.
+    A bit depends on nothing else: not on the tile, the layout or the sequence length.
+    """
+    *lead, rows, cols = shape
+    heads = math.prod(lead)
+    words = -(-cols // 4)
+    index = lambda n, *view: torch.arange(n, device=seed.device).view(view)  # noqa: E731
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    drawn = _philox(low, high, index(words, 1, 1, -1), index(heads, -1, 1, 1), index(rows, 1, -1, 1), zero)
+    word = torch.stack(torch.broadcast_tensors(*drawn), -1).expand(heads, rows, words, 4)
+    return ((word >> 1) >= bits.threshold(p)).reshape(heads, rows, 4 * words)[..., :cols].reshape(tuple(shape))
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _philox(k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
+    for _ in range(rounds):  # products of 32-bit words wrap in int64, which keeps both halves' bits
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3

@@ -1,0 +1,285 @@
+"""Softmax over the last axis, with a scale and masks: y = softmax(scale x + mask), and dx = scale y (dy - sum(y dy)).
+
+A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: a running maximum and sum first
+(Milakov and Gimelshein, arXiv:1805.02867), then, from the end that is still in the cache, the result. The backward needs y alone, and y has
+what a second derivative needs too, so neither x nor the mask is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tileformer.kernels import checks, reference
+from tileformer.kernels.backend import choose
+from tileformer.kernels.launch import cdiv, launch, register
+from tileformer.kernels.rows import row_flags, row_tile, rows_of
+
+MAX_FWD = 32768
+MAX_BWD = 16384
+
+
+@triton.jit
+def _scores(x_ptrs, mask_ptrs, mask_stride, last_seen, in_rows, cols, scale, T_k,
+            CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """scale x + mask [rows, cols], -inf where a column is hidden or outside. MASK: 0 none, 1 boolean (uint8), 2 additive."""
+    seen = in_rows[:, None] & (cols < T_k)
+    if CAUSAL:
+        seen = seen & (cols // 8 * 8 <= last_seen[:, None])  # in eights, so that loads stay vectors
+    # [BLOCK_R, BLOCK_N]
+    s = tl.load(x_ptrs + cols, mask=seen, other=0.0).to(ACC) * scale
+    if MASK == 1:
+        seen = seen & (tl.load(mask_ptrs + cols * mask_stride, mask=seen, other=0) != 0)
+    elif MASK == 2:
+        s += tl.load(mask_ptrs + cols * mask_stride, mask=seen, other=0.0).to(ACC)
+    if CAUSAL:
+        seen = seen & (cols <= last_seen[:, None])
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def _finite_max(m):
+    """What to subtract from a row: its maximum, or 0 where nothing is seen, so that 2^(-inf - 0) is 0 and not NaN."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _inverse_sum(l):
+    """1 / l, and 1 where nothing is seen."""
+    return 1.0 / tl.where(l == 0.0, 1.0, l)
+
+
+@triton.jit(do_not_specialize=["R", "H", "T_q", "causal_shift"])
+def _softmax_fwd_kernel(
+    x_ptr, mask_ptr, y_ptr, x_stride, mask_strides, R, H, T_q, T_k, causal_shift, scale,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_R of the R = B H T_q rows. WHOLE: a tile spans the row."""
+    T_k = T_k // ALIGN * ALIGN
+    x_stride = x_stride // ALIGN * ALIGN
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < R
+    rows_q = rows % T_q
+    last_seen = rows_q + causal_shift
+    b = (rows // T_q // H).to(tl.int64)
+    h = (rows // T_q % H).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * T_k
+    mask_ptrs = mask_ptr + (b * mask_strides[0] + h * mask_strides[1] + rows_q.to(tl.int64) * mask_strides[2])[:, None]
+    if WHOLE:
+        # [BLOCK_R, BLOCK_N]
+        s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, cols, scale, T_k, CAUSAL, MASK, ACC)
+        p = tl.exp(s - _finite_max(tl.max(s, 1))[:, None])
+        y = p * _inverse_sum(tl.sum(p, 1))[:, None]
+        tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < T_k))
+    else:
+        m = tl.full([BLOCK_R], float("-inf"), ACC)
+        l = tl.zeros([BLOCK_R], ACC)
+        for start in range(0, T_k, BLOCK_N):
+            near = start + cols
+            # [BLOCK_R, BLOCK_N]
+            s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, near, scale, T_k, CAUSAL, MASK, ACC)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            top = _finite_max(m_new)
+            l = l * tl.exp(m - top) + tl.sum(tl.exp(s - top[:, None]), 1)
+            m = m_new
+        top = _finite_max(m)
+        inverse = _inverse_sum(l)
+        last = (T_k - 1) // BLOCK_N * BLOCK_N
+        for back in range(0, T_k, BLOCK_N):  # backwards: the last tiles are still in the cache
+            near = last - back + cols
+            # [BLOCK_R, BLOCK_N]
+            s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, near, scale, T_k, CAUSAL, MASK, ACC)
+            y = tl.exp(s - top[:, None]) * inverse[:, None]
+            tl.store(y_ptrs + near, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (near < T_k))
+
+
+@triton.jit(do_not_specialize=["R"])
+def _softmax_bwd_kernel(
+    dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, R, N, scale,
+    WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_R rows."""
+    N = N // ALIGN * ALIGN
+    dy_stride = dy_stride // ALIGN * ALIGN
+    y_stride = y_stride // ALIGN * ALIGN
+    rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    in_rows = (rows < R)[:, None]
+    cols = tl.arange(0, BLOCK_N)
+    dy_ptrs = dy_ptr + rows[:, None] * dy_stride
+    y_ptrs = y_ptr + rows[:, None] * y_stride
+    dx_ptrs = dx_ptr + rows[:, None] * N
+    if WHOLE:
+        # [BLOCK_R, BLOCK_N]
+        dy = tl.load(dy_ptrs + cols, mask=in_rows & (cols < N), other=0.0).to(ACC)
+        y = tl.load(y_ptrs + cols, mask=in_rows & (cols < N), other=0.0).to(ACC)
+        dx = y * (dy - tl.sum(y * dy, 1)[:, None]) * scale
+        tl.store(dx_ptrs + cols, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (cols < N))
+    else:
+        total = tl.zeros([BLOCK_R], ACC)
+        for start in range(0, N, BLOCK_N):
+            near = start + cols
+            # [BLOCK_R, BLOCK_N]
+            dy = tl.load(dy_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
+            y = tl.load(y_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
+            total += tl.sum(y * dy, 1)
+        last = (N - 1) // BLOCK_N * BLOCK_N
+        for back in range(0, N, BLOCK_N):
+            near = last - back + cols
+            # [BLOCK_R, BLOCK_N]
+            dy = tl.load(dy_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
+            y = tl.load(y_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
+            dx = y * (dy - total[:, None]) * scale
+            tl.store(dx_ptrs + near, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (near < N))
+
+
+def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float) -> Tensor:
+    """softmax(scale x + mask) of x (B, H, T_q, T_k); a mask of the same shape, usually expanded."""
+    _, h, t_q, t_k = x.shape
+    y = _softmax_fwd_fake(x, mask, causal_shift, scale)
+    mask_kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    mask = x if mask is None else mask.view(torch.uint8) if mask_kind == 1 else mask
+    x = rows_of(x, t_k)
+    launch(
+        _softmax_fwd_kernel,
+        lambda tile: (cdiv(x.shape[0], tile["BLOCK_R"]),),
+        x,
+        (x, mask, y, x.stride(0), mask_strides, x.shape[0], h, t_q, t_k, causal_shift or 0, scale),
+        dict(CAUSAL=causal_shift is not None, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(t_k, x)),
+        [row_tile(t_k, MAX_FWD, 2048, 16)],
+    )
+    return y
+
+
+def _softmax_fwd_fake(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale y (dy - sum(y dy)) over the last axis."""
+    dx = _softmax_bwd_fake(dy, y, scale)
+    n = y.shape[-1]
+    dy, y = rows_of(dy, n), rows_of(y, n)
+    launch(
+        _softmax_bwd_kernel,
+        lambda tile: (cdiv(y.shape[0], tile["BLOCK_R"]),),
+        y,
+        (dy, y, dx, dy.stride(0), y.stride(0), y.shape[0], n, scale),
+        dict(WHOLE=n <= MAX_BWD, **row_flags(n, dy, y)),
+        [row_tile(n, MAX_BWD, 2048, 16)],
+    )
+    return dx
+
+
+def _softmax_bwd_fake(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+
+
+_fwd = register(softmax_fwd, _softmax_fwd_fake)
+_bwd = register(softmax_bwd, _softmax_bwd_fake)
+
+
+class _Softmax(torch.autograd.Function):
+    """y; differentiable in x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, mask, causal_shift, scale):  # type: ignore[override]
+        return _fwd(x, mask, causal_shift, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        ctx.scale = inputs[3]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return _SoftmaxBackward.apply(dy, y, ctx.scale), None, None, None
+
+
+class _SoftmaxBackward(torch.autograd.Function):
+    """dx as a function of dy and y; its own derivative is written out, and leads back to x through y."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, y, scale):  # type: ignore[override]
+        return _bwd(dy, y, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[override]
+        dy, y, ctx.scale = inputs
+        ctx.save_for_backward(dy, y)
+
+    @staticmethod
+    def backward(ctx, ddx):  # type: ignore[override]
+        dy, y = ctx.saved_tensors
+        wide = torch.promote_types(y.dtype, torch.float32)
+        u, g, p = ddx.to(wide), dy.to(wide), y.to(wide)
+        along = lambda a, b: (a * b).sum(-1, keepdim=True)  # noqa: E731
+        grad_y = ctx.scale * (u * (g - along(p, g)) - g * along(p, u))
+        return _SoftmaxBackward.apply(ddx, y, ctx.scale), grad_y.to(y.dtype), None
+
+
+def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
+    """softmax(scale * x + mask) over the last axis.
+
+    Args:
+        x: (..., T_q, T_k) or (T_k,) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read through its strides if
+            its leading axes are one evenly strided axis of rows and a row is contiguous; otherwise it is copied once.
+        mask: broadcastable to x; boolean (True = kept) or floating (added). Read through its strides up to four axes; with more, one that is
+            broadcast among the first ones is copied.
+        causal: False, True or "top_left" (row i keeps columns j <= i), or "bottom_right" (j <= i + T_k - T_q).
+
+    Returns:
+        A tensor like x, in x's dtype (also under autocast). A row that mask and causal hide entirely is 0 and has no gradient.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit.
+        NotImplementedError: for a floating mask that requires a gradient on the triton and interpret backends.
+
+    Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is -inf itself is 0 too, but NaN on the torch backend.
+    """
+    checks.floating("softmax", x=x)
+    checks.mask("softmax", x.shape, x, mask)
+    checks.causal("softmax", causal)
+    if x.dim() < (2 if causal else 1):
+        raise ValueError(f"softmax: x has shape {tuple(x.shape)}: it needs a last axis, and two axes for causal")
+    backend = choose("softmax", x)
+    if backend == "reference":
+        return reference.softmax(x, scale=scale, mask=mask, causal=causal)
+    if backend == "torch":
+        return _torch_softmax(x, scale, mask, causal)
+    checks.no_mask_gradient("softmax", mask, backend)
+    four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
+    shift = reference.causal_shift(causal, four[2], four[3])
+    mask = None if mask is None else mask.expand(x.shape).reshape(four)
+    return _Softmax.apply(x.reshape(four), mask, shift, float(scale)).view(x.shape)
+
+
+def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
+    scores = x if scale == 1.0 else x * scale
+    hidden = []
+    if causal:
+        t_q, t_k = x.shape[-2:]
+        hidden.append(torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(1 + reference.causal_shift(causal, t_q, t_k)))
+    if mask is not None and mask.dtype == torch.bool:
+        hidden.append(~mask)
+    elif mask is not None:
+        scores = scores + mask.to(x.dtype)
+        hidden.append(mask == -torch.inf)
+    if not hidden:
+        return scores.softmax(-1).to(x.dtype)  # autocast may have made it float32
+    hide = functools.reduce(torch.bitwise_or, hidden)
+    empty = hide.all(-1, keepdim=True)  # not filled: a softmax of -inf alone is NaN, and so is its gradient
+    return scores.masked_fill(hide & ~empty, -torch.inf).softmax(-1).to(x.dtype).masked_fill(empty, 0.0)

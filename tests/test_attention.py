@@ -1,0 +1,288 @@
+"""What `attention` promises beyond values in budget: empty rows, padding, layouts, gradients on demand, dropout, determinism."""
+
+import math
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from tileformer.bench.budget import assert_within_budget, attention_sizes, rms_ratio
+from tileformer.kernels import attention, reference, scaled_dot_product_attention, use_backend
+
+EVERY_BACKEND = pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
+
+
+def _qkv(b: int = 1, h: int = 2, t_q: int = 40, t_k: int = 50, d: int = 64, dtype: torch.dtype = torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    draw = lambda t: torch.randn(b, h, t, d).to(device, dtype).requires_grad_()  # noqa: E731
+    return draw(t_q), draw(t_k), draw(t_k)
+
+
+@EVERY_BACKEND
+def test_a_row_without_a_key_is_zero_with_zero_gradients(name: str) -> None:
+    q, k, v = _qkv(b=2, t_q=6, t_k=5)
+    key_mask = torch.tensor([[True] * 5, [False] * 5])
+    mask = torch.ones(6, 5, dtype=torch.bool)
+    mask[3] = False
+    with use_backend(name):
+        out, lse = attention(q, k, v, key_mask=key_mask, mask=mask, return_lse=True)
+    out.sum().backward()
+    assert torch.equal(out[1], torch.zeros_like(out[1])) and torch.equal(out[0, :, 3], torch.zeros_like(out[0, :, 3]))
+    assert (lse[1] == -math.inf).all() and (lse[0, :, 3] == -math.inf).all() and lse[0, :, :3].isfinite().all()
+    for x in (q, k, v):
+        assert x.grad.isfinite().all() and not x.grad[1].any()
+    assert not q.grad[0, :, 3].any()
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("padding", ["tail", "hole"])
+def test_nan_in_padded_keys_and_values_reaches_nothing(name: str, padding: str) -> None:
+    q, k, v = _qkv(t_k=70)
+    key_mask = torch.ones(1, 70, dtype=torch.bool)
+    key_mask[:, 60:] = False
+    if padding == "hole":
+        key_mask[:, 7] = False
+    spoiled = [torch.where(key_mask[:, None, :, None], x.detach(), torch.nan).requires_grad_() for x in (k, v)]
+    with use_backend(name):
+        good = attention(q, k, v, key_mask=key_mask)
+        expected = torch.autograd.grad(good.square().sum(), (q, k, v))
+        out = attention(q, *spoiled, key_mask=key_mask)
+        gradients = torch.autograd.grad(out.square().sum(), (q, *spoiled))
+    torch.testing.assert_close(out, good, rtol=0, atol=0)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def _strided(x: Tensor, how: str) -> Tensor:
+    x = x.detach()
+    if how == "heads last":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif how == "packed":  # one of three views of a (B, T, 3, H, D) projection
+        x = torch.stack([x.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2)
+    elif how == "last axis strided":
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif how == "misaligned":
+        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    elif how == "expanded":
+        x = x[:, :1].expand(x.shape)
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("how", ["heads last", "packed", "last axis strided", "misaligned", "expanded"])
+def test_any_layout_gives_the_values_of_a_contiguous_one(how: str, backend: str, device: torch.device) -> None:
+    views = [_strided(x, how) for x in _qkv(device=device)]
+    plain = [x.detach().contiguous().requires_grad_() for x in views]
+    out, expected = attention(*views), attention(*plain)
+    weight = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape)
+    assert torch.equal(out, expected)
+    for x, y in zip(torch.autograd.grad((out * weight).sum(), views), torch.autograd.grad((expected * weight).sum(), plain), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_output_joins_heads_without_a_copy(backend: str, device: torch.device) -> None:
+    out = attention(*_qkv(device=device))
+    assert out.transpose(1, 2).reshape(1, 40, 128).data_ptr() == out.data_ptr()
+
+
+def test_an_expanded_gradient_is_read_through_its_strides(backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(device=device)
+    expanded = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))  # sum() sends a stride-0 gradient
+    dense = torch.autograd.grad(attention(q, k, v), (q, k, v), torch.ones(1, 2, 40, 64, device=device))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_each_gradient_alone_equals_its_part_of_all(wanted: tuple[bool, ...], backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(device=device)
+    everything = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+    alone = [x.detach().requires_grad_(want) for x, want in zip((q, k, v), wanted, strict=True)]
+    attention(*alone).sum().backward()
+    for x, want, part in zip(alone, wanted, everything, strict=True):
+        assert torch.equal(x.grad, part) if want else x.grad is None
+
+
+def test_gradient_through_the_log_sum_exp_alone(backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(device=device)
+    got = torch.autograd.grad(attention(q, k, v, return_lse=True)[1].sum(), (q, k))
+    wide = [x.detach().double().requires_grad_() for x in (q, k)]
+    truth = torch.autograd.grad(reference.attention(*wide, v.double(), return_lse=True)[1].sum(), wide)
+    for a, b in zip(got, truth, strict=True):
+        assert_within_budget("lse", a, b.float(), b)
+
+
+def test_same_input_same_bits(backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(b=2, device=device, dtype=torch.bfloat16)
+    seed = torch.tensor([3], device=device)
+
+    def run() -> list[Tensor]:
+        out = attention(q, k, v, causal=True, dropout_p=0.2, seed=seed)
+        return [out, *torch.autograd.grad(out.sum(), (q, k, v))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_dropout_bits_are_those_of_the_reference_for_any_tile(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    t_q, t_k, seed = 70, 90, torch.tensor([987654321987654321], device=device)
+    q = torch.zeros(2, 2, t_q, 128, device=device)  # every weight is 1 / T_k, and v is the identity: the output shows the bits
+    v = torch.eye(t_k, 128, device=device).expand(2, 2, t_k, 128)
+    keep = reference.dropout_keep(seed, (2, 2, t_q, t_k), 0.4)
+    room = sys.modules["tileformer.kernels.attention"]
+    for tile in ((32, 32), (64, 16)):
+        rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], num_warps=4, num_stages=1)]
+        monkeypatch.setattr(room, "tiles_for", lambda *_, rows=rows: rows)
+        out = attention(q, v, v, scale=0.0, dropout_p=0.4, seed=seed)
+        assert torch.equal(out[..., :t_k] > 0, keep)
+    assert abs(keep.float().mean().item() - 0.6) < 4 * math.sqrt(0.24 / keep.numel())
+
+
+def test_seedless_dropout_follows_torchs_generator(backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(device=device)
+    first, second = attention(q, k, v, dropout_p=0.5), attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(0)
+    one = attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(one, attention(q, k, v, dropout_p=0.5)) and not torch.equal(first, second)
+
+
+@EVERY_BACKEND
+def test_dropping_everything_gives_zero(name: str) -> None:
+    q, k, v = _qkv(t_q=8, t_k=8)
+    with use_backend(name):
+        out = attention(q, k, v, dropout_p=1.0)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not out.any() and not any(g.any() for g in gradients)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("sizes", [(0, 2, 4, 5), (2, 2, 0, 5), (2, 2, 4, 0)], ids=str)
+def test_empty_sizes(name: str, sizes: tuple[int, int, int, int]) -> None:
+    b, h, t_q, t_k = sizes
+    q, k, v = _qkv(b, h, t_q, t_k, d=16)
+    with use_backend(name):
+        out, lse = attention(q, k, v, return_lse=True)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.shape == q.shape and lse.shape == q.shape[:3] and not out.any()
+    assert all(not g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_any_scale(scale: float, backend: str, device: torch.device) -> None:
+    q, k, v = (x.detach() for x in _qkv(device=device))
+    truth = reference.attention(q.double(), k.double(), v.double(), scale=scale)
+    assert_within_budget("out", attention(q, k, v, scale=scale), reference.attention(q, k, v, scale=scale), truth)
+
+
+@pytest.mark.parametrize("d", [1, 8, 17, 96, 200])  # one column; below a tensor core's 16; odd; padded to 128; padded to 256
+def test_any_head_size(d: int) -> None:
+    q, k, v = _qkv(h=1, t_q=20, t_k=40, d=d)
+    with use_backend("interpret"):
+        out = attention(q, k, v, causal=True)
+        got = torch.autograd.grad(out.sum(), (q, k, v))
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = reference.attention(*wide, causal=True)
+    truth = torch.autograd.grad(expected.sum(), wide)
+    size = attention_sizes(*(x.detach() for x in wide), expected.detach(), torch.ones_like(expected), causal=True)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), (out, *got), (expected, *truth), strict=True):
+        assert_within_budget(name, a, b.float(), b, size[name])
+
+
+def test_accumulators_are_wider_than_the_input(backend: str, device: torch.device) -> None:
+    """A maximum would not see an accumulator kept in bfloat16; the mean square over 16 key tiles does."""
+    q, k, v = (x.detach() for x in _qkv(h=1, t_q=32, t_k=1024, d=64, dtype=torch.bfloat16, device=device))
+    truth = reference.attention(q.double(), k.double(), v.double())
+    assert rms_ratio(attention(q, k, v), reference.attention(q, k, v), truth) <= 0.75
+
+
+def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from tileformer.kernels import launch
+
+    q, k, v = _qkv()
+    with use_backend("interpret"):
+        expected = attention(q, k, v)
+    room = sys.modules["tileformer.kernels.attention"]
+    rows = [dict(BLOCK_M=m, BLOCK_N=32, num_warps=4, num_stages=1) for m in (64, 32)]
+    monkeypatch.setattr(room, "tiles_for", lambda *_: rows)
+    run = launch._run
+
+    def small_device(kernel, programs, like, args, constexprs):
+        if constexprs.get("BLOCK_M") == 64:
+            raise OutOfResources(200_000, 101_376, "shared memory")
+        run(kernel, programs, like, args, constexprs)
+
+    monkeypatch.setattr(launch, "_run", small_device)
+    monkeypatch.setattr(launch, "_too_big", set())
+    with use_backend("interpret"), pytest.warns(UserWarning, match="does not fit this device"):
+        assert torch.equal(attention(q, k, v), expected)
+    with use_backend("interpret"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # remembered: no second warning
+        assert torch.equal(attention(q, k, v), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 10, 16), (3, 10, 16), (10, 16), (2, 2, 3, 10, 16)], ids=str)
+@pytest.mark.parametrize("masked", ["", "causal", "mask"])
+def test_torchs_signature(shape: tuple[int, ...], masked: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape) for _ in range(3))
+    options = dict(is_causal=masked == "causal", attn_mask=torch.rand(10, 10) > 0.2 if masked == "mask" else None)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), **options)
+    with use_backend("interpret"):
+        out = scaled_dot_product_attention(q, k, v, **options)
+    assert_within_budget("out", out, expected.float(), expected)
+
+
+def test_torchs_signature_with_shared_key_heads() -> None:
+    q, k = torch.randn(1, 4, 10, 16), torch.randn(1, 2, 10, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), k.double(), enable_gqa=True)
+    with use_backend("interpret"):
+        assert_within_budget("out", scaled_dot_product_attention(q, k, k, enable_gqa=True), expected.float(), expected)
+        with pytest.raises(ValueError, match="enable_gqa=True"):
+            scaled_dot_product_attention(q, k, k)
+
+
+_Q, _K = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 6, 8)
+BAD = {
+    "three axes": (dict(q=_Q[0]), ValueError, r"q must be \(B, H, T, D\), got shape \(4, 5, 8\)"),
+    "dtypes": (dict(k=_K.half()), TypeError, "k is torch.float16, q is torch.float32"),
+    "integers": (dict(q=_Q.long(), k=_K.long(), v=_K.long()), TypeError, "q is torch.int64"),
+    "batches": (dict(k=_K.expand(2, 2, 6, 8), v=_K.expand(2, 2, 6, 8)), ValueError, "batch and head size must be equal"),
+    "v shape": (dict(v=_K[:, :, :5]), ValueError, r"v has shape \(1, 2, 5, 8\), k has \(1, 2, 6, 8\)"),
+    "heads": (dict(q=_Q[:, :3]), ValueError, "3 query heads and 2 key heads"),
+    "no heads": (dict(k=_K[:, :0], v=_K[:, :0]), ValueError, "4 query heads and 0 key heads"),
+    "head size": (dict(q=torch.zeros(1, 2, 5, 300), k=torch.zeros(1, 2, 6, 300), v=torch.zeros(1, 2, 6, 300)), ValueError, "head size 300"),
+    "device": (dict(k=_K.to("meta")), ValueError, "k is on meta, q on cpu"),
+    "causal": (dict(causal="lower"), ValueError, "causal='lower'"),
+    "dropout": (dict(dropout_p=1.5), ValueError, "dropout_p=1.5"),
+    "seed": (dict(dropout_p=0.5, seed=torch.zeros(2)), ValueError, "one element"),
+    "mask shape": (dict(mask=torch.zeros(3, 6)), ValueError, r"\(3, 6\) does not broadcast to .* \(1, 4, 5, 6\)"),
+    "mask dtype": (dict(mask=torch.zeros(5, 6, dtype=torch.int32)), TypeError, "mask is torch.int32"),
+    "key mask shape": (dict(key_mask=torch.ones(1, 5, dtype=torch.bool)), ValueError, r"key_mask must be boolean \(1, 6\)"),
+    "key mask dtype": (dict(key_mask=torch.ones(1, 6)), ValueError, "True = a real key, got torch.float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BAD))
+@EVERY_BACKEND
+def test_bad_input_raises_before_anything_runs(name: str, what: str) -> None:
+    changed, error, message = BAD[what]
+    with use_backend(name), pytest.raises(error, match=message):
+        attention(**(dict(q=_Q, k=_K, v=_K) | changed))
+
+
+def test_a_floating_mask_that_wants_a_gradient() -> None:
+    mask = torch.zeros(5, 6, requires_grad=True)
+    with use_backend("interpret"), pytest.raises(NotImplementedError, match="use_backend\\('torch'\\)"):
+        attention(_Q, _K, _K, mask=mask)
+    with use_backend("torch"):
+        attention(_Q + 1, _K + 1, torch.randn(_K.shape), mask=mask).sum().backward()
+    assert mask.grad.any()
+
+
+def test_a_backend_that_cannot_serve_raises() -> None:
+    with use_backend("triton"), pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
+        attention(_Q, _K, _K)
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"), use_backend("cuda"):
+        pass

@@ -1,0 +1,189 @@
+"""How the ops meet PyTorch's machinery: opcheck, gradcheck, func transforms, second derivatives, compile, export, fake CUDA tensors."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tileformer import kernels
+from tileformer.kernels import reference, use_backend
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),  # dynamo
+    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule"),  # vmap
+]
+
+
+@dataclasses.dataclass
+class Op:
+    """An op on small float64 inputs: differentiable tensors, other arguments, and the registered ops behind it."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+    def call(self, namespace: Any = kernels, **more: Any) -> Callable[..., Any]:
+        return lambda *tensors: getattr(namespace, self.name)(**dict(zip(self.tensors, tensors, strict=True)), **self.options, **more)
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        return [x.detach().to(dtype).requires_grad_() for x in self.tensors.values()]
+
+
+def _ops() -> dict[str, Op]:
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    seed = torch.tensor([5])
+    qkv = dict(q=draw(2, 2, 5, 4), k=draw(2, 1, 7, 4), v=draw(2, 1, 7, 4))
+    key_mask = torch.tensor([[True] * 7, [False] + [True] * 4 + [False] * 2])
+    masked = dict(key_mask=key_mask, mask=torch.rand(5, 7, generator=g) > 0.2, causal="bottom_right", dropout_p=0.25, seed=seed)
+    return {
+        "attention": Op("attention", qkv, {}),
+        "attention masked": Op("attention", qkv, masked),
+        "attention with lse": Op("attention", qkv, dict(causal=True, return_lse=True)),
+        "layer_norm": Op("layer_norm", dict(x=draw(3, 5, 6), weight=draw(6), bias=draw(6)), dict(normalized_shape=(6,))),
+        "softmax": Op("softmax", dict(x=draw(2, 3, 4, 6)), dict(scale=0.7, causal="bottom_right", mask=torch.rand(4, 6, generator=g) > 0.2)),
+        "cross_entropy": Op("cross_entropy", dict(logits=draw(4, 6)), dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1)),
+        "dropout": Op("dropout", dict(x=draw(3, 6), residual=draw(3, 6)), dict(p=0.3, seed=seed)),
+    }
+
+
+OPS = _ops()
+every_op = pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op in OPS.items()])
+both = pytest.mark.parametrize("name", ["interpret", "torch"])
+
+
+@every_op
+def test_gradcheck_through_the_kernels(op: Op) -> None:
+    with use_backend("interpret"):  # float scalars reach a kernel as float32: exact to 1e-7, not to float64
+        assert torch.autograd.gradcheck(op.call(), op.inputs(), eps=1e-4, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+def _registered_calls(op: Op) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The registered ops that a forward and backward of `op` call, with their arguments."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.namespace == "tileformer":
+                calls.append((func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
+            return func(*args, **(kwargs or {}))
+
+    with use_backend("interpret"), Listen():
+        outputs = op.call()(*op.inputs(torch.float32))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(x.sum() for x in outputs).backward()
+    return calls
+
+
+@every_op
+def test_opcheck(op: Op) -> None:
+    calls = _registered_calls(op)
+    assert calls, "the interpret backend calls a registered op"
+    for func, args in calls:
+        torch.library.opcheck(func, args)
+
+
+@both
+@every_op
+def test_func_grad_and_vmap_agree_with_autograd(op: Op, name: str) -> None:
+    inputs = [x.detach() for x in op.inputs()]
+
+    def total(*tensors: Tensor) -> Tensor:
+        out = op.call()(*tensors)
+        return sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
+
+    with use_backend(name):
+        leaves = op.inputs()
+        expected = torch.autograd.grad(total(*leaves), leaves)
+        everything = tuple(range(len(inputs)))
+        for a, b in zip(torch.func.grad(total, argnums=everything)(*inputs), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        batch = [torch.stack([x, 2 * x]) for x in inputs]
+        per_sample = torch.func.vmap(torch.func.grad(total, argnums=everything), randomness="same")(*batch)
+        for a, b in zip(per_sample, expected, strict=True):
+            torch.testing.assert_close(a[0], b)
+
+
+@both
+@every_op
+def test_second_derivatives_equal_the_references(op: Op, name: str) -> None:
+    if name == "torch" and {"dropout_p", "p"} & set(op.options):
+        pytest.skip("the torch backend draws other dropout bits than the reference")
+
+    def second(namespace: Any) -> tuple[Tensor, ...]:
+        leaves = op.inputs()
+        out = op.call(namespace)(*leaves)
+        out = sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
+        first = torch.autograd.grad(out, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    with use_backend(name):
+        got = second(kernels)
+    for a, b in zip(got, second(reference), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@both
+@every_op
+def test_compiles_to_one_graph(op: Op, name: str) -> None:
+    inputs = op.inputs(torch.float32)
+    with use_backend(name):
+        expected = op.call()(*inputs)
+        compiled = torch.compile(op.call(), fullgraph=True, backend="aot_eager")(*inputs)
+        pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (compiled, expected)), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b)
+        again = torch.autograd.grad(sum(x.sum() for x in (compiled if isinstance(compiled, tuple) else (compiled,))), inputs)
+        first = torch.autograd.grad(sum(x.sum() for x in (expected if isinstance(expected, tuple) else (expected,))), inputs)
+    for a, b in zip(again, first, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@both
+@every_op
+def test_exports_as_one_program(op: Op, name: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Any:
+            return op.call()(*tensors)
+
+    inputs = tuple(x.detach() for x in op.inputs(torch.float32))
+    with use_backend(name):
+        program = torch.export.export(Module(), inputs, strict=False)
+        torch.testing.assert_close(program.module()(*inputs), op.call()(*inputs))
+
+
+@every_op
+def test_no_device_value_is_read_on_the_host(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors `.item()` raises: the public op, the fakes and the launchers up to the launch itself must do without."""
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=torch.float32 if x.is_floating_point() else x.dtype, device="cuda")
+
+    calls = _registered_calls(op)
+    launched = []
+    with FakeTensorMode(), torch.no_grad(), use_backend("triton"):
+        tensors, options = ({name: fake(x) for name, x in group.items()} for group in (op.tensors, op.options))
+        outputs = getattr(kernels, op.name)(**tensors, **options)
+        assert all(x.is_cuda for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        for func, args in calls:
+            name = func._schema.name.removeprefix("tileformer::")
+            room = next(m for m in list(sys.modules.values()) if m.__name__.startswith("tileformer.kernels.") and hasattr(m, name))
+            with monkeypatch.context() as patch:
+                stub = lambda kernel, grid, like, args, flags, tiles: launched.append(grid(tiles[0]))  # noqa: E731
+                patch.setattr(room, "launch", stub)
+                real = getattr(room, name)(*map(fake, args))
+            shapes = func(*map(fake, args))
+            as_tuple = lambda x: x if isinstance(x, tuple) else (x,)  # noqa: E731
+            for a, b in zip(as_tuple(real), as_tuple(shapes), strict=True):
+                assert a.is_cuda and a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+    assert launched
