@@ -1,0 +1,23 @@
+"""Modules with torch.nn's constructors and state_dict keys on our kernels, and an encoder-decoder built from them."""
+
+from tileformer.decoder.attention import MultiheadAttention
+from tileformer.decoder.cache import KVCache
+from tileformer.decoder.generation import generate
+from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
+from tileformer.decoder.modules import LayerNorm
+from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
+from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
+
+__all__ = [
+    "KVCache",
+    "LayerNorm",
+    "MultiheadAttention",
+    "Seq2Seq",
+    "Seq2SeqConfig",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "generate",
+]

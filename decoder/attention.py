@@ -1,0 +1,253 @@
+"""MultiheadAttention: torch.nn's module on the fused attention kernel."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tileformer.decoder.cache import AttentionCache
+from tileformer.kernels import attention, dropout, softmax
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention``: same constructor, forward signature, parameters and state_dict keys.
+
+    It differs from torch's module where torch's differs from itself. A query that may attend to nothing has attention
+    output and weights 0 (so the module returns ``out_proj``'s bias) in training, in evaluation and with weights;
+    ``out_proj`` is called as a module, so its hooks and adapters run; ``is_causal=True`` is the caller's promise that
+    ``attn_mask`` is the causal mask and is always kept, without reading the mask. Nested tensors are refused.
+    """
+
+    def __init__(
+        self,
+        embed_dim,
+        num_heads,
+        dropout=0.0,
+        bias=True,
+        add_bias_kv=False,
+        add_zero_attn=False,
+        kdim=None,
+        vdim=None,
+        batch_first=False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_heads(embed_dim, num_heads)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        cache: AttentionCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from ``query`` to ``key`` and ``value``; see ``torch.nn.MultiheadAttention.forward``.
+
+        Shapes: query (B, T_q, C), key (B, T_k, kdim), value (B, T_k, vdim) with ``batch_first``, else (T, B, C); all
+        three 2-D without a batch. ``key_padding_mask`` (B, T_k), ``attn_mask`` (T_q, T_k) or (B * H, T_q, T_k), each
+        boolean (True = masked out) or floating (added to the scores). ``cache`` holds earlier keys and values.
+
+        Returns the output, shaped as query, and the weights (B, T_q, T_k), (B, H, T_q, T_k) without averaging, or None.
+
+        Raises ValueError on shapes that do not fit, TypeError on a mask that is neither boolean nor floating or on
+        nested tensors, RuntimeError on ``is_causal`` without a mask (as torch), all before any computation.
+        """
+        self._check(query, key, value, attn_mask, key_padding_mask, cache)
+        if is_causal and attn_mask is None and cache is None:
+            raise RuntimeError(
+                "is_causal=True says that attn_mask is the causal mask, but attn_mask is None: pass it as well, "
+                "e.g. Transformer.generate_square_subsequent_mask(T)"
+            )
+        appends = self.bias_k is not None or self.add_zero_attn
+
+        q, k, v = self._project(query, key, value, cache)
+        causal: bool | str = is_causal and not appends  # every query sees appended keys: only the mask says so
+        mask, key_mask = self._kernel_masks(None if causal else attn_mask, key_padding_mask)
+        if cache is not None and cache.grows:
+            # The newest query sees every key: one query alone needs no mask.
+            causal = "bottom_right" if q.shape[2] > 1 else False
+        if appends:
+            k, v, mask, key_mask = self._append_keys(k, v, mask, key_mask)
+
+        p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            out, weights = self._attend_with_weights(q, k, v, mask, key_mask, causal, p)
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if query.dim() == 3 else weights.squeeze(0)
+        else:
+            out = cast(Tensor, attention(q, k, v, mask=mask, key_mask=key_mask, causal=causal, dropout_p=p))
+        return self.out_proj(self._join_heads(out, query.dim())), weights
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cache: AttentionCache | None,
+    ) -> None:
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise TypeError("nested tensors are not supported: pad them and pass key_padding_mask")
+        if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
+            raise ValueError(
+                "query, key and value must all be 3-D, or all 2-D without a batch, "
+                f"got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D"
+            )
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.shape[-1] != width:
+                raise ValueError(f"{name} has {x.shape[-1]} features in its last axis, this module takes {width}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} differ before their last axis")
+
+        batched = query.dim() == 3
+        time = 1 if batched and self.batch_first else 0
+        B = query.shape[1 - time] if batched else 1
+        T_q, T_k = query.shape[time], key.shape[time]
+        if batched and key.shape[1 - time] != B:
+            raise ValueError(
+                f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in the batch, axis {1 - time}: "
+                f"this module was built with batch_first={self.batch_first}"
+            )
+        if cache is not None:
+            if self.bias_k is not None or self.add_zero_attn:
+                raise NotImplementedError("a cache does not serve add_bias_kv or add_zero_attn, whose keys stand last")
+            T_k = cache.keys_after(B, T_k)
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{name} is {mask.dtype}: pass a boolean mask (True = masked out) or a floating one")
+        one, all_heads = (T_q, T_k), (B * self.num_heads, T_q, T_k)
+        if attn_mask is not None and attn_mask.shape not in (one, all_heads):
+            raise ValueError(
+                f"attn_mask {tuple(attn_mask.shape)} must be (T_q, T_k) {one} or (B * H, T_q, T_k) {all_heads}"
+            )
+        keys = (B, T_k) if batched else (T_k,)
+        if key_padding_mask is not None and key_padding_mask.shape != keys:
+            raise ValueError(f"key_padding_mask {tuple(key_padding_mask.shape)} must be one value a key, {keys}")
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, H, T, D): one GEMM for self-attention, one for queries and one for keys and values otherwise."""
+        C, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            q, k, v = self._split_heads(F.linear(query, weight, bias), 3)
+        else:
+            # split, not slices: its gradient is one concatenation
+            if weight is not None:
+                w_q, *w_kv = weight.split((C, 2 * C) if key is value else (C, C, C))
+            else:
+                w_q, *w_kv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            sizes = (C, 2 * C) if len(w_kv) == 1 else (C, C, C)
+            b_q, *b_kv = (None,) * len(sizes) if bias is None else bias.split(sizes)
+            (q,) = self._split_heads(F.linear(query, w_q, b_q), 1)
+            if cache is not None and cache.written:
+                return q, *cache.read()
+            if len(w_kv) == 1:
+                k, v = self._split_heads(F.linear(key, w_kv[0], b_kv[0]), 2)
+            else:
+                (k,) = self._split_heads(F.linear(key, w_kv[0], b_kv[0]), 1)
+                (v,) = self._split_heads(F.linear(value, w_kv[1], b_kv[1]), 1)
+        if cache is not None:
+            k, v = cache.store(k, v)
+        return q, k, v
+
+    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(..., parts * C) -> ``parts`` views (B, H, T, D), whatever the layout of x."""
+        x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
+        if x.dim() == 4:
+            return tuple(part.transpose(0, 1).unsqueeze(0) for part in x.unbind(-3))
+        if self.batch_first:
+            return tuple(part.transpose(1, 2) for part in x.unbind(-3))
+        return tuple(part.permute(1, 2, 0, 3) for part in x.unbind(-3))
+
+    def _join_heads(self, x: Tensor, dim: int) -> Tensor:
+        """(B, H, T, D) -> the layout of the query, (..., C)."""
+        if dim == 2:
+            return x.squeeze(0).transpose(0, 1).flatten(-2)
+        return (x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
+
+    def _kernel_masks(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """torch's masks (True = masked out) as the kernels read them (True = may attend): inverted, never expanded.
+
+        Returns ``mask``, broadcastable to (B, H, T_q, T_k), and the boolean ``key_mask`` (B, T_k).
+        """
+        mask = attn_mask
+        if mask is not None:
+            if mask.dim() == 3:
+                mask = mask.unflatten(0, (-1, self.num_heads))  # [B, H, T_q, T_k]
+            if mask.dtype == torch.bool:
+                mask = ~mask
+        if key_padding_mask is None:
+            return mask, None
+        if key_padding_mask.dim() == 1:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        if key_padding_mask.dtype == torch.bool:
+            return mask, ~key_padding_mask
+        bias = key_padding_mask[:, None, None, :]  # [B, 1, 1, T_k]
+        if mask is None:
+            return bias, None
+        return (torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias), None
+
+    def _append_keys(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The keys of ``add_bias_kv`` and ``add_zero_attn``, behind the others and open to every query."""
+        B, H, T_k, D = k.shape
+        if self.bias_k is not None and self.bias_v is not None:
+            # .to: under autocast k is narrower than the parameter
+            k = torch.cat([k, self.bias_k.view(1, H, 1, D).expand(B, H, 1, D).to(k.dtype)], dim=2)
+            v = torch.cat([v, self.bias_v.view(1, H, 1, D).expand(B, H, 1, D).to(v.dtype)], dim=2)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        added = (0, k.shape[2] - T_k)
+        if mask is not None:
+            mask = F.pad(mask, added, value=mask.dtype == torch.bool)
+        if key_mask is not None:
+            key_mask = F.pad(key_mask, added, value=True)
+        return k, v, mask, key_mask
+
+    def _attend_with_weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        key_mask: Tensor | None,
+        causal: bool | str,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, H, T_q, D) and weights (B, H, T_q, T_k), which the fused kernel never has in one piece."""
+        if key_mask is not None:
+            # As in the kernel, nothing that stands in a padded key or value may leak.
+            padded = ~key_mask[:, None, :, None]
+            k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
+            keep = key_mask[:, None, None, :]
+            if mask is None:
+                mask = keep
+            else:
+                mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))
+        weights = softmax(q @ k.transpose(-2, -1), scale=self.head_dim**-0.5, mask=mask, causal=causal)
+        if dropout_p > 0.0:
+            weights = dropout(weights, dropout_p)
+        return weights @ v, weights
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Raise ValueError where a model of this width cannot be split into this many heads."""
+    if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+        raise ValueError(
+            f"a width of {embed_dim} cannot be split into {num_heads} heads: the number of heads must divide it"
+        )

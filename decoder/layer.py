@@ -1,0 +1,170 @@
+"""TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's layers on our kernels.
+
+One sublayer is ``x + dropout(block(norm(x)))`` (pre-norm) or ``norm(x + dropout(block(x)))`` (post-norm).
+Source: Vaswani et al. 2017, "Attention Is All You Need"; torch/nn/modules/transformer.py for names and order.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tileformer.decoder.attention import MultiheadAttention, check_heads
+from tileformer.decoder.cache import LayerCache
+from tileformer.decoder.modules import Dropout, LayerNorm
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.LayerNorm: LayerNorm,
+    nn.Dropout: Dropout,
+}
+
+
+def _adopt_children(layer: nn.Module) -> None:
+    """Turn torch's children into ours. The objects stay, so the same seed gives the same weights as torch."""
+    for child in layer.children():
+        if type(child) in _OURS:
+            child.__class__ = _OURS[type(child)]
+
+
+def _drop_and_add(dropout: nn.Module, branch: Tensor, residual: Tensor | None) -> Tensor:
+    """``residual + dropout(branch)``, in one pass where the dropout is ours (a user may have put another there)."""
+    if isinstance(dropout, Dropout):
+        return dropout(branch, residual)
+    return dropout(branch) if residual is None else residual + dropout(branch)
+
+
+def _add_block(block: Callable[..., Tensor], ours: Callable[..., Tensor], residual: Tensor, *args, **kwargs) -> Tensor:
+    """``residual + block(*args)``.
+
+    Our own blocks add inside, in one pass with their dropout; a block that a subclass or a user has put there returns
+    only its branch, after its dropout, as torch's blocks do.
+    """
+    if getattr(block, "__func__", None) is ours:
+        return block(*args, residual=residual, **kwargs)
+    return residual + block(*args, **kwargs)
+
+
+def _attend(attn: nn.Module, x: Tensor, memory: Tensor, attn_mask, key_padding_mask, is_causal, cache=None) -> Tensor:
+    """Output of ``attn``. The cache is only named where there is one: ``attn`` may be a user's module."""
+    options = {} if cache is None else {"cache": cache}
+    masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+    return attn(x, memory, memory, need_weights=False, **masks, **options)[0]
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """``torch.nn.TransformerEncoderLayer``: same constructor, forward signature, parameters and state_dict keys.
+
+    There is one path: no inference fast path and no nested tensors, so training and evaluation agree.
+    """
+
+    # torch.nn.TransformerEncoder asks this before it hands its layers a nested tensor; 0 means "no fast path". A
+    # property, so that it also holds for an object whose class was changed after torch had set the attribute.
+    activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_heads(d_model, nhead)
+        shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
+        super().__init__(*shape, device=device, dtype=dtype)
+        _adopt_children(self)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Encode ``src`` (B, T, C) or (T, B, C), or (T, C); masks as in ``MultiheadAttention.forward``."""
+        ours, x = TransformerEncoderLayer, src
+        masks = (src_mask, src_key_padding_mask)
+        if self.norm_first:
+            x = _add_block(self._sa_block, ours._sa_block, x, self.norm1(x), *masks, is_causal=is_causal)
+            return _add_block(self._ff_block, ours._ff_block, x, self.norm2(x))
+        x = self.norm1(_add_block(self._sa_block, ours._sa_block, x, x, *masks, is_causal=is_causal))
+        return self.norm2(_add_block(self._ff_block, ours._ff_block, x, x))
+
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, residual=None) -> Tensor:
+        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal)
+        return _drop_and_add(self.dropout1, branch, residual)
+
+    def _ff_block(self, x, *, residual=None) -> Tensor:
+        branch = self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return _drop_and_add(self.dropout2, branch, residual)
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """``torch.nn.TransformerDecoderLayer``: same constructor, forward signature, parameters and state_dict keys."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_heads(d_model, nhead)
+        shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
+        super().__init__(*shape, device=device, dtype=dtype)
+        _adopt_children(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Decode ``tgt`` (B, T_q, C) with ``memory`` (B, T_k, C), or (T, B, C), or both without a batch.
+
+        Masks as in ``MultiheadAttention.forward``. With ``cache``, tgt holds only tokens that the cache has not seen.
+        """
+        ours, x = TransformerDecoderLayer, tgt
+        sa = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        mha = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        sa_cache = {} if cache is None else {"cache": cache.self_attn}
+        mha_cache = {} if cache is None else {"cache": cache.cross_attn}
+        if self.norm_first:
+            x = _add_block(self._sa_block, ours._sa_block, x, self.norm1(x), *sa, **sa_cache)
+            x = _add_block(self._mha_block, ours._mha_block, x, self.norm2(x), *mha, **mha_cache)
+            return _add_block(self._ff_block, ours._ff_block, x, self.norm3(x))
+        x = self.norm1(_add_block(self._sa_block, ours._sa_block, x, x, *sa, **sa_cache))
+        x = self.norm2(_add_block(self._mha_block, ours._mha_block, x, x, *mha, **mha_cache))
+        return self.norm3(_add_block(self._ff_block, ours._ff_block, x, x))
+
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, cache=None, residual=None) -> Tensor:
+        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, cache)
+        return _drop_and_add(self.dropout1, branch, residual)
+
+    def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, *, cache=None, residual=None) -> Tensor:
+        branch = _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, cache)
+        return _drop_and_add(self.dropout2, branch, residual)
+
+    def _ff_block(self, x, *, residual=None) -> Tensor:
+        branch = self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return _drop_and_add(self.dropout3, branch, residual)
