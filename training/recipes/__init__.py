@@ -1,0 +1,7 @@
+"""Recipes: one file a task, plain Python over `fit`, each with its measured result in its first lines.
+
+A recipe module has `run(options, device, output)` for `tileformer train` and `lines(path, words, device)` for
+`tileformer generate`.
+"""
+
+RECIPES = ("g2p",)

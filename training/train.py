@@ -1,0 +1,73 @@
+"""Train a recipe from scratch, with checkpoints and an exact resume.
+
+Examples:
+    tileformer train --list
+    tileformer train g2p                        quick start on one core
+    tileformer train g2p --full --device cuda
+    tileformer train g2p --resume               continue the run in runs/g2p after a stop
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tileformer train`."""
+    add = parser.add_argument
+    add("recipe", nargs="?", help="what to train; --list names them")
+    add("--list", action="store_true", help="list the recipes and stop")
+    add("--full", action="store_true", help="train for quality instead of the quick start")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    add("--output", type=Path, metavar="DIR", help="run folder (default runs/RECIPE)")
+    add("--resume", action="store_true", help="continue the run in the output folder")
+    add("--overwrite", action="store_true", help="remove the run in the output folder first")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
+    add("--seed", type=int, default=0, metavar="N", help="weights, order and dropout (default 0)")
+    add("--tokens", type=int, metavar="N", help="token budget instead of the recipe's own")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `args.recipe`: 0 finished, 1 diverged, 130 interrupted. ValueError: wrong arguments or input."""
+    import torch
+
+    from tileformer.training import checkpoint
+    from tileformer.training.recipes import RECIPES
+
+    if args.list:
+        for name in RECIPES:
+            print((importlib.import_module(f"tileformer.training.recipes.{name}").__doc__ or name).splitlines()[0])
+        return 0
+    _check(args, RECIPES, torch.cuda.is_available())
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    output = args.output or Path("runs") / args.recipe
+    torch.set_num_threads(args.threads)
+    recipe = importlib.import_module(f"tileformer.training.recipes.{args.recipe}")
+    if args.resume:
+        checkpoint.latest(output)  # nothing to resume: say so before any data are read
+    if args.overwrite:
+        for path in checkpoint.steps_in(output):
+            checkpoint.discard(path)
+    try:
+        recipe.run(args, device, output)
+    except FloatingPointError as error:
+        print(f"tileformer: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; --resume continues from the last checkpoint in {output}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check(args: argparse.Namespace, recipes: tuple[str, ...], has_cuda: bool) -> None:
+    if args.recipe not in recipes:
+        found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
+        raise ValueError(f"{found}; there is: {', '.join(recipes)}")
+    if args.device == "cuda" and not has_cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    if args.threads < 1 or (args.tokens is not None and args.tokens < 1):
+        raise ValueError(f"--threads and --tokens must be at least 1, got {args.threads} and {args.tokens}")
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues a run and --overwrite removes it: choose one")
