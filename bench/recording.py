@@ -31,7 +31,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # CUDA C++ Programming Guide, "Compute Capabilities"; A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-TENSOR_CORE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+# sm_90 and sm_100 have asynchronous matrix instructions for tiles of 64 rows and more; smaller dots use the older HMMA.
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Binary:
 
     @property
     def uses_tensor_cores(self) -> bool:
-        return TENSOR_CORE[self.arch] in self.sass
+        """Whether any dot became a matrix instruction."""
+        return bool(TENSOR_CORE.search(self.sass))
 
 
 @dataclasses.dataclass(frozen=True)

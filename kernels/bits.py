@@ -21,7 +21,7 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Philox words whose upper 31 bits are at least this are kept: a rate exact to 2**-31 that fits an int32 argument."""
+    """Philox words whose upper 31 bits reach this are kept: a rate exact to 2**-31 that fits an int32 argument."""
     return min(int(p * 2**31), 2**31 - 1)
 
 
@@ -31,7 +31,7 @@ def keep_scale(p: float) -> float:
 
 
 class _Generator(threading.local):
-    """numpy's SFC64, the fastest generator at hand; restarted for every draw, which costs less than making a new one."""
+    """numpy's SFC64, the fastest generator at hand, restarted for every draw: that costs less than making a new one."""
 
     def __init__(self) -> None:
         self.sfc64 = np.random.SFC64(0)
@@ -48,10 +48,10 @@ _generator = _Generator()
 
 
 def fast_keep(seed: Tensor, shape: list[int], p: float, dtype: torch.dtype) -> Tensor:
-    """keep_scale(p) with probability 1 - p (exact to 2**-16), else 0: what the torch backend multiplies with to drop out.
+    """keep_scale(p) with probability 1 - p (exact to 2**-16), else 0: what the torch backend multiplies with.
 
-    The same seed gives the same tensor, but not the bits of the kernels: on the CPU the draw is a tenth of the cost of Philox. On a GPU, where
-    reading the seed would stall the host, it is `reference.dropout_keep`.
+    The same seed gives the same tensor, but on the CPU not the elements that the kernels keep: Philox costs far more
+    there. On a GPU, where reading the seed would stall the host, they are those of `reference.dropout_keep`.
     """
     if seed.is_cuda:
         from tileformer.kernels import reference  # which imports this module

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """"float16" for torch.float16."""
+    """ "float16" for torch.float16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -17,7 +17,9 @@ def floating(op: str, **tensors: Tensor | None) -> None:
     """Raise TypeError unless every tensor given has a real floating dtype."""
     for name, x in tensors.items():
         if x is not None and not x.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating, got {name_of(x.dtype)}: convert it, for example with .float()")
+            raise TypeError(
+                f"{op}: {name} must be floating, got {name_of(x.dtype)}: convert it, for example with .float()"
+            )
 
 
 def same_device(op: str, like: Tensor, **tensors: Tensor | None) -> None:
@@ -27,10 +29,10 @@ def same_device(op: str, like: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {x.device}, the first argument on {like.device}: move one of them")
 
 
-def same_shape(op: str, shape: Sequence[int], **tensors: Tensor | None) -> None:
+def same_shape(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> None:
     """Raise ValueError unless every tensor given has exactly this shape."""
     for name, x in tensors.items():
-        if x is not None and tuple(x.shape) != tuple(shape):
+        if x is not None and x.shape != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}: reshape or expand it")
 
 
@@ -41,13 +43,17 @@ def broadcastable(op: str, shape: Sequence[int], **tensors: Tensor | None) -> No
             continue
         ends = zip(reversed(x.shape), reversed(shape), strict=False)
         if x.dim() > len(shape) or any(a not in (1, b) for a, b in ends):
-            raise ValueError(f"{op}: {name} of shape {tuple(x.shape)} does not expand to {tuple(shape)}: insert or drop axes of size 1")
+            raise ValueError(
+                f"{op}: {name} of shape {tuple(x.shape)} does not expand to {tuple(shape)}: add or drop axes of size 1"
+            )
 
 
 def mask(op: str, shape: Sequence[int], like: Tensor, mask: Tensor | None) -> None:
-    """Raise unless `mask` is boolean (True = kept) or floating (added), expands to `shape` and lies on the device of `like`."""
+    """Raise unless the mask is boolean (True = kept) or floating (added), expands to `shape` and is where `like` is."""
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{op}: mask must be boolean (True = kept) or floating (added), got {name_of(mask.dtype)}: try mask.bool()")
+        raise TypeError(
+            f"{op}: mask must be boolean (True = kept) or floating (added), got {name_of(mask.dtype)}: try .bool()"
+        )
     same_device(op, like, mask=mask)
     broadcastable(op, shape, mask=mask)
 
@@ -55,7 +61,9 @@ def mask(op: str, shape: Sequence[int], like: Tensor, mask: Tensor | None) -> No
 def no_mask_gradient(op: str, mask: Tensor | None, backend: str) -> None:
     """Raise NotImplementedError for a mask that requires a gradient, which the kernels do not compute."""
     if mask is not None and mask.requires_grad:
-        raise NotImplementedError(f"{op}: backend {backend!r} has no gradient for a floating mask: detach it, or use_backend('torch')")
+        raise NotImplementedError(
+            f"{op}: backend {backend!r} has no gradient for a floating mask: detach it, or use_backend('torch')"
+        )
 
 
 def causal(op: str, causal: bool | str) -> None:

@@ -5,11 +5,11 @@ For a row x of V logits with target y, lse = log sum exp(x) and W = sum(w):
     loss = (1 - e) w_y (lse - x_y) + (e / V) (W lse - sum(w x))
     dloss/dx_j = softmax(x)_j ((1 - e) w_y + e W / V) - e w_j / V - (1 - e) w_y [j = y]
 
-The forward reads the logits once, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867); the backward reads
-them once more and keeps nothing but lse. Reductions over rows are left to torch, on the device.
+The forward reads the logits once, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867); the
+backward reads them once more and keeps nothing but lse. Reductions over rows are left to torch, on the device.
 
-An ignored row is not read at all. A target outside [0, V) that is not ignored makes the weight w_y NaN, and with it the loss and the
-gradient; nothing is read out of bounds.
+An ignored row is not read at all. A target outside [0, V) that is not ignored makes the weight w_y NaN, and with it
+the loss and the gradient; nothing is read out of bounds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_TILE = 8192
 
 @triton.jit
 def _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """Of each row: its target, whether it counts, whether it is a class, and its weight (NaN if it counts but is no class)."""
+    """Of each row: its target, whether it counts, whether it is a class, its weight (NaN if it counts and is none)."""
     # [BLOCK_R]
     target = tl.load(target_ptr + rows, mask=rows < R, other=ignore_index)
     counted = (rows < R) & (target != ignore_index)
@@ -45,9 +45,9 @@ def _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT: tl.conste
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, weight_ptr, total_ptr, loss_ptr, lse_ptr, own_ptr, logits_stride, R, V, ignore_index, smoothing,
-    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    logits_ptr, target_ptr, weight_ptr, total_ptr, loss_ptr, lse_ptr, own_ptr, logits_stride, R, V, ignore_index,
+    smoothing, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R:
+    tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: loss, log-sum-exp and w_y of BLOCK_R rows."""
     V = V // ALIGN * ALIGN
@@ -141,7 +141,17 @@ def cross_entropy_fwd(
         _cross_entropy_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]),),
         logits,
-        (logits, target, *_weights(weight, outputs[0].dtype, logits), *outputs, logits.stride(0), r, v, ignore_index, label_smoothing),
+        (
+            logits,
+            target,
+            *_weights(weight, outputs[0].dtype, logits),
+            *outputs,
+            logits.stride(0),
+            r,
+            v,
+            ignore_index,
+            label_smoothing,
+        ),
         dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
         [row_tile(v, MAX_TILE, 2048, 16)],
     )
@@ -157,7 +167,13 @@ def _cross_entropy_fwd_fake(
 
 
 def cross_entropy_bwd(
-    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int, label_smoothing: float
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> Tensor:
     """The gradient of the logits."""
     dlogits = _cross_entropy_bwd_fake(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
@@ -178,7 +194,13 @@ def cross_entropy_bwd(
 
 
 def _cross_entropy_bwd_fake(
-    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int, label_smoothing: float
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -229,7 +251,7 @@ class _CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddlogits):  # type: ignore[override]
         dloss, logits, target, weight = ctx.saved_tensors
-        options = dict(ignore_index=ctx.ignore_index, reduction="none", label_smoothing=ctx.label_smoothing)
+        options = {"ignore_index": ctx.ignore_index, "reduction": "none", "label_smoothing": ctx.label_smoothing}
         (first,), (second,) = second_derivative(
             lambda x: (reference.cross_entropy(x, target, weight=weight, **options),), (logits,), (dloss,), (ddlogits,)
         )
@@ -248,17 +270,17 @@ def cross_entropy(
     """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
 
     Args:
-        logits: (R, V) or (V,) in float16, bfloat16 or float32 (float64 on the CPU's backends); a row must be contiguous, or the
-            tensor is copied once.
-        target: int64 (R,) or (): a class, or ignore_index. Any other value gives a NaN loss on the kernels (torch's own error on the
-            torch and reference backends).
+        logits: (R, V) or (V,) in float16, bfloat16 or float32 (float64 on the CPU's backends); a row must be
+            contiguous, or the tensor is copied once.
+        target: int64 (R,) or (): a class, or ignore_index. Any other value gives a NaN loss on the kernels (torch's
+            own error on the torch and reference backends).
         weight: (V,) class weights, not differentiable.
         ignore_index: rows with this target contribute neither loss nor gradient, whatever their logits hold.
         reduction: "mean" (divided by the weight of the rows that count; NaN if there is none), "sum" or "none".
         label_smoothing: between 0 and 1.
 
     Returns:
-        () or, for "none", like target; in the logits' dtype, under autocast in float32. Rows are summed in float32 or wider.
+        () or, for "none", like target; in the logits' dtype, under autocast in float32. Summed in float32 or wider.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or options that do not fit.
@@ -270,7 +292,12 @@ def cross_entropy(
     backend = choose("cross_entropy", logits)
     if backend == "reference":
         return reference.cross_entropy(
-            logits, target, weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
         )
     autocast = torch.is_autocast_enabled(logits.device.type)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
@@ -293,16 +320,20 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
     checks.same_device("cross_entropy", logits, target=target, weight=weight)
     if target.is_floating_point():
         raise NotImplementedError(
-            "cross_entropy: target holds class probabilities: pass class indices, or use torch.nn.functional.cross_entropy"
+            "cross_entropy: target holds class probabilities: pass class indices, or use torch's cross_entropy"
         )
     if target.dtype != torch.int64:
         raise TypeError(f"cross_entropy: target must be int64, got {checks.name_of(target.dtype)}: try target.long()")
     if logits.dim() not in (1, 2) or logits.shape[-1] == 0:
-        raise ValueError(f"cross_entropy: logits must be (R, V) or (V,), got {tuple(logits.shape)}: try logits.flatten(0, -2)")
+        raise ValueError(
+            f"cross_entropy: logits must be (R, V) or (V,), got {tuple(logits.shape)}: try logits.flatten(0, -2)"
+        )
     checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
     checks.same_shape("cross_entropy", logits.shape[-1:], weight=weight)
     if weight is not None and weight.requires_grad:
-        raise NotImplementedError("cross_entropy: weight requires a gradient, which is not defined here: pass weight.detach()")
+        raise NotImplementedError(
+            "cross_entropy: weight requires a gradient, which is not defined here: pass weight.detach()"
+        )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

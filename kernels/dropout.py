@@ -1,7 +1,8 @@
 """Dropout with an optional residual: y = residual + keep x / (1 - p).
 
-Nothing is stored for the backward but the seed: keep is a function of (seed, row, column), with x seen as rows of its last axis, so
-dx is the same kernel on dy. On the torch backend drawing costs more than storing, and keep / (1 - p) is kept instead.
+Nothing is stored for the backward but the seed: keep is a function of (seed, row, column), with x seen as rows of its
+last axis, so dx is the same kernel on dy. On the torch backend, where drawing costs more than storing, keep / (1 - p)
+is stored.
 """
 
 from __future__ import annotations
@@ -96,18 +97,21 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """residual + drop(x): each element of x is 0 with probability p and else divided by 1 - p. p is applied as given: a module passes 0 in evaluation.
+    """residual + drop(x): each element of x is 0 with probability p and else divided by 1 - p.
 
     Args:
-        x: any shape, float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read through its strides if its leading
-            axes are one evenly strided axis of rows and a row is contiguous; otherwise it is copied once.
+        x: (..., N) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read in place if its
+            rows are contiguous and evenly spaced; otherwise it is copied once.
         p: from 0 (nothing is drawn, and without a residual x itself is returned) to 1 (everything is dropped).
-        seed: int64 tensor with one element on x's device, for reproducible bits; drawn from torch's generator when None.
+            Applied as given: a module passes 0 in evaluation.
+        seed: int64 tensor with one element on x's device, for reproducible bits; drawn from torch's generator when
+            None.
         residual: of x's shape, added after dropping.
 
     Returns:
-        A tensor of x's shape, in x's dtype, or the wider one if the residual has another. The same seed drops the same elements on the
-        triton, interpret and reference backends; the torch backend has its own generator (`bits.fast_keep`).
+        A tensor of x's shape, in x's dtype, or the wider one if the residual has another. The same seed drops the
+        same elements on the triton, interpret and reference backends; the torch backend has its own generator
+        (`bits.fast_keep`).
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or a rate that do not fit.
@@ -118,6 +122,8 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     checks.same_device("dropout", x, residual=residual)
     checks.same_shape("dropout", x.shape, residual=residual)
     checks.rate("dropout", p, seed, x)
+    if x.dim() == 0:
+        raise ValueError("dropout: x has no axis: give it one, for example with x[None]")
     backend = choose("dropout", x)
     if p == 0.0:
         return x if residual is None else residual + x

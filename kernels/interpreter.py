@@ -45,7 +45,7 @@ class _BothNamespaces:
 def _patched() -> Iterator[None]:
     before = [(owner, dict(vars(owner))) for owner in _PATCHED]
     call, options = JITFunction.__call__, stock.interpreter_builder.options
-    repairs = {name: getattr(Builder, name) for name in _REPAIRS}
+    unrepaired = {name: getattr(Builder, name) for name in _REPAIRS if hasattr(Builder, name)}
     # A device function called by a kernel (ours, or tl.sum and its like) is a JITFunction too: run its Python directly.
     JITFunction.__call__ = lambda self, *args, **kwargs: _interpreted(self.fn).rewrite()(*args, **kwargs)
     stock._patch_lang(_BothNamespaces)
@@ -56,8 +56,11 @@ def _patched() -> Iterator[None]:
         yield
     finally:
         JITFunction.__call__, stock.interpreter_builder.options = call, options
-        for name, original in repairs.items():
-            setattr(Builder, name, original)
+        for name in _REPAIRS:
+            if name in unrepaired:
+                setattr(Builder, name, unrepaired[name])
+            else:
+                delattr(Builder, name)
         for owner, names in before:
             for name in set(vars(owner)) - set(names):
                 delattr(owner, name)
@@ -120,6 +123,10 @@ def _dot_exact(self: Any, a: Any, b: Any, d: Any, precision: Any, max_num_imprec
     return _dot(self, _widened(a), _widened(b), d, precision, max_num_imprecise_acc)
 
 
+def _bf16_constant(self: Any, value: float) -> Any:  # the stock builder has none
+    return Handle(_to_bf16_bits(np.array([value], np.float32)), tl.bfloat16)
+
+
 def _rounded_to_tf32(handle: Any) -> Any:
     bits = np.ascontiguousarray(handle.data).view(np.uint32)
     return Handle(((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32), handle.dtype)
@@ -129,5 +136,6 @@ _REPAIRS: dict[str, Any] = {
     "cast_impl": _cast_rounded,
     "create_fp_to_fp": _fp_to_fp_rounded,
     "create_dot": _dot_exact,
+    "get_bf16": _bf16_constant,
     **{name: _computed_in_fp32(name) for name in ("binary_op", "unary_op", "create_fma", "create_rsqrt", "create_erf")},
 }

@@ -1,16 +1,17 @@
 """Layer normalisation over the trailing axes (Ba et al., arXiv:1607.06450).
 
-For a row x of N elements, with sums over the row:
+For a row x of N elements, with means over the row:
 
-    mean = sum(x) / N    rstd = (sum((x - mean)^2) / N + eps)^(-1/2)    xhat = (x - mean) rstd    y = weight xhat + bias
+    mean = mean(x)    rstd = (mean((x - mean)^2) + eps)^(-1/2)    xhat = (x - mean) rstd    y = weight xhat + bias
 
-and with g = weight dy in the backward:
+and in the backward, with g = weight dy:
 
-    dx = rstd (g - sum(g) / N - xhat sum(g xhat) / N)    dweight = sum over rows of dy xhat    dbias = sum over rows of dy
+    dx = rstd (g - mean(g) - xhat mean(g xhat))    dweight = sum over rows of dy xhat    dbias = sum over rows of dy
 
-A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: the forward merges the statistics of
-its tiles (Chan et al., 1979); the backward takes the two sums of a row from a kernel of their own. The sums over rows are kept in registers by
-a fixed number of programs and added up in a fixed order, so the same input gives the same bits.
+A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: the forward
+merges the statistics of its tiles (Chan et al., 1979); the backward takes mean(g) and mean(g xhat) from a kernel of
+their own. The sums over rows are kept in registers by a fixed number of programs and added up in a fixed order: same
+input, same bits.
 """
 
 from __future__ import annotations
@@ -145,7 +146,10 @@ def _layer_norm_bwd_kernel(
     WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) of G x n: columns tile j of every G-th block of rows from the i-th; its part of dweight and dbias to partial (G, 2, N)."""
+    """Program (i, j): tile j of the columns, in every G-th block of rows from the i-th.
+
+    Its parts of dweight and dbias go to partial (G, 2, N).
+    """
     N = N // ALIGN * ALIGN
     dy_stride = dy_stride // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
@@ -204,14 +208,14 @@ def _layer_norm_partial_kernel(
 
 @functools.lru_cache
 def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():  # compiled without being run: any number serves
+        return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _programs(x: Tensor) -> int:
     """How many programs share the rows in the backward: two for each multiprocessor."""
-    if x.is_cuda:
-        return 2 * _multiprocessors(x.device)
-    return 264 if recording() else 3
+    return 2 * _multiprocessors(x.device) if x.is_cuda or recording() else 3
 
 
 def _vector(weight: Tensor | None, absent: Tensor) -> Tensor:
@@ -256,7 +260,9 @@ def layer_norm_bwd(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias; the last two are empty where not needed."""
-    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias)
+    dx, dweight, dbias = _layer_norm_bwd_fake(
+        dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias
+    )
     n = math.prod(normalized_shape)
     x, dy, weight_ = rows_of(x, n), rows_of(dy, n), _vector(weight, x)
     r, whole, partial = x.shape[0], n <= MAX_BWD, need_dweight or need_dbias
@@ -289,18 +295,27 @@ def layer_norm_bwd(
             lambda tile: (cdiv(n, tile["BLOCK_N"]),),
             x,
             (parts, dweight, dbias, programs, n),
-            dict(DWEIGHT=need_dweight, DBIAS=need_dbias, ACC=flags["ACC"]),
-            [dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)],
+            {"DWEIGHT": need_dweight, "DBIAS": need_dbias, "ACC": flags["ACC"]},
+            [{"BLOCK_G": 64, "BLOCK_N": 32, "num_warps": 4}],
         )
     return dx, dweight, dbias
 
 
 def _layer_norm_bwd_fake(
-    dy: Tensor, x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor,
-    need_dweight: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     def like(p: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty(normalized_shape if needed else (0,), dtype=x.dtype if p is None else p.dtype, device=x.device)
+        return torch.empty(
+            normalized_shape if needed else (0,), dtype=x.dtype if p is None else p.dtype, device=x.device
+        )
 
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), like(weight, need_dweight), like(bias, need_dbias)
 
@@ -374,13 +389,17 @@ class _LayerNormBackward(torch.autograd.Function):
 
 
 def layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) axes of x.
 
     Args:
-        x: (..., *normalized_shape) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read through its strides if its
-            leading axes are one evenly strided axis of rows and a row is contiguous; otherwise it is copied once.
+        x: (..., *normalized_shape) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read in
+            place if its rows are contiguous and evenly spaced; otherwise it is copied once.
         normalized_shape: sizes of the trailing axes that make a row.
         weight, bias: of normalized_shape, either or both; any floating dtype, for example float32 beside a bfloat16 x.
         eps: added to the variance.
@@ -393,11 +412,13 @@ def layer_norm(
 
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
     """
-    shape = list(normalized_shape)
+    shape = tuple(normalized_shape)
     checks.floating("layer_norm", x=x, weight=weight, bias=bias)
     checks.same_device("layer_norm", x, weight=weight, bias=bias)
-    if not shape or list(x.shape[-len(shape) :]) != shape:
-        raise ValueError(f"layer_norm: normalized_shape {tuple(shape)} must be the last axes of x, which has shape {tuple(x.shape)}")
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise ValueError(
+            f"layer_norm: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
+        )
     checks.same_shape("layer_norm", shape, weight=weight, bias=bias)
     backend = choose("layer_norm", x)
     if backend == "reference":
@@ -407,8 +428,12 @@ def layer_norm(
     return _LayerNorm.apply(x, shape, weight, bias, eps)[0]
 
 
-def _torch_layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _torch_layer_norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     given = [p for p in (x, weight, bias) if p is not None]
-    wide = functools.reduce(torch.promote_types, [p.dtype for p in given])
-    wide_x, weight, bias = (None if p is None else p.to(wide) for p in (x, weight, bias))  # torch wants one dtype
-    return F.layer_norm(wide_x, shape, weight, bias, eps).to(x.dtype)  # and autocast makes it float32
+    if any(p.dtype != x.dtype for p in given):  # torch wants one dtype: the widest
+        wide = functools.reduce(torch.promote_types, [p.dtype for p in given])
+        weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+        return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, shape, weight, bias, eps).to(x.dtype)  # autocast may have made it float32

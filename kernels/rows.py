@@ -1,4 +1,4 @@
-"""What the launchers of the row kernels (layer_norm, softmax, cross_entropy, dropout) share: rows, their alignment, tiles."""
+"""What the launchers of layer_norm, softmax, cross_entropy and dropout share: rows, their alignment, tiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONG_ROW_TILE = 8192
 
 
 def rows_of(x: Tensor, n: int) -> Tensor:
-    """x as rows (R, n) with a contiguous last axis, which is what the row kernels assume: a view where the strides allow, else a copy."""
+    """x as rows (R, n) with a contiguous last axis, as the kernels want it: a view if possible, else a copy."""
     rows = x.reshape(x.numel() // max(n, 1), n)
     return rows if n == 1 or rows.stride(1) == 1 else rows.contiguous()
 
@@ -25,14 +25,12 @@ def row_flags(n: int, *rows: Tensor) -> dict[str, Any]:
 
     Triton sees divisibility by 16 by itself; with ALIGN, 1000 columns are vector accesses too.
     """
-    return dict(
-        ACC=tl.float64 if rows[0].dtype == torch.float64 else tl.float32, ALIGN=math.gcd(8, n, *(r.stride(0) for r in rows))
-    )
+    acc = tl.float64 if rows[0].dtype == torch.float64 else tl.float32
+    return {"ACC": acc, "ALIGN": math.gcd(8, n, *(r.stride(0) for r in rows))}
 
 
 def row_tile(n: int, limit: int, elements: int, per_thread: int) -> Tile:
     """Whole rows, together `elements` or one longer row; a part of a row if it is longer than `limit`."""
     block = pow2(n) if n <= limit else min(limit, LONG_ROW_TILE)
-    return dict(
-        BLOCK_R=max(1, elements // block), BLOCK_N=block, num_warps=min(32, max(elements, block) // (32 * per_thread))
-    )
+    warps = min(32, max(elements, block) // (32 * per_thread))
+    return {"BLOCK_R": max(1, elements // block), "BLOCK_N": block, "num_warps": warps}

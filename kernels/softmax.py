@@ -1,8 +1,8 @@
 """Softmax over the last axis, with a scale and masks: y = softmax(scale x + mask), and dx = scale y (dy - sum(y dy)).
 
-A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: a running maximum and sum first
-(Milakov and Gimelshein, arXiv:1805.02867), then, from the end that is still in the cache, the result. The backward needs y alone, and y has
-what a second derivative needs too, so neither x nor the mask is kept.
+A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: a running
+maximum and sum first (Milakov and Gimelshein, arXiv:1805.02867), then, from the end that is still in the cache, the
+result. The backward needs y alone, and so does a second derivative: neither x nor the mask is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_BWD = 16384
 @triton.jit
 def _scores(x_ptrs, mask_ptrs, mask_stride, last_seen, in_rows, cols, scale, T_k,
             CAUSAL: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """scale x + mask [rows, cols], -inf where a column is hidden or outside. MASK: 0 none, 1 boolean (uint8), 2 additive."""
+    """scale x + mask [rows, cols], -inf where hidden or outside. MASK: 0 none, 1 boolean (uint8), 2 additive."""
     seen = in_rows[:, None] & (cols < T_k)
     if CAUSAL:
         seen = seen & (cols // 8 * 8 <= last_seen[:, None])  # in eights, so that loads stay vectors
@@ -49,9 +49,9 @@ def _finite_max(m):
 
 
 @triton.jit
-def _inverse_sum(l):
-    """1 / l, and 1 where nothing is seen."""
-    return 1.0 / tl.where(l == 0.0, 1.0, l)
+def _inverse_sum(total):
+    """1 / total, and 1 where nothing is seen."""
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit(do_not_specialize=["R", "H", "T_q", "causal_shift"])
@@ -81,17 +81,17 @@ def _softmax_fwd_kernel(
         tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < T_k))
     else:
         m = tl.full([BLOCK_R], float("-inf"), ACC)
-        l = tl.zeros([BLOCK_R], ACC)
+        total = tl.zeros([BLOCK_R], ACC)
         for start in range(0, T_k, BLOCK_N):
             near = start + cols
             # [BLOCK_R, BLOCK_N]
             s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, near, scale, T_k, CAUSAL, MASK, ACC)
             m_new = tl.maximum(m, tl.max(s, 1))
             top = _finite_max(m_new)
-            l = l * tl.exp(m - top) + tl.sum(tl.exp(s - top[:, None]), 1)
+            total = total * tl.exp(m - top) + tl.sum(tl.exp(s - top[:, None]), 1)
             m = m_new
         top = _finite_max(m)
-        inverse = _inverse_sum(l)
+        inverse = _inverse_sum(total)
         last = (T_k - 1) // BLOCK_N * BLOCK_N
         for back in range(0, T_k, BLOCK_N):  # backwards: the last tiles are still in the cache
             near = last - back + cols
@@ -235,20 +235,22 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
     """softmax(scale * x + mask) over the last axis.
 
     Args:
-        x: (..., T_q, T_k) or (T_k,) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read through its strides if
-            its leading axes are one evenly strided axis of rows and a row is contiguous; otherwise it is copied once.
-        mask: broadcastable to x; boolean (True = kept) or floating (added). Read through its strides up to four axes; with more, one that is
-            broadcast among the first ones is copied.
+        x: (..., T_q, T_k) or (T_k,) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read
+            in place if its rows are contiguous and evenly spaced; otherwise it is copied once.
+        mask: broadcastable to x; boolean (True = kept) or floating (added). Read through its strides; for an x of
+            more than four axes, copied if it is broadcast among the leading ones.
         causal: False, True or "top_left" (row i keeps columns j <= i), or "bottom_right" (j <= i + T_k - T_q).
 
     Returns:
-        A tensor like x, in x's dtype (also under autocast). A row that mask and causal hide entirely is 0 and has no gradient.
+        A tensor like x, in x's dtype (also under autocast). A row that mask and causal hide entirely is 0, without
+        gradient.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit.
         NotImplementedError: for a floating mask that requires a gradient on the triton and interpret backends.
 
-    Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is -inf itself is 0 too, but NaN on the torch backend.
+    Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is itself -inf throughout is 0
+    too, except on the torch backend, where it is NaN as in torch: looking for it would cost a pass.
     """
     checks.floating("softmax", x=x)
     checks.mask("softmax", x.shape, x, mask)
@@ -272,14 +274,16 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | 
     hidden = []
     if causal:
         t_q, t_k = x.shape[-2:]
-        hidden.append(torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(1 + reference.causal_shift(causal, t_q, t_k)))
+        hidden.append(
+            torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(1 + reference.causal_shift(causal, t_q, t_k))
+        )
     if mask is not None and mask.dtype == torch.bool:
         hidden.append(~mask)
     elif mask is not None:
-        scores = scores + mask.to(x.dtype)
         hidden.append(mask == -torch.inf)
+        scores = scores + mask.masked_fill(hidden[-1], 0.0).to(x.dtype)
     if not hidden:
         return scores.softmax(-1).to(x.dtype)  # autocast may have made it float32
     hide = functools.reduce(torch.bitwise_or, hidden)
-    empty = hide.all(-1, keepdim=True)  # not filled: a softmax of -inf alone is NaN, and so is its gradient
+    empty = hide.all(-1, keepdim=True)  # not filled now: a softmax of -inf alone is NaN, and so is its gradient
     return scores.masked_fill(hide & ~empty, -torch.inf).softmax(-1).to(x.dtype).masked_fill(empty, 0.0)

@@ -52,7 +52,8 @@ def _problem(
         **dot_flags(q),
         BLOCK_D=pow2(d, 16),
     )
-    return sides, mask_strides, scalars, flags, "dropout" if p > 0.0 else "mask" if mask is not None else "plain"
+    feature = ("both" if mask is not None else "dropout") if p > 0.0 else "mask" if mask is not None else "plain"
+    return sides, mask_strides, scalars, flags, feature
 
 
 def attention_fwd(

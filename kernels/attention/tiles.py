@@ -1,4 +1,7 @@
-"""Which tile each attention kernel uses: found ahead of time by compiling for every architecture (no spills, shared memory fits)."""
+"""Which tile each attention kernel uses: the largest that compiles without a spill and fits shared memory, found ahead of time.
+
+`tests/test_aot.py` compiles these tables for every architecture. The rows were found for causal attention with a key mask, Triton 3.7.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +9,122 @@ import torch
 
 from tileformer.kernels.launch import INTERPRETED, Tile
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages)
-Row = tuple[int, int, int, int]
+Row = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
+Table = dict[int, dict[str, dict[int, Row]]]  # family of architectures -> feature -> head size up to -> tile
 
 
-def _bucket(head_dim: int) -> int:
-    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, feature: str) -> list[Tile]:
+    """Tiles to try, best first; the last fits any supported device.
 
-
-def _family(arch: int) -> int:
-    """sm_86 and sm_89 share limits, sm_103 is an sm_100, sm_121 an sm_120; a newer architecture takes the newest row."""
-    for family in (120, 100, 90, 86):
-        if arch >= family:
-            return family
-    return 80
-
-
-def tiles_for(table: dict[tuple[int, int, str], list[Row]], arch: int, head_dim: int, dtype: torch.dtype, feature: str) -> list[Tile]:
-    """Tiles to try, best first, for a head size, dtype and feature ("plain", "mask" or "dropout")."""
+    Args:
+        feature: "plain" (with causal and key masks), "mask" (2-D), "dropout" or "both"; float32 has rows of its own.
+    """
     if arch == INTERPRETED:
         rows = [(32, 32, 4, 1)]
     else:
-        kind = "fp32" if dtype == torch.float32 else feature
-        key = (_family(arch), _bucket(head_dim), kind)
-        rows = [table.get(key) or table[(0, *key[1:])], table[(0, 0, kind)]]
+        bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+        rows = [table[_family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
     return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for m, n, w, s in rows]
 
 
-# Family 0 holds what an architecture without a row of its own uses; head size 0 the last resort, which fits 99 KB.
-FORWARD: dict[tuple[int, int, str], Row] = {
-    (0, 64, "plain"): (128, 64, 4, 3),
-    (100, 64, "plain"): (128, 128, 8, 3),
-    (120, 64, "plain"): (128, 64, 8, 2),
-    (0, 64, "mask"): (64, 64, 4, 2),
-    (0, 64, "dropout"): (64, 64, 4, 2),
-    (0, 128, "plain"): (128, 64, 8, 2),
-    (80, 128, "plain"): (128, 64, 8, 3),
-    (90, 128, "plain"): (128, 128, 8, 2),
-    (100, 128, "plain"): (128, 64, 8, 3),
-    (0, 128, "mask"): (64, 64, 8, 2),
-    (0, 128, "dropout"): (64, 64, 8, 2),
-    (0, 256, "plain"): (64, 32, 8, 2),
-    (0, 256, "mask"): (64, 32, 8, 1),
-    (0, 256, "dropout"): (64, 32, 8, 1),
-    (0, 64, "fp32"): (32, 32, 8, 1),
-    (0, 128, "fp32"): (32, 32, 8, 1),
-    (0, 256, "fp32"): (16, 32, 8, 1),
-    (0, 0, "plain"): (16, 16, 4, 1),
-    (0, 0, "mask"): (16, 16, 4, 1),
-    (0, 0, "dropout"): (16, 16, 4, 1),
-    (0, 0, "fp32"): (16, 16, 4, 1),
+def _family(arch: int) -> int:
+    """The table's row for an architecture: sm_86, 89 and 12x share 99 KB of shared memory; a new one takes the nearest below."""
+    if arch in (86, 89) or arch >= 120:
+        return 120
+    return 100 if arch >= 100 else 90 if arch >= 90 else 80
+
+
+_FP32_FORWARD = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
+_FP32_DQ = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
+_FP32_DKDV = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
+
+FORWARD: Table = {
+    80: {
+        "plain": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "mask": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dropout": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "fp32": _FP32_FORWARD,
+    },
+    90: {
+        "plain": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "both": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "fp32": _FP32_FORWARD,
+    },
+    100: {
+        "plain": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "both": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "fp32": _FP32_FORWARD,
+    },
+    120: {
+        "plain": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "mask": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (64, 32, 8, 2)},
+        "dropout": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
+        "fp32": _FP32_FORWARD,
+    },
 }
-BACKWARD_DQ: dict[tuple[int, int, str], Row] = dict(FORWARD)
-BACKWARD_DKDV: dict[tuple[int, int, str], Row] = dict(FORWARD)
+BACKWARD_DQ: Table = {
+    80: {
+        "plain": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "mask": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dropout": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "fp32": _FP32_DQ,
+    },
+    90: {
+        "plain": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "mask": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dropout": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "both": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "fp32": _FP32_DQ,
+    },
+    100: {
+        "plain": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "mask": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "dropout": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "both": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "fp32": _FP32_DQ,
+    },
+    120: {
+        "plain": {64: (128, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+        "mask": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "dropout": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+        "both": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+        "fp32": _FP32_DQ,
+    },
+}
+BACKWARD_DKDV: Table = {
+    80: {
+        "plain": {64: (64, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)},
+        "mask": {64: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "dropout": {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "both": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "fp32": _FP32_DKDV,
+    },
+    90: {
+        "plain": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "mask": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "dropout": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "both": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "fp32": _FP32_DKDV,
+    },
+    100: {
+        "plain": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        "mask": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        "dropout": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        "both": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        "fp32": _FP32_DKDV,
+    },
+    120: {
+        "plain": {64: (32, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)},
+        "mask": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "dropout": {64: (32, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "both": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "fp32": _FP32_DKDV,
+    },
+}

@@ -1,0 +1,121 @@
+"""What only a GPU can show: other devices, streams, threads and CUDA graphs. Skipped, with the reason, where there is none."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tileformer import kernels
+from tileformer.bench.cases import CASES, Case
+from tileformer.kernels import attention, use_backend
+from tileformer.kernels.backend import choose
+
+pytestmark = pytest.mark.gpu
+
+
+def _quick(op: str) -> Case:
+    return next(case for case in CASES if case.op == op and case.quick)
+
+
+def _step(op: str, device: str) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+    """A forward and backward of an op on leaves that live on `device`, and the leaves."""
+    tensors, options = _quick(op).inputs()
+    place = lambda x: x.to(device, torch.float32 if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x  # noqa: E731
+    leaves = {name: place(x).requires_grad_() for name, x in tensors.items()}
+    options = {name: place(x) for name, x in options.items()}
+
+    def run() -> list[Tensor]:
+        out = getattr(kernels, op)(**leaves, **options)
+        out = out[0] if isinstance(out, tuple) else out
+        return [out, *torch.autograd.grad(out.sum(), list(leaves.values()))]
+
+    return run, list(leaves.values())
+
+
+every_op = pytest.mark.parametrize("op", sorted({case.op for case in CASES}))
+
+
+@pytest.mark.gpu(devices=2)
+@every_op
+def test_runs_on_a_device_that_is_not_the_current_one(op: str) -> None:
+    expected, got = _step(op, "cuda:0")[0](), _step(op, "cuda:1")[0]()
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(got, expected, strict=True):
+        assert a.device.index == 1
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0)
+
+
+@every_op
+def test_launches_on_the_current_stream(op: str) -> None:
+    run, leaves = _step(op, "cuda")
+    expected = run()
+    stream = torch.cuda.Stream()
+    kept = [x.detach().clone() for x in leaves]
+    with torch.no_grad():
+        for x in leaves:
+            x.zero_()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a launch on another stream would read the zeros
+        with torch.no_grad():
+            for x, value in zip(leaves, kept, strict=True):
+                x.copy_(value)
+        got = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@every_op
+def test_runs_from_another_thread(op: str) -> None:
+    run, _ = _step(op, "cuda")
+    expected, got = run(), []
+    thread = threading.Thread(target=lambda: got.extend(run()))
+    thread.start()
+    thread.join()
+    assert len(got) == len(expected) and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@every_op
+def test_is_captured_in_a_cuda_graph(op: str) -> None:
+    run, leaves = _step(op, "cuda")
+    expected = run()
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        run()
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        leaves[0].add_(1.0)
+    graph.replay()
+    moved = run()
+    assert all(torch.equal(a, b) for a, b in zip(captured, moved, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(moved, expected, strict=True)) or op == "dropout"
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Element offsets of the last head pass 2**31: an int32 offset would read another head."""
+    b, h, t, d = 1, 270, 65536, 128
+    if torch.cuda.mem_get_info()[0] < 4 * b * h * t * d * 2:
+        pytest.skip("needs 18 GB of free GPU memory")
+    q = torch.zeros(b, h, 64, d, device="cuda", dtype=torch.bfloat16)
+    k = torch.zeros(b, h, t, d, device="cuda", dtype=torch.bfloat16)
+    k[:, -1] = 1.0
+    out = attention(q, k, k)
+    assert torch.equal(out[:, -1], torch.ones_like(out[:, -1])) and not out[:, :-1].any()
+
+
+def test_triton_serves_cuda_tensors_by_default() -> None:
+    with use_backend("auto"):
+        assert choose("attention", torch.empty(1, device="cuda", dtype=torch.bfloat16)) == "triton"
+        assert choose("attention", torch.empty(1, device="cuda", dtype=torch.float64)) == "torch"
+
+
+def test_specialisations_stay_few(gpu_specialisations: Callable[[], list[str]]) -> None:
+    """A cold run of this suite compiles in some ten minutes: at most 120 kernels."""
+    compiled = gpu_specialisations()
+    assert len(compiled) <= 120, f"{len(compiled)} compiled: {compiled}"
