@@ -5,6 +5,7 @@ On a GPU every round is synchronised. Result columns: time, and in the JSON's ex
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,18 +57,24 @@ modes = pytest.mark.parametrize("mode", ["forward", "both"])
 @pytest.mark.parametrize("case", ["plain", "causal", "padded", "masked", "dropout"])
 @pytest.mark.parametrize("provider", ["tileformer", "sdpa"])
 @pytest.mark.benchmark(group="attention")
-def test_attention(benchmark: Any, device: torch.device, dtype: torch.dtype, provider: str, case: str, mode: str) -> None:
+def test_attention(
+    benchmark: Any, device: torch.device, dtype: torch.dtype, provider: str, case: str, mode: str
+) -> None:
     b, h, t, d = (8, 16, 2048, 64) if device.type == "cuda" else (2, 4, 256, 64)
     q, k, v = (torch.randn(b, h, t, d, device=device, dtype=dtype) for _ in range(3))
     key_mask = torch.arange(t, device=device) < torch.linspace(t // 4, t, b, device=device)[:, None]
     mask = (torch.rand(t, t, device=device) > 0.2) if case == "masked" else None
     p = 0.1 if case == "dropout" else 0.0
     if provider == "tileformer":
-        options = dict(mask=mask, causal=case == "causal", key_mask=key_mask if case == "padded" else None, dropout_p=p)
-        call: Call = lambda q, k, v: kernels.attention(q, k, v, **options)  # noqa: E731
+        options: dict[str, Any] = dict(
+            mask=mask, causal=case == "causal", key_mask=key_mask if case == "padded" else None, dropout_p=p
+        )
+        call: Call = functools.partial(kernels.attention, **options)
     else:
         dense = key_mask[:, None, None, :] if case == "padded" else mask
-        call = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense, is_causal=case == "causal", dropout_p=p)  # noqa: E731
+        call = functools.partial(
+            F.scaled_dot_product_attention, attn_mask=dense, is_causal=case == "causal", dropout_p=p
+        )
     flops = 4 * b * h * t * t * d * (3.5 if mode == "both" else 1) / (2 if case == "causal" else 1)
     _measure(benchmark, mode, call, [q, k, v], device, flops=flops)
 
@@ -76,20 +83,31 @@ def test_attention(benchmark: Any, device: torch.device, dtype: torch.dtype, pro
 @pytest.mark.parametrize("width", [512, 1024, 4096])
 @pytest.mark.parametrize("provider", ["tileformer", "torch"])
 @pytest.mark.benchmark(group="layer_norm")
-def test_layer_norm(benchmark: Any, device: torch.device, dtype: torch.dtype, provider: str, width: int, mode: str) -> None:
+def test_layer_norm(
+    benchmark: Any, device: torch.device, dtype: torch.dtype, provider: str, width: int, mode: str
+) -> None:
     rows = 16384 if device.type == "cuda" else 1024
     x, weight, bias = torch.randn(rows, width), torch.randn(width), torch.randn(width)
     namespace: Any = kernels if provider == "tileformer" else F
     call = lambda x, w, b: namespace.layer_norm(x, (width,), w, b)  # noqa: E731
     inputs = [t.to(device, dtype) for t in (x, weight, bias)]
-    _measure(benchmark, mode, call, inputs, device, bytes=rows * width * inputs[0].element_size() * (5 if mode == "both" else 2))
+    _measure(
+        benchmark,
+        mode,
+        call,
+        inputs,
+        device,
+        bytes=rows * width * inputs[0].element_size() * (5 if mode == "both" else 2),
+    )
 
 
 @modes
 @pytest.mark.parametrize("width", [1024, 4096, 32768])
 @pytest.mark.parametrize("provider", ["tileformer", "torch"])
 @pytest.mark.benchmark(group="softmax")
-def test_softmax(benchmark: Any, device: torch.device, dtype: torch.dtype, provider: str, width: int, mode: str) -> None:
+def test_softmax(
+    benchmark: Any, device: torch.device, dtype: torch.dtype, provider: str, width: int, mode: str
+) -> None:
     rows = 8192 if device.type == "cuda" else 128
     x = torch.randn(rows, width, device=device, dtype=dtype)
     call: Call = kernels.softmax if provider == "tileformer" else lambda x: torch.softmax(x, -1)  # type: ignore[assignment]

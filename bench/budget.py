@@ -26,7 +26,10 @@ def over_budget(got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float)
     dtype = got.dtype
     got, eager, truth = (x.detach().double().cpu() for x in (got, eager, truth))
     finite = truth.isfinite()
-    if not (torch.equal(got[~finite].nan_to_num(nan=0.5), truth[~finite].nan_to_num(nan=0.5)) and got[finite].isfinite().all()):
+    if not (
+        torch.equal(got[~finite].nan_to_num(nan=0.5), truth[~finite].nan_to_num(nan=0.5))
+        and got[finite].isfinite().all()
+    ):
         return float("inf")
     error = (got - truth)[finite].abs()
     if error.numel() == 0 or error.max() == 0.0:
@@ -34,10 +37,16 @@ def over_budget(got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float)
     yardstick = (torch.where(eager.isfinite(), eager, truth) - truth)[finite].abs().max()
     factor = 1 if dtype in (torch.float16, torch.bfloat16) else 8
     size = torch.as_tensor(size, dtype=torch.float64).cpu().expand(truth.shape)[finite]
-    return float((error / (2 * yardstick + factor * torch.finfo(dtype).eps * size).clamp_min(torch.finfo(torch.float64).tiny)).max())
+    return float(
+        (
+            error / (2 * yardstick + factor * torch.finfo(dtype).eps * size).clamp_min(torch.finfo(torch.float64).tiny)
+        ).max()
+    )
 
 
-def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float | None = None) -> None:
+def assert_within_budget(
+    name: str, got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float | None = None
+) -> None:
     """AssertionError if an error is larger than its budget. `size` is max|truth| when not given."""
     if size is None:
         size = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 0.0
@@ -57,7 +66,6 @@ def attention_sizes(
     identity = torch.eye(t_k, dtype=q.dtype, device=q.device).expand(b, h_kv, t_k, t_k)
     dropped = reference.attention(q, k, identity, **options)
     weights = reference.attention(q, k, identity, **(options | dict(dropout_p=0.0)))
-    assert isinstance(dropped, Tensor) and isinstance(weights, Tensor)
     scale = abs(options.get("scale") or d**-0.5)
     key, value = (x.abs().repeat_interleave(h // h_kv, 1) for x in (k, v))
     delta = (out * dout).abs().sum(-1, keepdim=True) + (0 if dlse is None else dlse.abs()[..., None])

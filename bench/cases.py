@@ -56,7 +56,9 @@ def attention_call(
     def build(generator: Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
         b, h, h_kv, t_q, t_k, d = shape
         tensors = dict(
-            q=_normal(generator, b, h, t_q, d), k=_normal(generator, b, h_kv, t_k, d), v=_normal(generator, b, h_kv, t_k, d)
+            q=_normal(generator, b, h, t_q, d),
+            k=_normal(generator, b, h_kv, t_k, d),
+            v=_normal(generator, b, h_kv, t_k, d),
         )
         if heads_last:
             tensors = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
@@ -69,7 +71,9 @@ def attention_call(
         if mask == "additive":
             more["mask"] = _normal(generator, b, 1, t_q, t_k)
         if mask == "columns":
-            more["mask"] = _normal(generator, h, 1, t_k).masked_fill(torch.rand(h, 1, t_k, generator=generator) < 0.2, -torch.inf)
+            more["mask"] = _normal(generator, h, 1, t_k).masked_fill(
+                torch.rand(h, 1, t_k, generator=generator) < 0.2, -torch.inf
+            )
         if padding:
             more["key_mask"] = _padding(padding, b, t_k)
         if "dropout_p" in options:
@@ -79,9 +83,7 @@ def attention_call(
     return build
 
 
-def row_call(
-    *shape: int, params: tuple[str, ...] = (), mask: str = "", name: str = "x", **options: Any
-) -> Build:
+def row_call(*shape: int, params: tuple[str, ...] = (), mask: str = "", name: str = "x", **options: Any) -> Build:
     """A call on rows of `shape`; `params` are further differentiable tensors of one row ("residual": of `shape`)."""
 
     def build(generator: Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -117,36 +119,186 @@ def class_call(rows: int, classes: int, *, weighted: bool = False, ignored: int 
 
 HALF = ("bf16", "fp16")
 CASES = [
-    Case("attention", "plain", "whole tiles, no restriction", attention_call((1, 2, 2, 64, 64, 64), lse=False), quick=True),
-    Case("attention", "causal", "ragged tiles; B, T, H, D views", attention_call((1, 2, 2, 70, 70, 64), causal=True, heads_last=True), quick=True),
-    Case("attention", "cross padded", "T_q < T_k, a batch without a key", attention_call((3, 2, 2, 40, 70, 64), padding="none"), quick=True),
-    Case("attention", "causal padded left", "keys start late", attention_call((2, 2, 2, 70, 70, 64), causal=True, padding="left"), dtypes=("bf16",)),
-    Case("attention", "holes", "padding inside the range", attention_call((2, 1, 1, 33, 97, 64), padding="holes"), dtypes=("bf16",)),
-    Case("attention", "bottom right", "cached prefix: T_q < T_k", attention_call((1, 2, 1, 33, 100, 64), causal="bottom_right"), dtypes=("bf16",)),
-    Case("attention", "no keys in sight", "T_q > T_k, bottom right: rows without a key", attention_call((1, 2, 2, 90, 40, 64), causal="bottom_right"), dtypes=("bf16",)),
-    Case("attention", "boolean mask", "broadcast over B and H, an empty row", attention_call((2, 2, 2, 50, 70, 64), mask="boolean"), dtypes=HALF),
-    Case("attention", "additive mask", "broadcast over H", attention_call((2, 2, 2, 50, 70, 64), mask="additive"), dtypes=("bf16", "fp32")),
-    Case("attention", "column bias", "broadcast over B and T_q, with -inf", attention_call((2, 2, 2, 50, 70, 64), mask="columns", causal=True), dtypes=("bf16",)),
-    Case("attention", "dropout", "ragged tiles", attention_call((1, 2, 2, 50, 70, 64), dropout_p=0.3), dtypes=HALF, quick=True),
-    Case("attention", "everything", "all masks, dropout, shared key heads", attention_call((2, 2, 1, 40, 75, 64), mask="additive", padding="right", causal="bottom_right", dropout_p=0.1, heads_last=True), quick=True),
-    Case("attention", "one query", "a decoding step, many key tiles", attention_call((2, 2, 1, 1, 200, 64), padding="right"), dtypes=("bf16",)),
-    Case("attention", "one of each", "the smallest call: exact cancellation in dq", attention_call((1, 1, 1, 1, 1, 1)), dtypes=("fp32", "bf16")),
-    Case("attention", "head size 40", "not a power of two", attention_call((1, 2, 1, 40, 50, 40), causal=True, scale=0.3), dtypes=("bf16", "fp32")),
-    Case("attention", "head size 128", "the other common size", attention_call((1, 1, 1, 40, 70, 128), causal=True, padding="right"), dtypes=("bf16",)),
-    Case("attention", "head size 256", "the largest", attention_call((1, 1, 1, 33, 40, 256), causal=True), dtypes=("bf16", "fp32")),
-    Case("layer_norm", "model width", "a power of two", row_call(37, 128, params=("weight", "bias"), normalized_shape=(128,)), quick=True),
-    Case("layer_norm", "ragged", "not a multiple of 8; weight only", row_call(3, 5, 99, params=("weight",), normalized_shape=(99,))),
+    Case(
+        "attention",
+        "plain",
+        "whole tiles, no restriction",
+        attention_call((1, 2, 2, 64, 64, 64), lse=False),
+        quick=True,
+    ),
+    Case(
+        "attention",
+        "causal",
+        "ragged tiles; B, T, H, D views",
+        attention_call((1, 2, 2, 70, 70, 64), causal=True, heads_last=True),
+        quick=True,
+    ),
+    Case(
+        "attention",
+        "cross padded",
+        "T_q < T_k, a batch without a key",
+        attention_call((3, 2, 2, 40, 70, 64), padding="none"),
+        quick=True,
+    ),
+    Case(
+        "attention",
+        "causal padded left",
+        "keys start late",
+        attention_call((2, 2, 2, 70, 70, 64), causal=True, padding="left"),
+        dtypes=("bf16",),
+    ),
+    Case(
+        "attention",
+        "holes",
+        "padding inside the range",
+        attention_call((2, 1, 1, 33, 97, 64), padding="holes"),
+        dtypes=("bf16",),
+    ),
+    Case(
+        "attention",
+        "bottom right",
+        "cached prefix: T_q < T_k",
+        attention_call((1, 2, 1, 33, 100, 64), causal="bottom_right"),
+        dtypes=("bf16",),
+    ),
+    Case(
+        "attention",
+        "no keys in sight",
+        "T_q > T_k, bottom right: rows without a key",
+        attention_call((1, 2, 2, 90, 40, 64), causal="bottom_right"),
+        dtypes=("bf16",),
+    ),
+    Case(
+        "attention",
+        "boolean mask",
+        "broadcast over B and H, an empty row",
+        attention_call((2, 2, 2, 50, 70, 64), mask="boolean"),
+        dtypes=HALF,
+    ),
+    Case(
+        "attention",
+        "additive mask",
+        "broadcast over H",
+        attention_call((2, 2, 2, 50, 70, 64), mask="additive"),
+        dtypes=("bf16", "fp32"),
+    ),
+    Case(
+        "attention",
+        "column bias",
+        "broadcast over B and T_q, with -inf",
+        attention_call((2, 2, 2, 50, 70, 64), mask="columns", causal=True),
+        dtypes=("bf16",),
+    ),
+    Case(
+        "attention",
+        "dropout",
+        "ragged tiles",
+        attention_call((1, 2, 2, 50, 70, 64), dropout_p=0.3),
+        dtypes=HALF,
+        quick=True,
+    ),
+    Case(
+        "attention",
+        "everything",
+        "all masks, dropout, shared key heads",
+        attention_call(
+            (2, 2, 1, 40, 75, 64),
+            mask="additive",
+            padding="right",
+            causal="bottom_right",
+            dropout_p=0.1,
+            heads_last=True,
+        ),
+        quick=True,
+    ),
+    Case(
+        "attention",
+        "one query",
+        "a decoding step, many key tiles",
+        attention_call((2, 2, 1, 1, 200, 64), padding="right"),
+        dtypes=("bf16",),
+    ),
+    Case(
+        "attention",
+        "one of each",
+        "the smallest call: exact cancellation in dq",
+        attention_call((1, 1, 1, 1, 1, 1)),
+        dtypes=("fp32", "bf16"),
+    ),
+    Case(
+        "attention",
+        "head size 40",
+        "not a power of two",
+        attention_call((1, 2, 1, 40, 50, 40), causal=True, scale=0.3),
+        dtypes=("bf16", "fp32"),
+    ),
+    Case(
+        "attention",
+        "head size 128",
+        "the other common size",
+        attention_call((1, 1, 1, 40, 70, 128), causal=True, padding="right"),
+        dtypes=("bf16",),
+    ),
+    Case(
+        "attention",
+        "head size 256",
+        "the largest",
+        attention_call((1, 1, 1, 33, 40, 256), causal=True),
+        dtypes=("bf16", "fp32"),
+    ),
+    Case(
+        "layer_norm",
+        "model width",
+        "a power of two",
+        row_call(37, 128, params=("weight", "bias"), normalized_shape=(128,)),
+        quick=True,
+    ),
+    Case(
+        "layer_norm",
+        "ragged",
+        "not a multiple of 8; weight only",
+        row_call(3, 5, 99, params=("weight",), normalized_shape=(99,)),
+    ),
     Case("layer_norm", "two axes", "no weight", row_call(6, 4, 24, normalized_shape=(4, 24)), dtypes=("fp32", "bf16")),
-    Case("layer_norm", "wide", "many elements a thread", row_call(5, 4096, params=("weight", "bias"), normalized_shape=(4096,)), dtypes=("bf16",)),
+    Case(
+        "layer_norm",
+        "wide",
+        "many elements a thread",
+        row_call(5, 4096, params=("weight", "bias"), normalized_shape=(4096,)),
+        dtypes=("bf16",),
+    ),
     Case("softmax", "plain", "a power of two", row_call(30, 64), quick=True),
     Case("softmax", "causal ragged", "T_q != T_k", row_call(2, 3, 20, 37, causal=True, scale=0.2)),
     Case("softmax", "boolean mask", "an empty row", row_call(2, 3, 20, 37, mask="boolean"), dtypes=("fp32", "bf16")),
-    Case("softmax", "additive mask", "broadcast over the first axes", row_call(2, 3, 20, 37, mask="additive"), dtypes=("fp32", "bf16")),
+    Case(
+        "softmax",
+        "additive mask",
+        "broadcast over the first axes",
+        row_call(2, 3, 20, 37, mask="additive"),
+        dtypes=("fp32", "bf16"),
+    ),
     Case("softmax", "wide", "a vocabulary", row_call(3, 5000), dtypes=("fp32", "bf16")),
     Case("cross_entropy", "mean", "ragged, ignored rows", class_call(33, 41, ignored=5), quick=True),
-    Case("cross_entropy", "all options", "smoothing, class weights", class_call(33, 41, ignored=5, weighted=True, label_smoothing=0.1)),
-    Case("cross_entropy", "none", "one loss a row", class_call(20, 128, reduction="none", label_smoothing=0.2), dtypes=("fp32", "bf16")),
-    Case("cross_entropy", "sum, wide", "several blocks of classes", class_call(4, 33000, reduction="sum"), dtypes=("fp32", "bf16")),
+    Case(
+        "cross_entropy",
+        "all options",
+        "smoothing, class weights",
+        class_call(33, 41, ignored=5, weighted=True, label_smoothing=0.1),
+    ),
+    Case(
+        "cross_entropy",
+        "none",
+        "one loss a row",
+        class_call(20, 128, reduction="none", label_smoothing=0.2),
+        dtypes=("fp32", "bf16"),
+    ),
+    Case(
+        "cross_entropy",
+        "sum, wide",
+        "several blocks of classes",
+        class_call(4, 33000, reduction="sum"),
+        dtypes=("fp32", "bf16"),
+    ),
     Case("dropout", "residual", "ragged rows", row_call(3, 7, 99, params=("residual",), p=0.3), quick=True),
     Case("dropout", "alone", "a power of two", row_call(20, 128, p=0.1), dtypes=("bf16",)),
-]  # fmt: skip
+]

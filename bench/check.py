@@ -22,7 +22,9 @@ from tileformer.kernels.backend import BACKENDS
 from tileformer.kernels.info import require_device
 
 
-def results(namespace: Any, case: Case, dtype: torch.dtype, device: torch.device, rounded: torch.dtype) -> dict[str, Tensor]:
+def results(
+    namespace: Any, case: Case, dtype: torch.dtype, device: torch.device, rounded: torch.dtype
+) -> dict[str, Tensor]:
     """Outputs and gradients of a case, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`."""
     tensors, options = case.inputs()
     cast = lambda x: x.to(rounded).to(device, dtype) if x.is_floating_point() else x.to(device)  # noqa: E731
@@ -37,18 +39,24 @@ def results(namespace: Any, case: Case, dtype: torch.dtype, device: torch.device
     total = sum((x * given[name].to(x.dtype)).sum() for name, x in seen.items())
     gradients = torch.autograd.grad(total, list(leaves.values()))
     named = {name: x.detach() for name, x in named.items()}
-    return named | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)} | {f"given {n}": g for n, g in given.items()}
+    return (
+        named
+        | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+        | {f"given {n}": g for n, g in given.items()}
+    )
 
 
-def sizes(case: Case, truth: dict[str, Tensor], rounded: torch.dtype) -> dict[str, Tensor | float]:
+def sizes(case: Case, truth: dict[str, Tensor], rounded: torch.dtype) -> dict[str, Any]:
     """For each result, the sum of the absolute values of what is added up (bench/budget.py)."""
     tensors, options = case.inputs()
     wide = lambda x: x.to(rounded).double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
     tensors, options = {n: wide(x) for n, x in tensors.items()}, {n: wide(x) for n, x in options.items()}
     if case.op == "attention":
-        return attention_sizes(**tensors, out=truth["out"], dout=truth["given out"], dlse=truth.get("given lse"), **options)
+        return attention_sizes(
+            **tensors, out=truth["out"], dout=truth["given out"], dlse=truth.get("given lse"), **options
+        )
     top = lambda x: float(x.abs().max())  # noqa: E731
-    size: dict[str, Tensor | float] = {name: top(x) for name, x in truth.items()}
+    size: dict[str, Any] = {name: top(x) for name, x in truth.items()}
     given = truth["given out"].abs()
     if case.op == "layer_norm":
         axes = tuple(range(-len(options["normalized_shape"]), 0))
@@ -59,7 +67,9 @@ def sizes(case: Case, truth: dict[str, Tensor], rounded: torch.dtype) -> dict[st
         for name in ("dweight", "dbias"):
             size[name] = float(given.flatten(0, -2).sum(0).max()) * (top(truth["out"]) if name == "dweight" else 1.0)
     if case.op == "softmax":
-        size["dx"] = abs(options.get("scale", 1.0)) * truth["out"] * (given + (truth["out"] * given).sum(-1, keepdim=True))
+        size["dx"] = (
+            abs(options.get("scale", 1.0)) * truth["out"] * (given + (truth["out"] * given).sum(-1, keepdim=True))
+        )
     if case.op == "cross_entropy":
         size["out"] = top(truth["out"]) + top(tensors["logits"])
     return size
@@ -81,17 +91,27 @@ def judge(case: Case, dtype_name: str, backend: str, device: torch.device) -> di
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer check`."""
-    parser.add_argument("--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)")
-    parser.add_argument("--op", action="append", choices=sorted({case.op for case in CASES}), help="only this op (repeatable)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)"
+    )
+    parser.add_argument(
+        "--op", action="append", choices=sorted({case.op for case in CASES}), help="only this op (repeatable)"
+    )
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
-    parser.add_argument("--backend", choices=[b for b in BACKENDS if b != "auto"], help="default: triton on a GPU, interpret elsewhere")
+    parser.add_argument(
+        "--backend", choices=[b for b in BACKENDS if b != "auto"], help="default: triton on a GPU, interpret elsewhere"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE ('-': to standard output instead of the table)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write every figure to FILE ('-': to standard output instead of the table)"
+    )
     parser.add_argument(
         "--compile-only", action="store_true",
         help="compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's cache for one",
     )  # fmt: skip
-    parser.add_argument("--arch", type=int, nargs="+", metavar="CC", help="with --compile-only: 80 86 89 90 100 120 (default: all)")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", metavar="CC", help="with --compile-only: 80 86 89 90 100 120 (default: all)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -108,13 +128,33 @@ def main(args: argparse.Namespace) -> int:
         print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{_HEADER}")
     for n, (case, dtype) in enumerate(calls, 1):
         if sys.stderr.isatty():
-            print(f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}", end="\r", file=sys.stderr)
+            print(
+                f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
+                end="\r",
+                file=sys.stderr,
+            )
         ratios = judge(case, dtype, backend, device)
-        rows.append(dict(op=case.op, case=case.name, dtype=dtype, reason=case.reason, over_budget=ratios, passed=max(ratios.values()) <= 1.0))
+        rows.append(
+            dict(
+                op=case.op,
+                case=case.name,
+                dtype=dtype,
+                reason=case.reason,
+                over_budget=ratios,
+                passed=max(ratios.values()) <= 1.0,
+            )
+        )
         if args.json != "-":
             print(_line(rows[-1]), flush=True)
     failed = sum(not row["passed"] for row in rows)
-    report = dict(backend=backend, device=str(device), torch=torch.__version__, passed=len(rows) - failed, failed=failed, calls=rows)
+    report = dict(
+        backend=backend,
+        device=str(device),
+        torch=torch.__version__,
+        passed=len(rows) - failed,
+        failed=failed,
+        calls=rows,
+    )
     if args.json == "-":
         print(json.dumps(report, indent=1))
     else:

@@ -50,12 +50,23 @@ def _row_matrix() -> Iterator[Case]:
     for width in (128, 1024, 4096, 16384):
         both = ("bf16", "fp32")
         affine = row_call(64, width, params=("weight", "bias"), normalized_shape=(width,))
-        yield Case("layer_norm", f"N {width}", "warps and rows table", affine, quick=width == 1024, dtypes=both[: 1 if width == 1024 else 2])
+        yield Case(
+            "layer_norm",
+            f"N {width}",
+            "warps and rows table",
+            affine,
+            quick=width == 1024,
+            dtypes=both[: 1 if width == 1024 else 2],
+        )
         yield Case("softmax", f"N {width}", "warps table", row_call(64, width), quick=width == 1024, dtypes=("bf16",))
-        yield Case("dropout", f"N {width}", "warps table", row_call(64, width, params=("residual",), p=0.1), dtypes=("bf16",))
+        yield Case(
+            "dropout", f"N {width}", "warps table", row_call(64, width, params=("residual",), p=0.1), dtypes=("bf16",)
+        )
     for classes in (4096, 32000, 131072):
         build = class_call(8, classes, weighted=True, label_smoothing=0.1)
-        yield Case("cross_entropy", f"V {classes}", "blocks of classes", build, quick=classes == 32000, dtypes=("bf16",))
+        yield Case(
+            "cross_entropy", f"V {classes}", "blocks of classes", build, quick=classes == 32000, dtypes=("bf16",)
+        )
 
 
 MATRIX = [*_attention_matrix(), *_row_matrix()]

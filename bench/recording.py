@@ -89,7 +89,10 @@ class _Utils:
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return dict(
-            max_shared_mem=SHARED[self.arch], multiprocessor_count=MULTIPROCESSORS[self.arch], warpSize=32, max_num_regs=65536
+            max_shared_mem=SHARED[self.arch],
+            multiprocessor_count=MULTIPROCESSORS[self.arch],
+            warpSize=32,
+            max_num_regs=65536,
         )
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[object, Binary, int, int, int]:

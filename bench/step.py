@@ -102,12 +102,17 @@ def compare(device: torch.device, bf16: bool, threads: int, rounds: int, size: i
 
 def report(device: torch.device, threads: list[int], rounds: int) -> list[dict[str, Any]]:
     """Print and return a row for each precision and number of threads."""
-    print(f"one training step, width {CONFIG.d_model}, 3 + 3 layers, batch 128, dropout {CONFIG.dropout}, median of {rounds} rounds")
+    print(
+        f"one training step, width {CONFIG.d_model}, 3 + 3 layers, batch 128, dropout {CONFIG.dropout}, median of {rounds} rounds"
+    )
     print(f"{'precision':<9} {'threads':>7} {'torch.nn ms':>11} {'tileformer ms':>13} {'speed-up':>8}")
     rows = []
     for bf16 in (False, True):
         for count in threads:
             row = compare(device, bf16, count, rounds)
             rows.append(row)
-            print(f"{row['precision']:<9} {count:>7} {row['torch_nn_ms']:>11.1f} {row['tileformer_ms']:>13.1f} {row['speedup']:>7.2f}x", flush=True)
+            print(
+                f"{row['precision']:<9} {count:>7} {row['torch_nn_ms']:>11.1f} {row['tileformer_ms']:>13.1f} {row['speedup']:>7.2f}x",
+                flush=True,
+            )
     return rows

@@ -81,7 +81,9 @@ def choose(op: str, x: Tensor) -> str:
                 f"{op}: backend 'triton' takes float16, bfloat16 or float32, got {_short(x.dtype)}: use_backend('torch')"
             )
     if name == "interpret" and x.device.type != "cpu":
-        raise ValueError(f"{op}: backend 'interpret' needs CPU tensors, got {x.device.type}: move them, or use 'triton'")
+        raise ValueError(
+            f"{op}: backend 'interpret' needs CPU tensors, got {x.device.type}: move them, or use 'triton'"
+        )
     return name
 
 
@@ -91,7 +93,9 @@ _warned: set[int] = set()
 def _warn_old_arch(arch: int) -> None:
     if arch not in _warned:
         _warned.add(arch)
-        warnings.warn(f"sm_{arch} is older than sm_{OLDEST_ARCH}: tileformer uses the torch backend there", stacklevel=4)
+        warnings.warn(
+            f"sm_{arch} is older than sm_{OLDEST_ARCH}: tileformer uses the torch backend there", stacklevel=4
+        )
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -30,17 +30,22 @@ MAX_TILE = 8192
 
 
 @triton.jit
-def _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """Of each row: its target, whether it counts, whether it is a class, its weight (NaN if it counts and is none)."""
+def _targets(target_ptr, rows, R, ignore_index):
+    """The target of each row, and whether the row counts."""
     # [BLOCK_R]
     target = tl.load(target_ptr + rows, mask=rows < R, other=ignore_index)
-    counted = (rows < R) & (target != ignore_index)
+    return target, (rows < R) & (target != ignore_index)
+
+
+@triton.jit
+def _own_weights(weight_ptr, target, counted, V, WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """The weight of each row's target (0 for a row that does not count, NaN for a target that is no class), and whether it is a class."""
     known = counted & (target >= 0) & (target < V)
     own = tl.where(known, 1.0, 0.0).to(ACC)
     if WEIGHT:
         # [BLOCK_R]
         own = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
-    return target, counted, known, tl.where(counted & (known == 0), float("nan"), own)
+    return tl.where(counted & (known == 0), float("nan"), own), known
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
@@ -53,7 +58,7 @@ def _cross_entropy_fwd_kernel(
     V = V // ALIGN * ALIGN
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    target, counted, known, own = _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
+    target, counted = _targets(target_ptr, rows, R, ignore_index)
     x_ptrs = logits_ptr + rows[:, None] * logits_stride
     top = tl.where(counted, float("-inf"), 0.0).to(ACC)
     total = tl.zeros([BLOCK_R], ACC)
@@ -74,6 +79,7 @@ def _cross_entropy_fwd_kernel(
                 x = x * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
             smooth += tl.sum(x, 1)
     lse = top + tl.log(tl.where(total == 0.0, 1.0, total))
+    own, known = _own_weights(weight_ptr, target, counted, V, WEIGHT, ACC)
     # [BLOCK_R]
     x_y = tl.load(logits_ptr + rows * logits_stride + target, mask=known, other=0.0).to(ACC)
     loss = own * (lse - x_y)
@@ -99,7 +105,8 @@ def _cross_entropy_bwd_kernel(
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    target, counted, known, own = _targets(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
+    target, counted = _targets(target_ptr, rows, R, ignore_index)
+    own, known = _own_weights(weight_ptr, target, counted, V, WEIGHT, ACC)
     # [BLOCK_R]
     lse = tl.load(lse_ptr + rows, mask=counted, other=0.0)
     dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=counted, other=0.0).to(ACC)

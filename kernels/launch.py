@@ -80,7 +80,10 @@ def launch(
             if tile is tiles[-1]:
                 raise
             _too_big.add(key)
-            warnings.warn(f"{kernel.fn.__name__}: tile {tile} does not fit this device ({error}); using the next one", stacklevel=3)
+            warnings.warn(
+                f"{kernel.fn.__name__}: tile {tile} does not fit this device ({error}); using the next one",
+                stacklevel=3,
+            )
 
 
 def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[Any], constexprs: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """softmax(scale * q k^T + mask) v, with the arguments of `tileformer.kernels.attention`."""
     (batch, heads, t_q, size), t_k = q.shape, k.shape[2]
     scale = size**-0.5 if scale is None else scale
@@ -102,7 +103,11 @@ def attention(
 
 
 def layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) axes (arXiv:1607.06450)."""
     axes = tuple(range(-len(normalized_shape), 0))
@@ -153,12 +158,14 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     return x if residual is None else residual + x
 
 
-def dropout_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
     """The keep mask (boolean, of `shape` (..., rows, columns)) that the kernels draw for this seed and rate.
 
     Philox-4x32-7 (Salmon et al., SC 2011): key = seed; counter = (column // 4, index of the leading axes, row, 0); word column % 4.
     A bit depends on nothing else: not on the tile, the layout or the sequence length.
     """
+    if seed is None:
+        raise ValueError("the reference needs the seed of the draw it reproduces, got None")
     *lead, rows, cols = shape
     heads = math.prod(lead)
     words = -(-cols // 4)
@@ -173,7 +180,9 @@ def dropout_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
 _MASK = 0xFFFFFFFF
 
 
-def _philox(k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
+def _philox(
+    k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 7
+) -> tuple[Tensor, ...]:
     for _ in range(rounds):  # products of 32-bit words wrap in int64, which keeps both halves' bits
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK

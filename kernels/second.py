@@ -30,10 +30,10 @@ def second_derivative(
     given = [t.to(wide) for t in primals], [t.to(wide) for t in cotangents]
 
     def gradients(primals: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(lambda *x: reference(*x), *primals)
+        _, pull = torch.func.vjp(lambda *x: reference(*x), *primals)  # type: ignore[misc]
         return pull(tuple(cotangents))
 
-    out, pull = torch.func.vjp(gradients, *given)
+    out, pull = torch.func.vjp(gradients, *given)  # type: ignore[misc]  # its third value comes only with has_aux
     pulled = pull(tuple(torch.zeros_like(o) if t is None else t.to(wide) for o, t in zip(out, tangents, strict=True)))
     grads_primals, grads_cotangents = pulled
     return (

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 # Deterministic mode fills fresh memory with NaN (or the largest integer): an element that a kernel forgot to write
 # cannot pass by luck. torch's own CUDA operators that have no deterministic form may warn, but not fail a test of ours.
 torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-torch.utils.deterministic.fill_uninitialized_memory = True
+torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 VALUE_BACKENDS = ("interpret", "triton") if torch.cuda.is_available() else ("interpret",)
 

@@ -14,15 +14,30 @@ from tileformer.bench.recording import ARCHITECTURES
 
 
 def _compile(arch: int, *options: str) -> list[dict]:
-    command = [sys.executable, "-m", "tileformer", "check", "--compile-only", "--arch", str(arch), "--json", "-", *options]
-    paths = os.pathsep.join([os.path.join(os.path.dirname(__file__), "..", "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [
+        sys.executable,
+        "-m",
+        "tileformer",
+        "check",
+        "--compile-only",
+        "--arch",
+        str(arch),
+        "--json",
+        "-",
+        *options,
+    ]
+    paths = os.pathsep.join(
+        [os.path.join(os.path.dirname(__file__), "..", "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=paths), check=False)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
 
 def _without_problems(rows: list[dict]) -> bool:
-    problems = [f"sm_{r['arch']} {r['kernel']} ({r['case']}, {r['dtype']}): {r['problem']}" for r in rows if r["problem"]]
+    problems = [
+        f"sm_{r['arch']} {r['kernel']} ({r['case']}, {r['dtype']}): {r['problem']}" for r in rows if r["problem"]
+    ]
     assert not problems, "\n".join(problems)
     return True
 

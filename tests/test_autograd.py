@@ -13,10 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tileformer import kernels
 from tileformer.kernels import reference, use_backend
 
-
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),  # dynamo
-    pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule"),  # vmap
+    pytest.mark.filterwarnings(
+        "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
+    ),  # dynamo
+    pytest.mark.filterwarnings(
+        "ignore:There is a performance drop because we have not yet implemented the batching rule"
+    ),  # vmap
 ]
 
 
@@ -29,7 +32,9 @@ class Op:
     options: dict[str, Any]
 
     def call(self, namespace: Any = kernels, **more: Any) -> Callable[..., Any]:
-        return lambda *tensors: getattr(namespace, self.name)(**dict(zip(self.tensors, tensors, strict=True)), **self.options, **more)
+        return lambda *tensors: getattr(namespace, self.name)(
+            **dict(zip(self.tensors, tensors, strict=True)), **self.options, **more
+        )
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         return [x.detach().to(dtype).requires_grad_() for x in self.tensors.values()]
@@ -41,14 +46,24 @@ def _ops() -> dict[str, Op]:
     seed = torch.tensor([5])
     qkv = dict(q=draw(2, 2, 5, 4), k=draw(2, 1, 7, 4), v=draw(2, 1, 7, 4))
     key_mask = torch.tensor([[True] * 7, [False] + [True] * 4 + [False] * 2])
-    masked = dict(key_mask=key_mask, mask=torch.rand(5, 7, generator=g) > 0.2, causal="bottom_right", dropout_p=0.25, seed=seed)
+    masked = dict(
+        key_mask=key_mask, mask=torch.rand(5, 7, generator=g) > 0.2, causal="bottom_right", dropout_p=0.25, seed=seed
+    )
     return {
         "attention": Op("attention", qkv, {}),
         "attention masked": Op("attention", qkv, masked),
         "attention with lse": Op("attention", qkv, dict(causal=True, return_lse=True)),
-        "layer_norm": Op("layer_norm", dict(x=draw(3, 5, 6), weight=draw(6), bias=draw(6)), dict(normalized_shape=(6,))),
-        "softmax": Op("softmax", dict(x=draw(2, 3, 4, 6)), dict(scale=0.7, causal="bottom_right", mask=torch.rand(4, 6, generator=g) > 0.2)),
-        "cross_entropy": Op("cross_entropy", dict(logits=draw(4, 6)), dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1)),
+        "layer_norm": Op(
+            "layer_norm", dict(x=draw(3, 5, 6), weight=draw(6), bias=draw(6)), dict(normalized_shape=(6,))
+        ),
+        "softmax": Op(
+            "softmax",
+            dict(x=draw(2, 3, 4, 6)),
+            dict(scale=0.7, causal="bottom_right", mask=torch.rand(4, 6, generator=g) > 0.2),
+        ),
+        "cross_entropy": Op(
+            "cross_entropy", dict(logits=draw(4, 6)), dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1)
+        ),
         "dropout": Op("dropout", dict(x=draw(3, 6), residual=draw(3, 6)), dict(p=0.3, seed=seed)),
     }
 
@@ -71,7 +86,7 @@ def _registered_calls(op: Op) -> list[tuple[Any, tuple[Any, ...]]]:
     calls = []
 
     class Listen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "tileformer":
                 calls.append((func, tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)))
             return func(*args, **(kwargs or {}))
@@ -141,8 +156,12 @@ def test_compiles_to_one_graph(op: Op, name: str) -> None:
         pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (compiled, expected)), strict=True)
         for a, b in pairs:
             torch.testing.assert_close(a, b)
-        again = torch.autograd.grad(sum(x.sum() for x in (compiled if isinstance(compiled, tuple) else (compiled,))), inputs)
-        first = torch.autograd.grad(sum(x.sum() for x in (expected if isinstance(expected, tuple) else (expected,))), inputs)
+        again = torch.autograd.grad(
+            sum(x.sum() for x in (compiled if isinstance(compiled, tuple) else (compiled,))), inputs
+        )
+        first = torch.autograd.grad(
+            sum(x.sum() for x in (expected if isinstance(expected, tuple) else (expected,))), inputs
+        )
     for a, b in zip(again, first, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -167,7 +186,9 @@ def test_no_device_value_is_read_on_the_host(op: Op, monkeypatch: pytest.MonkeyP
     def fake(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return torch.empty_strided(x.shape, x.stride(), dtype=torch.float32 if x.is_floating_point() else x.dtype, device="cuda")
+        return torch.empty_strided(
+            x.shape, x.stride(), dtype=torch.float32 if x.is_floating_point() else x.dtype, device="cuda"
+        )
 
     calls = _registered_calls(op)
     launched = []
@@ -177,7 +198,11 @@ def test_no_device_value_is_read_on_the_host(op: Op, monkeypatch: pytest.MonkeyP
         assert all(x.is_cuda for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
         for func, args in calls:
             name = func._schema.name.removeprefix("tileformer::")
-            room = next(m for m in list(sys.modules.values()) if m.__name__.startswith("tileformer.kernels.") and hasattr(m, name))
+            room = next(
+                m
+                for m in list(sys.modules.values())
+                if m.__name__.startswith("tileformer.kernels.") and hasattr(m, name)
+            )
             with monkeypatch.context() as patch:
                 stub = lambda kernel, grid, like, args, flags, tiles: launched.append(grid(tiles[0]))  # noqa: E731
                 patch.setattr(room, "launch", stub)

@@ -6,7 +6,11 @@ import torch
 from tileformer.bench.cases import CASES, Case
 from tileformer.bench.check import judge
 
-CALLS = [pytest.param(case, dtype, id=f"{case.op}-{case.name.replace(' ', '_')}-{dtype}") for case in CASES for dtype in case.dtypes]
+CALLS = [
+    pytest.param(case, dtype, id=f"{case.op}-{case.name.replace(' ', '_')}-{dtype}")
+    for case in CASES
+    for dtype in case.dtypes
+]
 
 
 @pytest.mark.compat
@@ -19,7 +23,9 @@ def test_kernel_is_within_the_error_budget(case: Case, dtype: str, backend: str,
 DRAWS_ITS_OWN = {"dropout_p", "p"}  # the torch backend draws other dropout bits than the reference
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=f"{c.op}-{c.name}") for c in CASES if not DRAWS_ITS_OWN & set(c.inputs()[1])])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=f"{c.op}-{c.name}") for c in CASES if not DRAWS_ITS_OWN & set(c.inputs()[1])]
+)
 def test_torch_backend_is_within_the_error_budget(case: Case) -> None:
     ratios = judge(case, "fp32", "torch", torch.device("cpu"))
     assert max(ratios.values()) <= 1.0, f"error over budget: {ratios}"

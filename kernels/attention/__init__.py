@@ -30,18 +30,34 @@ def _heads_last(b: int, h: int, t: int, d: int, like: Tensor) -> Tensor:
     return torch.empty((b, t, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
+def _bytes(mask: Tensor) -> Tensor:
+    """A boolean mask as uint8, which is what a kernel can load; a floating one as it is."""
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _problem(
-    q: Tensor, k: Tensor, mask: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, causal_shift: int, scale: float, p: float
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    causal_shift: int,
+    scale: float,
+    p: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], tuple[Any, ...], dict[str, Any], str]:
     """What all three kernels share: side tensors, mask strides, scalars, feature flags and the tile table's feature."""
     (b, h, t_q, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
-    sides = (mask if mask is not None else q, key_mask.contiguous() if key_mask is not None else q, seed if seed is not None else q)
+    # Where there is none, q stands in: its pointer is never read.
+    sides = (
+        q if mask is None else _bytes(mask),
+        q if key_mask is None else _bytes(key_mask.contiguous()),
+        q if seed is None else seed,
+    )
     mask_strides = mask.expand(b, h, t_q, t_k).stride() if mask is not None else (0, 0, 0, 0)
-    sides = tuple(s.view(torch.uint8) if s.dtype == torch.bool else s for s in sides)
     scalars = (h, h // h_kv, t_q, t_k, causal_shift, scale, bits.threshold(p), bits.keep_scale(p))
     flags = dict(
         CAUSAL=causal_shift != NO_SHIFT,
@@ -71,14 +87,31 @@ def attention_fwd(
     q, k, v = map(_rows_contiguous, (q, k, v))
     (b, h, t_q, d), t_k = q.shape, k.shape[2]
     out, lse, ranges = _attention_fwd_fake(q, k, v, mask, key_mask, seed, causal_shift, scale, p)
-    (mask_, key_mask_, seed_), mask_strides, scalars, flags, feature = _problem(q, k, mask, key_mask, seed, causal_shift, scale, p)
+    (mask_, key_mask_, seed_), mask_strides, scalars, flags, feature = _problem(
+        q, k, mask, key_mask, seed, causal_shift, scale, p
+    )
     if key_mask is not None:
         launch(_key_range_kernel, lambda _: (b,), q, (key_mask_, ranges, t_k), {}, [dict(BLOCK=1024, num_warps=4)])
     launch(
         _attention_fwd_kernel,
         lambda tile: (b * h * cdiv(t_q, tile["BLOCK_M"]),),
         q,
-        (q, k, v, mask_, key_mask_, ranges, seed_, out, lse, q.stride(), k.stride(), v.stride(), mask_strides, *scalars),
+        (
+            q,
+            k,
+            v,
+            mask_,
+            key_mask_,
+            ranges,
+            seed_,
+            out,
+            lse,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            mask_strides,
+            *scalars,
+        ),
         flags,
         tiles_for(FORWARD, arch_of(q), d, q.dtype, feature),
     )
@@ -140,8 +173,10 @@ def attention_bwd(
     return dq, dk, dv
 
 
-def _attention_bwd_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(_heads_last(*x.shape, x) for x in (q, k, v))
+def _attention_bwd_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_heads_last(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x) for x in (q, k, v))
 
 
 _fwd = register(attention_fwd, _attention_fwd_fake)
@@ -154,18 +189,18 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, mask, key_mask, seed, causal_shift, scale, p):  # type: ignore[override]
+    def forward(q, k, v, mask, key_mask, seed, causal_shift, scale, p):
         return _fwd(q, k, v, mask, key_mask, seed, causal_shift, scale, p)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         *tensors, ctx.causal_shift, ctx.scale, ctx.p = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dout, dlse, _):  # type: ignore[override]
+    def backward(ctx, dout, dlse, _):
         q, k, v, mask, key_mask, seed, out, lse, ranges = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out) if dlse is not None else None
@@ -183,17 +218,17 @@ class _AttentionBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, dlse, q, k, v, out, lse, ranges, mask, key_mask, seed, causal_shift, scale, p):  # type: ignore[override]
+    def forward(dout, dlse, q, k, v, out, lse, ranges, mask, key_mask, seed, causal_shift, scale, p):
         return _bwd(dout, dlse, q, k, v, out, lse, ranges, mask, key_mask, seed, causal_shift, scale, p)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         dout, dlse, q, k, v, _, _, _, mask, key_mask, seed, ctx.causal_shift, ctx.scale, ctx.p = inputs
         ctx.save_for_backward(dout, dlse, q, k, v, mask, key_mask, seed)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *tangents):  # type: ignore[override]
+    def backward(ctx, *tangents):
         dout, dlse, q, k, v, mask, key_mask, seed = ctx.saved_tensors
 
         def outputs(q, k, v):
@@ -227,7 +262,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or (Tensor, Tensor) with return_lse
     """softmax(scale * q k^T + mask) v. All restrictions combine: a query sees a key that each of them allows.
 
     Args:
@@ -260,14 +295,25 @@ def attention(
         seed = bits.new_seed(q.device)
     if backend == "reference":
         return reference.attention(
-            q, k, v, mask=mask, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=return_lse
+            q,
+            k,
+            v,
+            mask=mask,
+            key_mask=key_mask,
+            causal=causal,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            return_lse=return_lse,
         )
     if backend == "torch":
         return torch_attention(q, k, v, mask, key_mask, causal, scale, dropout_p, seed, return_lse)
     shift = reference.causal_shift(causal, q.shape[2], k.shape[2])
     if scale < 0:  # the kernels take the maximum before they scale
         q, scale = -q, -scale
-    out, lse, _ = _Attention.apply(q, k, v, mask, key_mask, seed, NO_SHIFT if shift is None else shift, scale, dropout_p)
+    out, lse, _ = _Attention.apply(
+        q, k, v, mask, key_mask, seed, NO_SHIFT if shift is None else shift, scale, dropout_p
+    )
     return (out, lse * LN2) if return_lse else out
 
 
@@ -306,5 +352,4 @@ def scaled_dot_product_attention(
     out = attention(
         fold(query), fold(key), fold(value), mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p
     )
-    assert isinstance(out, Tensor)
     return out.reshape(*query.shape[:-1], value.shape[-1])

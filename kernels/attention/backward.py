@@ -36,7 +36,9 @@ def _dq_tile(dq, q, do, lse, delta, rows, row_start, start, head, first, last,
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
     if MASKED:
         seen = real[None, :] & (rows < T_q)[:, None]
-        s = hide(s, rows[:, None], cols[None, :], seen, mask_ptr, mask_strides, row_start, start, causal_shift, CAUSAL, MASK)
+        s = hide(
+            s, rows[:, None], cols[None, :], seen, mask_ptr, mask_strides, row_start, start, causal_shift, CAUSAL, MASK
+        )
     p = tl.exp2(s - lse[:, None])
     # [BLOCK_N, BLOCK_D]
     v = load_tile(v_ptr + start.to(tl.int64) * v_stride, near, v_stride, offs_d, real, D, BLOCK_D, MASKED)
@@ -102,7 +104,7 @@ def _attention_bwd_dq_kernel(
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if MASK == 0:
-        for i in range(0, (clean_end - clean) // BLOCK_N):
+        for i in range((clean_end - clean) // BLOCK_N):
             at = clean + i * BLOCK_N
             dq = _dq_tile(
                 dq, q, do, lse, delta, rows, row_start, at, head, first, last,
@@ -110,7 +112,7 @@ def _attention_bwd_dq_kernel(
                 T_q, causal_shift, scale_log2, threshold, keep_scale, False,
                 CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, BLOCK_N, ACC, PRECISION,
             )  # fmt: skip
-    for i in range(0, n_left + n_right):
+    for i in range(n_left + n_right):
         at = tl.where(i < n_left, start + i * BLOCK_N, clean_end + (i - n_left) * BLOCK_N)
         dq = _dq_tile(
             dq, q, do, lse, delta, rows, row_start, at, head, first, last,
@@ -135,14 +137,18 @@ def _dkdv_tile(dk, dv, k, v, cols, col_start, real, start, head,
     # [BLOCK_M, BLOCK_D]
     q = load_tile(q_ptr + start.to(tl.int64) * q_stride, near, q_stride, offs_d, in_q, D, BLOCK_D, MASKED)
     # [BLOCK_M]
-    near_row = tl.minimum(rows, T_q - 1) if MASKED else rows  # `hide` sees to rows outside; a mask here costs 50 registers
+    near_row = (
+        tl.minimum(rows, T_q - 1) if MASKED else rows
+    )  # `hide` sees to rows outside; a mask here costs 50 registers
     lse = tl.load(safe_lse_ptr + near_row)
     delta = tl.load(delta_ptr + near_row)
     # [BLOCK_N, BLOCK_M]
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2
     if MASKED:
         seen = real[:, None] & in_q[None, :]
-        s = hide(s, rows[None, :], cols[:, None], seen, mask_ptr, mask_strides, start, col_start, causal_shift, CAUSAL, MASK)
+        s = hide(
+            s, rows[None, :], cols[:, None], seen, mask_ptr, mask_strides, start, col_start, causal_shift, CAUSAL, MASK
+        )
     p = tl.exp2(s - lse[None, :])
     # [BLOCK_M, BLOCK_D]
     do = load_tile(do_ptr + start.to(tl.int64) * do_stride, near, do_stride, offs_d, in_q, D, BLOCK_D, MASKED)
@@ -217,7 +223,7 @@ def _attention_bwd_dkdv_kernel(
     delta_ptr += b * H * T_q
     # One flat loop over (head of the group, tile of queries): a nested loop would hold more registers.
     if MASK == 0:
-        for i in range(0, group * n_clean):
+        for i in range(group * n_clean):
             h = h_kv * group + i // n_clean
             step = i % n_clean
             at = clean + step * BLOCK_M
@@ -227,7 +233,7 @@ def _attention_bwd_dkdv_kernel(
                 safe_lse_ptr + h * T_q, delta_ptr + h * T_q, mask_ptr + h * mask_strides[1], mask_strides, seed,
                 T_q, causal_shift, scale_log2, threshold, keep_scale, False, CAUSAL, MASK, DROPOUT, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, ACC,
             )  # fmt: skip
-    for i in range(0, group * n_masked):
+    for i in range(group * n_masked):
         h = h_kv * group + i // n_masked
         step = i % n_masked
         at = tl.where(step < n_left, start + step * BLOCK_M, clean_end + (step - n_left) * BLOCK_M)

@@ -76,7 +76,19 @@ def real_keys(cols, first, last, key_mask_ptr, KEY_MASK: tl.constexpr):
 
 
 @triton.jit
-def hide(s, rows, cols, seen, mask_ptr, mask_strides, row_start, col_start, causal_shift, CAUSAL: tl.constexpr, MASK: tl.constexpr):
+def hide(
+    s,
+    rows,
+    cols,
+    seen,
+    mask_ptr,
+    mask_strides,
+    row_start,
+    col_start,
+    causal_shift,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """Base-2 scores with the additive mask applied and -inf where a key is hidden; `rows` and `cols` broadcast to s.
 
     `seen` holds the bounds and the padding. MASK: 0 none, 1 boolean (uint8), 2 additive.
@@ -112,7 +124,19 @@ def _fwd_tile(acc, m, l, q, rows, row_start, start, head, first, last,
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
     if MASKED:
         seen = real[None, :] & (rows < T_q)[:, None]
-        s = hide(s * scale_log2, rows[:, None], cols[None, :], seen, mask_ptr, mask_strides, row_start, start, causal_shift, CAUSAL, MASK)
+        s = hide(
+            s * scale_log2,
+            rows[:, None],
+            cols[None, :],
+            seen,
+            mask_ptr,
+            mask_strides,
+            row_start,
+            start,
+            causal_shift,
+            CAUSAL,
+            MASK,
+        )
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, not NaN
         p = tl.exp2(s - base[:, None])
@@ -170,14 +194,14 @@ def _attention_fwd_kernel(
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
     if MASK == 0:
-        for i in range(0, (clean_end - clean) // BLOCK_N):
+        for i in range((clean_end - clean) // BLOCK_N):
             at = clean + i * BLOCK_N
             acc, m, l = _fwd_tile(
                 acc, m, l, q, rows, row_start, at, head, first, last,
                 k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, key_mask_ptr, seed,
                 T_q, causal_shift, scale_log2, threshold, False, CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, BLOCK_N, ACC, PRECISION,
             )  # fmt: skip
-    for i in range(0, n_left + n_right):
+    for i in range(n_left + n_right):
         at = tl.where(i < n_left, start + i * BLOCK_N, clean_end + (i - n_left) * BLOCK_N)
         acc, m, l = _fwd_tile(
             acc, m, l, q, rows, row_start, at, head, first, last,

@@ -16,7 +16,9 @@ from tileformer.kernels import bits
 from tileformer.kernels.second import second_derivative
 
 FUSED_FROM = 512  # keys from which torch's fused attention beats three plain operators on a CPU
-SHORT_ROW = 16  # torch's softmax leaves its vectorised path for rows shorter than a vector: 20 ns an element instead of 1
+SHORT_ROW = (
+    16  # torch's softmax leaves its vectorised path for rows shorter than a vector: 20 ns an element instead of 1
+)
 
 
 def torch_attention(
@@ -40,7 +42,7 @@ def torch_attention(
     if mask is None and key_mask is None and p == 0.0 and not return_lse and square and t_k >= FUSED_FROM:
         return F.scaled_dot_product_attention(q, k, v, is_causal=bool(causal), scale=scale)
     bias, empty = _bias(mask, key_mask, causal, t_q, t_k, _wide(q), q.device)
-    keep = bits.fast_keep(seed, (b, h, t_q, t_k), p, _wide(q)) if p > 0.0 else None
+    keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, _wide(q))
     if return_lse or (mask is not None and mask.requires_grad):
         out, lse = _definition(q, k, v, key_mask, bias, empty, keep, scale)
         return (out, lse) if return_lse else out
@@ -52,7 +54,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _bias(
-    mask: Tensor | None, key_mask: Tensor | None, causal: bool | str, t_q: int, t_k: int, dtype: torch.dtype, device: torch.device
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool | str,
+    t_q: int,
+    t_k: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to add to the scores, and which rows see nothing; both broadcastable to (B, H, T_q, T_k), or None.
 
@@ -84,7 +92,14 @@ def _bias(
 
 
 def _definition(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, empty: Tensor | None, keep: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    empty: Tensor | None,
+    keep: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by differentiable operators, scores in float32 or wider."""
     dtype, wide = q.dtype, _wide(q)
@@ -125,7 +140,7 @@ class _Plain(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, key_mask, bias, empty, keep, scale):  # type: ignore[override]
+    def forward(q, k, v, key_mask, bias, empty, keep, scale):
         if key_mask is not None:
             k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
         scores = (q @ k.transpose(-1, -2)).to(_wide(q)).mul_(scale)
@@ -134,14 +149,14 @@ class _Plain(torch.autograd.Function):
         return out if empty is None else out.masked_fill_(empty, 0.0), weights
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         *tensors, ctx.scale = inputs
         ctx.save_for_backward(output[1], *tensors)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dout, _):  # type: ignore[override]
+    def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 8
         return *_PlainBackward.apply(dout, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
@@ -153,7 +168,7 @@ class _PlainBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, weights, q, k, v, key_mask, bias, empty, keep, scale):  # type: ignore[override]
+    def forward(dout, weights, q, k, v, key_mask, bias, empty, keep, scale):
         if key_mask is not None:
             k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
         if empty is not None:
@@ -166,13 +181,13 @@ class _PlainBackward(torch.autograd.Function):
         return ds @ k, ds.transpose(-1, -2) @ q, dv
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         dout, _, *tensors, ctx.scale = inputs
         ctx.save_for_backward(dout, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *tangents):  # type: ignore[override]
+    def backward(ctx, *tangents):
         dout, q, k, v, *fixed = ctx.saved_tensors
         first, (ddout,) = second_derivative(
             lambda q, k, v: _definition(q, k, v, *fixed, ctx.scale)[:1], (q, k, v), (dout,), tangents
