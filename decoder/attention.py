@@ -187,7 +187,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         mask = attn_mask
         if mask is not None:
             if mask.dim() == 3:
-                mask = mask.unflatten(0, (-1, self.num_heads))  # [B, H, T_q, T_k]
+                mask = mask.unflatten(0, (mask.shape[0] // self.num_heads, self.num_heads))  # [B, H, T_q, T_k]
             if mask.dtype == torch.bool:
                 mask = ~mask
         if key_padding_mask is None:
@@ -207,9 +207,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """The keys of ``add_bias_kv`` and ``add_zero_attn``, behind the others and open to every query."""
         B, H, T_k, D = k.shape
         if self.bias_k is not None and self.bias_v is not None:
-            # .to: under autocast k is narrower than the parameter
-            k = torch.cat([k, self.bias_k.view(1, H, 1, D).expand(B, H, 1, D).to(k.dtype)], dim=2)
-            v = torch.cat([v, self.bias_v.view(1, H, 1, D).expand(B, H, 1, D).to(v.dtype)], dim=2)
+            k = torch.cat([k, self.bias_k.view(1, H, 1, D).expand(B, H, 1, D)], dim=2)
+            v = torch.cat([v, self.bias_v.view(1, H, 1, D).expand(B, H, 1, D)], dim=2)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         added = (0, k.shape[2] - T_k)

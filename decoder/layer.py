@@ -34,13 +34,16 @@ def _drop_and_add(dropout: nn.Module, branch: Tensor, residual: Tensor | None) -
     return dropout(branch) if residual is None else residual + dropout(branch)
 
 
-def _add_block(block: Callable[..., Tensor], ours: Callable[..., Tensor], residual: Tensor, *args, **kwargs) -> Tensor:
-    """``residual + block(*args)``.
+def _adds_residual(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Mark a block that takes ``residual`` and adds it itself, in one pass with its dropout."""
+    block.adds_residual = True  # type: ignore[attr-defined]
+    return block
 
-    Our own blocks add inside, in one pass with their dropout; a block that a subclass or a user has put there returns
-    only its branch, after its dropout, as torch's blocks do.
-    """
-    if getattr(block, "__func__", None) is ours:
+
+def _add_block(block: Callable[..., Tensor], residual: Tensor, *args, **kwargs) -> Tensor:
+    """``residual + block(*args)``. A block that a subclass or a user has put there is not marked: it returns only its
+    branch, after its dropout, as torch's blocks do."""
+    if getattr(block, "adds_residual", False):
         return block(*args, residual=residual, **kwargs)
     return residual + block(*args, **kwargs)
 
@@ -89,18 +92,20 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Encode ``src`` (B, T, C) or (T, B, C), or (T, C); masks as in ``MultiheadAttention.forward``."""
-        ours, x = TransformerEncoderLayer, src
+        x = src
         masks = (src_mask, src_key_padding_mask)
         if self.norm_first:
-            x = _add_block(self._sa_block, ours._sa_block, x, self.norm1(x), *masks, is_causal=is_causal)
-            return _add_block(self._ff_block, ours._ff_block, x, self.norm2(x))
-        x = self.norm1(_add_block(self._sa_block, ours._sa_block, x, x, *masks, is_causal=is_causal))
-        return self.norm2(_add_block(self._ff_block, ours._ff_block, x, x))
+            x = _add_block(self._sa_block, x, self.norm1(x), *masks, is_causal=is_causal)
+            return _add_block(self._ff_block, x, self.norm2(x))
+        x = self.norm1(_add_block(self._sa_block, x, x, *masks, is_causal=is_causal))
+        return self.norm2(_add_block(self._ff_block, x, x))
 
+    @_adds_residual
     def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, residual=None) -> Tensor:
         branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal)
         return _drop_and_add(self.dropout1, branch, residual)
 
+    @_adds_residual
     def _ff_block(self, x, *, residual=None) -> Tensor:
         branch = self.linear2(self.dropout(self.activation(self.linear1(x))))
         return _drop_and_add(self.dropout2, branch, residual)
@@ -144,27 +149,30 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
         Masks as in ``MultiheadAttention.forward``. With ``cache``, tgt holds only tokens that the cache has not seen.
         """
-        ours, x = TransformerDecoderLayer, tgt
+        x = tgt
         sa = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         mha = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
         sa_cache = {} if cache is None else {"cache": cache.self_attn}
         mha_cache = {} if cache is None else {"cache": cache.cross_attn}
         if self.norm_first:
-            x = _add_block(self._sa_block, ours._sa_block, x, self.norm1(x), *sa, **sa_cache)
-            x = _add_block(self._mha_block, ours._mha_block, x, self.norm2(x), *mha, **mha_cache)
-            return _add_block(self._ff_block, ours._ff_block, x, self.norm3(x))
-        x = self.norm1(_add_block(self._sa_block, ours._sa_block, x, x, *sa, **sa_cache))
-        x = self.norm2(_add_block(self._mha_block, ours._mha_block, x, x, *mha, **mha_cache))
-        return self.norm3(_add_block(self._ff_block, ours._ff_block, x, x))
+            x = _add_block(self._sa_block, x, self.norm1(x), *sa, **sa_cache)
+            x = _add_block(self._mha_block, x, self.norm2(x), *mha, **mha_cache)
+            return _add_block(self._ff_block, x, self.norm3(x))
+        x = self.norm1(_add_block(self._sa_block, x, x, *sa, **sa_cache))
+        x = self.norm2(_add_block(self._mha_block, x, x, *mha, **mha_cache))
+        return self.norm3(_add_block(self._ff_block, x, x))
 
+    @_adds_residual
     def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, cache=None, residual=None) -> Tensor:
         branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, cache)
         return _drop_and_add(self.dropout1, branch, residual)
 
+    @_adds_residual
     def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, *, cache=None, residual=None) -> Tensor:
         branch = _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, cache)
         return _drop_and_add(self.dropout2, branch, residual)
 
+    @_adds_residual
     def _ff_block(self, x, *, residual=None) -> Tensor:
         branch = self.linear2(self.dropout(self.activation(self.linear1(x))))
         return _drop_and_add(self.dropout3, branch, residual)

@@ -10,8 +10,9 @@ from torch import nn
 
 from tileformer import decoder, kernels
 
-pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"  # torch.compile does
+)
 B, T_Q, T_K, C, H = 3, 5, 7, 12, 2
 NAMES = ["MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer", "LayerNorm"]
 ARGS = {
@@ -59,6 +60,7 @@ def test_signatures_begin_with_torchs(name):
         assert got[len(wanted) :] in ([], [("cache", None)])
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # torch's Transformer, when it is built; ours is silent
 @pytest.mark.parametrize("options", [{}, {"bias": False}], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_weights_and_state_dicts_load_both_ways(name, options):
@@ -135,6 +137,7 @@ def test_nan_in_padded_keys_does_not_leak(need_weights):
     assert torch.equal(out, clean)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # what torch's stack says to a layer without a fast path
 @pytest.mark.parametrize("stack", [nn.TransformerEncoder, decoder.TransformerEncoder])
 def test_encoder_takes_no_fast_path_and_makes_no_nested_tensor(stack, monkeypatch):
     """In torch's stack as in ours: post-norm, batch first, evaluation and padding is where torch's layers would."""
@@ -183,6 +186,45 @@ def test_overridden_blocks_keep_torchs_contract():
     assert torch.allclose(layer(x), layer.norm2(h + 2 * layer.linear2(layer.activation(layer.linear1(h)))), atol=1e-6)
     layer.dropout1 = layer.dropout2 = nn.Identity()
     assert layer(x).shape == x.shape
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_residual_is_added_by_its_dropout(compiled, monkeypatch):
+    """One pass instead of two: every residual of a layer enters the kernel that drops its branch."""
+    residuals = []
+
+    def record(x, p, *, residual=None):
+        residuals.append(residual is not None)
+        return kernels.dropout(x, p, residual=residual)
+
+    monkeypatch.setattr("tileformer.decoder.modules.dropout", record)
+    tgt, memory, masks = decoder_inputs()
+    layer = decoder_layer(dropout=0.1)
+    layer = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+    layer(tgt, memory, **masks)
+    assert residuals == [True, True, False, True]  # self-attention, cross-attention, within and behind the feed-forward
+
+
+def test_stacks_use_the_mask_unless_told_that_it_is_causal():
+    """A hint is a promise and is believed: with a mask that hides nothing, only the hint can have made it causal."""
+    tgt, memory, masks = decoder_inputs()
+    causal, nothing, other = masks["tgt_mask"], torch.zeros(T_Q, T_Q).bool(), torch.eye(T_Q).bool()
+    encoder = decoder.TransformerEncoder(build("TransformerEncoderLayer", batch_first=True, dropout=0.0), 2)
+    stack = decoder.TransformerDecoder(decoder_layer(), 2)
+    cross = torch.ones(T_Q, T_K).bool().triu(1)
+    for hint in (None, False):
+        assert not torch.allclose(encoder(tgt, other, is_causal=hint), encoder(tgt, causal), atol=1e-3)
+        assert not torch.allclose(stack(tgt, memory, other, tgt_is_causal=hint), stack(tgt, memory, causal), atol=1e-3)
+    assert torch.allclose(encoder(tgt, nothing, is_causal=True), encoder(tgt, causal), atol=1e-6)
+    assert torch.allclose(stack(tgt, memory, nothing, tgt_is_causal=True), stack(tgt, memory, causal), atol=1e-6)
+    believed = stack(tgt, memory, memory_mask=~cross, memory_is_causal=True)
+    assert torch.allclose(believed, stack(tgt, memory, memory_mask=cross), atol=1e-6)
+
+
+def test_torchs_encoder_arguments_are_kept():
+    layer = build("TransformerEncoderLayer", batch_first=True)
+    assert decoder.TransformerEncoder(layer, 1).enable_nested_tensor is True
+    assert decoder.TransformerEncoder(layer, 1, None, False, False).mask_check is False
 
 
 def test_dropout_is_drawn_anew_in_training_only():

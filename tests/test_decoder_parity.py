@@ -72,6 +72,7 @@ MODULES = {
     "self, no bias": {"bias": False},
     "memory": {},
     "memory, time first": {"batch_first": False},
+    "query and key in one": {},
     "three inputs": {},
     "three inputs, no bias": {"bias": False},
     "kdim, vdim": {"kdim": 10, "vdim": 8},
@@ -99,7 +100,7 @@ MASKS = [
 def attention_inputs(name, options):
     """Tensors and how they enter the module: one, two or three, with time where the module expects it."""
     batched, time_first = "no batch" not in name, not options.get("batch_first", True)
-    t_k = T_Q if name.startswith("self") else T_K
+    t_k = T_Q if name.startswith(("self", "query and key")) else T_K
 
     def shape(time, width):
         if not batched:
@@ -111,6 +112,8 @@ def attention_inputs(name, options):
         return inputs(shapes[:1]), lambda x: (x, x, x), t_k
     if name.startswith("memory"):
         return inputs(shapes[:2]), lambda x, memory: (x, memory, memory), t_k
+    if name.startswith("query and key"):
+        return inputs(shapes[::2]), lambda x, value: (x, x, value), t_k
     return inputs(shapes), lambda *qkv: qkv, t_k
 
 

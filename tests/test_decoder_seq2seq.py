@@ -44,9 +44,25 @@ def test_padding_changes_nothing():
     assert torch.allclose(alone, logits[4:5], atol=1e-5)
 
 
-def test_logits_start_near_unit_size_and_gradients_reach_every_parameter():
-    m, (src, tgt) = model(d_model=64, nhead=4).train(), batch()
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_torchs_transformer_fits_in():
+    """The baseline of our benchmarks: the same model, weights and masks, on torch.nn's layers."""
+    ours, (src, tgt) = model(), batch()
+    theirs = model(1)
+    theirs.transformer = torch.nn.Transformer(16, 2, 2, 2, 32, 0.1, "gelu", batch_first=True, norm_first=True).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    passed = {}
+    theirs.transformer.decoder.register_forward_pre_hook(lambda m, args, kw: passed.update(kw), with_kwargs=True)
+    assert torch.allclose(theirs(src, tgt), ours(src, tgt), atol=1e-5)
+    assert torch.equal(passed["tgt_mask"], torch.ones(6, 6).bool().triu(1)) and passed["tgt_is_causal"] is True
+
+
+def test_inputs_and_logits_start_near_unit_size_and_gradients_reach_every_parameter():
+    m, (src, tgt) = model(d_model=64, nhead=4, dropout=0.0).train(), batch()
+    sizes = []
+    m.transformer.encoder.register_forward_pre_hook(lambda m, args: sizes.append(args[0].std()))
     logits = m(src, tgt)
+    assert 1.2 < sizes[0] < 1.6  # token + position, each of unit size
     assert logits.shape == (5, 6, 13) and 0.5 < logits.std() < 2
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tgt.flatten()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
