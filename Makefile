@@ -51,4 +51,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
 # Borrows everything from the other environment, and puts an older Triton and numpy in front of it.
 $(COMPAT)/.installed: $(VENV)/.installed constraints-compat.txt
 	PYTHON=$(BIN)/python .ci/venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install -q --no-deps --ignore-installed -r constraints-compat.txt
+	$(COMPAT)/bin/python -m pip install -qq --no-deps --ignore-installed -r constraints-compat.txt

@@ -1,7 +1,5 @@
 """MultiheadAttention: torch.nn's module on the fused attention kernel."""
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,7 +83,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if query.dim() == 3 else weights.squeeze(0)
         else:
-            out = cast(Tensor, attention(q, k, v, mask=mask, key_mask=key_mask, causal=causal, dropout_p=p))
+            out = attention(q, k, v, mask=mask, key_mask=key_mask, causal=causal, dropout_p=p)
         return self.out_proj(self._join_heads(out, query.dim())), weights
 
     def _check(

@@ -42,7 +42,7 @@ def broadcastable(op: str, shape: Sequence[int], **tensors: Tensor | None) -> No
         if x is None:
             continue
         ends = zip(reversed(x.shape), reversed(shape), strict=False)
-        if x.dim() > len(shape) or any(a not in (1, b) for a, b in ends):
+        if x.dim() > len(shape) or any(a != 1 and a != b for a, b in ends):
             raise ValueError(
                 f"{op}: {name} of shape {tuple(x.shape)} does not expand to {tuple(shape)}: add or drop axes of size 1"
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from tileformer.kernels.launch import Tile, pow2
 
 LONG_ROW_TILE = 8192
+MOST_ROWS = 128
 
 
 def rows_of(x: Tensor, n: int) -> Tensor:
@@ -30,7 +31,7 @@ def row_flags(n: int, *rows: Tensor) -> dict[str, Any]:
 
 
 def row_tile(n: int, limit: int, elements: int, per_thread: int) -> Tile:
-    """Whole rows, together `elements` or one longer row; a part of a row if it is longer than `limit`."""
+    """Whole rows, together `elements` at most, or one longer row; a part of a row if it is longer than `limit`."""
     block = pow2(n) if n <= limit else min(limit, LONG_ROW_TILE)
     warps = min(32, max(elements, block) // (32 * per_thread))
-    return {"BLOCK_R": max(1, elements // block), "BLOCK_N": block, "num_warps": warps}
+    return {"BLOCK_R": min(max(1, elements // block), MOST_ROWS), "BLOCK_N": block, "num_warps": warps}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from tileformer.kernels import use_backend
+from tileformer.kernels import interpreter, use_backend
 
 torch.set_num_threads(1)
 # Deterministic mode fills fresh memory with NaN (or the largest integer): an element that a kernel forgot to write
@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
 torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
-VALUE_BACKENDS = ("interpret", "triton") if torch.cuda.is_available() else ("interpret",)
+# The interpreter patches Triton while it runs: beside a GPU it gets a process of its own (tests/test_gpu.py).
+VALUE_BACKENDS = ("triton",) if torch.cuda.is_available() else ("interpret",)
 
 
 def device_for(backend: str) -> torch.device:
@@ -30,7 +31,7 @@ def device_for(backend: str) -> torch.device:
 
 @pytest.fixture(params=VALUE_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that runs the Triton kernels here, in force during the test: interpreted; compiled where CUDA is."""
+    """The backend that runs the Triton kernels here, in force during the test: compiled where CUDA is, else interpreted."""
     with use_backend(request.param):
         yield request.param
 
@@ -68,12 +69,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # after -m and -k have selected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "gpu_specialisations" in getattr(item, "fixturenames", ()))
+    for item in filter(_interprets, items):
+        item.add_marker("interprets")
     step = config.getoption("--sample")
     config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % step])
     items[:] = items[::step]
 
 
+def _interprets(item: pytest.Item) -> bool:
+    named = getattr(item, "callspec", None)
+    return item.get_closest_marker("interprets") is not None or (named and "interpret" in named.params.values())
+
+
+@pytest.fixture(autouse=True)
+def _only_marked_tests_interpret(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _interprets(request.node):
+
+        def refuse(*args: object) -> None:
+            raise AssertionError(
+                "a test that interprets needs @pytest.mark.interprets: beside a GPU it is run elsewhere"
+            )
+
+        monkeypatch.setattr(interpreter, "run", refuse)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if torch.cuda.is_available() and _interprets(item):
+        pytest.skip("interpreted in a process of its own, by tests/test_gpu.py")
     for marker in item.iter_markers("gpu"):
         needed = marker.kwargs.get("devices", 1)
         if torch.cuda.device_count() < needed:

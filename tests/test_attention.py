@@ -186,6 +186,7 @@ def test_any_scale(scale: float, backend: str, device: torch.device) -> None:
     assert_within_budget("out", attention(q, k, v, scale=scale), reference.attention(q, k, v, scale=scale), truth)
 
 
+@pytest.mark.interprets
 @pytest.mark.parametrize(
     "d", [1, 8, 17, 96, 200]
 )  # one column; below a tensor core's 16; odd; padded to 128; padded to 256
@@ -210,6 +211,7 @@ def test_accumulators_are_wider_than_the_input(backend: str, device: torch.devic
     assert rms_ratio(attention(q, k, v), reference.attention(q, k, v), truth) <= 0.75
 
 
+@pytest.mark.interprets
 def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
@@ -237,6 +239,7 @@ def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.Monk
         assert torch.equal(attention(q, k, v), expected)
 
 
+@pytest.mark.interprets
 @pytest.mark.parametrize("shape", [(2, 3, 10, 16), (3, 10, 16), (10, 16), (2, 2, 3, 10, 16)], ids=str)
 @pytest.mark.parametrize("masked", ["", "causal", "mask"])
 def test_torchs_signature(shape: tuple[int, ...], masked: str) -> None:
@@ -249,6 +252,7 @@ def test_torchs_signature(shape: tuple[int, ...], masked: str) -> None:
     assert_within_budget("out", out, expected.float(), expected)
 
 
+@pytest.mark.interprets
 def test_torchs_signature_with_shared_key_heads() -> None:
     q, k = torch.randn(1, 4, 10, 16), torch.randn(1, 2, 10, 16)
     expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), k.double(), enable_gqa=True)
@@ -287,6 +291,7 @@ def test_bad_input_raises_before_anything_runs(name: str, what: str) -> None:
         attention(**(dict(q=_Q, k=_K, v=_K) | changed))
 
 
+@pytest.mark.interprets
 def test_a_floating_mask_that_wants_a_gradient() -> None:
     mask = torch.zeros(5, 6, requires_grad=True)
     with use_backend("interpret"), pytest.raises(NotImplementedError, match="use_backend..torch"):

@@ -73,6 +73,7 @@ every_op = pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op
 both = pytest.mark.parametrize("name", ["interpret", "torch"])
 
 
+@pytest.mark.interprets
 @every_op
 def test_gradcheck_through_the_kernels(op: Op) -> None:
     with use_backend("interpret"):  # float scalars reach a kernel as float32: exact to 1e-7, not to float64
@@ -98,6 +99,7 @@ def _registered_calls(op: Op) -> list[tuple[Any, tuple[Any, ...]]]:
     return calls
 
 
+@pytest.mark.interprets
 @every_op
 def test_opcheck(op: Op) -> None:
     calls = _registered_calls(op)
@@ -146,13 +148,15 @@ def test_second_derivatives_equal_the_references(op: Op, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @both
 @every_op
-def test_compiles_to_one_graph(op: Op, name: str) -> None:
+def test_compiles_to_one_graph(op: Op, name: str, dynamic: bool) -> None:
+    torch.compiler.reset()
     inputs = op.inputs(torch.float32)
     with use_backend(name):
         expected = op.call()(*inputs)
-        compiled = torch.compile(op.call(), fullgraph=True, backend="aot_eager")(*inputs)
+        compiled = torch.compile(op.call(), fullgraph=True, backend="aot_eager", dynamic=dynamic)(*inputs)
         pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (compiled, expected)), strict=True)
         for a, b in pairs:
             torch.testing.assert_close(a, b)
@@ -179,6 +183,7 @@ def test_exports_as_one_program(op: Op, name: str) -> None:
         torch.testing.assert_close(program.module()(*inputs), op.call()(*inputs))
 
 
+@pytest.mark.interprets
 @every_op
 def test_no_device_value_is_read_on_the_host(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake CUDA tensors `.item()` raises: the public op, the fakes and the launchers up to the launch itself must do without."""

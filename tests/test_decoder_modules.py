@@ -308,6 +308,7 @@ def test_decoder_stack_with_a_mask_compiles_in_one_graph():
     assert all(p.grad is not None for p in stack.parameters())
 
 
+@pytest.mark.interprets
 def test_interpreted_kernels_serve_a_decoder_layer_with_its_three_masks():
     """The layer on the Triton kernels: output and every gradient as on the CPU's own backend."""
     layer = decoder_layer(norm_first=True)

@@ -1,5 +1,9 @@
 """What only a GPU can show: other devices, streams, threads and CUDA graphs. Skipped, with the reason, where there is none."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -113,6 +117,12 @@ def test_triton_serves_cuda_tensors_by_default() -> None:
     with use_backend("auto"):
         assert choose("attention", torch.empty(1, device="cuda", dtype=torch.bfloat16)) == "triton"
         assert choose("attention", torch.empty(1, device="cuda", dtype=torch.float64)) == "torch"
+
+
+def test_interpreted_tests_pass_in_a_process_without_the_gpu() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "interprets and not slow", "-p", "no:cacheprovider"]
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run(command, check=True, cwd=root, env=dict(os.environ, CUDA_VISIBLE_DEVICES=""))
 
 
 def test_specialisations_stay_few(gpu_specialisations: Callable[[], list[str]]) -> None:

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from tileformer.kernels import interpreter
 
-pytestmark = pytest.mark.compat
+pytestmark = [pytest.mark.compat, pytest.mark.interprets]
 
 
 @triton.jit
@@ -60,7 +60,9 @@ def test_tf32_dots_lose_the_bits_a_tensor_core_drops() -> None:
 
 
 def test_rounding_to_bfloat16_is_torchs() -> None:
-    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.4e38, 1e-40, 1.00390625, 1.01171875])
+    special = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.4e38, 1e-40, 1.00390625, 1.01171875]
+    )
     values = torch.cat([special, torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))])
     bits = interpreter._to_bf16_bits(values.numpy()).view(np.int16)
     got, expected = torch.from_numpy(bits.copy()).view(torch.bfloat16), values.to(torch.bfloat16)
@@ -74,7 +76,11 @@ def test_everything_is_put_back() -> None:
     with pytest.raises(Exception, match="N"):
         interpreter.run(_probe_kernel, (1,), (), {})
     assert [dict(vars(owner)) for owner in interpreter._PATCHED] == before
-    assert (JITFunction.__call__, stock.interpreter_builder.options, stock.InterpreterBuilder.create_dot) == (call, options, dot)
+    assert (JITFunction.__call__, stock.interpreter_builder.options, stock.InterpreterBuilder.create_dot) == (
+        call,
+        options,
+        dot,
+    )
 
 
 def test_a_process_can_compile_after_it_interpreted() -> None:

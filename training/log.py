@@ -54,7 +54,9 @@ def _drop_after(path: Path, step: int) -> None:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Record], None]]:
     if not sys.stderr.isatty():
-        yield lambda record: print(f"{min(1, record['tokens'] / total):4.0%}  {_line(record)}", file=sys.stderr, flush=True)
+        yield lambda record: print(
+            f"{min(1, record['tokens'] / total):4.0%}  {_line(record)}", file=sys.stderr, flush=True
+        )
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -34,9 +34,10 @@ def _family(arch: int) -> int:
     return 100 if arch >= 100 else 90 if arch >= 90 else 80
 
 
-_FP32_FORWARD = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
-_FP32_DQ = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
-_FP32_DKDV = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 4, 1)}
+# float32 dots are IEEE multiply-adds: no matrix instruction, and operands in registers.
+_FP32_FORWARD = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
+_FP32_DQ = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+_FP32_DKDV = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 FORWARD: Table = {
     80: {
