@@ -78,7 +78,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _interprets(item: pytest.Item) -> bool:
     named = getattr(item, "callspec", None)
-    return item.get_closest_marker("interprets") is not None or (named and "interpret" in named.params.values())
+    parameters = named.params.values() if named else ()
+    return item.get_closest_marker("interprets") is not None or "interpret" in parameters
 
 
 @pytest.fixture(autouse=True)
