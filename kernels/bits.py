@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +40,8 @@ class _Generator(threading.local):
 
     def words(self, seed: int, n: int) -> np.ndarray:
         """n 16-bit words, the same for the same seed."""
-        state = {"state": np.array([seed, seed, seed, 1], np.uint64)}
-        self.sfc64.state = {"bit_generator": "SFC64", "state": state, "has_uint32": 0, "uinteger": 0}
+        words: Any = {"state": np.array([seed, seed, seed, 1], np.uint64)}
+        self.sfc64.state = {"bit_generator": "SFC64", "state": words, "has_uint32": 0, "uinteger": 0}
         self.sfc64.random_raw(12, output=False)  # its author's way to mix a 64-bit seed
         return self.sfc64.random_raw(cdiv(n, 4)).view(np.uint16)[:n]
 
@@ -47,7 +49,7 @@ class _Generator(threading.local):
 _generator = _Generator()
 
 
-def fast_keep(seed: Tensor, shape: list[int], p: float, dtype: torch.dtype) -> Tensor:
+def fast_keep(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
     """keep_scale(p) with probability 1 - p (exact to 2**-16), else 0: what the torch backend multiplies with.
 
     The same seed gives the same tensor, but on the CPU not the elements that the kernels keep: Philox costs far more
@@ -65,13 +67,13 @@ def fast_keep(seed: Tensor, shape: list[int], p: float, dtype: torch.dtype) -> T
 
 
 @functools.lru_cache
-def _scalar(x: float, dtype: torch.dtype) -> np.generic:
+def _scalar(x: float, dtype: torch.dtype) -> Any:
     """x for numpy, which knows no bfloat16: the bits of a 16-bit float, so that 0 or 1 times them is 0 or x."""
     rounded = torch.tensor(x, dtype=dtype)
     return (rounded.view(torch.uint16) if dtype.itemsize == 2 else rounded).numpy()[()]
 
 
-def _fast_keep_fake(seed: Tensor, shape: list[int], p: float, dtype: torch.dtype) -> Tensor:
+def _fast_keep_fake(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=seed.device)
 
 

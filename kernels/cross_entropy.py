@@ -127,7 +127,7 @@ def _cross_entropy_bwd_kernel(
             d = p * (own + smoothing)[:, None] - share - tl.where(is_target, own[:, None], 0.0)
     else:
         d = (p - tl.where(is_target, 1.0, 0.0)) * own[:, None]
-    d = tl.where(counted[:, None], d * dloss[:, None], 0.0)
+    d = d * dloss[:, None]  # 0 in a row that does not count
     dlogits_ptrs = dlogits_ptr + rows[:, None] * V + cols
     tl.store(dlogits_ptrs, d.to(dlogits_ptr.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V))
 
@@ -160,7 +160,7 @@ def cross_entropy_fwd(
             label_smoothing,
         ),
         dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
-        [row_tile(v, MAX_TILE, 2048, 16)],
+        [row_tile(v, MAX_TILE, 1024, 16)],
     )
     return outputs
 
@@ -195,7 +195,7 @@ def cross_entropy_bwd(
             dloss.stride(0), logits.stride(0), r, v, ignore_index, label_smoothing,
         ),
         dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
-        [row_tile(v, MAX_TILE, 2048, 16)],
+        [row_tile(v, MAX_TILE, 1024, 16)],
     )  # fmt: skip
     return dlogits
 
@@ -222,11 +222,11 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits, target, weight, ignore_index, label_smoothing):  # type: ignore[override]
+    def forward(logits, target, weight, ignore_index, label_smoothing):
         return _fwd(logits, target, weight, ignore_index, label_smoothing)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         logits, target, weight, ctx.ignore_index, ctx.label_smoothing = inputs
         _, lse, own = output
         ctx.save_for_backward(logits, target, weight, lse)
@@ -234,7 +234,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dloss, *_):  # type: ignore[override]
+    def backward(ctx, dloss, *_):
         if dloss is None:
             return None, None, None, None, None
         dlogits = _CrossEntropyBackward.apply(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing)
@@ -247,16 +247,16 @@ class _CrossEntropyBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):  # type: ignore[override]
+    def forward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
         return _bwd(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         dloss, logits, target, weight, _, ctx.ignore_index, ctx.label_smoothing = inputs
         ctx.save_for_backward(dloss, logits, target, weight)
 
     @staticmethod
-    def backward(ctx, ddlogits):  # type: ignore[override]
+    def backward(ctx, ddlogits):
         dloss, logits, target, weight = ctx.saved_tensors
         options = {"ignore_index": ctx.ignore_index, "reduction": "none", "label_smoothing": ctx.label_smoothing}
         (first,), (second,) = second_derivative(

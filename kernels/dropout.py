@@ -78,17 +78,17 @@ class _Dropout(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, residual, seed, p):  # type: ignore[override]
+    def forward(x, residual, seed, p):
         return _fwd(x, residual, seed, p)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         x, residual, seed, ctx.p = inputs
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.save_for_backward(seed)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         (seed,) = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
         dx = _Dropout.apply(dy.to(x_dtype), None, seed, ctx.p) if ctx.needs_input_grad[0] else None

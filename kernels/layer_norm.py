@@ -330,11 +330,11 @@ class _LayerNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, normalized_shape, weight, bias, eps):  # type: ignore[override]
+    def forward(x, normalized_shape, weight, bias, eps):
         return _fwd(x, normalized_shape, weight, bias, eps)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         x, ctx.normalized_shape, weight, bias, ctx.eps = inputs
         _, mean, rstd = output
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -342,7 +342,7 @@ class _LayerNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dy, *_):  # type: ignore[override]
+    def backward(ctx, dy, *_):
         if dy is None:
             return None, None, None, None, None
         x, weight, bias, mean, rstd = ctx.saved_tensors
@@ -359,17 +359,17 @@ class _LayerNormBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias, eps):  # type: ignore[override]
+    def forward(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias, eps):
         return _bwd(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         dy, x, ctx.normalized_shape, weight, bias, _, _, ctx.need_dweight, ctx.need_dbias, ctx.eps = inputs
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, ddx, ddweight, ddbias):  # type: ignore[override]
+    def backward(ctx, ddx, ddweight, ddbias):
         dy, x, weight, bias = ctx.saved_tensors
         # The bias counts through its gradient alone: y is linear in it.
         given = {"x": (x, ddx)}

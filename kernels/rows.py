@@ -33,5 +33,5 @@ def row_flags(n: int, *rows: Tensor) -> dict[str, Any]:
 def row_tile(n: int, limit: int, elements: int, per_thread: int) -> Tile:
     """Whole rows, together `elements` at most, or one longer row; a part of a row if it is longer than `limit`."""
     block = pow2(n) if n <= limit else min(limit, LONG_ROW_TILE)
-    warps = min(32, max(elements, block) // (32 * per_thread))
+    warps = min(max(4, max(elements, block) // (32 * per_thread)), 32)
     return {"BLOCK_R": min(max(1, elements // block), MOST_ROWS), "BLOCK_N": block, "num_warps": warps}

@@ -193,16 +193,16 @@ class _Softmax(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, mask, causal_shift, scale):  # type: ignore[override]
+    def forward(x, mask, causal_shift, scale):
         return _fwd(x, mask, causal_shift, scale)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         ctx.scale = inputs[3]
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         (y,) = ctx.saved_tensors
         return _SoftmaxBackward.apply(dy, y, ctx.scale), None, None, None
 
@@ -213,16 +213,16 @@ class _SoftmaxBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, y, scale):  # type: ignore[override]
+    def forward(dy, y, scale):
         return _bwd(dy, y, scale)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[override]
+    def setup_context(ctx, inputs, output):
         dy, y, ctx.scale = inputs
         ctx.save_for_backward(dy, y)
 
     @staticmethod
-    def backward(ctx, ddx):  # type: ignore[override]
+    def backward(ctx, ddx):
         dy, y = ctx.saved_tensors
         wide = torch.promote_types(y.dtype, torch.float32)
         u, g, p = ddx.to(wide), dy.to(wide), y.to(wide)
@@ -275,7 +275,9 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | 
     if causal:
         t_q, t_k = x.shape[-2:]
         hidden.append(
-            torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(1 + reference.causal_shift(causal, t_q, t_k))
+            torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(
+                t_k - t_q + 1 if causal == "bottom_right" else 1
+            )
         )
     if mask is not None and mask.dtype == torch.bool:
         hidden.append(~mask)
