@@ -30,22 +30,22 @@ MAX_TILE = 8192
 
 
 @triton.jit
-def _targets(target_ptr, rows, R, ignore_index):
-    """The target of each row, and whether the row counts."""
+def _labels(target_ptr, rows, R, V, ignore_index):
+    """The class of each row, -1 if the row is ignored or lies outside, -2 if its target is no class."""
     # [BLOCK_R]
     target = tl.load(target_ptr + rows, mask=rows < R, other=ignore_index)
-    return target, (rows < R) & (target != ignore_index)
+    label = tl.where((target >= 0) & (target < V), target, -2).to(tl.int32)
+    return tl.where((rows < R) & (target != ignore_index), label, -1)
 
 
 @triton.jit
-def _own_weights(weight_ptr, target, counted, V, WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """The weight of each row's target (0 for a row that does not count, NaN for a target that is no class), and whether it is a class."""
-    known = counted & (target >= 0) & (target < V)
-    own = tl.where(known, 1.0, 0.0).to(ACC)
+def _own_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """w_y of each row: 0 if it is ignored, NaN if its target is no class."""
+    own = tl.where(label >= 0, 1.0, 0.0).to(ACC)
     if WEIGHT:
         # [BLOCK_R]
-        own = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
-    return tl.where(counted & (known == 0), float("nan"), own), known
+        own = tl.load(weight_ptr + label, mask=label >= 0, other=0.0).to(ACC)
+    return tl.where(label == -2, float("nan"), own)
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
@@ -58,14 +58,14 @@ def _cross_entropy_fwd_kernel(
     V = V // ALIGN * ALIGN
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    target, counted = _targets(target_ptr, rows, R, ignore_index)
+    label = _labels(target_ptr, rows, R, V, ignore_index)
     x_ptrs = logits_ptr + rows[:, None] * logits_stride
-    top = tl.where(counted, float("-inf"), 0.0).to(ACC)
+    top = tl.where(label == -1, 0.0, float("-inf")).to(ACC)
     total = tl.zeros([BLOCK_R], ACC)
     smooth = tl.zeros([BLOCK_R], ACC)
     for start in range(0, V, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        inside = counted[:, None] & (cols < V)
+        inside = (label != -1)[:, None] & (cols < V)
         # [BLOCK_R, BLOCK_N]
         x = tl.load(x_ptrs + cols, mask=inside, other=float("-inf")).to(ACC)
         higher = tl.maximum(top, tl.max(x, 1))
@@ -79,16 +79,16 @@ def _cross_entropy_fwd_kernel(
                 x = x * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
             smooth += tl.sum(x, 1)
     lse = top + tl.log(tl.where(total == 0.0, 1.0, total))
-    own, known = _own_weights(weight_ptr, target, counted, V, WEIGHT, ACC)
+    own = _own_weights(weight_ptr, label, WEIGHT, ACC)
     # [BLOCK_R]
-    x_y = tl.load(logits_ptr + rows * logits_stride + target, mask=known, other=0.0).to(ACC)
+    x_y = tl.load(logits_ptr + rows * logits_stride + label, mask=label >= 0, other=0.0).to(ACC)
     loss = own * (lse - x_y)
     if SMOOTH:
         mass = V
         if WEIGHT:
             mass = tl.load(total_ptr)
         loss = (1.0 - smoothing) * loss + smoothing / V * (mass * lse - smooth)
-    tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=rows < R)
+    tl.store(loss_ptr + rows, tl.where(label == -1, 0.0, loss), mask=rows < R)
     tl.store(lse_ptr + rows, lse, mask=rows < R)
     tl.store(own_ptr + rows, own, mask=rows < R)
 
@@ -105,16 +105,16 @@ def _cross_entropy_bwd_kernel(
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    target, counted = _targets(target_ptr, rows, R, ignore_index)
-    own, known = _own_weights(weight_ptr, target, counted, V, WEIGHT, ACC)
+    label = _labels(target_ptr, rows, R, V, ignore_index)
+    own = _own_weights(weight_ptr, label, WEIGHT, ACC)
     # [BLOCK_R]
-    lse = tl.load(lse_ptr + rows, mask=counted, other=0.0)
-    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=counted, other=0.0).to(ACC)
+    lse = tl.load(lse_ptr + rows, mask=label != -1, other=0.0)
+    dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=label != -1, other=0.0).to(ACC)
     # [BLOCK_R, BLOCK_N]
     x_ptrs = logits_ptr + rows[:, None] * logits_stride + cols
-    x = tl.load(x_ptrs, mask=counted[:, None] & (cols < V), other=float("-inf")).to(ACC)
+    x = tl.load(x_ptrs, mask=(label != -1)[:, None] & (cols < V), other=float("-inf")).to(ACC)
     p = tl.exp(x - lse[:, None])
-    is_target = cols == target[:, None]
+    is_target = cols == label[:, None]
     if SMOOTH:
         own = own * (1.0 - smoothing)
         share = smoothing / V
@@ -127,7 +127,7 @@ def _cross_entropy_bwd_kernel(
             d = p * (own + smoothing)[:, None] - share - tl.where(is_target, own[:, None], 0.0)
     else:
         d = (p - tl.where(is_target, 1.0, 0.0)) * own[:, None]
-    d = d * dloss[:, None]  # 0 in a row that does not count
+    d = d * dloss[:, None]  # 0 in an ignored row
     dlogits_ptrs = dlogits_ptr + rows[:, None] * V + cols
     tl.store(dlogits_ptrs, d.to(dlogits_ptr.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V))
 

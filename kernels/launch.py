@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,12 +42,13 @@ def arch_of(x: Tensor) -> int:
     return _capability(x.device.index or 0) if x.is_cuda else INTERPRETED
 
 
-@functools.lru_cache
 def _capability(index: int) -> int:
     if not torch.cuda.is_available():  # a fake CUDA tensor on a machine without a GPU: shapes only, any answer serves
         return 90
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+    device = torch.cuda.get_device_properties(
+        index
+    )  # torch.compile folds it; get_device_capability would break the graph
+    return 10 * device.major + device.minor
 
 
 def launch(
@@ -124,5 +124,5 @@ def pow2(n: int, least: int = 1) -> int:
 
 def dot_flags(x: Tensor) -> dict[str, Any]:
     """Accumulator type (the wider of float32 and x's) and the precision of float32 dots (IEEE unless torch allows TF32)."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dict(ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, PRECISION="tf32" if tf32 else "ieee")

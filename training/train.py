@@ -47,9 +47,10 @@ def main(args: argparse.Namespace) -> int:
     recipe = importlib.import_module(f"tileformer.training.recipes.{args.recipe}")
     if args.resume:
         checkpoint.latest(output)  # nothing to resume: say so before any data are read
-    if args.overwrite:
-        for path in checkpoint.steps_in(output):
-            checkpoint.discard(path)
+    for path in [] if args.resume else checkpoint.steps_in(output):
+        if not args.overwrite:
+            raise ValueError(f"{path}: a run is already here; add --resume, --overwrite or another --output")
+        checkpoint.discard(path)
     try:
         recipe.run(args, device, output)
     except FloatingPointError as error:

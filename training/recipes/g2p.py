@@ -50,7 +50,7 @@ class Plan:
     dropout: float
 
 
-QUICK = Plan(tokens=3_900_000, batch_size=64, dropout=0.0)
+QUICK = Plan(tokens=2_600_000, batch_size=64, dropout=0.0)
 FULL = Plan(tokens=19_600_000, batch_size=128, dropout=0.05)
 
 
@@ -185,7 +185,7 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     torch.manual_seed(options.seed)
     config = Seq2SeqConfig(RESERVED + len(LETTERS), RESERVED + len(PHONES), dropout=plan.dropout, max_length=32)
     model = Seq2Seq(config).to(device)
-    settings = Settings(tokens=options.tokens or plan.tokens, precision=options.precision)
+    settings = Settings(options.tokens or plan.tokens, schedule="wsd", decay=0.5, precision=options.precision)
     meta: dict[str, Any] = {"recipe": "g2p", "model": asdict(config), "letters": LETTERS, "phones": PHONE_NAMES}
     meta |= {"dictionary": checksum, "seed": options.seed}
     size = sum(parameter.numel() for parameter in model.parameters())
