@@ -1,4 +1,4 @@
-"""check each op, forward and every gradient, against float64 on this machine.
+"""Check each op, forward and every gradient, against float64 on this machine.
 
 Every call of bench/cases.py runs on a backend and is held to the error budget of bench/budget.py. Where there is a GPU the compiled kernels run on
 it; elsewhere the same kernels are interpreted.

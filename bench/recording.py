@@ -100,19 +100,25 @@ class _Utils:
         return object(), binary, 0, 0, 1024  # module, function, registers, spills, most threads
 
 
+_launches: list[
+    Launch
+] = []  # of the innermost `record`: Triton keeps a launcher with its kernel, longer than a driver lives
+
+
+class _Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.warps = metadata.num_warps
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Binary, *rest: Any) -> None:
+        assert x < 2**31 and y < 65536 and z < 65536, f"grid {(x, y, z)} is larger than a GPU takes"
+        _launches.append(Launch(function, (x, y, z), self.warps))
+
+
 class _RecordingDriver:
-    def __init__(self, arch: int, launches: list[Launch]) -> None:
+    launcher_cls = _Launcher
+
+    def __init__(self, arch: int) -> None:
         self.arch, self.utils = arch, _Utils(arch)
-
-        class Launcher:
-            def __init__(self, source: Any, metadata: Any) -> None:
-                self.warps = metadata.num_warps
-
-            def __call__(self, x: int, y: int, z: int, stream: int, function: Binary, *rest: Any) -> None:
-                assert x < 2**31 and y < 65536 and z < 65536, f"grid {(x, y, z)} is larger than a GPU takes"
-                launches.append(Launch(function, (x, y, z), self.warps))
-
-        self.launcher_cls = Launcher
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -133,12 +139,13 @@ class _RecordingDriver:
 @contextlib.contextmanager
 def record(arch: int) -> Iterator[list[Launch]]:
     """Inside, `use_backend("triton")` takes CPU tensors: each launch is compiled for sm_`arch` and appended to the list yielded."""
-    launches: list[Launch] = []
-    before = driver._active
-    driver.set_active(_RecordingDriver(arch, launches))
+    global _launches
+    before, outer = driver._active, _launches
+    _launches = launches = []
+    driver.set_active(_RecordingDriver(arch))
     launch.record_for(arch)
     try:
         yield launches
     finally:
         launch.record_for(None)
-        driver._active = before
+        driver._active, _launches = before, outer

@@ -1,4 +1,4 @@
-"""time the ops and a decoder layer beside torch's own, or whole training steps.
+"""Time the ops and a decoder layer beside torch's own, or whole training steps.
 
 Ops run under pytest-benchmark (`pytest bench --benchmark-only` is the same); `step` alternates rounds of our layers and torch.nn's.
 """

@@ -28,7 +28,7 @@ _PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor
 
 def run(kernel: JITFunction, programs: tuple[int, ...], args: Sequence[Any], constexprs: dict[str, Any]) -> None:
     """`kernel[programs](*args, **constexprs)`, interpreted. Launch options such as num_warps are accepted and have no effect."""
-    with _lock, _patched():
+    with _lock, _patched(), np.errstate(all="ignore"):  # a GPU does not warn about infinity either
         _interpreted(kernel.fn).run(*args, grid=programs, warmup=False, **constexprs)
 
 

@@ -48,7 +48,7 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.where(top == -math.inf, 0.0, top).detach()
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
-    some = total > 0
+    some = total != 0
     safe = torch.where(some, total, 1.0)
     return weights / safe, torch.where(some, top + safe.log(), -math.inf).squeeze(-1)
 

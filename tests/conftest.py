@@ -20,8 +20,9 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
 torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
-# The interpreter patches Triton while it runs: beside a GPU it gets a process of its own (tests/test_gpu.py).
-VALUE_BACKENDS = ("triton",) if torch.cuda.is_available() else ("interpret",)
+# Files that, beside a GPU, run compiled: few enough calls for a cold cache (test_gpu.py counts them). The files of single ops sweep over
+# hundreds of specialisations; they stay interpreted, in a process without the GPU, unless --gpu-full asks for minutes of compilation.
+COMPILED_FILES = ("test_values", "test_attention", "test_gpu")
 
 
 def device_for(backend: str) -> torch.device:
@@ -29,7 +30,7 @@ def device_for(backend: str) -> torch.device:
     return torch.device("cuda" if backend == "triton" else "cpu")
 
 
-@pytest.fixture(params=VALUE_BACKENDS)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backend that runs the Triton kernels here, in force during the test: compiled where CUDA is, else interpreted."""
     with use_backend(request.param):
@@ -62,7 +63,17 @@ def _kernels() -> list[JITFunction]:
     return list(kernels.values())
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        file = metafunc.module.__name__.rpartition(".")[2]
+        compiled = torch.cuda.is_available() and (file in COMPILED_FILES or metafunc.config.getoption("--gpu-full"))
+        metafunc.parametrize("backend", ["triton" if compiled else "interpret"], indirect=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-full", action="store_true", help="on a GPU, compile the sweeps of every op too (an hour when cold)"
+    )
     parser.addoption("--sample", type=int, default=1, metavar="N", help="run only every Nth of the selected tests")
 
 

