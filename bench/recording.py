@@ -141,7 +141,8 @@ def record(arch: int) -> Iterator[list[Launch]]:
     """Inside, `use_backend("triton")` takes CPU tensors: each launch is compiled for sm_`arch` and appended to the list yielded."""
     global _launches
     before, outer = driver._active, _launches
-    _launches = launches = []
+    launches: list[Launch] = []
+    _launches = launches
     driver.set_active(_RecordingDriver(arch))
     launch.record_for(arch)
     try:
