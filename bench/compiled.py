@@ -108,9 +108,8 @@ def _allowed_stack(case: Case, dtype: str, arch: int, kernel: str) -> int:
     )
 
 
-def judged(case: Case, dtype: str, arch: int) -> Iterator[dict[str, Any]]:
-    """A row for each distinct kernel of a case: what it uses, and what is wrong with it ("" if nothing)."""
-    seen = set()
+def judged(case: Case, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of a case that is not in `seen` yet: what it uses, and what is wrong with it ("" if nothing)."""
     for launch in compiled(case, dtype, arch):
         binary = launch.binary
         if binary.cubin in seen:
@@ -141,8 +140,9 @@ def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: s
     if output != "-":
         print(f"{'sm':<4} {'kernel':<28} {'call':<20} {'dtype':<5} {'regs':>4} {'stack':>5} {'shared':>6}  problem")
     for arch in archs or ARCHITECTURES:
+        seen: set[bytes] = set()
         for case, dtype in calls:
-            for row in judged(case, dtype, arch):
+            for row in judged(case, dtype, arch, seen):
                 rows.append(row)
                 if output != "-":
                     print(

@@ -51,15 +51,19 @@ def _own_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, weight_ptr, total_ptr, loss_ptr, lse_ptr, own_ptr, logits_stride, R, V, ignore_index,
-    smoothing, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R:
-    tl.constexpr, BLOCK_N: tl.constexpr,
+    smoothing, share,
+    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: loss, log-sum-exp and w_y of BLOCK_R rows."""
+    """One program: loss, log-sum-exp and w_y of BLOCK_R rows. share is smoothing / V."""
     V = V // ALIGN * ALIGN
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     label = _labels(target_ptr, rows, R, V, ignore_index)
     x_ptrs = logits_ptr + rows[:, None] * logits_stride
+    own = _own_weights(weight_ptr, label, WEIGHT, ACC)
+    # [BLOCK_R]
+    x_y = tl.load(logits_ptr + rows * logits_stride + label, mask=label >= 0, other=0.0).to(ACC)
     top = tl.where(label == -1, 0.0, float("-inf")).to(ACC)
     total = tl.zeros([BLOCK_R], ACC)
     smooth = tl.zeros([BLOCK_R], ACC)
@@ -79,15 +83,12 @@ def _cross_entropy_fwd_kernel(
                 x = x * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
             smooth += tl.sum(x, 1)
     lse = top + tl.log(tl.where(total == 0.0, 1.0, total))
-    own = _own_weights(weight_ptr, label, WEIGHT, ACC)
-    # [BLOCK_R]
-    x_y = tl.load(logits_ptr + rows * logits_stride + label, mask=label >= 0, other=0.0).to(ACC)
     loss = own * (lse - x_y)
     if SMOOTH:
         mass = V
         if WEIGHT:
             mass = tl.load(total_ptr)
-        loss = (1.0 - smoothing) * loss + smoothing / V * (mass * lse - smooth)
+        loss = (1.0 - smoothing) * loss + share * (mass * lse - smooth)
     tl.store(loss_ptr + rows, tl.where(label == -1, 0.0, loss), mask=rows < R)
     tl.store(lse_ptr + rows, lse, mask=rows < R)
     tl.store(own_ptr + rows, own, mask=rows < R)
@@ -96,7 +97,7 @@ def _cross_entropy_fwd_kernel(
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, weight_ptr, total_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride, R, V,
-    ignore_index, smoothing,
+    ignore_index, smoothing, share,
     WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +118,6 @@ def _cross_entropy_bwd_kernel(
     is_target = cols == label[:, None]
     if SMOOTH:
         own = own * (1.0 - smoothing)
-        share = smoothing / V
         if WEIGHT:
             # [BLOCK_N]
             spread = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
@@ -158,6 +158,7 @@ def cross_entropy_fwd(
             v,
             ignore_index,
             label_smoothing,
+            label_smoothing / max(v, 1),
         ),
         dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
         [row_tile(v, MAX_TILE, 1024, 16)],
@@ -192,7 +193,7 @@ def cross_entropy_bwd(
         logits,
         (
             dloss, logits, target, *_weights(weight, lse.dtype, logits), lse, dlogits,
-            dloss.stride(0), logits.stride(0), r, v, ignore_index, label_smoothing,
+            dloss.stride(0), logits.stride(0), r, v, ignore_index, label_smoothing, label_smoothing / max(v, 1),
         ),
         dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
         [row_tile(v, MAX_TILE, 1024, 16)],
