@@ -124,7 +124,6 @@ CASES = [
         "plain",
         "whole tiles, no restriction",
         attention_call((1, 2, 2, 64, 64, 64), lse=False),
-        quick=True,
     ),
     Case(
         "attention",
@@ -138,7 +137,6 @@ CASES = [
         "cross padded",
         "T_q < T_k, a batch without a key",
         attention_call((3, 2, 2, 40, 70, 64), padding="none"),
-        quick=True,
     ),
     Case(
         "attention",
@@ -195,7 +193,6 @@ CASES = [
         "ragged tiles",
         attention_call((1, 2, 2, 50, 70, 64), dropout_p=0.3),
         dtypes=HALF,
-        quick=True,
     ),
     Case(
         "attention",
