@@ -80,9 +80,9 @@ ALLOWED_STACK = {
     ("fp32", "_attention_bwd_dq_kernel", 160): 320,
     ("fp32", "_attention_bwd_dkdv_kernel", 160): 320,
     ("bf16", "_attention_bwd_dq_kernel", 0): 24,
-    ("bf16", "_attention_bwd_dkdv_kernel", 80): 8,
+    ("bf16", "_attention_bwd_dkdv_kernel", 0): 8,
     ("bf16", "_attention_bwd_dkdv_kernel", 256): 16,
-    ("bf16", "_attention_fwd_kernel", 256): 24,
+    ("bf16", "_attention_fwd_kernel", 128): 24,
 }
 NOTHING_SPILLS = {(arch, size) for arch in (80, 90, 100) for size in (64, 128)}
 
