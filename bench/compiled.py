@@ -102,6 +102,8 @@ def compiled(case: Case, dtype: str, arch: int) -> list[Launch]:
 
 def _allowed_stack(case: Case, dtype: str, arch: int, kernel: str) -> int:
     size = int(case.name.split()[1]) if case.op == "attention" else 0
+    if (arch, size) in NOTHING_SPILLS and dtype != "fp32":
+        return 0
     return max(
         (stack for (d, name, least), stack in ALLOWED_STACK.items() if (d, name) == (dtype, kernel) and size >= least),
         default=0,
