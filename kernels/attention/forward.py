@@ -47,7 +47,7 @@ def key_range(range_ptr, b, T_k, KEY_MASK: tl.constexpr):
 @triton.jit
 def key_tiles(first, last, holes, row_start, causal_shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
               CAUSAL: tl.constexpr, ALL_MASKED: tl.constexpr):  # fmt: skip
-    """The key tiles of a query tile: unmasked ones, BLOCK_N wide, are [clean, clean_end); masked ones, EDGE wide, n_left from `start`, n_right from clean_end."""
+    """The key tiles of a query tile: unmasked, BLOCK_N wide: [clean, clean_end); masked, EDGE wide: n_left from `start`, n_right from clean_end."""
     if CAUSAL:
         last = tl.minimum(last, tl.maximum(row_start + BLOCK_M + causal_shift, 0))
     start = first // EDGE * EDGE
