@@ -19,7 +19,8 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
 
-SIDES = 7  # mask, bias, key_mask, q_lens, k_lens, slopes, seed
+SIDES = 7  # gradients of key_mask, q_lens, k_lens, slopes, seed and the two groups of numbers: none
+BIAS_GRAD = 6  # the place among the whole numbers
 
 
 class _Attention(torch.autograd.Function):
@@ -44,9 +45,9 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (5 + SIDES)
         dout = torch.zeros_like(out) if dout is None else dout
-        bias, wanted = tensors[4], ctx.needs_input_grad[4]
-        *grads, dbias = _AttentionBackward.apply(dout, dlse, out, lse, bounds, wanted, *tensors, ctx.whole, ctx.real)
-        return *grads, None, dbias.view(bias.shape) if wanted else None, *(None,) * SIDES
+        *grads, dbias = _AttentionBackward.apply(dout, dlse, out, lse, bounds, *tensors, ctx.whole, ctx.real)
+        dbias = dbias.view(tensors[4].shape) if ctx.whole[BIAS_GRAD] else None
+        return *grads, None, dbias, *(None,) * SIDES
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -55,19 +56,24 @@ class _AttentionBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, dlse, out, lse, bounds, bias_grad, *rest):
-        return bwd(dout, dlse, out, lse, bounds, bias_grad, *rest)
+    def forward(
+        dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+    ):  # torch.compile does not trace a forward with *args
+        return bwd(
+            dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dout, dlse, _, _, _, ctx.bias_grad, *tensors, ctx.whole, ctx.real = inputs
+        dout, dlse, _, _, _, *tensors, ctx.whole, ctx.real = inputs
         ctx.save_for_backward(dout, dlse, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *tangents):
         dout, dlse, q, k, v, mask, bias, *sides = ctx.saved_tensors
-        primals = (q, k, v, bias) if ctx.bias_grad else (q, k, v)
+        bias_grad = ctx.whole[BIAS_GRAD]
+        primals = (q, k, v, bias) if bias_grad else (q, k, v)
 
         def outputs(q, k, v, bias=bias):
             options = _reference_options(mask, bias, *sides, ctx.whole, ctx.real)
@@ -75,11 +81,11 @@ class _AttentionBackward(torch.autograd.Function):
             return (out,) if dlse is None else (out, lse / LN2)
 
         cotangents = (dout,) if dlse is None else (dout, dlse)
-        tangents = (*tangents[:3], tangents[3].view(bias.shape) if ctx.bias_grad and tangents[3] is not None else None)
+        tangents = (*tangents[:3], tangents[3].view(bias.shape) if bias_grad and tangents[3] is not None else None)
         first, second = second_derivative(outputs, primals, cotangents, tangents[: len(primals)])
-        dbias = first[3] if ctx.bias_grad else None
+        dbias = first[3] if bias_grad else None
         ddlse = None if dlse is None else second[1]
-        return second[0], ddlse, None, None, None, None, *first[:3], None, dbias, *(None,) * SIDES
+        return second[0], ddlse, None, None, None, *first[:3], None, dbias, *(None,) * SIDES
 
 
 class _Weights(torch.autograd.Function):
@@ -88,8 +94,10 @@ class _Weights(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(lse, bounds, average, *rest):
-        return weights_of(lse, bounds, average, *rest)
+    def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
+        return weights_of(
+            lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -113,7 +121,7 @@ class _Weights(torch.autograd.Function):
 
 def _reference_options(mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real) -> dict[str, Any]:
     """What the registered ops are told, in the words of `reference.attention`."""
-    left, right, align, packed, _, _ = whole
+    left, right, align, packed, *_ = whole
     names = ("cu_seqlens_q", "cu_seqlens_k") if packed else ("query_lengths", "key_lengths")
     return dict(
         mask=mask, bias=bias, key_mask=key_mask, alibi_slopes=slopes, seed=seed, **dict(zip(names, (q_lens, k_lens), strict=True)),
@@ -201,7 +209,8 @@ def attention(
     lens = (cu_seqlens_q, cu_seqlens_k) if packed else (query_lengths, key_lengths)
     longest = (max_seqlen_q or q.shape[2], max_seqlen_k or k.shape[2])
     limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
-    whole = (*limits, int(bottom_right), int(packed), *longest)
+    bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    whole = (*limits, int(bottom_right), int(packed), *longest, int(bias_grad))
     real = (scale, float(softcap), float(dropout_p))
     if backend == "reference":
         options = _reference_options(mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
@@ -209,7 +218,7 @@ def attention(
     if backend == "torch":
         sides = (mask, bias, key_mask, *lens, alibi_slopes, seed)
         return torch_attention(q, k, v, sides, whole, real, return_lse, return_weights)
-    if bias is not None and bias.requires_grad and packed and torch.is_grad_enabled():
+    if bias_grad and packed:
         raise NotImplementedError(
             "attention: a bias has no gradient with packed sequences: pad them, or detach the bias"
         )
@@ -254,7 +263,7 @@ def scaled_dot_product_attention(
     def fold(x: Tensor) -> Tensor:
         return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
 
-    if attn_mask is not None and attn_mask.dim() > 4:
+    if attn_mask is not None and query.dim() > 4 and attn_mask.dim() > 3:
         attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
     out = attention(
         fold(query), fold(key), fold(value), mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p

@@ -76,7 +76,7 @@ def _attention_bwd_dq_kernel(
     h = (head % H).to(tl.int64)
     q_start, q_len, k_start, shift, first, last, holes = sequence(bounds_ptr, b, T_q, T_k, shift, BOUNDS)
     row_start = pid_m * BLOCK_M
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if row_start >= q_len:
             return
     batch = b * 0 if PACKED else b
@@ -223,7 +223,7 @@ def _attention_bwd_dkdv_kernel(
     b = (kv_head // H_kv).to(tl.int64)
     h_kv = (kv_head % H_kv).to(tl.int64)
     q_start, q_len, k_start, shift, first, last, _ = sequence(bounds_ptr, b, T_q, T_k, shift, BOUNDS)
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if col_start >= last:
             return
     batch = b * 0 if PACKED else b

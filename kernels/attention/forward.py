@@ -78,7 +78,7 @@ def _attention_fwd_kernel(
     h = (head % H).to(tl.int64)
     q_start, q_len, k_start, shift, first, last, holes = sequence(bounds_ptr, b, T_q, T_k, shift, BOUNDS)
     row_start = pid_m * BLOCK_M
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if row_start >= q_len:
             return
     batch = b * 0 if PACKED else b  # in the tensors: packed sequences share one
@@ -141,7 +141,7 @@ def _attention_fwd_kernel(
             MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, EDGE, ACC, PRECISION,
         )  # fmt: skip
 
-    some = (l > 0) & in_q
+    some = (l != 0.0) & in_q  # true of NaN: what is wrong with a row must not look like a row without a key
     l = tl.where(some, l, 1.0)
     acc = tl.where(in_q[:, None], acc * (keep_scale / l)[:, None], 0.0)
     lse = tl.where(some, m + tl.log2(l), float("-inf"))

@@ -1,7 +1,8 @@
 """From tensors to launches: allocate, pick the tile, pack the arguments. Each launcher is a registered torch op.
 
 Every op takes, after its own tensors, the `sides` (mask, bias, key_mask, q_lens, k_lens, slopes, seed; each may be None), then `whole` numbers
-(left, right, align, packed, max_q, max_k) and `real` numbers (scale, softcap, dropout rate). With `packed`, lengths are starts of sequences.
+(left, right, align, packed, max_q, max_k, whether the bias wants a gradient) and `real` numbers (scale, softcap, dropout rate). With `packed`,
+lengths are starts of sequences.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tileformer.kernels.attention.scores import _attention_bounds_kernel
 from tileformer.kernels.attention.tiles import BACKWARD_BIAS, BACKWARD_DKDV, BACKWARD_DQ, FORWARD, WEIGHTS, tiles_for
 from tileformer.kernels.launch import arch_of, cdiv, dot_flags, launch, pow2, register
 
+FARTHEST = 2**23  # elements between neighbours of a tile: its offsets have 32 bits, and a tile has at most 128 rows
 NO_LIMIT = 2**30  # of a window: a row sees that far
 # Keys and values of the heads that run side by side: half of an A100's L2 cache, a third of an H100's.
 SECTION_BYTES = 16 << 20
@@ -40,7 +42,8 @@ def _bytes(mask: Tensor) -> Tensor:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    near = x.stride(-2) < FARTHEST
+    return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -62,8 +65,11 @@ class _Call:
     ) -> None:
         mask, bias, key_mask, q_lens, _, slopes, seed = sides
         (b, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
-        left, right, align, packed, self.max_q, self.max_k = whole
+        left, right, align, packed, self.max_q, self.max_k, self.bias_grad = whole
         scale, softcap, p = real
+        mask, bias = (
+            x if x is None or max(x.stride()[-2:], default=0) < FARTHEST else x.contiguous() for x in (mask, bias)
+        )
         has_bounds = bounds.shape[0] > 0
         self.sequences = bounds.shape[0] if has_bounds else b
         self.q = q
@@ -121,7 +127,7 @@ class _Call:
 def _bounds(sides: Sequence[Tensor | None], whole: Sequence[int], q: Tensor, t_k: int) -> Tensor:
     """The bounds table of scores.py, (sequences, 8) int32; empty where every sequence is whole."""
     _, _, key_mask, q_lens, k_lens, _, _ = sides
-    _, _, align, packed, _, _ = whole
+    _, _, align, packed, *_ = whole
     table = _empty_bounds(sides, whole, q)
     if table.shape[0]:
         lens = [q if x is None else x.contiguous() for x in (q_lens, k_lens)]
@@ -185,14 +191,14 @@ def _attention_fwd_fake(
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor, bias_grad: bool,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor,
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
     k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, whole: Sequence[int], real: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the bias (empty without `bias_grad`). dlse is the gradient of the base-2 log-sum-exp."""
+    """Gradients of q, k, v and the bias (empty where it wants none). dlse is the gradient of the base-2 log-sum-exp."""
     dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
-    (b, h, t_q, _), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
-    dq, dk, dv, dbias = _bwd_outputs(q, k, v, bias, whole, bias_grad)
+    b, h, h_kv = *q.shape[:2], k.shape[1]
+    dq, dk, dv, dbias = _bwd_outputs(q, k, v, bias, whole)
     safe_lse, delta = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
     lse, out = lse.contiguous(), out.transpose(1, 2).contiguous()
     call = _Call(q, k, v, (mask, bias, key_mask, q_lens, k_lens, slopes, seed), bounds, whole, real)
@@ -217,7 +223,7 @@ def attention_bwd(
             *call.reals,
         ),
     )  # fmt: skip
-    if bias_grad:
+    if call.bias_grad:
         n_b, n_h, n_q, n_k = dbias.shape
         one = dict(B_ONE=n_b == 1, H_ONE=n_h == 1, Q_ONE=n_q == 1, K_ONE=n_k == 1)
         call.run(
@@ -246,10 +252,10 @@ def attention_bwd(
 
 
 def _bwd_outputs(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, whole: Sequence[int], bias_grad: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, whole: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (_heads_last(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x, bool(whole[3])) for x in (q, k, v))
-    if bias is None or not bias_grad:
+    if bias is None or not whole[6]:
         return dq, dk, dv, torch.empty((0,), dtype=q.dtype, device=q.device)
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     # Nothing launches where a dimension of the scores is 0; what is summed over it is 0.
@@ -258,11 +264,11 @@ def _bwd_outputs(
 
 
 def _attention_bwd_fake(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor, bias_grad: bool,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor,
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
     k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, whole: Sequence[int], real: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _bwd_outputs(q, k, v, bias, whole, bias_grad)
+    return _bwd_outputs(q, k, v, bias, whole)
 
 
 def attention_weights(

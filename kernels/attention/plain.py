@@ -39,7 +39,7 @@ def torch_attention(
     torch's fused attention is used only where it has nothing to mask but a square triangle.
     """
     mask, bias, key_mask, q_lens, k_lens, slopes, seed = sides
-    left, right, align, packed, _, _ = whole
+    left, right, align, packed, *_ = whole
     scale, softcap, p = real
     (b, h, t_q, _), t_k = q.shape, k.shape[2]
     group = h // k.shape[1]

@@ -142,9 +142,8 @@ BACKWARD_DKDV: Table = {
     },
 }
 
-# Rarely used, and small: one square tile fits everywhere.
+# Rarely used, and small: one tile fits everywhere.
 _SMALL = {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
-_FEATURES = {name: _SMALL for name in ("plain", "mask", "dropout", "both")}
-_FAMILY = _FEATURES | {"fp32": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}}
-BACKWARD_BIAS: Table = {family: _FAMILY for family in (80, 90, 100, 120)}
+_RARE = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
+BACKWARD_BIAS: Table = dict.fromkeys((80, 90, 100, 120), _RARE)
 WEIGHTS: Table = dict(BACKWARD_BIAS)
