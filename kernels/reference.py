@@ -144,7 +144,7 @@ def attention(
     weights, lse = _softmax(scores.masked_fill(~seen, -math.inf))
     if dropout_p > 0.0:
         drawn = seed is not None and seed.dtype == torch.bool  # the bits of one packed sequence, cut from those of all
-        keep = seed if drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
+        keep = seed if seed is not None and drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
         weights = weights * keep.to(weights.dtype) * bits.keep_scale(dropout_p)
     results = [weights @ v]
     if return_lse:

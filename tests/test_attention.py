@@ -299,7 +299,7 @@ def test_a_floating_mask_that_wants_a_gradient() -> None:
         mask.grad = None
         with use_backend(backend):
             attention(_Q + 1, _K + 1, torch.randn(_K.shape), mask=mask).sum().backward()
-        assert mask.grad.any()
+        assert mask.grad is not None and mask.grad.any()
 
 
 def test_a_backend_that_cannot_serve_raises() -> None:

@@ -114,7 +114,7 @@ class _Weights(torch.autograd.Function):
             all_heads = reference.attention(q, k, v.detach(), **options, return_weights=True)[1]
             return all_heads.mean(1, keepdim=True) if ctx.average else all_heads
 
-        _, pull = torch.func.vjp(weights, *primals)  # type: ignore[misc]
+        _, pull = torch.func.vjp(weights, *primals)
         dq, dk, *dbias = pull(dweights)
         return None, None, None, dq, dk, None, None, *(dbias or (None,)), *(None,) * SIDES
 
