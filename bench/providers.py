@@ -3,13 +3,12 @@
     call = providers("attention")["sdpa flash"](workload)
     out = call(*workload.inputs("cuda", torch.bfloat16))
 
-What a provider cannot do raises `Unavailable`, whose text is printed. A peer's own extension of the call is never emulated: it does what its public
-function does. Masks in another form, and block masks, are made at the first call and kept, so they are outside every timing.
+What a provider cannot do raises `Unavailable`, whose text is printed. A peer is called through its public functions, with the inputs that every
+other provider gets. Masks in another form, and block masks, are made at the first call and kept, so they are outside every timing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import warnings
@@ -27,7 +26,9 @@ from tileformer.bench.workloads import Workload
 from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import launch
 
-Call = Callable[[dict[str, Tensor], dict[str, Any]], Tensor]
+Tensors = dict[str, Tensor]
+Options = dict[str, Any]
+Call = Callable[[Tensors, Options], Tensor]
 Build = Callable[[Workload], Call]
 OURS = "tileformer"
 COMPILED = ("torch.compile", "flex")  # a compilation of seconds for every shape
@@ -44,21 +45,10 @@ def providers(op: str) -> dict[str, Build]:
 
 
 def reference(workload: Workload) -> Call:
-    """The definition: what a provider's result is compared with, in float64. With dropout only where the bits are given by a seed."""
+    """The definition, to run in float64: kernels.reference, or torch.nn's layer."""
     if workload.op == "decoder_layer":
         return _layer(nn.TransformerDecoderLayer)(workload)
-    return lambda tensors, options: getattr(kernels.reference, workload.op)(**tensors, **options)
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and name.startswith(error.name):
-            raise Unavailable(f"{error.name} is not installed") from None
-        raise Unavailable(f"{name} cannot be imported: {error}") from None
-    except Exception as error:  # a package may look for a GPU, or for another torch, while it is imported
-        raise Unavailable(f"{name} cannot be imported: {type(error).__name__}: {error}") from None
+    return lambda t, o: getattr(kernels.reference, workload.op)(**t, **o)
 
 
 def _refuse(reasons: dict[str, Any]) -> None:
@@ -68,62 +58,89 @@ def _refuse(reasons: dict[str, Any]) -> None:
             raise Unavailable(reason)
 
 
-def _needs_gpu(x: Tensor) -> None:
-    _refuse({"runs on CUDA tensors only": not (x.is_cuda or launch.recording())})
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        why = "is not installed" if name.startswith(missing) else f"cannot be imported: {error}"
+        raise Unavailable(f"{name.split('.')[0]} {why}") from None
+    except Exception as error:  # a package may look for a GPU, or for another torch, while it is imported
+        raise Unavailable(f"{name} cannot be imported: {' '.join(str(error).split())}") from None
 
 
-def _ours(workload: Workload) -> Call:
-    op = getattr(kernels, workload.op)
-    return lambda tensors, options: op(**tensors, **options)
+def _peer(module: str, call: Callable[[Any, Tensors, Options], Tensor], *limits: str, half: bool = False) -> Build:
+    """A provider from another package: call(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only."""
 
+    def build(workload: Workload) -> Call:
+        s, options = workload.sizes, workload.options
+        reasons = {
+            "takes no mask": "mask" in workload.masks,
+            "takes padding only as packed sequences": "key_mask" in workload.masks,
+            "has no dropout": workload.dropout,
+            "takes no scale and no mask": options,
+            "is causal only": not options.get("causal") or s["T_q"] != s["T_k"],
+        }
+        _refuse({reason: holds for reason, holds in reasons.items() if reason in limits})
+        package = _package(module)
 
-def _compiled(build: Build) -> Build:
-    """What `torch.compile` makes of a provider."""
-
-    def compiled(workload: Workload) -> Call:
-        call = _compile(build(workload))
-
-        def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-            _refuse_slow_compilation(next(iter(tensors.values())))
-            return call(tensors, options)
+        def run(t: Tensors, o: Options) -> Tensor:
+            x = next(iter(t.values()))
+            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (launch.recording() and not half))})
+            _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
+            return call(package, t, o)
 
         return run
 
-    return compiled
-
-
-def _compile(function: Any) -> Any:
-    torch.compiler.reset()  # the limit on recompilations counts all shapes of a function, and beyond it runs it uncompiled
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
-
-
-def _refuse_slow_compilation(x: Tensor) -> None:
-    _refuse(
-        {"a compilation takes minutes on a CPU: timed on CUDA only": compile_backend == "inductor" and not x.is_cuda}
-    )
+    return build
 
 
 class _Pair(torch.autograd.Function):
-    """A forward and a backward that a package offers as two functions: forward() returns (y, what backward(dy, ...) needs)."""
+    """A forward and a backward that a package offers as two functions: forward(*tensors) returns (y, what backward(dy, ...) needs)."""
 
     @staticmethod
-    def forward(ctx, forward, backward, *tensors):
+    def forward(ctx: Any, forward: Any, backward: Any, *tensors: Any) -> Any:
         y, saved = forward(*tensors)
         ctx.backward_of, ctx.saved = backward, saved
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Any) -> Any:
         return None, None, *ctx.backward_of(dy, *ctx.saved)
 
 
-# ---- attention. Tensors q, k, v; options mask, key_mask, causal, dropout_p, seed.
+def _compile(function: Any) -> Any:
+    torch.compiler.reset()  # the limit on recompilations counts all shapes of a function
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
 
 
-def _dense_mask(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor | None:
+def _no_slow_compilation(x: Tensor) -> None:
+    _refuse(
+        {"a compilation takes minutes on a CPU: timed on CUDA only": compile_backend == "inductor" and not x.is_cuda}
+    )
+
+
+def _compiled(eager: Call) -> Build:
+    """What `torch.compile` makes of an eager function."""
+
+    def build(workload: Workload) -> Call:
+        call = _compile(eager)
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            _no_slow_compilation(next(iter(t.values())))
+            return call(t, o)
+
+        return run
+
+    return build
+
+
+# ---- attention: tensors q, k, v; options mask, key_mask, causal, dropout_p, seed
+
+
+def _mask_of(o: Options) -> Tensor | None:
     """`mask`, or `key_mask` as one: broadcastable to (B, H, T_q, T_k). No workload has both."""
-    padding = options.get("key_mask")
-    return options.get("mask") if padding is None else padding[:, None, None, :]
+    return o.get("mask") if o.get("key_mask") is None else o["key_mask"][:, None, None, :]
 
 
 @functools.lru_cache(maxsize=4)
@@ -131,428 +148,303 @@ def _future(t_q: int, t_k: int, device: torch.device) -> Tensor:
     return torch.ones(t_q, t_k, dtype=torch.bool, device=device).triu(1)
 
 
-def _eager_attention(workload: Workload) -> Call:
-    def attend(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        q, k, v = tensors["q"], tensors["k"], tensors["v"]
-        group = q.shape[1] // k.shape[1]
-        if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        mask = _dense_mask(tensors, options)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        if options.get("causal"):
-            scores = scores.masked_fill(_future(q.shape[2], k.shape[2], q.device), -torch.inf)
-        return F.dropout(scores.softmax(-1), options.get("dropout_p", 0.0)) @ v
-
-    return attend
+def _heads_last(t: Tensors) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in t.values()]
 
 
-def _sdpa(backend: SDPBackend | None) -> Build:
+def _eager_attention(t: Tensors, o: Options) -> Tensor:
+    q, k, v = t["q"], t["k"], t["v"]
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    mask = _mask_of(o)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if o.get("causal"):
+        scores = scores.masked_fill(_future(q.shape[2], k.shape[2], q.device), -torch.inf)
+    return F.dropout(scores.softmax(-1), o.get("dropout_p", 0.0)) @ v
+
+
+def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
+    q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
+    if mask is not None and causal:  # torch takes one of them
+        mask, causal = mask & ~_future(q.shape[2], k.shape[2], q.device), False
+    return F.scaled_dot_product_attention(
+        q, k, t["v"], mask, o.get("dropout_p", 0.0), causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _sdpa(backend: SDPBackend) -> Build:
+    """One backend of torch's attention. Where it refuses, the reason is what torch says in warnings."""
+
     def build(workload: Workload) -> Call:
-        s, known = workload.sizes, []
-        options_of = {"is_causal": bool(workload.options.get("causal")), "enable_gqa": s["H"] != s["H_kv"]}
-        options_of["dropout_p"] = workload.options.get("dropout_p", 0.0)
+        tried: list[bool] = []
 
-        def attend(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-            mask, more = _dense_mask(tensors, options), dict(options_of)
-            if mask is not None and more["is_causal"]:  # torch takes one of them
-                mask, more["is_causal"] = mask & ~_future(s["T_q"], s["T_k"], mask.device), False
-            if backend is None:
-                return F.scaled_dot_product_attention(*tensors.values(), attn_mask=mask, **more)
+        def attend(t: Tensors, o: Options) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*tensors.values(), attn_mask=mask, **more)
+                return _sdpa_attention(t, o)
 
-        def first(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-            if known:
-                return attend(tensors, options)
-            with warnings.catch_warnings(record=True) as caught:  # torch says why in warnings
+        def run(t: Tensors, o: Options) -> Tensor:
+            if tried:
+                return attend(t, o)
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    out = attend(tensors, options)
+                    out = attend(t, o)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
                     said = [str(w.message).split(" (Triggered")[0] for w in caught]
-                    because = [
-                        line for line in said if "kernel not used because" not in line and "disabled" not in line
-                    ]
-                    raise Unavailable("; ".join(because) or str(error).splitlines()[0]) from None
-            known.append(True)
+                    said = [line for line in said if not line.endswith("because:") and "disabled" not in line]
+                    raise Unavailable("; ".join(said) or str(error).splitlines()[0]) from None
+            tried.append(True)
             return out
 
-        return first
+        return run
 
     return build
 
 
 def _flex(workload: Workload) -> Call:
     _refuse({"has no dropout": workload.dropout})
-    attend = _compile(flex_attention)
-    s, blocks = workload.sizes, {}
-    causal, gqa = bool(workload.options.get("causal")), s["H"] != s["H_kv"]
+    attend, made = _compile(flex_attention), {}
 
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        q, k = tensors["q"], tensors["k"]
-        _refuse_slow_compilation(q)
-        mask, padding = options.get("mask"), options.get("key_mask")
-        score_mod = None
+    def restrictions(q: Tensor, k: Tensor, o: Options) -> tuple[Any, Any]:
+        """score_mod and block_mask."""
+        mask, padding, causal = o.get("mask"), o.get("key_mask"), bool(o.get("causal"))
         if mask is not None and mask.dtype != torch.bool:
-            score_mod = lambda score, b, h, i, j: score + mask[0, h, i, j]  # noqa: E731
-        key = (q.shape, k.shape)
-        if key not in blocks:
-            blocks.clear()
+            return (lambda score, b, h, i, j: score + mask[0, h, i, j]), None
+        if mask is None and padding is None and not causal:
+            return None, None
 
-            def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                keep = i >= j if causal else j >= 0
-                if padding is not None:
-                    keep = keep & padding[b, j]
-                return keep & mask[i, j] if mask is not None and score_mod is None else keep
+        def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+            keep = i >= j if causal else j >= 0
+            if padding is not None:
+                keep = keep & padding[b, j]
+            return keep & mask[i, j] if mask is not None else keep
 
-            masked = causal or padding is not None or (mask is not None and score_mod is None)
-            batches = q.shape[0] if padding is not None else None
-            blocks[key] = (
-                create_block_mask(seen, batches, None, q.shape[2], k.shape[2], device=q.device) if masked else None
-            )
-        with contextlib.nullcontext() if q.is_cuda else torch.no_grad():  # on a CPU it has no backward
-            return attend(q, k, tensors["v"], score_mod=score_mod, block_mask=blocks[key], enable_gqa=gqa)
+        batches: Any = None if padding is None else q.shape[0]
+        heads: Any = None
+        return None, create_block_mask(seen, batches, heads, q.shape[2], k.shape[2], q.device)
 
-    return run
-
-
-def _no_masks(workload: Workload) -> dict[str, Any]:
-    return {
-        "takes no mask": "mask" in workload.masks,
-        "takes padding only as packed sequences": "key_mask" in workload.masks,
-    }
-
-
-def _flash_attn(module: str) -> Build:
-    def build(workload: Workload) -> Call:
-        causal, p = bool(workload.options.get("causal")), workload.dropout
-        _refuse(_no_masks(workload))
-        _refuse({"has no dropout": p and module == "flash_attn_interface"})
-        attend = _package(module).flash_attn_func
-        more = dict(causal=causal) if module == "flash_attn_interface" else dict(causal=causal, dropout_p=p)
-
-        def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in tensors.values())
-            _refuse(
-                {"runs on CUDA tensors only": not q.is_cuda, "takes float16 and bfloat16": q.dtype == torch.float32}
-            )
-            out = attend(q, k, v, **more)
-            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-        return run
-
-    return build
-
-
-def _xformers(workload: Workload) -> Call:
-    ops = _package("xformers.ops")
-    s, causal, biases = workload.sizes, bool(workload.options.get("causal")), {}
-
-    def bias(q: Tensor, tensors: dict[str, Tensor], options: dict[str, Any]) -> Any:
-        mask = _dense_mask(tensors, options)
-        if mask is None:
-            return ops.LowerTriangularMask() if causal else None
-        if q.shape not in biases:
-            biases.clear()
-            keep = mask & ~_future(s["T_q"], s["T_k"], mask.device) if causal else mask
-            added = (
-                torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, -torch.inf)
-                if mask.dtype == torch.bool
-                else mask
-            )
-            biases[q.shape] = added.expand(q.shape[0], s["H"], q.shape[2], tensors["k"].shape[2]).contiguous()
-        return biases[q.shape]
-
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _refuse({"runs on CUDA tensors only": not tensors["q"].is_cuda})
-        q, k, v = (x.transpose(1, 2) for x in tensors.values())  # (B, T, H, D)
-        group = s["H"] // s["H_kv"]
-        if group > 1:  # (B, T, H_kv, group, D), keys expanded
-            q, k, v = (
-                q.unflatten(2, (s["H_kv"], group)),
-                *(x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (k, v)),
-            )
-        try:
-            out = ops.memory_efficient_attention(
-                q, k, v, attn_bias=bias(tensors["q"], tensors, options), p=workload.dropout
-            )
-        except (NotImplementedError, ValueError) as error:
-            raise Unavailable(" ".join(str(error).split())[:200]) from None
-        return (out.flatten(2, 3) if group > 1 else out).transpose(1, 2)
+    def run(t: Tensors, o: Options) -> Tensor:
+        q, k, v = t.values() if t["q"].is_cuda else (x.detach() for x in t.values())  # on a CPU it has no backward
+        _no_slow_compilation(q)
+        if q.shape not in made:
+            made[q.shape] = restrictions(q, k, o)
+        return attend(q, k, v, *made[q.shape], enable_gqa=q.shape[1] != k.shape[1])
 
     return run
 
 
-def _flag_gems_attention(workload: Workload) -> Call:
-    _refuse({"has no dropout": workload.dropout})
-    gems, s = _package("flag_gems"), workload.sizes
+def _flash_attn(package: Any, t: Tensors, o: Options) -> Tensor:
+    more = {"dropout_p": o["dropout_p"]} if "dropout_p" in o else {}
+    out = package.flash_attn_func(*_heads_last(t), causal=bool(o.get("causal")), **more)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        q, k, v = tensors.values()
-        _needs_gpu(q)
-        mask = _dense_mask(tensors, options)
-        if mask is not None:
-            mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        causal = bool(workload.options.get("causal"))
-        return gems.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, s["H"] != s["H_kv"])
 
-    return run
+_dense: list[Tensor] = []  # the mask that was last made dense, and what it became
 
 
-def _fla_attention(workload: Workload) -> Call:
-    s = workload.sizes
-    _refuse(
-        {"has no dropout": workload.dropout, "is causal only": not workload.options.get("causal")} | _no_masks(workload)
-    )
-    _refuse({"needs as many queries as keys": s["T_q"] != s["T_k"]})
-    attend = _package("fla.ops.attn").parallel_attn
+def _xformers(package: Any, t: Tensors, o: Options) -> Tensor:
+    q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
+    group = q.shape[1] // k.shape[1]
+    bias = package.LowerTriangularMask() if causal else None
+    if mask is not None:
+        source = o.get("mask", o.get("key_mask"))
+        if not (_dense and _dense[0] is source):
+            if mask.dtype == torch.bool:
+                keep = mask & ~_future(q.shape[2], k.shape[2], q.device) if causal else mask
+                mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, -torch.inf)
+            _dense[:] = source, mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()
+        bias = _dense[1]
+    q, k, v = _heads_last(t)
+    if group > 1:  # (B, T, H_kv, group, D), keys expanded
+        q, k, v = q.unflatten(2, (-1, group)), *(x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (k, v))
+    try:
+        out = package.memory_efficient_attention(q, k, v, attn_bias=bias, p=o.get("dropout_p", 0.0))
+    except (NotImplementedError, ValueError) as error:
+        raise Unavailable(" ".join(str(error).split())[:200]) from None
+    return (out.flatten(2, 3) if group > 1 else out).transpose(1, 2)
 
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["q"])
-        return attend(*(x.transpose(1, 2) for x in tensors.values())).transpose(1, 2)
 
-    return run
+def _flag_gems_attention(package: Any, t: Tensors, o: Options) -> Tensor:
+    q, k, mask = t["q"], t["k"], _mask_of(o)
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    causal, gqa = bool(o.get("causal")), q.shape[1] != k.shape[1]
+    return package.scaled_dot_product_attention(q, k, t["v"], mask, 0.0, causal, None, gqa)
 
 
-# ---- layer norm. Tensors x, weight, bias; options normalized_shape, eps.
+# ---- row ops
 
 
-def _eager_layer_norm(workload: Workload) -> Call:
-    return lambda tensors, options: F.layer_norm(
-        tensors["x"], options["normalized_shape"], tensors["weight"], tensors["bias"], options["eps"]
-    )
+def _eager_layer_norm(t: Tensors, o: Options) -> Tensor:
+    return F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"])
 
 
-def _liger_layer_norm(workload: Workload) -> Call:
-    function = _package("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
+    shape = o["normalized_shape"]
 
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["x"])
-        return function.apply(tensors["x"], tensors["weight"], tensors["bias"], options["eps"])
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        y, mean, rstd = package.layer_norm(x, shape, weight, bias, o["eps"])
+        return y, (x, mean, rstd, weight, bias)
 
-    return run
+    def backward(dy: Tensor, x: Tensor, *saved: Tensor) -> Any:
+        mean, rstd, weight, bias = saved
+        return package.layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, [True, True, True])
 
+    return _Pair.apply(forward, backward, t["x"], t["weight"], t["bias"])
 
-def _flag_gems_layer_norm(workload: Workload) -> Call:
-    gems = _package("flag_gems")
 
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        shape, eps = options["normalized_shape"], options["eps"]
-        _needs_gpu(tensors["x"])
+def _eager_softmax(t: Tensors, o: Options) -> Tensor:
+    x = t["x"] * o["scale"] if "scale" in o else t["x"]
+    if o.get("causal"):
+        x = x.masked_fill(_future(x.shape[-2], x.shape[-1], x.device), -torch.inf)
+    return x.softmax(-1)
 
-        def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-            y, mean, rstd = gems.layer_norm(x, shape, weight, bias, eps)
-            return y, (x, mean, rstd, weight, bias)
 
-        def backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Any:
-            return gems.layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, [True, True, True])
+def _flag_gems_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y = package.softmax(x, -1)
+        return y, (y,)
 
-        return _Pair.apply(forward, backward, tensors["x"], tensors["weight"], tensors["bias"])
+    return _Pair.apply(forward, lambda dy, y: (package.softmax_backward(dy, y, -1, y.dtype),), t["x"])
 
-    return run
 
+def _fla_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y = package.softmax_fwd(x, x.dtype)
+        return y, (y,)
 
-def _fla_layer_norm(workload: Workload) -> Call:
-    function = _package("fla.modules.norm.layernorm").layer_norm
+    return _Pair.apply(forward, lambda dy, y: (package.softmax_bwd(y, dy.contiguous(), y.dtype),), t["x"])
 
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["x"])
-        return function(tensors["x"], tensors["weight"], tensors["bias"], eps=options["eps"])
 
-    return run
+def _eager_cross_entropy(t: Tensors, o: Options) -> Tensor:
+    return F.cross_entropy(t["logits"], **o)
 
 
-# ---- softmax. Tensor x; options scale, causal.
+def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
+    """Overwrites the logits with their gradient in forward, so its backward alone does next to nothing."""
+    smoothing = o.get("label_smoothing", 0.0)
+    return package.LigerCrossEntropyFunction.apply(
+        t["logits"], o["target"], None, -100, 0.0, smoothing, "mean", None, False, False, False
+    )[0]
 
 
-def _eager_softmax(workload: Workload) -> Call:
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        x = tensors["x"]
-        x = x * options["scale"] if "scale" in options else x
-        if options.get("causal"):
-            x = x.masked_fill(_future(x.shape[-2], x.shape[-1], x.device), -torch.inf)
-        return x.softmax(-1)
+def _eager_dropout(t: Tensors, o: Options) -> Tensor:
+    return t["residual"] + F.dropout(t["x"], o["p"])
 
-    return run
 
+def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y, mask = package.dropout(x, o["p"], True)
+        return y, (mask,)
 
-def _liger_softmax(workload: Workload) -> Call:
-    _refuse({"takes no scale and no mask": workload.options})
-    function = _package("liger_kernel.ops.softmax").LigerSoftmaxFunction
+    def backward(dy: Tensor, mask: Tensor) -> Any:
+        return (package.dropout_backward(dy, mask, 1 / (1 - o["p"])),)
 
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["x"])
-        return function.apply(tensors["x"])
+    return t["residual"] + _Pair.apply(forward, backward, t["x"])
 
-    return run
 
-
-def _softmax_pair(module: str, forward: str, backward: str) -> Build:
-    def build(workload: Workload) -> Call:
-        _refuse({"takes no scale and no mask": workload.options})
-        package = _package(module)
-
-        def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-            x = tensors["x"]
-            _needs_gpu(x)
-            gems = module == "flag_gems"
-
-            def forth(x: Tensor) -> Any:
-                y = getattr(package, forward)(x, -1) if gems else getattr(package, forward)(x, x.dtype)
-                return y, (y,)
-
-            def back(dy: Tensor, y: Tensor) -> Any:
-                arguments = (dy, y, -1, x.dtype) if gems else (y, dy, x.dtype)
-                return (getattr(package, backward)(*arguments),)
-
-            return _Pair.apply(forth, back, x)
-
-        return run
-
-    return build
-
-
-# ---- cross-entropy. Tensor logits; options target, label_smoothing.
-
-
-def _eager_cross_entropy(workload: Workload) -> Call:
-    return lambda tensors, options: F.cross_entropy(tensors["logits"], **options)
-
-
-def _liger_cross_entropy(workload: Workload) -> Call:
-    function, smoothing = (
-        _package("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction,
-        workload.options.get("label_smoothing", 0.0),
-    )
-
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["logits"])  # its forward overwrites the logits with their gradient
-        return function.apply(tensors["logits"], options["target"], None, -100, 0.0, smoothing, "mean")[0]
-
-    return run
-
-
-def _flag_gems_cross_entropy(workload: Workload) -> Call:
-    function = _package("flag_gems.fused.cross_entropy_loss").cross_entropy_loss
-
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["logits"])
-        return function(tensors["logits"], **options)
-
-    return run
-
-
-def _fla_cross_entropy(workload: Workload) -> Call:
-    function = _package("fla.modules.fused_cross_entropy").cross_entropy_loss
-
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["logits"])
-        return function(tensors["logits"], **options)[0].mean()
-
-    return run
-
-
-# ---- dropout with a residual. Tensors x, residual; options p, seed.
-
-
-def _eager_dropout(workload: Workload) -> Call:
-    return lambda tensors, options: tensors["residual"] + F.dropout(tensors["x"], options["p"])
-
-
-def _flag_gems_dropout(workload: Workload) -> Call:
-    gems = _package("flag_gems")
-
-    def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        _needs_gpu(tensors["x"])
-        p = options["p"]
-
-        def forward(x: Tensor) -> Any:
-            y, mask = gems.dropout(x, p, True)
-            return y, (mask,)
-
-        def backward(dy: Tensor, mask: Tensor) -> Any:
-            return (gems.dropout_backward(dy, mask, 1 / (1 - p)),)
-
-        return tensors["residual"] + _Pair.apply(forward, backward, tensors["x"])
-
-    return run
-
-
-# ---- decoder layer. Tensors x, memory and the parameters by their names in the state_dict; options causal, dropout, norm_first, key_mask.
+# ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict; options causal, dropout, norm_first, key_mask
 
 
 def _layer(kind: type[nn.Module], compiled: bool = False) -> Build:
+    """A layer class; its parameters become the workload's very tensors, so that gradients are theirs."""
+
     def build(workload: Workload) -> Call:
-        s, options_of = workload.sizes, workload.options
-        layers: list[nn.Module] = []
+        s, made = workload.sizes, workload.options
+        norm_first = made["norm_first"]
+        layer = kind(s["C"], s["H"], s["F"], made["dropout"], batch_first=True, norm_first=norm_first, device="meta")
+        forward = _compile(layer) if compiled else layer
         attached: list[Tensor] = []
 
-        def attach(tensors: dict[str, Tensor]) -> nn.Module:
-            """The layer with these very tensors as its parameters, so that gradients are theirs."""
-            x = tensors["x"]
-            if not layers:
-                width, heads = x.shape[-1], x.shape[-1] * s["H"] // s["C"]
-                layers.append(
-                    kind(width, heads, tensors["linear1.bias"].shape[0], options_of["dropout"], batch_first=True,
-                         norm_first=options_of["norm_first"], device="meta", dtype=x.dtype)
-                )  # fmt: skip
-                if compiled:
-                    _refuse_slow_compilation(x)
-                    layers.append(_compile(layers[0]))
-            if attached != [id(x)]:
-                for name, parameter in tensors.items():
-                    module, _, leaf = name.rpartition(".")
-                    if module:
-                        owner = layers[0].get_submodule(module)
-                        owner._parameters.pop(leaf, None)
-                        setattr(owner, leaf, parameter)
-                attached[:] = [id(x)]
-            return layers[-1]
-
-        def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-            layer, t = attach(tensors), tensors["x"].shape[1]
-            padding = options.get("key_mask")
-            return layer(
-                tensors["x"], tensors["memory"], tgt_mask=_future(t, t, tensors["x"].device), tgt_is_causal=True,
-                memory_key_padding_mask=None if padding is None else ~padding,
-            )  # fmt: skip
+        def run(t: Tensors, o: Options) -> Tensor:
+            x = t["x"]
+            if compiled:
+                _no_slow_compilation(x)
+            if not (attached and attached[0] is x):
+                for name in set(t) - {"x", "memory"}:
+                    owner, _, leaf = name.rpartition(".")
+                    module = layer.get_submodule(owner)
+                    delattr(module, leaf)
+                    setattr(module, leaf, t[name])
+                attached[:] = [x]
+            padding = None if o.get("key_mask") is None else ~o["key_mask"]
+            causal = _future(x.shape[1], x.shape[1], x.device)
+            return forward(x, t["memory"], tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
 
         return run
 
     return build
 
 
-_SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-         "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+def _torch(eager: Call) -> dict[str, Build]:
+    """The providers that every op has: ours, PyTorch's own operators, and what torch.compile makes of them."""
+
+    def ours(workload: Workload) -> Call:
+        op = getattr(kernels, workload.op)
+        return lambda t, o: op(**t, **o)
+
+    return {OURS: ours, "eager": lambda _: eager, "torch.compile": _compiled(eager)}
+
+
+_NO_MASKS = "takes no mask", "takes padding only as packed sequences"
+_PLAIN = "takes no scale and no mask"
 _PROVIDERS: dict[str, dict[str, Build]] = {
-    "attention": {
-        OURS: _ours, "eager": _eager_attention, "torch.compile": _compiled(_eager_attention), "sdpa": _sdpa(None),
-        **{f"sdpa {name}": _sdpa(backend) for name, backend in _SDPA.items()}, "flex": _flex,
-        "flash_attn": _flash_attn("flash_attn"), "flash_attn 3": _flash_attn("flash_attn_interface"), "xformers": _xformers,
-        "flag_gems": _flag_gems_attention, "fla": _fla_attention,
+    "attention": _torch(_eager_attention)
+    | {
+        "sdpa": lambda _: _sdpa_attention,
+        "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa math": _sdpa(SDPBackend.MATH),
+        "flex": _flex,
+        "flash_attn": _peer("flash_attn", _flash_attn, *_NO_MASKS, half=True),
+        "flash_attn 3": _peer("flash_attn_interface", _flash_attn, *_NO_MASKS, "has no dropout", half=True),
+        "xformers": _peer("xformers.ops", _xformers),
+        "flag_gems": _peer("flag_gems", _flag_gems_attention, "has no dropout"),
+        "fla": _peer(
+            "fla.ops.attn", lambda package, t, o: package.parallel_attn(*_heads_last(t)).transpose(1, 2),
+            *_NO_MASKS, "has no dropout", "is causal only",
+        ),
     },
-    "layer_norm": {
-        OURS: _ours, "eager": _eager_layer_norm, "torch.compile": _compiled(_eager_layer_norm), "liger": _liger_layer_norm,
-        "flag_gems": _flag_gems_layer_norm, "fla": _fla_layer_norm,
+    "layer_norm": _torch(_eager_layer_norm)
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.layer_norm",
+            lambda package, t, o: package.LigerLayerNormFunction.apply(t["x"], t["weight"], t["bias"], o["eps"]),
+        ),
+        "flag_gems": _peer("flag_gems", _flag_gems_layer_norm),
+        "fla": _peer(
+            "fla.modules.norm.layernorm",
+            lambda package, t, o: package.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"]),
+        ),
     },
-    "softmax": {
-        OURS: _ours, "eager": _eager_softmax, "torch.compile": _compiled(_eager_softmax), "liger": _liger_softmax,
-        "flag_gems": _softmax_pair("flag_gems", "softmax", "softmax_backward"),
-        "fla": _softmax_pair("fla.ops.utils.softmax", "softmax_fwd", "softmax_bwd"),
+    "softmax": _torch(_eager_softmax)
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.softmax", lambda package, t, o: package.LigerSoftmaxFunction.apply(t["x"]), _PLAIN
+        ),
+        "flag_gems": _peer("flag_gems", _flag_gems_softmax, _PLAIN),
+        "fla": _peer("fla.ops.utils.softmax", _fla_softmax, _PLAIN),
     },
-    "cross_entropy": {
-        OURS: _ours, "eager": _eager_cross_entropy, "torch.compile": _compiled(_eager_cross_entropy),
-        "liger": _liger_cross_entropy, "flag_gems": _flag_gems_cross_entropy, "fla": _fla_cross_entropy,
+    "cross_entropy": _torch(_eager_cross_entropy)
+    | {
+        "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),
+        "flag_gems": _peer(
+            "flag_gems.fused.cross_entropy_loss", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)
+        ),
+        "fla": _peer(
+            "fla.modules.fused_cross_entropy", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)[0].mean()
+        ),
     },
-    "dropout": {
-        OURS: _ours, "eager": _eager_dropout, "torch.compile": _compiled(_eager_dropout), "flag_gems": _flag_gems_dropout,
-    },
+    "dropout": _torch(_eager_dropout) | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
     "decoder_layer": {
-        OURS: _layer(TransformerDecoderLayer), "eager": _layer(nn.TransformerDecoderLayer),
+        OURS: _layer(TransformerDecoderLayer),
+        "eager": _layer(nn.TransformerDecoderLayer),
         "torch.compile": _layer(nn.TransformerDecoderLayer, compiled=True),
     },
 }  # fmt: skip

@@ -115,7 +115,7 @@ class Workload:
             return dict(q=(s["B"], s["H"], s["T_q"], s["D"]), k=key, v=key)
         if self.op == "decoder_layer":
             c, f = s["C"], s["F"]
-            shapes = dict(x=(s["B"], s["T_q"], c), memory=(s["B"], s["T_k"], c))
+            shapes: dict[str, tuple[int, ...]] = dict(x=(s["B"], s["T_q"], c), memory=(s["B"], s["T_k"], c))
             for block in ("self_attn", "multihead_attn"):
                 shapes |= {f"{block}.in_proj_weight": (3 * c, c), f"{block}.in_proj_bias": (3 * c,)}
                 shapes |= {f"{block}.out_proj.weight": (c, c), f"{block}.out_proj.bias": (c,)}
@@ -124,8 +124,8 @@ class Workload:
         if self.op == "cross_entropy":
             return dict(logits=(s["R"], s["V"]))
         rows = (s["R"], s["N"]) if "N" in s else (s["B"], s["H"], s["T_q"], s["T_k"])
-        parameters = dict(weight=rows[-1:], bias=rows[-1:]) if self.op == "layer_norm" else {}
-        return dict(x=rows) | parameters | (dict(residual=rows) if self.op == "dropout" else {})
+        others = {"layer_norm": dict(weight=rows[-1:], bias=rows[-1:]), "dropout": dict(residual=rows)}
+        return {"x": rows, **others.get(self.op, {})}
 
     def pairs(self) -> int:
         """(query, key) pairs that are attended to, over batches and heads."""
@@ -168,9 +168,7 @@ class Workload:
         s, item = self.sizes, dtype.itemsize
         everything, sides = sum(numel.values()), 0
         if self.op == "cross_entropy":
-            return item * numel["logits"] * {"forward": 1, "backward": 2, "both": 2}[mode] + 8 * s["R"] * (
-                1 if mode != "both" else 1
-            )
+            return item * numel["logits"] * {"forward": 1, "backward": 2, "both": 2}[mode] + 8 * s["R"]
         if self.op == "attention":
             real = 2 * s["H_kv"] * s["D"] * sum(self.lengths())  # keys and values that are not padding
             forward, backward = 2 * numel["q"] + real, 4 * numel["q"] + 2 * real + numel["k"] + numel["v"] - real
