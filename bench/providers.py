@@ -32,6 +32,7 @@ Call = Callable[[Tensors, Options], Tensor]
 Build = Callable[[Workload], Call]
 OURS = "tileformer"
 COMPILED = ("torch.compile", "flex")  # a compilation of seconds for every shape
+GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
 compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
 
 
@@ -208,7 +209,8 @@ def _sdpa(backend: SDPBackend) -> Build:
 
 def _flex(workload: Workload) -> Call:
     _refuse({"has no dropout": workload.dropout})
-    attend, made = _compile(flex_attention), {}
+    attend = _compile(flex_attention)
+    made: dict[Any, tuple[Any, Any]] = {}
 
     def restrictions(q: Tensor, k: Tensor, o: Options) -> tuple[Any, Any]:
         """score_mod and block_mask."""
@@ -229,7 +231,7 @@ def _flex(workload: Workload) -> Call:
         return None, create_block_mask(seen, batches, heads, q.shape[2], k.shape[2], q.device)
 
     def run(t: Tensors, o: Options) -> Tensor:
-        q, k, v = t.values() if t["q"].is_cuda else (x.detach() for x in t.values())  # on a CPU it has no backward
+        q, k, v = (x if x.is_cuda else x.detach() for x in t.values())  # on a CPU it has no backward
         _no_slow_compilation(q)
         if q.shape not in made:
             made[q.shape] = restrictions(q, k, o)
@@ -326,7 +328,6 @@ def _eager_cross_entropy(t: Tensors, o: Options) -> Tensor:
 
 
 def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
-    """Overwrites the logits with their gradient in forward, so its backward alone does next to nothing."""
     smoothing = o.get("label_smoothing", 0.0)
     return package.LigerCrossEntropyFunction.apply(
         t["logits"], o["target"], None, -100, 0.0, smoothing, "mean", None, False, False, False

@@ -56,9 +56,9 @@ class Workload:
         """The same call with a rate of 0: what providers with different random bits agree on."""
         return dataclasses.replace(self, options={n: 0.0 if n in DROPOUT_NAMES else x for n, x in self.options.items()})
 
-    def small(self) -> Workload:
+    def small(self, scale: int = 1) -> Workload:
         """The same call at a size that a CPU takes in milliseconds: fewer batches, heads, rows and keys, same D, N, V and feature."""
-        most = dict(B=2, R=8, T_q=64, T_k=64, F=256, C=128)
+        most = dict(B=2, R=8 * scale**2, T_q=64 * scale, T_k=64 * scale, F=256 * scale, C=128 * scale)
         sizes = {name: min(size, most.get(name, size)) for name, size in self.sizes.items()}
         if "H" in sizes:
             group = self.sizes["H"] // self.sizes.get("H_kv", self.sizes["H"])
@@ -124,8 +124,9 @@ class Workload:
         if self.op == "cross_entropy":
             return dict(logits=(s["R"], s["V"]))
         rows = (s["R"], s["N"]) if "N" in s else (s["B"], s["H"], s["T_q"], s["T_k"])
-        others = {"layer_norm": dict(weight=rows[-1:], bias=rows[-1:]), "dropout": dict(residual=rows)}
-        return {"x": rows, **others.get(self.op, {})}
+        if self.op == "layer_norm":
+            return dict(x=rows, weight=rows[-1:], bias=rows[-1:])
+        return dict(x=rows, residual=rows) if self.op == "dropout" else dict(x=rows)
 
     def pairs(self) -> int:
         """(query, key) pairs that are attended to, over batches and heads."""
@@ -206,7 +207,7 @@ def _attention_workloads() -> list[Workload]:
             _attention(f"D {d} causal padded", 8, h, 2048, 2048, d, masks=dict(key_mask="right"), causal=True),
             _attention(f"D {d} boolean mask", 8, h, 2048, 2048, d, masks=dict(mask="boolean")),
             _attention(f"D {d} bias", 8, h, 2048, 2048, d, masks=dict(mask="bias")),
-            _attention(f"D {d} dropout", 4, h // 2, 2048, 2048, d, dropout_p=0.1),
+            _attention(f"D {d} dropout", 2, h // 2, 2048, 2048, d, dropout_p=0.1),
             _attention(f"D {d} GQA 8 causal", 8, h, 2048, 2048, d, h // 8, causal=True),
             _attention(f"D {d} cross", 8, h, 512, 2048, d),
             _attention(f"D {d} decode", 16, h, 1, 4096, d, modes=("forward",)),
