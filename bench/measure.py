@@ -150,7 +150,7 @@ class Clock:
     def ceilings(self, dtype: torch.dtype) -> dict[str, float]:
         """What this device reaches now: GB/s of a large copy (read + write), TFLOP/s of a large square matmul in `dtype`, cache warm."""
         tiny = not self.cuda or self.dry
-        numel, n = (2**20, 256) if tiny else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
+        numel, n = (2**22, 256) if tiny else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
 
         def reach(make: Callable[[], Any], body: Callable[[Any], Any]) -> float:
             given = make()
@@ -298,7 +298,11 @@ class Bench:
         self, workload: Workload, name: str, modes: list[str], tensors: dict[str, Tensor], options: dict[str, Any],
         truths: dict[bool, Truth],
     ) -> Iterator[Result]:  # fmt: skip
-        make = lambda mode: Result(workload.op, workload.name, name, mode, str(self.dtype).removeprefix("torch."), workload.sizes)  # noqa: E731
+        dtype = str(self.dtype).removeprefix("torch.")
+
+        def make(mode: str) -> Result:
+            return Result(workload.op, workload.name, name, mode, dtype, workload.sizes)
+
         found: dict[str, Any] = {}
         try:
             build = providers(workload.op)[name]

@@ -10,7 +10,18 @@ import numpy
 from tileformer.bench.providers import OURS, Unavailable
 from tileformer.bench.workloads import MODES, WORKLOADS
 
-_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f", "#ff7f0e")
+_COLOURS = (
+    "#d62728",
+    "#1f77b4",
+    "#2ca02c",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#17becf",
+    "#bcbd22",
+    "#7f7f7f",
+    "#ff7f0e",
+)
 _MARKERS = "osD^vP*XhH<>p"
 
 
@@ -43,7 +54,11 @@ def plot(report: dict[str, Any], folder: str) -> list[str]:
     points = [(known[row["op"], row["workload"]], row) for row in rows]
     names = list(dict.fromkeys(row["provider"] for _, row in points))
     style = {
-        name: dict(color=_COLOURS[n % len(_COLOURS)], marker=_MARKERS[n % len(_MARKERS)], linewidth=2.4 if name == OURS else 1.3)
+        name: dict(
+            color=_COLOURS[n % len(_COLOURS)],
+            marker=_MARKERS[n % len(_MARKERS)],
+            linewidth=2.4 if name == OURS else 1.3,
+        )
         for n, name in enumerate(names)
     }
     note = report["device"] + (" — NO FIGURE HERE WAS MEASURED" if report["dry"] else "")
@@ -64,7 +79,9 @@ def _curves(pyplot: Any, chosen: list[Any], title: str, style: dict[str, Any], n
     ticks = sorted({row["sizes"][w.axis] for w, row in chosen})
     for panel, mode in zip(panels[0], modes, strict=True):
         for name, look in style.items():
-            line = sorted((row["sizes"][w.axis], row[unit]) for w, row in chosen if (row["provider"], row["mode"]) == (name, mode))
+            line = sorted(
+                (row["sizes"][w.axis], row[unit]) for w, row in chosen if (row["provider"], row["mode"]) == (name, mode)
+            )
             if line:
                 panel.plot(*zip(*line, strict=True), label=name, zorder=3 if name == OURS else 2, **look)
         panel.set_title(mode)
@@ -79,7 +96,9 @@ def _curves(pyplot: Any, chosen: list[Any], title: str, style: dict[str, Any], n
     return _save(pyplot, figure, handles, f"{title} ({chosen[0][1]['dtype']})", note, folder)
 
 
-def _roofline(pyplot: Any, chosen: list[Any], ceilings: dict[str, float], style: dict[str, Any], note: str, folder: str) -> str:
+def _roofline(
+    pyplot: Any, chosen: list[Any], ceilings: dict[str, float], style: dict[str, Any], note: str, folder: str
+) -> str:
     bandwidth, compute = ceilings.values()
     figure, panel = pyplot.subplots(figsize=(8.4, 5.2))
     intensities = [row["tflops"] / row["gbs"] * 1e3 for _, row in chosen]

@@ -59,9 +59,12 @@ def _refuse(reasons: dict[str, Any]) -> None:
             raise Unavailable(reason)
 
 
+@functools.cache
 def _package(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
         why = "is not installed" if name.startswith(missing) else f"cannot be imported: {error}"
@@ -83,13 +86,12 @@ def _peer(module: str, call: Callable[[Any, Tensors, Options], Tensor], *limits:
             "is causal only": not options.get("causal") or s["T_q"] != s["T_k"],
         }
         _refuse({reason: holds for reason, holds in reasons.items() if reason in limits})
-        package = _package(module)
 
         def run(t: Tensors, o: Options) -> Tensor:
             x = next(iter(t.values()))
             _refuse({"runs on CUDA tensors only": not (x.is_cuda or (launch.recording() and not half))})
             _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
-            return call(package, t, o)
+            return call(_package(module), t, o)
 
         return run
 
@@ -254,12 +256,12 @@ def _xformers(package: Any, t: Tensors, o: Options) -> Tensor:
     group = q.shape[1] // k.shape[1]
     bias = package.LowerTriangularMask() if causal else None
     if mask is not None:
-        source = o.get("mask", o.get("key_mask"))
+        source: Any = o.get("mask", o.get("key_mask"))
         if not (_dense and _dense[0] is source):
             if mask.dtype == torch.bool:
                 keep = mask & ~_future(q.shape[2], k.shape[2], q.device) if causal else mask
                 mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, -torch.inf)
-            _dense[:] = source, mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()
+            _dense[:] = [source, mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()]
         bias = _dense[1]
     q, k, v = _heads_last(t)
     if group > 1:  # (B, T, H_kv, group, D), keys expanded
