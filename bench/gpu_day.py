@@ -30,7 +30,10 @@ GPU_TESTS = ("tests/test_gpu.py", "tests/test_values.py", "tests/test_attention.
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command of at most `seconds`; {folder} in it is the report's. `dry`: what a dry run executes instead; `sample`: whether a sample has it."""
+    """A command of at most `seconds`, in a dry run three times as many; {folder} in it is the report's.
+
+    `dry` is what a dry run executes instead; `sample` says whether a sample of a dry run has it.
+    """
 
     name: str
     seconds: int
@@ -45,6 +48,7 @@ def _bench(op: str, seconds: int, every: int) -> Part:
     return Part(op, seconds, (*command, "--seconds", str(seconds - 25)), (*command, "--dry", "--every", str(every)))
 
 
+_PYTEST = ("pytest", "-q", "-p", "no:cacheprovider")
 _CHECK = ("tileformer", "check", "--json", "{folder}/check.json")
 PARTS = (
     Part("environment", 30, ("tileformer", "info", "--json"), ("tileformer", "info", "--json", "--device", "cpu")),
@@ -61,7 +65,7 @@ PARTS = (
     Part("host", 40, ("tileformer", "bench", "host")),
     _bench("experiments", 200, 1),
     Part("check", 180, _CHECK, (*_CHECK, "--device", "cpu", "--op", "dropout"), sample=False),
-    Part("tests", 260, ("pytest", "-q", "-p", "no:cacheprovider", *GPU_TESTS), ("pytest", "-q", "-p", "no:cacheprovider", GPU_TESTS[0]), sample=False),
+    Part("tests", 260, (*_PYTEST, *GPU_TESTS), (*_PYTEST, GPU_TESTS[0]), sample=False),
 )  # fmt: skip
 LIMIT = 25 * 60
 
@@ -90,8 +94,9 @@ def main(args: argparse.Namespace) -> int:
         command = (part.dry or part.command) if args.dry else part.command
         if args.sample and "--every" in command:
             command = (*command[:-1], "7")
-        done.append(_run(part, [word.replace("{folder}", str(folder)) for word in command], folder))
-        print(f"{part.name:<14} {done[-1]['status']:<22} {done[-1]['seconds']:>6.0f} s of {part.seconds}", flush=True)
+        words = [word.replace("{folder}", str(folder)) for word in command]
+        done.append(_run(part.name, 3 * part.seconds if args.dry else part.seconds, words, folder))
+        print("{part:<14} {status:<22} {seconds:>6.0f} s of {limit}".format(**done[-1]), flush=True)
     start = time.monotonic()
     reports = {
         p: json.loads((folder / f"{p}.json").read_text())
@@ -113,9 +118,9 @@ def main(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def _run(part: Part, command: list[str], folder: Path) -> dict[str, Any]:
+def _run(name: str, limit: int, command: list[str], folder: Path) -> dict[str, Any]:
     """Run one part in a process group of its own, which ends at the limit."""
-    log = folder / "logs" / f"{part.name}.log"
+    log = folder / "logs" / f"{name}.log"
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     start = time.monotonic()
     with open(log, "w") as file:
@@ -124,7 +129,7 @@ def _run(part: Part, command: list[str], folder: Path) -> dict[str, Any]:
             env=dict(os.environ, PYTHONPATH=path),
         )  # fmt: skip
         try:
-            code = process.wait(part.seconds)
+            code = process.wait(limit)
             status = "done" if code == 0 else f"FAILED ({code})"
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
             with contextlib.suppress(ProcessLookupError):
@@ -135,10 +140,10 @@ def _run(part: Part, command: list[str], folder: Path) -> dict[str, Any]:
             status = "STOPPED at its limit"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return dict(
-        part=part.name,
+        part=name,
         status=status,
         seconds=time.monotonic() - start,
-        limit=part.seconds,
+        limit=limit,
         last=lines[-1] if lines else "",
     )
 

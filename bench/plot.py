@@ -61,7 +61,7 @@ def plot(report: dict[str, Any], folder: str) -> list[str]:
         )
         for n, name in enumerate(names)
     }
-    note = report["device"] + (" — NO FIGURE HERE WAS MEASURED" if report["dry"] else "")
+    note = report["device"]  # "dry run: not measured" in a dry run
     files = []
     for op, curve in dict.fromkeys((w.op, w.curve) for w, _ in points if w.axis):
         chosen = [(w, row) for w, row in points if (w.op, w.curve) == (op, curve) and w.axis]
@@ -92,31 +92,36 @@ def _curves(pyplot: Any, chosen: list[Any], title: str, style: dict[str, Any], n
         panel.grid(alpha=0.3)
         panel.set_xlabel(chosen[0][0].axis)
     panels[0][0].set_ylabel("TFLOP/s" if unit == "tflops" else "GB/s")
-    handles = {text: line for panel in panels[0] for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    return _save(pyplot, figure, handles, f"{title} ({chosen[0][1]['dtype']})", note, folder)
+    return _save(pyplot, figure, _handles(panels), f"{title} ({chosen[0][1]['dtype']})", note, folder)
 
 
 def _roofline(
     pyplot: Any, chosen: list[Any], ceilings: dict[str, float], style: dict[str, Any], note: str, folder: str
 ) -> str:
     bandwidth, compute = ceilings.values()
-    figure, panel = pyplot.subplots(figsize=(8.4, 5.2))
-    intensities = [row["tflops"] / row["gbs"] * 1e3 for _, row in chosen]
-    ridge = compute / bandwidth * 1e3
-    x = numpy.geomspace(min([*intensities, ridge]) / 2, max([*intensities, ridge]) * 2, 100)
-    panel.plot(x, numpy.minimum(compute, x * bandwidth / 1e3), color="black", label="measured ceilings")
-    for name, look in style.items():
-        mine = [(i, row["tflops"]) for i, (_, row) in zip(intensities, chosen, strict=True) if row["provider"] == name]
-        if mine:
-            dot = dict(look, linestyle="none", markersize=7 if name == OURS else 4.5, zorder=3 if name == OURS else 2)
-            panel.plot(*zip(*mine, strict=True), label=name, **dot)
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.grid(alpha=0.3, which="both")
-    panel.set_xlabel("useful FLOPs per byte that must move")
-    panel.set_ylabel("TFLOP/s")
-    handles = {text: line for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-    return _save(pyplot, figure, handles, f"roofline ({chosen[0][1]['dtype']})", note, folder)
+    intensity = lambda row: row["tflops"] / row["gbs"] * 1e3  # noqa: E731
+    reach = [*(intensity(row) for _, row in chosen), compute / bandwidth * 1e3]
+    x = numpy.geomspace(min(reach) / 2, max(reach) * 2, 100)
+    modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
+    figure, panels = pyplot.subplots(1, len(modes), figsize=(5 * len(modes) + 1.2, 4.6), squeeze=False, sharey=True)
+    for panel, mode in zip(panels[0], modes, strict=True):
+        panel.plot(x, numpy.minimum(compute, x * bandwidth / 1e3), color="black", label="copy and matmul")
+        for name, look in style.items():
+            mine = [(intensity(r), r["tflops"]) for _, r in chosen if (r["provider"], r["mode"]) == (name, mode)]
+            if mine:
+                dot = dict(look, linestyle="none", markersize=6 if name == OURS else 4, alpha=0.8)
+                panel.plot(*zip(*mine, strict=True), label=name, zorder=3 if name == OURS else 2, **dot)
+        panel.set_title(mode)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+        panel.set_xlabel("useful FLOPs per byte that must move")
+    panels[0][0].set_ylabel("TFLOP/s")
+    return _save(pyplot, figure, _handles(panels), f"roofline ({chosen[0][1]['dtype']})", note, folder)
+
+
+def _handles(panels: Any) -> dict[str, Any]:
+    return {text: line for panel in panels[0] for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
 
 
 def _save(pyplot: Any, figure: Any, handles: dict[str, Any], title: str, note: str, folder: str) -> str:

@@ -12,19 +12,15 @@ import itertools
 import statistics
 import time
 import unittest.mock
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tileformer import kernels
-from tileformer.bench.measure import DRY, Bench, Truth, passes
+from tileformer.bench.measure import DRY, Bench, Truth, ours, passes
 from tileformer.bench.providers import OURS, providers
-from tileformer.bench.recording import record
 from tileformer.bench.workloads import WORKLOADS, Workload
 from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, family
 from tileformer.kernels.launch import arch_of
 
-DRY_ARCH = 90
 TABLES = {
     "FORWARD": (FORWARD, "forward"),
     "BACKWARD_DQ": (BACKWARD_DQ, "backward"),
@@ -43,18 +39,6 @@ def named(op: str, name: str) -> Workload:
     return next(w for w in WORKLOADS if (w.op, w.name) == (op, name))
 
 
-@contextlib.contextmanager
-def ours(bench: Bench) -> Iterator[None]:
-    """Our kernels; in a dry run compiled for DRY_ARCH and not executed. A step to a smaller tile is an error."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("error", UserWarning)
-        if bench.clock.dry:
-            stack.enter_context(record(DRY_ARCH))
-            stack.enter_context(kernels.use_backend("triton"))
-        yield
-
-
 class Trial:
     """One workload and mode of ours, to be judged and timed under several tiles."""
 
@@ -67,7 +51,7 @@ class Trial:
         """Median ms of the kernels as they are now, and what is wrong with them ("" if nothing; only then the time counts)."""
         call, dry = providers(self.workload.op)[OURS](self.workload), self.bench.clock.dry
         try:
-            with ours(self.bench):
+            with ours(dry):
                 worst = max(self.truth.ratios(call, *self.inputs)[0].values())
                 if worst > 1.0 and not dry:  # a dry run executes nothing that could be right
                     return float("inf"), f"error is {worst:.3g} times its budget"
@@ -81,7 +65,7 @@ class Trial:
 
 def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, Any]]:
     """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste; all that was tried."""
-    with ours(bench):
+    with ours(bench.clock.dry):
         arch = family(arch_of(bench.clock.flush))
     found: list[dict[str, Any]] = []
     for name, (table, mode) in TABLES.items():
@@ -138,7 +122,7 @@ def tile(table: Any, size: int, row: tuple[int, int, int, int]) -> Context:
     """A row of a table's plain feature, in force inside."""
 
     def context(bench: Bench) -> contextlib.AbstractContextManager[Any]:
-        with ours(bench):
+        with ours(bench.clock.dry):
             return unittest.mock.patch.dict(table[family(arch_of(bench.clock.flush))]["plain"], {size: row})
 
     return context
