@@ -27,7 +27,7 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
         bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
         if feature == "plain" and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
-        rows = [table[_family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
+        rows = [table[family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
         edge = 64
         if table is BACKWARD_DKDV and feature in ("plain", "dropout"):
             edge = max(16, rows[0][0] // 2)
@@ -39,7 +39,7 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
     return tiles
 
 
-def _family(arch: int) -> int:
+def family(arch: int) -> int:
     """The table's row for an architecture: sm_86, 89 and 12x share 99 KB of shared memory; a new one takes the nearest below."""
     if arch in (86, 89) or arch >= 120:
         return 120
