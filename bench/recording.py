@@ -41,8 +41,6 @@ SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 1013
 NAMES = {80: "NVIDIA A100-SXM4-80GB", 86: "NVIDIA GeForce RTX 3090", 89: "NVIDIA GeForce RTX 4090", 90: "NVIDIA H100 80GB HBM3",
          100: "NVIDIA B200", 120: "NVIDIA GeForce RTX 5090"}  # fmt: skip
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-# sm_90 and sm_100 have asynchronous matrix instructions for tiles of 64 rows and more; smaller dots use the older HMMA.
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +73,6 @@ class Binary:
     def sass(self) -> str:
         """Disassembled machine code, with each instruction's bits in comments."""
         return self._tool("nvdisasm", "-hex", "-c")
-
-    @property
-    def uses_tensor_cores(self) -> bool:
-        """Whether any dot became a matrix instruction."""
-        return bool(TENSOR_CORE.search(self.sass))
 
 
 @dataclasses.dataclass(frozen=True)
