@@ -112,14 +112,64 @@ def tables(arch: int, op: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _countable(workload: Workload) -> Workload:
+    """The same call at a size that the interpreter takes in seconds: one key head, or at most 2^22 elements of rows."""
+    s = workload.sizes
+    if "H" in s:
+        return dataclasses.replace(workload, sizes=s | dict(B=1, H=s["H"] // s["H_kv"], H_kv=1))
+    return dataclasses.replace(workload, sizes=s | dict(R=min(s["R"], 2**22 // s.get("N", s.get("V", 1)))))
+
+
+def counted(provider: str, arch: int, op: str, names: list[str], choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each pass: bytes moved and FLOPs done, beside the least; autotuned kernels in the configuration of `choices`."""
+
+    def choose(kernel: str, configuration: Any) -> bool:
+        return any(
+            row["kernel"] == kernel and row["warps"] == configuration.num_warps
+            and all(configuration.kwargs.get(name, size) == size for name, size in row["tile"].items())
+            for row in choices
+        )  # fmt: skip
+
+    found: list[dict[str, Any]] = []
+    for workload in workloads([op], provider):
+        if workload.name not in names or not workload.axis:
+            continue
+        small, counter = _countable(workload), traffic.Counter()
+        head: dict[str, Any] = dict(provider=provider, op=op, workload=workload.name, arch=arch)
+        try:
+            done = run(provider, small, arch, counter, choose)
+        except Exception as error:
+            if provider == OURS:
+                raise
+            found.append(head | dict(uncounted=" ".join(f"{type(error).__name__}: {error}".split())[:200]))
+            continue
+        public = [*done.inputs.values(), *done.outputs]
+        for mode in ("forward", "backward"):
+            moved = [(x, *counter.bytes(mode, x)) for x in public]
+            # A vector of one row (weights) stays in the caches: each of its bytes counts once, of rows each time.
+            total = sum(every if x.dim() > 1 else once for x, every, once in moved)
+            distinct, least = sum(once for _, _, once in moved), small.bytes(DTYPE, mode)
+            row = head | {
+                "pass": mode, "bytes_total": total, "bytes_distinct": distinct, "bytes_minimal": least,
+                "moved_over_minimal": round(total / least, 4), "distinct_over_minimal": round(distinct / least, 4),
+            }  # fmt: skip
+            if small.flops(mode):
+                row |= dict(flops=counter.dots[mode], flops_over_useful=round(counter.dots[mode] / small.flops(mode), 4))
+            found.append(row)
+    return found
+
+
 def main() -> int:
-    """Do one job: {"provider" (or "tables"), "arch", "op", "workloads"}."""
+    """Do one job: {"kind": "launches", "tables" or "traffic", "provider", "arch", "op", "workloads", "choices"}."""
     job = json.load(sys.stdin)
+    arguments = (job["provider"], job["arch"], job["op"], job["workloads"])
     with contextlib.redirect_stdout(sys.stderr):  # peers print
-        if job["provider"] == "tables":
+        if job["kind"] == "tables":
             found = tables(job["arch"], job["op"])
+        elif job["kind"] == "traffic":
+            found = counted(*arguments, job["choices"])
         else:
-            found = rows(job["provider"], job["arch"], job["op"], job["workloads"])
+            found = rows(*arguments)
     print(json.dumps(found))
     return 0
 

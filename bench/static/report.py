@@ -25,6 +25,7 @@ import triton
 from tileformer.bench.recording import ARCHITECTURES
 from tileformer.bench.static import capture, goals
 from tileformer.bench.static.capture import OURS, PEERS
+from tileformer.bench.static.rates import RATES
 
 OPS = ("attention", "layer_norm", "softmax", "cross_entropy", "dropout")
 BENCH = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ def _hash_of(files: Iterable[Path]) -> str:
 def _key(job: dict[str, Any]) -> str:
     """What a job's rows depend on: kernels (or a peer's version), compiler, and the tools that read them."""
     tools = [*BENCH.glob("static/*.py"), *(BENCH / name for name in ("recording.py", "compiled.py", "workloads.py", "providers.py", "cases.py"))]
-    own = job["provider"] not in PEERS
+    own = job["provider"] == OURS
     source = _hash_of((BENCH.parent / "kernels").rglob("*.py")) if own else importlib.metadata.version(PEERS[job["provider"]])
     tools = [path for path in tools if path.name not in ("report.py", "goals.py", "evidence.py")]
     return hashlib.sha256(json.dumps([job, source, triton.__version__, torch.__version__, _hash_of(tools)]).encode()).hexdigest()
@@ -82,10 +83,20 @@ def _jobs(archs: list[int], ops: list[str], providers: list[str], pattern: str) 
             for op in ops:
                 names = [w.name for w in capture.workloads([op], provider) if fnmatch.fnmatchcase(w.name, pattern)]
                 parts = [[name] for name in names] if op == "attention" and provider != OURS else [names]
-                jobs += [dict(provider=provider, arch=arch, op=op, workloads=part) for part in parts]
+                job = dict(kind="launches", provider=provider, arch=arch, op=op)
+                jobs += [dict(job, workloads=part) for part in parts if part]
                 if provider == OURS and pattern == "*":
-                    jobs.append(dict(provider="tables", arch=arch, op=op, workloads=[]))
+                    jobs.append(dict(job, kind="tables", workloads=[]))
     return jobs
+
+
+def _with_traffic(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
+    """A job's rows; then, where there are rates, its traffic in the configurations that were best."""
+    rows = _do(job, cache)
+    if job["kind"] == "tables" or job["arch"] not in RATES:
+        return rows
+    choices = [{name: row[name] for name in ("kernel", "tile", "warps")} for row in rows if "tile" in row]
+    return rows + _do(dict(job, kind="traffic", choices=choices), cache)
 
 
 def collect(archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*") -> list[dict[str, Any]]:
@@ -93,7 +104,7 @@ def collect(archs: list[int], ops: list[str], providers: list[str], cache: Path,
     cache.mkdir(parents=True, exist_ok=True)
     jobs = _jobs(archs, ops, providers, pattern)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for found in pool.map(lambda job: _do(job, cache), jobs) for row in found]
+        rows = [row for found in pool.map(lambda job: _with_traffic(job, cache), jobs) for row in found]
     rows.sort(key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider")))
     _beside_peers(rows)
     return rows
@@ -135,6 +146,19 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of what was counted in the interpreter."""
+    text = [f"\n{'sm':<4} {'provider':<10} {'call':<32} {'pass':<8} {'MB':>8} {'moved/least':>11} {'distinct/least':>14} {'FLOPs/useful':>12}"]
+    for row in rows:
+        start = f"{row['arch']:<4} {row['provider']:<10} {row['op'] + ' ' + row['workload']:<32.32} "
+        if "uncounted" in row:
+            text.append(start + f"not counted: {row['uncounted']}")
+        elif "bytes_total" in row:
+            text.append(start + f"{row['pass']:<8} {row['bytes_total'] / 1e6:>8.1f} {row['moved_over_minimal']:>11} {row['distinct_over_minimal']:>14} "
+                        f"{row.get('flops_over_useful', ''):>12}")  # fmt: skip
+    return text
+
+
 def main(args: argparse.Namespace) -> int:
     """Print the table; 1 if a goal of class A or B is missed."""
     unknown = set(args.arch) - set(ARCHITECTURES)
@@ -153,8 +177,9 @@ def main(args: argparse.Namespace) -> int:
     rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*")
     print(f"Triton {triton.__version__}; not measured on a GPU: A and B are exact or counted, shares are modelled\n{_HEADER}")
     for row in rows:
-        if "dtype" not in row:
+        if "dtype" not in row and "uncounted" not in row and "bytes_total" not in row:
             print(line(row))
+    print("\n".join(traffic_lines(rows)))
     versions = {name: importlib.metadata.version(PEERS[name]) for name in providers[1:]}
     found = goals.verdicts(goals.load(), rows, part=bool(args.call)) if args.goals else []
     print("\n".join(goals.lines(found)) if args.goals else "")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
+from torch import Tensor
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 
 from tileformer.bench.recording import Launch
@@ -23,7 +27,7 @@ class Counter:
     def __init__(self) -> None:
         self.phase = "forward"
         self.dots: collections.Counter[str] = collections.Counter()
-        self.moved: dict[tuple[str, str, int], np.ndarray] = {}  # (phase, "load" | "store", page) -> times that each byte moved
+        self.moved: dict[tuple[str, str, int, int], np.ndarray] = {}  # phase, "load" or "store", bytes of an element, page -> times of each
 
     def launch(self, launch: Launch) -> None:
         """Interpret a launch and count."""
@@ -34,47 +38,61 @@ class Counter:
     def _touch(self, kind: str, pointers: Any, mask: Any) -> None:
         element = getattr(pointers.dtype, "scalar", pointers.dtype).element_ty
         size = max(1, element.primitive_bitwidth // 8)
-        at = pointers.data.reshape(-1).astype(np.uint64)
+        at = pointers.data.reshape(-1)
         if mask is not None:
-            at = at[np.broadcast_to(mask.data, pointers.data.shape).reshape(-1).astype(bool)]
-        pages = at >> np.uint64(PAGE)
-        for page in np.unique(pages):
-            count = self.moved.setdefault((self.phase, kind, int(page)), np.zeros(1 << PAGE, np.uint32))
-            inside = (at[pages == page] & np.uint64((1 << PAGE) - 1)).astype(np.int64)
-            np.add.at(count, inside, 1) if len(np.unique(inside)) < len(inside) else count.__setitem__(inside, count[inside] + 1)
-            for byte in range(1, size):
-                count[inside + byte] = count[inside]
+            at = at[mask.data.reshape(-1).astype(bool)]
+        at = at.astype(np.int64)
+        if len(at) > 1 and not (at[1:] > at[:-1]).all():
+            at = np.unique(at)  # lanes that ask for the same address in one access are one access
+        if not len(at):
+            return
+        first, last = int(at[0]) >> PAGE, int(at[-1]) >> PAGE
+        ends = np.searchsorted(at, np.arange(first + 1, last + 1) << PAGE)
+        for page, inside in enumerate(np.split(at, ends), first):
+            if len(inside):
+                key = (self.phase, kind, size, page)
+                if key not in self.moved:
+                    self.moved[key] = np.zeros((1 << PAGE) // size, np.uint16)
+                self.moved[key][(inside - (page << PAGE)) // size] += 1
+
+    def bytes(self, phase: str, x: Tensor) -> tuple[int, int]:
+        """(bytes moved, different bytes moved: read and written are two) of a tensor's memory."""
+        start, length = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+        total = distinct = 0
+        for (when, _, size, page), count in self.moved.items():
+            low, high = max(0, start - (page << PAGE)), start + length - (page << PAGE)
+            if when == phase and low < 1 << PAGE and high > 0:
+                here = count[low // size : high // size]
+                total += size * int(here.sum(dtype=np.int64))
+                distinct += size * int(np.count_nonzero(here))
+        return total, distinct
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
-        builder, counter = stock.InterpreterBuilder, self
-        originals = {name: getattr(builder, name) for name in _HOOKS if hasattr(builder, name)}
-
-        def counted(name: str, original: Any) -> Any:
+        def counted(kind: str, pointers: int, mask: int, original: Any) -> Any:
             @functools.wraps(original)
-            def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-                _HOOKS[name](counter, *args)
-                return original(self, *args, **kwargs)
+            def hook(*args: Any, **kwargs: Any) -> Any:
+                self._touch(kind, args[pointers], args[mask])
+                return original(*args, **kwargs)
 
             return hook
 
-        for name, original in originals.items():
-            setattr(builder, name, counted(name, original))
-        try:
+        def dot(semantic: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+            self.dots[self.phase] += 2 * math.prod(getattr(n, "value", n) for n in (*a.shape, b.shape[-1]))
+            return multiply(semantic, a, b, *args, **kwargs)
+
+        multiply = TritonSemantic.dot
+        with contextlib.ExitStack() as stack:
+            for name, how in _HOOKS.items():
+                hook = counted(*how, getattr(stock.InterpreterBuilder, name))
+                stack.enter_context(mock.patch.object(stock.InterpreterBuilder, name, hook))
+            stack.enter_context(mock.patch.object(TritonSemantic, "dot", dot))
             yield
-        finally:
-            for name, original in originals.items():
-                setattr(builder, name, original)
 
 
-def _pairs(counter: Counter, a: Any, b: Any, *rest: Any) -> None:
-    counter.dots[counter.phase] += 2 * a.data.size * b.data.shape[-1]
-
-
-# Everything else that loads or stores (blocks, tensor descriptors) ends in these.
-_HOOKS: dict[str, Any] = {
-    "create_masked_load": lambda counter, pointers, mask, *rest: counter._touch("load", pointers, mask),
-    "create_masked_store": lambda counter, pointers, value, mask, *rest: counter._touch("store", pointers, mask),
-    "create_atomic_rmw": lambda counter, op, pointers, value, mask, *rest: counter._touch("store", pointers, mask),
-    "create_dot": _pairs,
+# Kind, and which arguments are pointers and mask. Everything else that loads or stores (blocks, tensor descriptors) ends in these.
+_HOOKS = {
+    "create_masked_load": ("load", 1, 2),
+    "create_masked_store": ("store", 1, 3),
+    "create_atomic_rmw": ("store", 2, 4),
 }
