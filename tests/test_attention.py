@@ -262,6 +262,16 @@ def test_torchs_signature_with_shared_key_heads() -> None:
             scaled_dot_product_attention(q, k, k)
 
 
+@pytest.mark.interprets
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (3, 1, 5, 6), (2, 3, 4, 5, 6), (2, 1, 1, 1, 6), (4, 1, 6), (6,)], ids=str)
+def test_torchs_signature_broadcasts_a_mask_among_the_leading_axes(shape: tuple[int, ...]) -> None:
+    q, k, mask = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 4, 6, 8), torch.rand(shape) > 0.3
+    mask[..., 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), k.double(), mask)
+    with use_backend("interpret"):
+        assert_within_budget("out", scaled_dot_product_attention(q, k, k, mask), expected.float(), expected)
+
+
 _Q, _K = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 6, 8)
 BAD = {
     "three axes": (dict(q=_Q[0]), ValueError, r"q must be \(B, H, T, D\), got shape \(4, 5, 8\)"),

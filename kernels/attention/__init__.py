@@ -347,7 +347,7 @@ def scaled_dot_product_attention(
     def fold(x: Tensor) -> Tensor:
         return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
 
-    if attn_mask is not None and attn_mask.dim() > 4:
+    if attn_mask is not None and query.dim() > 4 and attn_mask.dim() > 3:
         attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
     out = attention(
         fold(query), fold(key), fold(value), mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p
