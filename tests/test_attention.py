@@ -263,7 +263,9 @@ def test_torchs_signature_with_shared_key_heads() -> None:
 
 
 @pytest.mark.interprets
-@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (3, 1, 5, 6), (2, 3, 4, 5, 6), (2, 1, 1, 1, 6), (4, 1, 6), (6,)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 5, 6), (3, 1, 5, 6), (2, 3, 4, 5, 6), (2, 1, 1, 1, 6), (4, 1, 6), (6,)], ids=str
+)
 def test_torchs_signature_broadcasts_a_mask_among_the_leading_axes(shape: tuple[int, ...]) -> None:
     q, k, mask = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 4, 6, 8), torch.rand(shape) > 0.3
     mask[..., 0] = True
