@@ -28,16 +28,19 @@ import traceback
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy starts threads, which a fork would lose
     os.environ.setdefault(_variable, "1")
 
+import hypothesis.strategies  # noqa: F401  # this and the rest: imported once, before the forks
 import mutants  # this folder is the first place that Python looks in
+import numpy.testing  # noqa: F401
 import pytest
-import torch  # noqa: F401
-import triton  # noqa: F401
+import torch._inductor
+import torch.export  # noqa: F401
+import triton.runtime.interpreter  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
-FIRST = {  # the test files to begin with, for a mutant of each file
+FIRST = {
     "kernels/attention/plain": "test_values test_decoder_parity test_attention",
-    "kernels/attention/": "test_values test_attention test_fuzz",
+    "kernels/attention/": "test_values test_attention test_memory test_fuzz",
     "kernels/layer_norm": "test_layer_norm test_values",
     "kernels/softmax": "test_softmax test_values",
     "kernels/cross_entropy": "test_cross_entropy test_values",
@@ -136,7 +139,20 @@ class Run:
         os.environ["PYTHONPATH"] = str(tree / "src")
         sys.path[:] = [str(tree / "src"), *(place for place in sys.path if place != str(ROOT / "src"))]
         try:
-            status = int(pytest.main(["-q", "-x", "--tb=line", "-o", f"cache_dir={self.cache}", *arguments]))
+            status = int(
+                pytest.main(
+                    [
+                        "-q",
+                        "-x",
+                        "--tb=line",
+                        "-W",
+                        "ignore:Module already imported",
+                        "-o",
+                        f"cache_dir={self.cache}",
+                        *arguments,
+                    ]
+                )
+            )
         except BaseException:
             traceback.print_exc()
             status = 70
