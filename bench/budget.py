@@ -63,10 +63,12 @@ def attention_sizes(
     """
     (b, h, _, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
     options.pop("return_lse", None)
+    if (real := options.get("key_mask")) is not None:  # padded keys may hold anything
+        k, v = (torch.where(real[:, None, :, None], x, 0.0) for x in (k, v))
     identity = torch.eye(t_k, dtype=q.dtype, device=q.device).expand(b, h_kv, t_k, t_k)
     dropped = reference.attention(q, k, identity, **options)
     weights = reference.attention(q, k, identity, **(options | dict(dropout_p=0.0)))
-    scale = abs(options.get("scale") or d**-0.5)
+    scale = d**-0.5 if options.get("scale") is None else abs(options["scale"])
     key, value = (x.abs().repeat_interleave(h // h_kv, 1) for x in (k, v))
     delta = (out * dout).abs().sum(-1, keepdim=True) + (0 if dlse is None else dlse.abs()[..., None])
     ds = scale * (dropped * (dout.abs() @ value.transpose(-1, -2)) + weights * delta)
