@@ -170,7 +170,7 @@ def attention_call(
 
 def _attention_draw(op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Equal scores over n keys and v = n I make the output the dropped weights; their transpose is the gradient of v for dO = I."""
-    b, h, n = 2, 4, 64
+    b, h, n = 2, 2, 64
     identity = torch.eye(n, dtype=dtype, device=device).expand(b, h, n, n).contiguous()
     zeros = torch.zeros_like(identity)
     v = (n * identity).requires_grad_()
@@ -325,7 +325,7 @@ CASES = [
     _attention("NaN in a query", "its row is NaN, other heads are not", (1, 2, 2, 20, 40, 64), edit=lambda t, o: t["q"][0, 1, 7].fill_(NAN), dtypes=TWO),
     # numbers
     _attention("extreme scores", "scores of hundreds: one key takes all", (1, 2, 2, 50, 70, 64), edit=lambda t, o: t["q"].mul_(100)),
-    _attention("large scale", "a thousand times the usual", (1, 2, 2, 50, 70, 64), scale=125.0, dtypes=TWO),
+    _attention("large scale", "a thousand times the usual", (1, 2, 2, 50, 70, 64), scale=125.0, dtypes=HALF),
     _attention("negative scale", "the running maximum is of the scaled scores", (1, 2, 2, 50, 70, 64), scale=-0.3, causal=True, dtypes=TWO),
     _attention("zero scale", "a plain average; no gradient for q and k", (1, 2, 2, 50, 70, 64), scale=0.0, dtypes=("bf16",)),
     _attention("large values", "near the largest half-precision number", (1, 2, 2, 50, 70, 64), edit=lambda t, o: t["v"].mul_(5000), dtypes=HALF),
@@ -348,7 +348,9 @@ CASES = [
                dtypes=("bf16",), suite=False),
     _attention("far rows", "neighbouring rows 2^26 elements apart", (1, 1, 1, 30, 30, 64), layouts=dict.fromkeys([*"qkv", "out"], "far rows"),
                dtypes=("bf16",), suite=False),
-    _attention("far mask", "a mask whose rows end beyond 2^31 elements", (1, 2, 2, 30, 40, 64), mask="boolean", layouts=dict(mask="far"),
+    _attention("far mask", "a mask whose batches lie beyond 2^31 elements", (3, 2, 2, 30, 40, 64), mask="additive", layouts=dict(mask="far"),
+               dtypes=("bf16",), suite=False),
+    _attention("far mask rows", "a mask with neighbouring rows 2^26 elements apart", (1, 2, 2, 30, 40, 64), mask="boolean", layouts=dict(mask="far"),
                dtypes=("bf16",), suite=False),
 
     _layer_norm("model width", "a power of two", 37, 128, params=AFFINE, normalized_shape=(128,), quick=True),
@@ -360,7 +362,7 @@ CASES = [
     _layer_norm("one column", "no variance: y is the bias", 20, 1, params=AFFINE, normalized_shape=(1,), dtypes=TWO, suite=False),
     _layer_norm("one row", "a tile of rows that are not there", 1, 128, params=AFFINE, normalized_shape=(128,), dtypes=("bf16",)),
     _layer_norm("no row", "dweight and dbias are 0, though nothing runs", 0, 128, params=AFFINE, normalized_shape=(128,), dtypes=("bf16",)),
-    _layer_norm("66000 rows", "more than a grid's second axis takes", 66000, 8, params=AFFINE, normalized_shape=(8,), dtypes=("bf16",), suite=False),
+    _layer_norm("66000 rows", "more than a grid's second axis takes", 66000, 8, params=AFFINE, normalized_shape=(8,), dtypes=("bf16",), suite=False, interpret=False),
     _layer_norm("constant rows", "no variance: eps alone", 37, 128, params=AFFINE, normalized_shape=(128,), edit=lambda t, o: t["x"][::3].fill_(3.0), dtypes=TWO),
     _layer_norm("far from zero", "mean(x^2) - mean(x)^2 would cancel", 37, 128, params=AFFINE, normalized_shape=(128,), edit=lambda t, o: t["x"].add_(1000),
                 dtypes=("fp32",), suite=False),
@@ -392,7 +394,7 @@ CASES = [
     _softmax("one row", "a vector without a batch", 64, dtypes=("bf16",)),
     _softmax("no row", "nothing to launch", 0, 64, dtypes=("bf16",)),
     _softmax("no column", "rows of nothing", 3, 0, dtypes=("bf16",)),
-    _softmax("66000 rows", "more than a grid's second axis takes", 66000, 8, dtypes=("bf16",), suite=False),
+    _softmax("66000 rows", "more than a grid's second axis takes", 66000, 8, dtypes=("bf16",), suite=False, interpret=False),
     _softmax("rows without a key", "T_q > T_k, bottom right", 2, 20, 9, causal="bottom_right", dtypes=("bf16",), suite=False),
     _softmax("extreme", "differences of thousands", 30, 64, edit=lambda t, o: t["x"].mul_(1000)),
     _softmax("large scale", "the maximum is of the scaled scores", 30, 64, scale=200.0, dtypes=TWO),
@@ -422,7 +424,7 @@ CASES = [
     _cross_entropy("no row", "nothing to launch", 0, 41, reduction="sum", dtypes=("bf16",)),
     _cross_entropy("one row", "a tile of rows that are not there", 1, 41, dtypes=("bf16",)),
     _cross_entropy("one class", "no loss, no gradient", 33, 1, dtypes=("bf16",), suite=False),
-    _cross_entropy("66000 rows", "more than a grid's second axis takes", 66000, 8, reduction="none", ignored=5, dtypes=("bf16",), suite=False),
+    _cross_entropy("66000 rows", "more than a grid's second axis takes", 66000, 8, reduction="none", ignored=5, dtypes=("bf16",), suite=False, interpret=False),
     _cross_entropy("all smoothing", "the target itself does not count", 33, 41, label_smoothing=1.0, dtypes=TWO),
     _cross_entropy("extreme", "the largest logit is thousands above", 33, 41, reduction="none", edit=lambda t, o: t["logits"].mul_(1000)),
     _cross_entropy("excluded classes", "-inf logits that are no target", 33, 41, reduction="sum", dtypes=TWO,
@@ -446,7 +448,7 @@ CASES = [
     _dropout("one column", "fewer than one draw makes", 20, 1, p=0.3, dtypes=("bf16",), suite=False),
     _dropout("three tiles", "columns beyond one program's", 3, 5001, params=("residual",), p=0.3, dtypes=TWO, suite=False),
     _dropout("no row", "nothing to launch", 0, 128, p=0.1, dtypes=("bf16",)),
-    _dropout("66000 rows", "more than a grid's second axis takes", 66000, 8, p=0.1, dtypes=("bf16",), suite=False),
+    _dropout("66000 rows", "more than a grid's second axis takes", 66000, 8, p=0.1, dtypes=("bf16",), suite=False, interpret=False),
     _dropout("a NaN and an inf", "they stay where they are", 20, 128, p=0.1, edit=lambda t, o: (t["x"][5, 9].fill_(NAN), t["x"][6, 0].fill_(INF)), dtypes=TWO),
     _dropout("float32 residual", "beside 16-bit rows", 20, 128, params=("residual",), p=0.1, fp32=("residual",), dtypes=HALF, suite=False),
     _dropout("misaligned", "no 16-byte alignment", 20, 128, params=("residual",), p=0.1, layouts=dict(x="offset", residual="offset", out="offset"),
@@ -462,5 +464,5 @@ DRAWS = [
     Draw(op, f"draws at {p}", why, p)
     for op in OPS
     if OPS[op].draw
-    for p, why in ((0.1, "the usual rate"), (0.5, "a fair coin"), (0.9, "few are kept"))
+    for p, why in ((0.1, "the usual rate"), (0.9, "few are kept"))
 ]
