@@ -142,7 +142,7 @@ def test_dropout_bits_are_those_of_the_reference_for_any_tile(
     keep = reference.dropout_keep(seed, (2, 2, t_q, t_k), 0.4)
     room = sys.modules["tileformer.kernels.attention"]
     for tile in ((32, 32), (64, 16)):
-        rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], num_warps=4, num_stages=1)]
+        rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], EDGE=16, num_warps=4, num_stages=1)]
         monkeypatch.setattr(room, "tiles_for", lambda *_, rows=rows: rows)
         out = attention(q, v, v, scale=0.0, dropout_p=0.4, seed=seed)
         assert torch.equal(out[..., :t_k] > 0, keep)
@@ -221,7 +221,7 @@ def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.Monk
     with use_backend("interpret"):
         expected = attention(q, k, v)
     room = sys.modules["tileformer.kernels.attention"]
-    rows = [dict(BLOCK_M=m, BLOCK_N=32, num_warps=4, num_stages=1) for m in (64, 32)]
+    rows = [dict(BLOCK_M=m, BLOCK_N=32, EDGE=16, num_warps=4, num_stages=1) for m in (64, 32)]
     monkeypatch.setattr(room, "tiles_for", lambda *_: rows)
     run = launch._run
 

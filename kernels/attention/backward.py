@@ -57,6 +57,7 @@ def _attention_bwd_dq_kernel(
     q_strides, k_strides, v_strides, do_strides, mask_strides, H, group, T_q, T_k, causal_shift, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, DLSE: tl.constexpr, D: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and delta of BLOCK_M queries of one head. out and dq are (B, T_q, H, D); lse is base 2, dlse its gradient."""
     scale_log2 = scale * 1.4426950408889634
@@ -100,7 +101,7 @@ def _attention_bwd_dq_kernel(
 
     first, last, holes = key_range(range_ptr, b, T_k, KEY_MASK)
     start, clean, clean_end, n_left, n_right = key_tiles(
-        first, last, holes, row_start, causal_shift, BLOCK_M, BLOCK_N, CAUSAL, MASK > 0
+        first, last, holes, row_start, causal_shift, BLOCK_M, BLOCK_N, EDGE, CAUSAL, MASK > 0
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if MASK == 0:
@@ -113,12 +114,12 @@ def _attention_bwd_dq_kernel(
                 CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, BLOCK_N, ACC, PRECISION,
             )  # fmt: skip
     for i in range(n_left + n_right):
-        at = tl.where(i < n_left, start + i * BLOCK_N, clean_end + (i - n_left) * BLOCK_N)
+        at = tl.where(i < n_left, start + i * EDGE, clean_end + (i - n_left) * EDGE)
         dq = _dq_tile(
             dq, q, do, lse, delta, rows, row_start, at, head, first, last,
             k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, key_mask_ptr, seed,
             T_q, causal_shift, scale_log2, threshold, keep_scale, True,
-            CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, BLOCK_N, ACC, PRECISION,
+            CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, EDGE, ACC, PRECISION,
         )  # fmt: skip
     store_tile(dq_ptr + at_out, dq * scale, near_m, H * D, offs_d, in_q, D)
 
@@ -173,6 +174,7 @@ def _attention_bwd_dkdv_kernel(
     q_strides, k_strides, v_strides, do_strides, mask_strides, H, group, T_q, T_k, causal_shift, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head, over the query heads that share it. dk, dv: (B, T_k, H_kv, D)."""
     scale_log2 = scale * 1.4426950408889634
@@ -197,22 +199,22 @@ def _attention_bwd_dkdv_kernel(
     v_ptr += b * v_strides[0] + h_kv * v_strides[1] + col_start64 * v_strides[2]
     v = load_tile(v_ptr, near_n, v_strides[2], offs_d, real, D, BLOCK_D, True)
 
-    # Query tiles: masked ones are n_left from `start` (the diagonal) and the rest from clean_end (the tail).
+    # Query tiles: masked ones, EDGE high, are n_left from `start` (the diagonal) and the rest from clean_end (the tail).
     start = 0
     clean = 0
     if CAUSAL:
-        start = tl.maximum(col_start - causal_shift, 0) // BLOCK_M * BLOCK_M
-        clean = tl.cdiv(tl.maximum(col_start + BLOCK_N - 1 - causal_shift, 0), BLOCK_M) * BLOCK_M
+        start = tl.maximum(col_start - causal_shift, 0) // EDGE * EDGE
+        clean = tl.cdiv(tl.maximum(col_start + BLOCK_N - 1 - causal_shift, 0), EDGE) * EDGE
     end = T_q
     if KEY_MASK:
         end = tl.where((col_start < last) & (col_start + BLOCK_N > first), T_q, 0)
-    clean_end = end // BLOCK_M * BLOCK_M
+    clean_end = clean + tl.maximum(end - clean, 0) // BLOCK_M * BLOCK_M
     if (MASK > 0) | (clean >= clean_end):
         clean = start
         clean_end = start
     n_clean = (clean_end - clean) // BLOCK_M
-    n_left = (clean - start) // BLOCK_M
-    n_masked = n_left + tl.cdiv(tl.maximum(end - clean_end, 0), BLOCK_M)
+    n_left = (clean - start) // EDGE
+    n_masked = n_left + tl.cdiv(tl.maximum(end - clean_end, 0), EDGE)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -236,12 +238,12 @@ def _attention_bwd_dkdv_kernel(
     for i in range(group * n_masked):
         h = h_kv * group + i // n_masked
         step = i % n_masked
-        at = tl.where(step < n_left, start + step * BLOCK_M, clean_end + (step - n_left) * BLOCK_M)
+        at = tl.where(step < n_left, start + step * EDGE, clean_end + (step - n_left) * EDGE)
         dk, dv = _dkdv_tile(
             dk, dv, k, v, cols, col_start, real, at, (b * H + h).to(tl.int32),
             q_ptr + h * q_strides[1], do_ptr + h * do_strides[1], q_strides[2], do_strides[2],
             safe_lse_ptr + h * T_q, delta_ptr + h * T_q, mask_ptr + h * mask_strides[1], mask_strides, seed,
-            T_q, causal_shift, scale_log2, threshold, keep_scale, True, CAUSAL, MASK, DROPOUT, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, ACC,
+            T_q, causal_shift, scale_log2, threshold, keep_scale, True, CAUSAL, MASK, DROPOUT, D, BLOCK_D, EDGE, BLOCK_N, PRECISION, ACC,
         )  # fmt: skip
     at_out = (b * T_k + col_start) * (H_kv * D) + h_kv * D
     store_tile(dk_ptr + at_out, tl.where(real[:, None], dk * scale, 0.0), near_n, H_kv * D, offs_d, in_k, D)

@@ -4,7 +4,8 @@ With c = scale * log2(e), for a tile of queries and every tile of keys the kerne
 acc = sum 2^(s c - m) v. At the end out = acc / l and the base-2 log-sum-exp is m + log2(l).
 
 Keys that no row of the tile may see are never loaded: padding and `causal` bound the range, and masks are applied only in tiles that
-cross a bound (or in all of them when there is a 2-D mask or a hole in the padding).
+cross a bound (or in all of them when there is a 2-D mask or a hole in the padding). Masked tiles are at most EDGE wide: what masking holds in
+registers then fits beside an accumulator of 128 x 128, and less is computed that no row may see.
 """
 
 from __future__ import annotations
@@ -44,25 +45,25 @@ def key_range(range_ptr, b, T_k, KEY_MASK: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(first, last, holes, row_start, causal_shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def key_tiles(first, last, holes, row_start, causal_shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
               CAUSAL: tl.constexpr, ALL_MASKED: tl.constexpr):  # fmt: skip
-    """The key tiles of a query tile: unmasked ones are [clean, clean_end); masked ones are n_left from `start`, n_right from clean_end."""
+    """The key tiles of a query tile: unmasked, BLOCK_N wide: [clean, clean_end); masked, EDGE wide: n_left from `start`, n_right from clean_end."""
     if CAUSAL:
         last = tl.minimum(last, tl.maximum(row_start + BLOCK_M + causal_shift, 0))
-    start = first // BLOCK_N * BLOCK_N
+    start = first // EDGE * EDGE
     clean = start
     clean_end = start
     if not ALL_MASKED:
         full_end = last
         if CAUSAL:
             full_end = tl.minimum(last, row_start + causal_shift + 1)
-        whole = tl.cdiv(first, BLOCK_N) * BLOCK_N
-        whole_end = tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N
+        whole = tl.cdiv(first, EDGE) * EDGE
+        whole_end = whole + tl.maximum(full_end - whole, 0) // BLOCK_N * BLOCK_N
         if (whole < whole_end) & (holes == 0):
             clean = whole
             clean_end = whole_end
-    n_left = (clean - start) // BLOCK_N
-    n_right = tl.cdiv(tl.maximum(last - clean_end, 0), BLOCK_N)
+    n_left = (clean - start) // EDGE
+    n_right = tl.cdiv(tl.maximum(last - clean_end, 0), EDGE)
     return start, clean, clean_end, n_left, n_right
 
 
@@ -161,6 +162,7 @@ def _attention_fwd_kernel(
     q_strides, k_strides, v_strides, mask_strides, H, group, T_q, T_k, causal_shift, scale, threshold, keep_scale,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. out is (B, T_q, H, D), lse (B, H, T_q) base 2; mask strides are 0 where it broadcasts."""
     scale_log2 = scale * 1.4426950408889634
@@ -188,7 +190,7 @@ def _attention_fwd_kernel(
 
     first, last, holes = key_range(range_ptr, b, T_k, KEY_MASK)
     start, clean, clean_end, n_left, n_right = key_tiles(
-        first, last, holes, row_start, causal_shift, BLOCK_M, BLOCK_N, CAUSAL, MASK > 0
+        first, last, holes, row_start, causal_shift, BLOCK_M, BLOCK_N, EDGE, CAUSAL, MASK > 0
     )
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -202,11 +204,11 @@ def _attention_fwd_kernel(
                 T_q, causal_shift, scale_log2, threshold, False, CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, BLOCK_N, ACC, PRECISION,
             )  # fmt: skip
     for i in range(n_left + n_right):
-        at = tl.where(i < n_left, start + i * BLOCK_N, clean_end + (i - n_left) * BLOCK_N)
+        at = tl.where(i < n_left, start + i * EDGE, clean_end + (i - n_left) * EDGE)
         acc, m, l = _fwd_tile(
             acc, m, l, q, rows, row_start, at, head, first, last,
             k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, key_mask_ptr, seed,
-            T_q, causal_shift, scale_log2, threshold, True, CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, BLOCK_N, ACC, PRECISION,
+            T_q, causal_shift, scale_log2, threshold, True, CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, EDGE, ACC, PRECISION,
         )  # fmt: skip
 
     some = l > 0
