@@ -22,6 +22,7 @@ from tileformer.kernels.launch import arch_of, cdiv, dot_flags, launch, pow2, re
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
 
+FARTHEST = 2**23  # elements between neighbours of a tile: its offsets have 32 bits, and a tile has at most 128 rows
 NO_SHIFT = 2**30  # a causal shift that hides nothing; also what says "not causal" to the launchers
 
 
@@ -36,7 +37,8 @@ def _bytes(mask: Tensor) -> Tensor:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    near = x.stride(-2) < FARTHEST
+    return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def _problem(
@@ -51,6 +53,8 @@ def _problem(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], tuple[Any, ...], dict[str, Any], str]:
     """What all three kernels share: side tensors, mask strides, scalars, feature flags and the tile table's feature."""
     (b, h, t_q, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
+    if mask is not None and max(mask.stride()[-2:], default=0) >= FARTHEST:
+        mask = mask.contiguous()
     # Where there is none, q stands in: its pointer is never read.
     sides = (
         q if mask is None else _bytes(mask),

@@ -211,7 +211,7 @@ def _attention_fwd_kernel(
             T_q, causal_shift, scale_log2, threshold, True, CAUSAL, MASK, KEY_MASK, DROPOUT, D, BLOCK_D, EDGE, ACC, PRECISION,
         )  # fmt: skip
 
-    some = l > 0
+    some = l != 0.0  # true of NaN: what is wrong with a row must not look like a row without a key
     l = tl.where(some, l, 1.0)
     acc = acc * (keep_scale / l)[:, None]
     out_ptr += (b * T_q + row_start) * (H * D) + h * D
