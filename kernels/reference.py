@@ -223,8 +223,10 @@ def cross_entropy(
     weights = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
     log_p = logits - _softmax(logits)[1][:, None].to(logits.dtype)
     own = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
-    smooth = -(log_p * weights).sum(1) / logits.shape[1]
-    loss = torch.where(counted, (1 - label_smoothing) * own + label_smoothing * smooth, 0.0)
+    loss = (1 - label_smoothing) * own
+    if label_smoothing > 0.0:  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
+        loss = loss - label_smoothing * (log_p * weights).sum(1) / logits.shape[1]
+    loss = torch.where(counted, loss, 0.0)
     if reduction == "none":
         return loss
     return loss.sum() / torch.where(counted, weights[safe], 0.0).sum() if reduction == "mean" else loss.sum()
