@@ -90,16 +90,18 @@ def rows(provider: str, arch: int, op: str, names: list[str]) -> list[dict[str, 
         head = dict(provider=provider, op=op, workload=workload.name)
         try:
             launched = run(provider, workload, arch)
-        except Exception as error:  # of a peer: its launch code meets a driver, sizes or versions that it was not written for
+        except (
+            Exception
+        ) as error:  # of a peer: its launch code meets a driver, sizes or versions that it was not written for
             if provider == OURS:
                 raise
             found.append(head | dict(arch=arch, skipped=" ".join(f"{type(error).__name__}: {error}".split())[:200]))
             continue
         for mode, launches in (("forward", launched.forward), ("backward", launched.backward)):
             groups = figures.grouped(launches)
-            for group in groups:
+            for group, tried in groups:
                 choices = [figures.figures(launch, workload, mode, len(groups) == 1) for launch in group]
-                found.append(head | {"pass": mode} | figures.best(choices))
+                found.append(head | {"pass": mode} | figures.best(choices, tried))
     return found
 
 
@@ -113,11 +115,11 @@ def tables(arch: int, op: str) -> list[dict[str, Any]]:
 
 
 def _countable(workload: Workload) -> Workload:
-    """The same call at a size that the interpreter takes in seconds: one key head, or at most 2^22 elements of rows."""
+    """The same call at a size that the interpreter takes in seconds: one key head, or at most 2^20 elements of rows."""
     s = workload.sizes
     if "H" in s:
         return dataclasses.replace(workload, sizes=s | dict(B=1, H=s["H"] // s["H_kv"], H_kv=1))
-    return dataclasses.replace(workload, sizes=s | dict(R=min(s["R"], 2**22 // s.get("N", s.get("V", 1)))))
+    return dataclasses.replace(workload, sizes=s | dict(R=min(s["R"], 2**20 // s.get("N", s.get("V", 1)))))
 
 
 def counted(provider: str, arch: int, op: str, names: list[str], choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -154,7 +156,9 @@ def counted(provider: str, arch: int, op: str, names: list[str], choices: list[d
                 "moved_over_minimal": round(total / least, 4), "distinct_over_minimal": round(distinct / least, 4),
             }  # fmt: skip
             if small.flops(mode):
-                row |= dict(flops=counter.dots[mode], flops_over_useful=round(counter.dots[mode] / small.flops(mode), 4))
+                row |= dict(
+                    flops=counter.dots[mode], flops_over_useful=round(counter.dots[mode] / small.flops(mode), 4)
+                )
             found.append(row)
     return found
 
