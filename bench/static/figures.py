@@ -53,15 +53,15 @@ def tensor_loops(code: Code) -> list[list[Instruction]]:
     inner: list[set[int]] = []
     for head, body in code.loops():
         path = code.path(head, body)
-        if any(TENSOR.match(i.op) for i in path) and not any(i.base in STORES | {"UTMASTG"} for i in path):
-            if not any(other < body for other in inner):
-                inner.append(body)
-                paths.append(path)
+        multiplies = any(TENSOR.match(i.op) for i in path) and not any(i.base in STORES | {"UTMASTG"} for i in path)
+        if multiplies and not any(other < body for other in inner):
+            inner.append(body)
+            paths.append(path)
     return sorted(paths, key=lambda path: (len(path) / max(_flops(path), 1), len(path)))
 
 
 def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, Any]]:
-    """Class B of each tensor loop: cycles of a warp on each pipe; issue / tensor; and (C) the share of the replay in which the tensor pipe is busy."""
+    """Each tensor loop's cycles of a warp on each pipe (B), issue / tensor (B), and share of the replay with a busy tensor pipe (C)."""
     rows = []
     for path in tensor_loops(code_of(launch.binary.cubin, launch.binary)):
         held = cycles(path, rates)

@@ -57,17 +57,18 @@ def _hash_of(files: Iterable[Path]) -> str:
 
 def _key(job: dict[str, Any]) -> str:
     """What a job's rows depend on: kernels (or a peer's version), compiler, and the tools that read them."""
-    tools = [
-        *BENCH.glob("static/*.py"),
-        *(BENCH / name for name in ("recording.py", "compiled.py", "workloads.py", "providers.py", "cases.py")),
-    ]
+    names = (
+        "recording.py",
+        *(("compiled.py", "cases.py") if job["kind"] == "tables" else ("workloads.py", "providers.py")),
+    )
+    tools = [path for path in BENCH.glob("static/*.py") if path.name not in ("report.py", "goals.py", "evidence.py")]
+    tools += [BENCH / name for name in names]
     own = job["provider"] == OURS
     source = (
         _hash_of((BENCH.parent / "kernels").rglob("*.py"))
         if own
         else importlib.metadata.version(PEERS[job["provider"]])
     )
-    tools = [path for path in tools if path.name not in ("report.py", "goals.py", "evidence.py")]
     return hashlib.sha256(
         json.dumps([job, source, triton.__version__, torch.__version__, _hash_of(tools)]).encode()
     ).hexdigest()
