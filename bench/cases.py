@@ -154,7 +154,9 @@ def attention_call(
         if mask == "additive":
             more["mask"] = _normal(generator, b, 1, t_q, t_k)
         if mask == "columns":
-            more["mask"] = _normal(generator, h, 1, t_k).masked_fill(torch.rand(h, 1, t_k, generator=generator) < 0.2, -torch.inf)
+            more["mask"] = _normal(generator, h, 1, t_k).masked_fill(
+                torch.rand(h, 1, t_k, generator=generator) < 0.2, -torch.inf
+            )
         if isinstance(mask, float):
             hidden = torch.ones(t_q, t_k).triu(1) > 0
             hidden[:2] = True
@@ -168,7 +170,9 @@ def attention_call(
     return build
 
 
-def _attention_draw(op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _attention_draw(
+    op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Equal scores over n keys and v = n I make the output the dropped weights; their transpose is the gradient of v for dO = I."""
     b, h, n = 2, 2, 64
     identity = torch.eye(n, dtype=dtype, device=device).expand(b, h, n, n).contiguous()
@@ -215,7 +219,9 @@ def _layer_norm_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Ten
     g = given * tensors["weight"].abs() if "weight" in tensors else given
     rows = tuple(range(x.dim() + axes[0]))
     return dict(
-        out=xhat * tensors["weight"].abs() + tensors.get("bias", x.new_zeros(())).abs() if "weight" in tensors else xhat,
+        out=xhat * tensors["weight"].abs() + tensors.get("bias", x.new_zeros(())).abs()
+        if "weight" in tensors
+        else xhat,
         dx=rstd * (g + g.mean(axes, keepdim=True) + xhat * (g * xhat).mean(axes, keepdim=True)),
         dweight=(given * xhat).sum(rows),
         dbias=given.sum(rows),
@@ -241,7 +247,9 @@ def class_call(rows: int, classes: int, *, weighted: bool = False, ignored: int 
     return build
 
 
-def _dropout_draw(op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _dropout_draw(
+    op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """A tensor of ones shows its own factors; so does its gradient."""
     x = torch.ones(256, 128, dtype=dtype, device=device).requires_grad_()
     out = op(x, p, seed=seed)

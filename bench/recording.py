@@ -221,7 +221,9 @@ def pretend(arch: int) -> Iterator[None]:
     )  # fmt: skip
     with (
         mock.patch.multiple(torch.cuda, **answers),
-        mock.patch.object(torch.autograd, "has_torch_function", lambda tensors: False),  # or the mode would end where the backward begins
+        mock.patch.object(
+            torch.autograd, "has_torch_function", lambda tensors: False
+        ),  # or the mode would end where the backward begins
         mock.patch.dict(os.environ, GEMS_VENDOR="nvidia"),
         _OnGpu(),
     ):
@@ -250,11 +252,18 @@ def every_configuration(chosen: Callable[[str, Any], bool] | None = None) -> Ite
                     configuration.pre_hook({**self.nargs, **kwargs, **options})
                 result = self.fn.run(*args, **kwargs, **options)
                 self.best_config = configuration
-            except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # as the tuner does, and MLIR's own failures
+            except (
+                OutOfResources,
+                CompilationError,
+                PTXASError,
+                RuntimeError,
+            ) as error:  # as the tuner does, and MLIR's own failures
                 why = error
         _candidate = None
         if result is None:
-            raise RuntimeError(f"none of {len(configurations)} configurations of {self.base_fn.__name__} compiles") from why
+            raise RuntimeError(
+                f"none of {len(configurations)} configurations of {self.base_fn.__name__} compiles"
+            ) from why
         return result
 
     tuners = [Autotuner, *Autotuner.__subclasses__()]

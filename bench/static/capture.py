@@ -90,7 +90,9 @@ def rows(provider: str, arch: int, op: str, names: list[str]) -> list[dict[str, 
         head = dict(provider=provider, op=op, workload=workload.name)
         try:
             launched = run(provider, workload, arch)
-        except Exception as error:  # of a peer: its launch code meets a driver, sizes or versions that it was not written for
+        except (
+            Exception
+        ) as error:  # of a peer: its launch code meets a driver, sizes or versions that it was not written for
             if provider == OURS:
                 raise
             found.append(head | dict(arch=arch, skipped=" ".join(f"{type(error).__name__}: {error}".split())[:200]))
@@ -154,7 +156,9 @@ def counted(provider: str, arch: int, op: str, names: list[str], choices: list[d
                 "moved_over_minimal": round(total / least, 4), "distinct_over_minimal": round(distinct / least, 4),
             }  # fmt: skip
             if small.flops(mode):
-                row |= dict(flops=counter.dots[mode], flops_over_useful=round(counter.dots[mode] / small.flops(mode), 4))
+                row |= dict(
+                    flops=counter.dots[mode], flops_over_useful=round(counter.dots[mode] / small.flops(mode), 4)
+                )
             found.append(row)
     return found
 

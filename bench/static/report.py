@@ -35,10 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench static`."""
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], metavar="CC", help="default: 80 90 100")
     parser.add_argument("--op", action="append", choices=OPS, help="only this op (repeatable)")
-    parser.add_argument("--call", metavar="PATTERN", help="only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run")
-    parser.add_argument("--against", default="", metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}")
+    parser.add_argument(
+        "--call",
+        metavar="PATTERN",
+        help="only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run",
+    )
+    parser.add_argument(
+        "--against", default="", metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
-    parser.add_argument("--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed")
+    parser.add_argument(
+        "--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed"
+    )
     parser.add_argument("--evidence", metavar="FILE", help="write docs/evidence.md's text to FILE")
     parser.add_argument("--cache", metavar="FOLDER", help="default: tileformer/static in XDG_CACHE_HOME or ~/.cache")
 
@@ -49,11 +57,20 @@ def _hash_of(files: Iterable[Path]) -> str:
 
 def _key(job: dict[str, Any]) -> str:
     """What a job's rows depend on: kernels (or a peer's version), compiler, and the tools that read them."""
-    tools = [*BENCH.glob("static/*.py"), *(BENCH / name for name in ("recording.py", "compiled.py", "workloads.py", "providers.py", "cases.py"))]
+    tools = [
+        *BENCH.glob("static/*.py"),
+        *(BENCH / name for name in ("recording.py", "compiled.py", "workloads.py", "providers.py", "cases.py")),
+    ]
     own = job["provider"] == OURS
-    source = _hash_of((BENCH.parent / "kernels").rglob("*.py")) if own else importlib.metadata.version(PEERS[job["provider"]])
+    source = (
+        _hash_of((BENCH.parent / "kernels").rglob("*.py"))
+        if own
+        else importlib.metadata.version(PEERS[job["provider"]])
+    )
     tools = [path for path in tools if path.name not in ("report.py", "goals.py", "evidence.py")]
-    return hashlib.sha256(json.dumps([job, source, triton.__version__, torch.__version__, _hash_of(tools)]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([job, source, triton.__version__, torch.__version__, _hash_of(tools)]).encode()
+    ).hexdigest()
 
 
 def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
@@ -62,8 +79,14 @@ def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     if file.exists():
         return json.loads(file.read_text())
     source = str(BENCH.parent / "src")
-    paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]) if os.path.isdir(source) else os.environ.get("PYTHONPATH", "")
-    environment = dict(os.environ, TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=paths, OMP_NUM_THREADS="1", GEMS_VENDOR="nvidia")
+    paths = (
+        os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        if os.path.isdir(source)
+        else os.environ.get("PYTHONPATH", "")
+    )
+    environment = dict(
+        os.environ, TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=paths, OMP_NUM_THREADS="1", GEMS_VENDOR="nvidia"
+    )
     command = [sys.executable, "-W", "ignore", "-m", "tileformer.bench.static.capture"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -99,13 +122,17 @@ def _with_traffic(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     return rows + _do(dict(job, kind="traffic", choices=choices), cache)
 
 
-def collect(archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*") -> list[dict[str, Any]]:
+def collect(
+    archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*"
+) -> list[dict[str, Any]]:
     """Every row, in an order that depends on nothing but the arguments."""
     cache.mkdir(parents=True, exist_ok=True)
     jobs = _jobs(archs, ops, providers, pattern)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [row for found in pool.map(lambda job: _with_traffic(job, cache), jobs) for row in found]
-    rows.sort(key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider")))
+    rows.sort(
+        key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider"))
+    )
     _beside_peers(rows)
     return rows
 
@@ -148,7 +175,9 @@ def line(row: dict[str, Any]) -> str:
 
 def traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
     """The table of what was counted in the interpreter."""
-    text = [f"\n{'sm':<4} {'provider':<10} {'call':<32} {'pass':<8} {'MB':>8} {'moved/least':>11} {'distinct/least':>14} {'FLOPs/useful':>12}"]
+    text = [
+        f"\n{'sm':<4} {'provider':<10} {'call':<32} {'pass':<8} {'MB':>8} {'moved/least':>11} {'distinct/least':>14} {'FLOPs/useful':>12}"
+    ]
     for row in rows:
         start = f"{row['arch']:<4} {row['provider']:<10} {row['op'] + ' ' + row['workload']:<32.32} "
         if "uncounted" in row:
@@ -164,7 +193,9 @@ def main(args: argparse.Namespace) -> int:
     unknown = set(args.arch) - set(ARCHITECTURES)
     peers = [name for name in args.against.split(",") if name]
     if unknown or set(peers) - set(PEERS):
-        raise ValueError(f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against}")
+        raise ValueError(
+            f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against}"
+        )
     providers = [OURS]
     for name in peers:
         try:
@@ -175,7 +206,9 @@ def main(args: argparse.Namespace) -> int:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = Path(args.cache or os.path.join(home, "tileformer", "static"))
     rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*")
-    print(f"Triton {triton.__version__}; not measured on a GPU: A and B are exact or counted, shares are modelled\n{_HEADER}")
+    print(
+        f"Triton {triton.__version__}; not measured on a GPU: A and B are exact or counted, shares are modelled\n{_HEADER}"
+    )
     for row in rows:
         if "dtype" not in row and "uncounted" not in row and "bytes_total" not in row:
             print(line(row))

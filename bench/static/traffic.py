@@ -27,12 +27,14 @@ class Counter:
     def __init__(self) -> None:
         self.phase = "forward"
         self.dots: collections.Counter[str] = collections.Counter()
-        self.moved: dict[tuple[str, str, int, int], np.ndarray] = {}  # phase, "load" or "store", bytes of an element, page -> times of each
+        self.moved: dict[
+            tuple[str, str, int, int], np.ndarray
+        ] = {}  # phase, "load" or "store", bytes of an element, page -> times of each
 
     def launch(self, launch: Launch) -> None:
         """Interpret a launch and count."""
         arguments = {param.name: x for param, x in zip(launch.kernel.params, launch.arguments, strict=True)}
-        with self._counting():
+        with self.counting():
             interpreter.run(launch.kernel, launch.grid, (), arguments)
 
     def _touch(self, kind: str, pointers: Any, mask: Any) -> None:
@@ -68,7 +70,7 @@ class Counter:
         return total, distinct
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
+    def counting(self) -> Iterator[None]:
         def counted(kind: str, pointers: int, mask: int, original: Any) -> Any:
             @functools.wraps(original)
             def hook(*args: Any, **kwargs: Any) -> Any:
