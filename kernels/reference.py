@@ -8,6 +8,7 @@ Decided corner cases:
 - A key that `key_mask` excludes is read as 0, so NaN or inf in it never reaches a result. A key that only `mask` or `causal` hides keeps
   IEEE rules: its score is discarded, but 0 * NaN in its value is NaN.
 - A float mask is added to the scaled scores; -inf in it excludes, a large finite negative does not (a row full of it is a uniform average).
+  In attention, whose scores are kept in base 2, finfo.min of float32 and bfloat16 excludes too: log2(e) times it is -inf.
 - causal: query row i may see key j when j <= i + shift; shift is 0 ("top_left") or T_k - T_q ("bottom_right").
 - p = 1 drops everything (the result is 0, not NaN); p = 0 draws nothing.
 - An ignored target contributes neither loss nor gradient, whatever its logits hold; "mean" over no target at all is NaN, as in torch.
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import bits
+
+
+LOWEST = -2.3e38  # log2(e) times anything below is beyond float32
 
 
 def causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
@@ -88,7 +92,7 @@ def attention(
     scores = q @ k.transpose(-1, -2) * scale
     hidden = _excluded(causal, mask, t_q, t_k, q.device)
     if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask.to(scores.dtype)
+        scores = scores + mask.masked_fill(mask < LOWEST, -math.inf).to(scores.dtype)
     if key_mask is not None:
         padding = ~key_mask[:, None, None, :]
         hidden = padding if hidden is None else hidden | padding

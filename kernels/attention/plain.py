@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tileformer.kernels import bits
+from tileformer.kernels.reference import LOWEST
 from tileformer.kernels.second import second_derivative
 
 FUSED_FROM = 512  # keys from which torch's fused attention beats three plain operators on a CPU
@@ -74,7 +75,8 @@ def _bias(
         seen.append(key_mask[:, None, None, :])
     additive = mask is not None and mask.dtype != torch.bool
     if mask is not None:
-        seen.append(mask != -math.inf if additive else mask)
+        mask = mask.to(dtype) if additive else mask
+        seen.append(mask >= LOWEST if additive else mask)
     if not seen:
         return None, None
     allowed = seen[0]
@@ -87,7 +89,7 @@ def _bias(
         allowed = allowed | empty
     bias = torch.zeros((), dtype=dtype, device=device).where(allowed, -math.inf)
     if mask is not None and additive:
-        bias = bias + mask.to(dtype).masked_fill(mask == -math.inf, 0.0)
+        bias = bias + mask.masked_fill(mask < LOWEST, 0.0)
     return bias, empty
 
 
