@@ -32,7 +32,6 @@ from tileformer.bench.cases import CASES, DRAWS, DTYPES, FAR_AXIS, LAYOUTS, OPS,
 from tileformer.bench.memory import FRESH, RED, Memory
 from tileformer.bench.report import HEADER, Finding, collect, line, markdown, summary
 from tileformer.kernels import info
-from tileformer.kernels.backend import BACKENDS
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
@@ -200,18 +199,20 @@ def examine_draw(draw: Draw, dtype_name: str, backend: str, device: torch.device
     return finding
 
 
+def _far(item: Any) -> bool:
+    return any(kind in FAR_AXIS for kind in getattr(item, "layouts", {}).values())
+
+
 def _find(item: Case | Draw, dtype: str, backend: str, device: torch.device) -> Finding:
     """`examine` or `examine_draw`; an error becomes a problem, so that the other calls are still checked."""
+    if isinstance(item, Case) and (why := item.unfit(backend)):
+        return Finding(item.op, item.name, dtype, item.reason, skipped=why)
     try:
         return (examine if isinstance(item, Case) else examine_draw)(item, dtype, backend, device)  # type: ignore[operator]
     except Exception as error:
         finding = Finding(item.op, item.name, dtype, item.reason)
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if (
-            isinstance(item, Case)
-            and "far" in str(item.layouts)
-            and isinstance(error, (OSError, torch.OutOfMemoryError))
-        ):
+        if _far(item) and isinstance(error, (OSError, torch.OutOfMemoryError)):
             finding.skipped = f"too little memory ({text})"
         else:
             finding.problems.append(text)
@@ -228,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", metavar="NAME", help="only this call (repeatable)")
     parser.add_argument("--dtype", action="append", choices=choices["dtype"], help="only this dtype (repeatable)")
     parser.add_argument(
-        "--backend", choices=[b for b in BACKENDS if b != "auto"], help="default: triton on a GPU, interpret elsewhere"
+        "--backend", choices=("triton", "interpret", "torch"), help="default: triton on a GPU, interpret elsewhere"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     parser.add_argument("--report", metavar="FILE", help="also write a Markdown report to FILE")
@@ -257,8 +258,7 @@ def main(args: argparse.Namespace) -> int:
         return compiled.report(calls, args.arch, args.json)
     device = info.require_device(args.device)
     backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
-    if backend == "interpret":
-        calls = [(item, dtype) for item, dtype in calls if item.interpret]
+    calls.sort(key=lambda call: _far(call[0]))  # last: a wrong offset there would take the process or the GPU down
     table = args.json != "-"
     if table:
         print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{HEADER}")
