@@ -33,8 +33,9 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
             edge = max(16, rows[0][0] // 2)
     tiles = []
     for m, n, warps, stages in rows:
-        looped = m if table is BACKWARD_DKDV else n
-        tiles.append(dict(BLOCK_M=m, BLOCK_N=n, EDGE=min(looped, edge), num_warps=warps, num_stages=stages))
+        tiles.append(dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages))
+        if table is not BACKWARD_BIAS and table is not WEIGHTS:
+            tiles[-1]["EDGE"] = min(m if table is BACKWARD_DKDV else n, edge)
     return tiles
 
 
@@ -140,3 +141,9 @@ BACKWARD_DKDV: Table = {
         "fp32": _FP32_DKDV,
     },
 }
+
+# Rarely used, and small: one tile fits everywhere.
+_SMALL = {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
+_RARE = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
+BACKWARD_BIAS: Table = dict.fromkeys((80, 90, 100, 120), _RARE)
+WEIGHTS: Table = dict(BACKWARD_BIAS)
