@@ -1,5 +1,6 @@
 """The benchmarks: FLOPs and bytes against counting, providers against the reference, no speed over a red result, dry runs."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -18,6 +19,7 @@ from tileformer.__main__ import main
 from tileformer.bench import gpu_day, measure, plot, providers, run, tune
 from tileformer.bench.measure import Bench, Clock, Result, Truth
 from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
+from tileformer.kernels import softmax, use_backend
 
 CPU = torch.device("cpu")
 FIRSTS = run.chosen("all", CPU, dry=False, only=None)  # one point of each sweep
@@ -257,23 +259,39 @@ def test_plots_draw_every_sweep_and_the_roofline(tmp_path):
 
 
 def test_the_search_keeps_the_fastest_right_tile(monkeypatch, capsys):
-    def times(trial):  # ms of a row, and what is wrong with it
-        row = dict(tune.FORWARD[90]["plain"])[64] if trial.mode == "forward" else (128, 64, 8, 2)
-        return {(128, 128, 8, 3): (1.0, ""), (128, 32, 4, 2): (0.5, "error is 7 times its budget")}.get(row, (2.0, ""))
+    shipped, now = tune.FORWARD[90]["plain"], []
 
-    monkeypatch.setattr(tune, "Trial", lambda bench, workload, mode: lambda: times(SimpleNamespace(mode=mode)))
-    monkeypatch.setattr(tune, "arch_of", lambda x: 90)
-    before = json.dumps({name: table[90] for name, (table, _) in tune.TABLES.items()})
+    @contextlib.contextmanager
+    def tile(bench, name, feature, size, row):
+        now[:] = [row]
+        yield
+
+    times = {(128, 128, 8, 3): (1.0, ""), (128, 32, 4, 2): (0.5, "error is 7 times its budget")}
+    monkeypatch.setattr(tune, "tile", tile)
+    monkeypatch.setattr(tune, "Trial", lambda bench, workload, mode: lambda: times.get(now[0], (2.0, "")))
+    monkeypatch.setattr(tune.launch, "arch_of", lambda x: 90)
     bench = SimpleNamespace(clock=SimpleNamespace(dry=False, flush=None), deadline=float("inf"))
-    tune.search(bench, sizes=(64,))
+    tried = tune.search(bench, sizes=(64,))
     printed = capsys.readouterr().out
-    rest = {size: tune.FORWARD[90]["plain"][size] for size in (128, 256)}
-    assert (
-        f'paste into FORWARD[90]:\n        "plain": {{64: (128, 128, 8, 3), 128: {rest[128]}, 256: {rest[256]}}},'
-        in printed
-    )
+    best = f'"plain": {{64: (128, 128, 8, 3), 128: {shipped[128]}, 256: {shipped[256]}}},'
+    assert f"paste into FORWARD[90]:\n        {best}" in printed
     assert "error is 7 times its budget" in printed
-    assert json.dumps({name: table[90] for name, (table, _) in tune.TABLES.items()}) == before
+    assert {t["table"] for t in tried} == set(tune.TABLES) and shipped[64] in [t["row"] for t in tried]
+
+
+@pytest.mark.interprets
+def test_a_change_reaches_the_kernel_or_raises():
+    x = torch.randn(4, 256)
+    with use_backend("interpret"):
+        with tune.changed("_softmax_fwd_kernel", BLOCK_R=2):
+            assert torch.allclose(softmax(x), x.softmax(-1))
+        with (
+            pytest.raises(RuntimeError, match="_softmax_bwd_kernel was not launched"),
+            tune.changed("_softmax_bwd_kernel", BLOCK_R=2),
+        ):
+            softmax(x)
+        with pytest.raises(Exception, match="power of 2"), tune.changed("_softmax_fwd_kernel", BLOCK_R=3):
+            softmax(x)
 
 
 def test_gpu_day_survives_parts_that_fail_or_hang(tmp_path, monkeypatch, capsys):
