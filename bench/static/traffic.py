@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import triton.language as tl
 from torch import Tensor
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
@@ -33,7 +34,10 @@ class Counter:
 
     def launch(self, launch: Launch) -> None:
         """Interpret a launch and count."""
-        arguments = {param.name: x for param, x in zip(launch.kernel.params, launch.arguments, strict=True)}
+        arguments = {
+            param.name: _float32(x) if type(x) is float and not param.is_constexpr else x
+            for param, x in zip(launch.kernel.params, launch.arguments, strict=True)
+        }
         with self.counting():
             interpreter.run(launch.kernel, launch.grid, (), arguments)
 
@@ -90,6 +94,11 @@ class Counter:
                 stack.enter_context(mock.patch.object(stock.InterpreterBuilder, name, hook))
             stack.enter_context(mock.patch.object(TritonSemantic, "dot", dot))
             yield
+
+
+def _float32(x: float) -> tl.tensor:
+    """What a Python float is on a GPU; the interpreter leaves it a float."""
+    return tl.tensor(stock.TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)
 
 
 # Kind, and which arguments are pointers and mask. Everything else that loads or stores (blocks, tensor descriptors) ends in these.
