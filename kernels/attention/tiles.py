@@ -27,18 +27,19 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
         bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
         if feature == "plain" and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
-        rows = [table[_family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
+        rows = [table[family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
         edge = 64
         if table is BACKWARD_DKDV and feature in ("plain", "dropout"):
             edge = max(16, rows[0][0] // 2)
     tiles = []
     for m, n, warps, stages in rows:
-        looped = m if table is BACKWARD_DKDV else n
-        tiles.append(dict(BLOCK_M=m, BLOCK_N=n, EDGE=min(looped, edge), num_warps=warps, num_stages=stages))
+        tiles.append(dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages))
+        if table is not BACKWARD_BIAS and table is not WEIGHTS:
+            tiles[-1]["EDGE"] = min(m if table is BACKWARD_DKDV else n, edge)
     return tiles
 
 
-def _family(arch: int) -> int:
+def family(arch: int) -> int:
     """The table's row for an architecture: sm_86, 89 and 12x share 99 KB of shared memory; a new one takes the nearest below."""
     if arch in (86, 89) or arch >= 120:
         return 120
@@ -140,3 +141,9 @@ BACKWARD_DKDV: Table = {
         "fp32": _FP32_DKDV,
     },
 }
+
+# Rarely used, and small: one tile fits everywhere.
+_SMALL = {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
+_RARE = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
+BACKWARD_BIAS: Table = dict.fromkeys((80, 90, 100, 120), _RARE)
+WEIGHTS: Table = dict(BACKWARD_BIAS)
