@@ -25,7 +25,7 @@ BAND = (
 )  # bytes on either side: more than the longest run of rows that a tile could overshoot in a call of this size
 RED, FRESH = -1, 0x7FC1  # 16-bit patterns: NaN in every floating dtype, and not each other's
 BEYOND = 2**31  # a "far" tensor ends after this many elements
-ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"), (torch, "zeros"))
 _allocate = torch.empty
 
 
@@ -95,7 +95,7 @@ class Memory:
             memory, flat = self._flat(size // shape.itemsize, shape.dtype, self.fresh)
             x = flat.as_strided(shape.shape, shape.stride(), flat.storage_offset())
             self.outputs.append((memory, size, x))
-            return x.requires_grad_(shape.requires_grad)
+            return (x.zero_() if original.__name__ == "zeros" else x).requires_grad_(shape.requires_grad)
 
         return allocate
 
