@@ -39,10 +39,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
     FORWARD: [
         ("key range", "the last real key is left out", "tl.where(real, cols + 1, 0)", "tl.where(real, cols, 0)"),
         ("key range", "the first real key is left out", "tl.where(real, cols, T_k)", "tl.where(real, cols + 1, T_k)"),
-        ("key range", "keys start at 0 whatever the padding", "first = T_k\n", "first = 0\n"),
         ("padding", "holes are never noticed", "(count < last - first)", "(count < 0)"),
         ("padding", "a single hole is not noticed", "(count < last - first)", "(count < last - first - 1)"),
-        ("padding", "only the last block of keys is counted", "count += tl.sum(real", "count = tl.sum(real"),
         (
             "key range",
             "the end is that of the last block of keys",
@@ -2620,4 +2618,13 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
     ],
 }
 # (file, what was changed, why no test can see it)
-EQUIVALENT: list[tuple[str, str, str]] = []
+EQUIVALENT: list[tuple[str, str, str]] = [
+    (FORWARD, "_key_range_kernel: first = 0", "keys before the first real one then count as holes: more tiles are masked, none is read wrongly"),
+    (FORWARD, "_key_range_kernel: count = instead of +=", "holes can only be reported where there are none: more tiles are masked"),
+    (FORWARD, "key_tiles: whole <= whole_end", "where they are equal there is no unmasked tile either way"),
+    (FORWARD, "key_tiles: without the causal bound on last", "tiles above the diagonal are loaded and hidden: slower, same result"),
+    (FORWARD, "real_keys: without cols >= first", "the padding mask says the same of every key"),
+    (FORWARD, "_attention_fwd_kernel: without turning pid_m round", "only the order in which programs start"),
+    (FORWARD, "_fwd_tile: the maximum kept in the input's dtype", "the same rounded maximum is subtracted throughout, and divides out"),
+    (FORWARD, "the log-sum-exp's offset in 32 bits (and other offsets into outputs)", "needs an output of 2**31 elements: only a GPU holds one (test_gpu.py)"),
+]
