@@ -2619,12 +2619,32 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
 }
 # (file, what was changed, why no test can see it)
 EQUIVALENT: list[tuple[str, str, str]] = [
-    (FORWARD, "_key_range_kernel: first = 0", "keys before the first real one then count as holes: more tiles are masked, none is read wrongly"),
-    (FORWARD, "_key_range_kernel: count = instead of +=", "holes can only be reported where there are none: more tiles are masked"),
+    (
+        FORWARD,
+        "_key_range_kernel: first = 0",
+        "keys before the first real one then count as holes: more tiles are masked, none is read wrongly",
+    ),
+    (
+        FORWARD,
+        "_key_range_kernel: count = instead of +=",
+        "holes can only be reported where there are none: more tiles are masked",
+    ),
     (FORWARD, "key_tiles: whole <= whole_end", "where they are equal there is no unmasked tile either way"),
-    (FORWARD, "key_tiles: without the causal bound on last", "tiles above the diagonal are loaded and hidden: slower, same result"),
+    (
+        FORWARD,
+        "key_tiles: without the causal bound on last",
+        "tiles above the diagonal are loaded and hidden: slower, same result",
+    ),
     (FORWARD, "real_keys: without cols >= first", "the padding mask says the same of every key"),
     (FORWARD, "_attention_fwd_kernel: without turning pid_m round", "only the order in which programs start"),
-    (FORWARD, "_fwd_tile: the maximum kept in the input's dtype", "the same rounded maximum is subtracted throughout, and divides out"),
-    (FORWARD, "the log-sum-exp's offset in 32 bits (and other offsets into outputs)", "needs an output of 2**31 elements: only a GPU holds one (test_gpu.py)"),
+    (
+        FORWARD,
+        "_fwd_tile: the maximum kept in the input's dtype",
+        "the same rounded maximum is subtracted throughout, and divides out",
+    ),
+    (
+        FORWARD,
+        "the log-sum-exp's offset in 32 bits (and other offsets into outputs)",
+        "needs an output of 2**31 elements: only a GPU holds one (test_gpu.py)",
+    ),
 ]

@@ -66,14 +66,33 @@ FAULTS = [
 
 def suite(tree: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """suite.py of a tree under the sanitizer. Compiled anew: an IR from a cache names the lines of another file."""
-    command = [sys.executable, "-m", "ttsem.sanitize", "pytest", str(SUITE), "-q", "--noconftest", "-p", "no:cacheprovider", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "ttsem.sanitize",
+        "pytest",
+        str(SUITE),
+        "-q",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
     with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "PYTHONPATH": _paths(tree), "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": _paths(tree),
+            "TRITON_CACHE_DIR": cache,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
 
 def _paths(tree: pathlib.Path) -> str:
-    others = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place != str(ROOT / "src")]
+    others = [
+        place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place and place != str(ROOT / "src")
+    ]
     return os.pathsep.join([str(tree / "src"), *(str(pathlib.Path(place).absolute()) for place in others)])
 
 
@@ -88,12 +107,18 @@ def named(fault: Fault) -> str:
                 shutil.copy2(ROOT / name, tree / name)
         file = tree / fault.path
         text = file.read_text()
-        assert text.count(fault.old) == 1, f"{fault.name}: the old text occurs {text.count(fault.old)} times in {fault.path}"
+        assert text.count(fault.old) == 1, (
+            f"{fault.name}: the old text occurs {text.count(fault.old)} times in {fault.path}"
+        )
         file.write_text(text.replace(fault.old, fault.new))
         lines = [number for number, line in enumerate(file.read_text().splitlines(), 1) if fault.line in line]
         done = suite(tree, "-x", "-k", fault.only)
         wanted = [f"{file.name}:{number}" for number in lines]
-        told = [line for line in done.stdout.splitlines() if "KernelFault" in line and any(place in line for place in wanted)]
+        told = [
+            line
+            for line in done.stdout.splitlines()
+            if "KernelFault" in line and any(place in line for place in wanted)
+        ]
         assert done.returncode == 1 and told and fault.words in told[0], (
             f"{fault.name}: the sanitizer did not name {wanted} ({fault.words!r}):\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
         )
@@ -144,7 +169,9 @@ def passes(name: str) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("-k", metavar="TEXT", default="", help="only the tests of suite.py that match, as pytest's -k")
-    parser.add_argument("--passes", metavar="TEXT", default="", help="only the programs of PASSES whose name holds TEXT; 'none': none")
+    parser.add_argument(
+        "--passes", metavar="TEXT", default="", help="only the programs of PASSES whose name holds TEXT; 'none': none"
+    )
     args = parser.parse_args()
     began = time.monotonic()
     done = suite(ROOT, "-k", args.k)
