@@ -18,6 +18,7 @@ from torch import Tensor
 from tileformer import kernels
 from tileformer.bench.cases import DTYPES, Case, attention_call, class_call, row_call
 from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
+from tileformer.bench.static.figures import exact
 
 FEATURES: dict[str, dict[str, Any]] = {
     "causal padded": dict(causal=True, padding="right"),
@@ -117,20 +118,17 @@ def judged(case: Case, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict
         if binary.cubin in seen:
             continue
         seen.add(binary.cubin)
-        usage = binary.usage
+        figures = exact(launch)
         allowed = _allowed_stack(case, dtype, arch, binary.name)
         wants_dots = case.op == "attention" and dtype != "fp32" and "range" not in binary.name
         problem = ""
-        if usage["stack"] > allowed:
-            problem = f"spills: {usage['stack']} bytes of stack, {allowed} allowed"
+        if figures["stack"] > allowed:
+            problem = f"spills: {figures['stack']} bytes of stack, {allowed} allowed"
         elif binary.shared > SHARED[arch]:
             problem = f"shared memory {binary.shared} > {SHARED[arch]}"
-        elif wants_dots and not binary.uses_tensor_cores:
+        elif wants_dots and not figures["tensor"]:
             problem = "no tensor-core instruction"
-        yield dict(
-            arch=arch, op=case.op, case=case.name, dtype=dtype, kernel=binary.name, warps=launch.warps, shared=binary.shared,
-            problem=problem, **usage,
-        )  # fmt: skip
+        yield dict(figures, op=case.op, workload=case.name, dtype=dtype, allowed_stack=allowed, problem=problem)
 
 
 def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: str | None) -> int:
@@ -148,7 +146,7 @@ def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: s
                 rows.append(row)
                 if output != "-":
                     print(
-                        f"{arch:<4} {row['kernel']:<28} {row['case']:<20} {dtype:<5} {row['registers']:>4} {row['stack']:>5} "
+                        f"{arch:<4} {row['kernel']:<28} {row['workload']:<20} {dtype:<5} {row['registers']:>4} {row['stack']:>5} "
                         f"{row['shared']:>6}  {row['problem']}",
                         flush=True,
                     )

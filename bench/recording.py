@@ -2,9 +2,10 @@
 
     with record(90) as launches, use_backend("triton"):
         attention(q, k, v, causal=True)            # CPU tensors; their values are not touched
-    launches[0].registers, launches[0].stack, launches[0].shared, launches[0].sass
+    launches[0].binary.usage, launches[0].binary.shared, launches[0].binary.sass
 
-The library's own launch code runs, so grids, tiles, divisibility and the step to a smaller tile are those of a real launch.
+The launch code of the library that is called runs, so grids, tiles, divisibility and the step to a smaller tile are those of a real launch. Other
+libraries ask for a device first; under `pretend` CPU tensors say that they lie on one, and an autotuned kernel records every configuration of its list.
 """
 
 from __future__ import annotations
@@ -12,17 +13,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 from triton.runtime import driver
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from tileformer.kernels import launch
 
@@ -30,9 +38,9 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Largest dynamic shared memory of one block, bytes, and number of multiprocessors of the architecture's usual part:
 # CUDA C++ Programming Guide, "Compute Capabilities"; A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+NAMES = {80: "NVIDIA A100-SXM4-80GB", 86: "NVIDIA GeForce RTX 3090", 89: "NVIDIA GeForce RTX 4090", 90: "NVIDIA H100 80GB HBM3",
+         100: "NVIDIA B200", 120: "NVIDIA GeForce RTX 5090"}  # fmt: skip
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-# sm_90 and sm_100 have asynchronous matrix instructions for tiles of 64 rows and more; smaller dots use the older HMMA.
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +71,27 @@ class Binary:
 
     @functools.cached_property
     def sass(self) -> str:
-        """Disassembled machine code."""
-        return self._tool("nvdisasm", "-c")
-
-    @property
-    def uses_tensor_cores(self) -> bool:
-        """Whether any dot became a matrix instruction."""
-        return bool(TENSOR_CORE.search(self.sass))
+        """Disassembled machine code, with each instruction's bits in comments."""
+        return self._tool("nvdisasm", "-hex", "-c")
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: the binary, the number of programs in x, y, z, and warps a program."""
+    """One launch: the binary, the number of programs in x, y, z, warps a program, and what the interpreter needs to run it."""
 
     binary: Binary
     grid: tuple[int, int, int]
     warps: int
+    stages: int
+    kernel: Any
+    arguments: tuple[Any, ...]  # in the order of the kernel's signature, constexprs among them
+    candidate: int | None = None  # launches with the same number are an autotuner's choices for one launch
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernel's constexprs by name."""
+        named = zip(self.kernel.params, self.arguments, strict=True)
+        return {param.name: value for param, value in named if param.is_constexpr}
 
 
 class _Utils:
@@ -100,18 +113,24 @@ class _Utils:
         return object(), binary, 0, 0, 1024  # module, function, registers, spills, most threads
 
 
-_launches: list[
-    Launch
-] = []  # of the innermost `record`: Triton keeps a launcher with its kernel, longer than a driver lives
+# Of the innermost `record`: Triton keeps a launcher with its kernel, longer than a driver lives.
+_launches: list[Launch] = []
+_then: Callable[[Launch], None] | None = None
+_candidate: int | None = None
 
 
 class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
-        self.warps = metadata.num_warps
+        self.kernel, self.metadata = source.fn, metadata
 
-    def __call__(self, x: int, y: int, z: int, stream: int, function: Binary, *rest: Any) -> None:
+    def __call__(
+        self, x: int, y: int, z: int, stream: int, function: Binary, packed: Any, launch: Any, enter: Any, leave: Any, *arguments: Any
+    ) -> None:  # fmt: skip
         assert x < 2**31 and y < 65536 and z < 65536, f"grid {(x, y, z)} is larger than a GPU takes"
-        _launches.append(Launch(function, (x, y, z), self.warps))
+        options = (self.metadata.num_warps, self.metadata.num_stages)
+        _launches.append(Launch(function, (x, y, z), *options, self.kernel, arguments, _candidate))
+        if _then:
+            _then(_launches[-1])
 
 
 class _RecordingDriver:
@@ -135,18 +154,111 @@ class _RecordingDriver:
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
 
+    def get_benchmarker(self) -> Any:
+        raise RuntimeError("nothing can be timed on a driver that runs nothing: record under every_configuration()")
+
 
 @contextlib.contextmanager
-def record(arch: int) -> Iterator[list[Launch]]:
-    """Inside, `use_backend("triton")` takes CPU tensors: each launch is compiled for sm_`arch` and appended to the list yielded."""
-    global _launches
-    before, outer = driver._active, _launches
+def record(arch: int, then: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Inside, `use_backend("triton")` takes CPU tensors: each launch is compiled for sm_`arch` and appended to the list yielded.
+
+    `then` is called with each launch, in place of running it.
+    """
+    global _launches, _then
+    before, outer = driver._active, (_launches, _then)
     launches: list[Launch] = []
-    _launches = launches
+    _launches, _then = launches, then
     driver.set_active(_RecordingDriver(arch))
     launch.record_for(arch)
     try:
         yield launches
     finally:
         launch.record_for(None)
-        driver._active, _launches = before, outer
+        driver._active, (_launches, _then) = before, outer
+
+
+class _OnGpu(TorchFunctionMode):
+    """CPU tensors say that they lie on cuda:0, and what is asked for there is made on the CPU."""
+
+    _PLACE = torch.device("cuda", 0)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        owner = getattr(function, "__self__", None)
+        if owner is torch.Tensor.device:
+            return self._PLACE
+        if owner is torch.Tensor.is_cuda:
+            return True
+        name, kwargs = getattr(function, "__name__", ""), dict(kwargs or {})
+        if name == "get_device":
+            return 0
+        if name == "cuda":
+            return args[0]
+        here = lambda x: "cpu" if self._is_gpu(x) else x  # noqa: E731
+        if "device" in kwargs:
+            kwargs["device"] = here(kwargs["device"])
+        return function(*(here(x) if name == "to" else x for x in args), **kwargs)
+
+    @staticmethod
+    def _is_gpu(x: Any) -> bool:
+        return (isinstance(x, torch.device) and x.type == "cuda") or (isinstance(x, str) and x.startswith("cuda"))
+
+
+@contextlib.contextmanager
+def pretend(arch: int) -> Iterator[None]:
+    """Inside, torch.cuda and CPU tensors answer as on a GPU of this architecture; for libraries that ask. Import them inside, in a process of its own."""
+    properties = types.SimpleNamespace(
+        name=NAMES[arch], major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch], warp_size=32,
+        shared_memory_per_block_optin=SHARED[arch], shared_memory_per_block=49152, total_memory=80 << 30, L2_cache_size=50 << 20,
+        max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, gcnArchName="",
+    )  # fmt: skip
+    stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda other: None)
+    answers = dict(
+        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None,
+        get_device_capability=lambda device=None: (arch // 10, arch % 10), get_device_properties=lambda device=None: properties,
+        get_device_name=lambda device=None: properties.name, synchronize=lambda device=None: None,
+        device=lambda device=None: contextlib.nullcontext(), device_of=lambda x: contextlib.nullcontext(),
+        current_stream=lambda device=None: stream,
+    )  # fmt: skip
+    with (
+        mock.patch.multiple(torch.cuda, **answers),
+        mock.patch.object(torch.autograd, "has_torch_function", lambda tensors: False),  # or the mode would end where the backward begins
+        mock.patch.dict(os.environ, GEMS_VENDOR="nvidia"),
+        _OnGpu(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def every_configuration(chosen: Callable[[str, Any], bool] | None = None) -> Iterator[None]:
+    """Inside, an autotuned kernel launches each configuration of its list (after its own pruning) and times none: a peer is scored over the whole
+    list, never by the first that a stub tuner returns. With `chosen(kernel's name, configuration)` only the first that it accepts is launched.
+    """  # fmt: skip
+    count = itertools.count()
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _candidate
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        configurations = self.prune_configs(kwargs) if len(self.configs) > 1 else self.configs
+        if chosen:
+            configurations = [next((c for c in configurations if chosen(self.base_fn.__name__, c)), configurations[0])]
+        result, why = None, None
+        _candidate = next(count)
+        for configuration in configurations:
+            options = configuration.all_kwargs()
+            try:
+                if configuration.pre_hook:
+                    configuration.pre_hook({**self.nargs, **kwargs, **options})
+                result = self.fn.run(*args, **kwargs, **options)
+                self.best_config = configuration
+            except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # as the tuner does, and MLIR's own failures
+                why = error
+        _candidate = None
+        if result is None:
+            raise RuntimeError(f"none of {len(configurations)} configurations of {self.base_fn.__name__} compiles") from why
+        return result
+
+    tuners = [Autotuner, *Autotuner.__subclasses__()]
+    with contextlib.ExitStack() as stack:
+        for tuner in tuners:
+            stack.enter_context(mock.patch.object(tuner, "run", run))
+        yield

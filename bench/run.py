@@ -1,57 +1,211 @@
-"""Time the ops and a decoder layer beside torch's own, or whole training steps.
+"""Time the ops, a decoder layer, training steps and the host, beside PyTorch and other libraries; compile without a GPU; tune tiles.
 
-Ops run under pytest-benchmark (`pytest bench --benchmark-only` is the same); `step` alternates rounds of our layers and torch.nn's.
+`tileformer bench attention` times one op: every workload of bench/workloads.py that has its name, by every provider of bench/providers.py. A result
+is judged against float64 before it is timed. `gpu-day` runs all that a new GPU should answer, in one folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
+import importlib
 import json
 import os
+import time
+from typing import Any
 
 import torch
 
-from tileformer.bench import step
+from tileformer.bench import providers, step
+from tileformer.bench.cases import DTYPES
+from tileformer.bench.measure import DRY, Bench, Result, wanted
+from tileformer.bench.plot import plot
+from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels.info import require_device
 
-SUITES = ("attention", "layer_norm", "softmax", "decoder_layer")
+ELSEWHERE = {
+    "static": "tileformer.bench.static.report",
+    "host": "tileformer.bench.host",
+    "gpu-day": "tileformer.bench.gpu_day",
+}
+ABOUT = {
+    "all": "time every op",
+    **{op: f"time {op}" for op in OPS},
+    "step": "whole training steps beside torch.nn's",
+    "experiments": "the questions that only a GPU answers, as variants of one call each",
+    "static": "registers, instructions, traffic of compiled kernels; needs no GPU",
+    "host": "microseconds from Python to the launch; needs no GPU",
+    "gpu-day": "everything for a first day on a GPU, into one folder",
+}
+
+
+class _Later(argparse.ArgumentParser):
+    """A parser that asks another module for its options when it is needed."""
+
+    module = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.module:
+            importlib.import_module(self.module).add_arguments(self)
+            self.module = ""
+        return super().parse_known_args(args, namespace)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench`."""
-    parser.add_argument(
-        "what", nargs="?", choices=("all", *SUITES, "step"), default="all", help="what to time (default: all ops)"
+    commands = parser.add_subparsers(
+        dest="what", metavar="WHAT", parser_class=_Later, title="what to measure (default: all)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype of the ops (default: bf16)"
-    )
-    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="for step on a CPU (default: 1 and 2)")
-    parser.add_argument("--rounds", type=int, default=12, help="for step: rounds whose median is printed (default: 12)")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+    for name, about in ABOUT.items():
+        command = commands.add_parser(name, help=about, description=about)
+        if name in ELSEWHERE:
+            command.module = ELSEWHERE[name]
+            continue
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
+        command.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+        if name == "step":
+            command.add_argument("--threads", type=int, nargs="+", metavar="N", help="on a CPU (default: 1 and 2)")
+            command.add_argument("--rounds", type=int, default=12, help="rounds whose median is printed (default: 12)")
+            continue
+        command.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+        command.add_argument("--seconds", type=float, metavar="S", help="start nothing new after S seconds")
+        command.add_argument(
+            "--dry", action="store_true", help="execute all of it without a GPU, at small size; measures nothing"
+        )
+        command.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth workload")
+        if name == "experiments":
+            continue
+        command.add_argument("--mode", action="append", choices=MODES, help="only this pass (repeatable)")
+        command.add_argument("--provider", action="append", metavar="NAME", help="only this provider (repeatable)")
+        command.add_argument("--only", metavar="TEXT", help="only workloads with TEXT in their name")
+        command.add_argument("--csv", metavar="FILE", help="also write a row for every figure to FILE")
+        command.add_argument("--plot", metavar="DIR", help="also draw PNGs into DIR (needs matplotlib)")
+        if name == "attention":
+            command.add_argument(
+                "--tune", action="store_true", help="search tiles, and print rows for kernels/attention/tiles.py"
+            )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table; the exit status of pytest for the ops, 0 for step."""
-    device = require_device(args.device)
+    """Print the tables; 1 if a result of ours is wrong or raised (in a dry run, anyone's)."""
+    if args.what is None:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        args = parser.parse_args(["all"])
+    if args.what in ELSEWHERE:
+        return int(importlib.import_module(ELSEWHERE[args.what]).main(args))
+    device = torch.device("cpu") if getattr(args, "dry", False) else require_device(args.device)
     if args.what == "step":
-        rows = step.report(
-            device, args.threads or ([1, 2] if device.type == "cpu" else [torch.get_num_threads()]), args.rounds
-        )
+        threads = args.threads or ([1, 2] if device.type == "cpu" else [torch.get_num_threads()])
+        rows = step.report(device, threads, args.rounds)
         if args.json:
-            with open(args.json, "w") as file:
-                json.dump(rows, file, indent=1)
+            _write(args.json, rows)
         return 0
-    import pytest
+    if args.dry:
+        providers.compile_backend = "aot_eager"
+        torch.set_num_threads(1)
+    deadline = time.monotonic() + args.seconds if args.seconds else float("inf")
+    fast = "bf16" if args.dry or (device.type == "cuda" and torch.cuda.is_bf16_supported()) else "fp32"
+    bench = Bench(device, DTYPES[args.dtype or fast], dry=args.dry, deadline=deadline)
+    report: dict[str, Any] = dict(
+        device=bench.clock.name, dry=args.dry, torch=torch.__version__, ceilings=bench.ceilings, results=[]
+    )
+    if args.dry:
+        print(DRY.upper())
+    if args.what == "experiments" or getattr(args, "tune", False):
+        from tileformer.bench import tune
 
-    options = [
-        os.path.join(os.path.dirname(__file__), "bench_ops.py"),
-        "--benchmark-only",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    options += ["--bench-device", device.type, "--bench-dtype", args.dtype]
-    options += ["--benchmark-json", args.json] if args.json else []
-    options += ["-k", args.what] if args.what != "all" else []
-    return int(pytest.main(options))
+        report["results"] = tune.experiments(bench, args.every) if args.what == "experiments" else tune.search(bench)
+        if args.json:
+            _write(args.json, report)
+        return 0
+    return _ops(args, bench, report)
+
+
+def chosen(what: str, device: torch.device, dry: bool, only: str | None, every: int = 1) -> list[Workload]:
+    """The workloads to time; on a CPU, where all points of a sweep are one size, the first of each.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found, seen = [], set()
+    for workload in WORKLOADS:
+        if what not in ("all", workload.op) or (only or "") not in workload.name:
+            continue
+        if device.type == "cpu" and not dry and workload.axis and (workload.op, workload.curve) in seen:
+            continue
+        seen.add((workload.op, workload.curve))
+        found.append(workload)
+    if not found:
+        names = ", ".join(w.name for w in WORKLOADS if what in ("all", w.op))
+        raise ValueError(f"no workload of {what} has {only!r} in its name: there are {names}")
+    return found[::every]
+
+
+def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
+    known = {name for op in OPS for name in providers.providers(op)}
+    if unknown := set(args.provider or []) - known:
+        raise ValueError(f"unknown provider {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+    print(
+        f"{report['device']}, torch {report['torch']}; " + ", ".join(f"{n} {x:,.1f}" for n, x in bench.ceilings.items())
+    )
+    absent: dict[str, None] = {}
+    for workload in chosen(args.what, bench.device, args.dry, args.only, args.every):
+        if time.monotonic() > bench.deadline:
+            print(f"time is up: nothing from {workload.op}, {workload.name} on was measured")
+            break
+        names = [n for n in providers.providers(workload.op) if wanted(workload, n, args.provider, args.dry)]
+        results = list(bench.measure(workload, names, args.mode or MODES))
+        report["results"] += [dataclasses.asdict(r) for r in results]
+        absent |= dict.fromkeys(r.reason for r in results if r.reason.endswith("is not installed"))
+        print("\n".join(table(results, bench.sized(workload), args.dry)), flush=True)
+        if args.json:
+            _write(args.json, report)
+        if args.csv:
+            _write_csv(args.csv, report["results"])
+    if absent:
+        print("; ".join(absent))
+    if args.plot:
+        print("\n".join(plot(report, args.plot)))
+    return int(any(r["failed"] and (args.dry or r["provider"] == providers.OURS) for r in report["results"]))
+
+
+def table(results: list[Result], workload: Workload, dry: bool) -> list[str]:
+    """Lines for one workload: a row for each mode and provider with a time, and why the others have none."""
+    sizes = ", ".join(f"{name} {size}" for name, size in workload.sizes.items())
+    lines = [f"\n{workload.op}: {workload.name} ({sizes})" + (f" [{DRY}]" if dry else "")]
+    lines.append(
+        f"{'mode':<8} {'provider':<15} {'median ms':>10} {'20 %':>9} {'80 %':>9} {'TFLOP/s':>8} {'GB/s':>8} {'share':>6} "
+        f"{'peak MB':>9} {'error':>8} {'/budget':>7} {'/ours':>7}"
+    )
+    cell = lambda x, width, form: f"{'-' if x is None else format(x, form):>{width}}"  # noqa: E731
+    reasons: dict[str, list[str]] = {}
+    for r in results:
+        if r.median_ms is None:
+            if not r.reason.endswith("is not installed"):
+                reasons.setdefault(("FAILED: " if r.failed else "") + r.reason, []).append(f"{r.provider} {r.mode}")
+            continue
+        lines.append(
+            f"{r.mode:<8} {r.provider:<15} {r.median_ms:>10.4f} {r.p20_ms:>9.4f} {r.p80_ms:>9.4f} {cell(r.tflops, 8, '.1f')} "
+            f"{cell(r.gbs, 8, '.1f')} {cell(r.share, 6, '.1%')} {cell(r.peak_mb, 9, '.1f')} {cell(r.error, 8, '.1e')} "
+            f"{cell(r.over_budget, 7, '.3f')} {cell(r.speedup, 7, '.2f')}"
+        )
+    for reason, who in reasons.items():
+        names = dict.fromkeys(name.rpartition(" ")[0] for name in who)
+        all_modes = len(who) == len(names) * len({r.mode for r in results})
+        lines.append(f"no time: {', '.join(names if all_modes else who)}: {reason}")
+    return lines
+
+
+def _write(path: str, data: Any) -> None:
+    with open(f"{path}.part", "w") as file:
+        json.dump(data, file, indent=1)
+    os.replace(f"{path}.part", path)  # a run that is stopped leaves whole files
+
+
+def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

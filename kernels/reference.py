@@ -8,7 +8,11 @@ Decided corner cases:
 - A key that `key_mask` excludes is read as 0, so NaN or inf in it never reaches a result. A key that only `mask` or `causal` hides keeps
   IEEE rules: its score is discarded, but 0 * NaN in its value is NaN.
 - A float mask is added to the scaled scores; -inf in it excludes, a large finite negative does not (a row full of it is a uniform average).
-- causal: query row i may see key j when j <= i + shift; shift is 0 ("top_left") or T_k - T_q ("bottom_right").
+- causal: query row i may see key j when j <= i + shift; shift is 0 ("top_left") or T_k - T_q ("bottom_right"; with lengths, those of the
+  sequence). A window (left, right) adds i + shift - left <= j <= i + shift + right; None is no limit; causal makes right 0 at most.
+- Scores are made in this order: scale, soft cap (cap * tanh(x / cap)), bias and linear bias (-slope * |i + shift - j|), masks.
+- Queries and keys past a sequence's length are padding: such a row's output is 0 and its log-sum-exp -inf, such a key is read as 0. In packed
+  sequences what belongs to none (past the last) is padding too.
 - p = 1 drops everything (the result is 0, not NaN); p = 0 draws nothing.
 - An ignored target contributes neither loss nor gradient, whatever its logits hold; "mean" over no target at all is NaN, as in torch.
 """
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +33,14 @@ from tileformer.kernels import bits
 def causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
     """How far row i sees past key i; None without a causal mask."""
     return {False: None, True: 0, "top_left": 0, "bottom_right": t_k - t_q}[causal]
+
+
+def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | None, int | None, bool]:
+    """(left, right, whether the diagonal ends at the bottom right): how far a row sees before and past its diagonal; None is no limit."""
+    left, right = (window, window) if window is None or isinstance(window, int) else window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    return left, right, (causal if isinstance(causal, str) else align) == "bottom_right"
 
 
 def _excluded(causal: bool | str, mask: Tensor | None, t_q: int, t_k: int, device: torch.device) -> Tensor | None:
@@ -70,36 +83,103 @@ def attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool | str = False,
+    window: Any = None,
+    align: str | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
+    return_weights: bool | str = False,
 ) -> Any:
     """softmax(scale * q k^T + mask) v, with the arguments of `tileformer.kernels.attention`."""
     (batch, heads, t_q, size), t_k = q.shape, k.shape[2]
     scale = size**-0.5 if scale is None else scale
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        return _packed(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, mask=mask, bias=bias, causal=causal, window=window, align=align, alibi_slopes=alibi_slopes,
+            softcap=softcap, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
+        )  # fmt: skip
+    if mask is not None and mask.dtype != torch.bool:
+        mask, bias = None, mask
+    rows, cols = torch.arange(t_q, device=q.device)[:, None], torch.arange(t_k, device=q.device)[None]
+    q_len, k_len = (
+        torch.tensor(t, device=q.device) if lengths is None else lengths.long().clamp(0, t)[:, None, None, None]
+        for lengths, t in ((query_lengths, t_q), (key_lengths, t_k))
+    )
+    real_q, real_k = (rows < q_len), (cols < k_len)
     if key_mask is not None:
-        real = key_mask[:, None, :, None]
-        k, v = torch.where(real, k, 0.0), torch.where(real, v, 0.0)
+        real_k = real_k & key_mask[:, None, None, :]
+    left, right, bottom_right = limits(causal, window, align)
+    diagonal = rows + (k_len - q_len if bottom_right else 0)
+    seen = real_q & real_k
+    if right is not None:
+        seen = seen & (cols <= diagonal + right)
+    if left is not None:
+        seen = seen & (cols >= diagonal - left)
+    if mask is not None:
+        seen = seen & mask
+
+    q = torch.where(real_q, q, 0.0)
+    k, v = (torch.where(real_k.transpose(-1, -2), x, 0.0) for x in (k, v))
     group = heads // k.shape[1] if k.shape[1] else 1
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * scale
-    hidden = _excluded(causal, mask, t_q, t_k, q.device)
-    if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask.to(scores.dtype)
-    if key_mask is not None:
-        padding = ~key_mask[:, None, None, :]
-        hidden = padding if hidden is None else hidden | padding
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -math.inf)
-    weights, lse = _softmax(scores)
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[..., None, None].to(scores.dtype) * (diagonal - cols).abs()
+    weights, lse = _softmax(scores.masked_fill(~seen, -math.inf))
     if dropout_p > 0.0:
-        keep = dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
+        drawn = seed is not None and seed.dtype == torch.bool  # the bits of one packed sequence, cut from those of all
+        keep = seed if seed is not None and drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
         weights = weights * keep.to(weights.dtype) * bits.keep_scale(dropout_p)
-    out = weights @ v
-    return (out, lse.to(torch.promote_types(lse.dtype, torch.float32))) if return_lse else out
+    results = [weights @ v]
+    if return_lse:
+        results.append(lse.to(torch.promote_types(lse.dtype, torch.float32)))
+    if return_weights:
+        results.append(weights.mean(1) if return_weights == "average" else weights)
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, **options: Any) -> Any:
+    """Each sequence of a packed batch by itself. Rows of q and k that belong to no sequence come last."""
+    (_, heads, t_q, _), p = q.shape, options["dropout_p"]
+    ends_q, ends_k = starts_q.tolist(), starts_k.tolist()
+    longest_q, longest_k = (max((b - a for a, b in pairwise(x)), default=0) for x in (ends_q, ends_k))
+    drawn = (len(ends_q) - 1, heads, longest_q, longest_k)
+    keep = dropout_keep(options["seed"], drawn, p) if p > 0.0 and all(drawn) else None
+    bits_of = lambda n, rows, cols: {} if keep is None else dict(seed=keep[n : n + 1, :, :rows, :cols])  # noqa: E731
+    slopes, out, lse = options.pop("alibi_slopes"), [], []
+    for n, ((a, b), (c, d)) in enumerate(zip(pairwise(ends_q), pairwise(ends_k), strict=True)):
+        part = lambda x, cut, at: x if x is None or x.shape[at] == 1 else x.narrow(at, *cut)  # noqa: E731
+        masks = {name: part(part(_four(options[name]), (a, b - a), 2), (c, d - c), 3) for name in ("mask", "bias")}
+        one = attention(
+            q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], **(options | masks | bits_of(n, b - a, d - c) | dict(return_lse=True)),
+            alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[n],
+        )  # fmt: skip
+        out.append(one[0])
+        lse.append(one[1])
+    rest = t_q - ends_q[-1]
+    out.append(q.new_zeros(1, heads, rest, v.shape[3]))
+    lse.append(q.new_full((1, heads, rest), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32)))
+    return (torch.cat(out, 2), torch.cat(lse, 2)) if options["return_lse"] else torch.cat(out, 2)
+
+
+def _four(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x[(None,) * (4 - x.dim())]
 
 
 def layer_norm(
@@ -143,8 +223,10 @@ def cross_entropy(
     weights = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
     log_p = logits - _softmax(logits)[1][:, None].to(logits.dtype)
     own = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
-    smooth = -(log_p * weights).sum(1) / logits.shape[1]
-    loss = torch.where(counted, (1 - label_smoothing) * own + label_smoothing * smooth, 0.0)
+    loss = (1 - label_smoothing) * own
+    if label_smoothing > 0.0:  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
+        loss = loss - label_smoothing * (log_p * weights).sum(1) / logits.shape[1]
+    loss = torch.where(counted, loss, 0.0)
     if reduction == "none":
         return loss
     return loss.sum() / torch.where(counted, weights[safe], 0.0).sum() if reduction == "mean" else loss.sum()

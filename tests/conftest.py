@@ -8,6 +8,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS sta
 import sys
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
@@ -23,6 +24,7 @@ torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-
 # Files that, beside a GPU, run compiled: few enough calls for a cold cache (test_gpu.py counts them). The files of single ops sweep over
 # hundreds of specialisations; they stay interpreted, in a process without the GPU, unless --gpu-full asks for minutes of compilation.
 COMPILED_FILES = ("test_values", "test_attention", "test_gpu")
+EXAMPLES = 40  # of each op that test_fuzz.py draws
 
 
 def device_for(backend: str) -> torch.device:
@@ -72,9 +74,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--fuzz", type=int, metavar="N", help="test_fuzz.py: N new examples for each op instead of the same few"
+    )
+    parser.addoption(
         "--gpu-full", action="store_true", help="on a GPU, compile the sweeps of every op too (an hour when cold)"
     )
     parser.addoption("--sample", type=int, default=1, metavar="N", help="run only every Nth of the selected tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    new = config.getoption("--fuzz")
+    hypothesis.settings.register_profile(
+        "tileformer",
+        max_examples=new or EXAMPLES,
+        derandomize=not new,  # the same examples in every run
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # shrinking runs the interpreter for minutes
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+    )
+    hypothesis.settings.load_profile("tileformer")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have selected

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tileformer.bench.budget import assert_within_budget, attention_sizes, rms_ratio
+from tileformer.bench.cases import Case, attention_call
+from tileformer.bench.check import judge
 from tileformer.kernels import attention, reference, scaled_dot_product_attention, use_backend
 
 EVERY_BACKEND = pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
@@ -140,9 +142,9 @@ def test_dropout_bits_are_those_of_the_reference_for_any_tile(
     )  # every weight is 1 / T_k, and v is the identity: the output shows the bits
     v = torch.eye(t_k, 128, device=device).expand(2, 2, t_k, 128)
     keep = reference.dropout_keep(seed, (2, 2, t_q, t_k), 0.4)
-    room = sys.modules["tileformer.kernels.attention"]
+    room = sys.modules["tileformer.kernels.attention.launchers"]
     for tile in ((32, 32), (64, 16)):
-        rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], num_warps=4, num_stages=1)]
+        rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], EDGE=16, num_warps=4, num_stages=1)]
         monkeypatch.setattr(room, "tiles_for", lambda *_, rows=rows: rows)
         out = attention(q, v, v, scale=0.0, dropout_p=0.4, seed=seed)
         assert torch.equal(out[..., :t_k] > 0, keep)
@@ -211,6 +213,92 @@ def test_accumulators_are_wider_than_the_input(backend: str, device: torch.devic
     assert rms_ratio(attention(q, k, v), reference.attention(q, k, v), truth) <= 0.75
 
 
+def test_accumulators_of_the_gradients_are_wider_than_the_input(backend: str, device: torch.device) -> None:
+    draw = lambda t, seed: torch.randn(1, 1, t, 64, generator=torch.Generator().manual_seed(seed)).to(
+        device, torch.bfloat16
+    )  # noqa: E731
+
+    def gradients(op, t_q: int, t_k: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [draw(t, seed).to(dtype).requires_grad_() for t, seed in ((t_q, 0), (t_k, 1), (t_k, 2))]
+        return dict(
+            zip(("dq", "dk", "dv"), torch.autograd.grad(op(*leaves), leaves, draw(t_q, 3).to(dtype)), strict=True)
+        )
+
+    for t_q, t_k, names in ((32, 1024, ("dq",)), (1024, 32, ("dk", "dv"))):  # what is added up over many tiles
+        got, eager, truth = (
+            gradients(op, t_q, t_k, dtype)
+            for op, dtype in (
+                (attention, torch.bfloat16),
+                (reference.attention, torch.bfloat16),
+                (reference.attention, torch.float64),
+            )
+        )
+        for name in names:
+            assert rms_ratio(got[name], eager[name], truth[name]) <= 1.0, name
+
+
+TILES = [(16, 32), (32, 16)]  # neither the height nor the width alone explains a bound
+
+
+def _assert_within_budget_for_tiles(
+    tile, shape, monkeypatch: pytest.MonkeyPatch, dtype: str = "fp32", **options
+) -> None:
+    rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], num_warps=4, num_stages=1)]
+    monkeypatch.setattr(sys.modules["tileformer.kernels.attention"], "tiles_for", lambda *_, **__: rows)
+    ratios = judge(
+        Case("attention", "tiles", "", attention_call(shape, **options)), dtype, "interpret", torch.device("cpu")
+    )
+    assert max(ratios.values()) <= 1.0, f"tile {tile}, {shape}, {options}: error over budget: {ratios}"
+
+
+@pytest.mark.interprets
+@pytest.mark.parametrize("shift", [-33, -32, -31, -17, -16, -15, -2, -1, 0, 1, 2, 14, 15, 16, 17, 30, 31, 32, 33])
+def test_the_diagonal_may_cross_a_tile_anywhere(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tile in TILES:
+        _assert_within_budget_for_tiles(tile, (1, 1, 1, 64, 64 + shift, 4), monkeypatch, causal="bottom_right")
+
+
+@pytest.mark.interprets
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("options", [dict(padding="left", causal=True), dict(padding="right", mask="boolean"), dict(padding="holes"),
+                                     dict(mask="additive", dropout_p=0.3), dict(causal=True, dropout_p=0.3)], ids=str)  # fmt: skip
+def test_shared_key_heads_for_any_tile(tile: tuple[int, int], options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches and three key heads of two query heads each: no two of these numbers are equal, or one."""
+    _assert_within_budget_for_tiles(tile, (2, 6, 3, 20, 35, 4), monkeypatch, **options)
+
+
+LONG = 1100  # keys: more than the block in which their padding is read
+PADDINGS = {
+    "starts late": lambda at: at >= 1050,
+    "ends early": lambda at: at < 1000,
+    "ends in the second block": lambda at: at < 1030,
+    "one hole in the second block": lambda at: at != 1060,
+    "one hole in the first block": lambda at: at != 3,
+    "one key": lambda at: at == 1025,
+    "none": lambda at: at < 0,
+}
+
+
+@pytest.mark.interprets
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_padding_of_many_keys(padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [dict(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=1)]
+    monkeypatch.setattr(sys.modules["tileformer.kernels.attention"], "tiles_for", lambda *_, **__: rows)
+    q, k, v = (x.detach() for x in _qkv(b=2, h=1, t_q=3, t_k=LONG, d=4))
+    key_mask = torch.stack([torch.arange(LONG) < 5, PADDINGS[padding](torch.arange(LONG))])
+    with use_backend("interpret"):
+        out, lse = attention(q, k, v, key_mask=key_mask, return_lse=True)
+    expected, expected_lse = reference.attention(q.double(), k.double(), v.double(), key_mask=key_mask, return_lse=True)
+    assert_within_budget("out", out, expected.float(), expected)
+    assert_within_budget("lse", lse, expected_lse.float(), expected_lse)
+
+
+def test_a_strided_key_mask(backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(b=3, device=device)
+    key_mask = (torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) > 0.4).to(device).T
+    assert torch.equal(attention(q, k, v, key_mask=key_mask), attention(q, k, v, key_mask=key_mask.contiguous()))
+
+
 @pytest.mark.interprets
 def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
@@ -220,8 +308,8 @@ def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.Monk
     q, k, v = _qkv()
     with use_backend("interpret"):
         expected = attention(q, k, v)
-    room = sys.modules["tileformer.kernels.attention"]
-    rows = [dict(BLOCK_M=m, BLOCK_N=32, num_warps=4, num_stages=1) for m in (64, 32)]
+    room = sys.modules["tileformer.kernels.attention.launchers"]
+    rows = [dict(BLOCK_M=m, BLOCK_N=32, EDGE=16, num_warps=4, num_stages=1) for m in (64, 32)]
     monkeypatch.setattr(room, "tiles_for", lambda *_: rows)
     run = launch._run
 
@@ -262,6 +350,18 @@ def test_torchs_signature_with_shared_key_heads() -> None:
             scaled_dot_product_attention(q, k, k)
 
 
+@pytest.mark.interprets
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 5, 6), (3, 1, 5, 6), (2, 3, 4, 5, 6), (2, 1, 1, 1, 6), (4, 1, 6), (6,)], ids=str
+)
+def test_torchs_signature_broadcasts_a_mask_among_the_leading_axes(shape: tuple[int, ...]) -> None:
+    q, k, mask = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 4, 6, 8), torch.rand(shape) > 0.3
+    mask[..., 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), k.double(), mask)
+    with use_backend("interpret"):
+        assert_within_budget("out", scaled_dot_product_attention(q, k, k, mask), expected.float(), expected)
+
+
 _Q, _K = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 6, 8)
 BAD = {
     "three axes": (dict(q=_Q[0]), ValueError, r"q must be \(B, H, T, D\), got shape \(4, 5, 8\)"),
@@ -292,13 +392,14 @@ def test_bad_input_raises_before_anything_runs(name: str, what: str) -> None:
 
 
 @pytest.mark.interprets
+@pytest.mark.interprets
 def test_a_floating_mask_that_wants_a_gradient() -> None:
     mask = torch.zeros(5, 6, requires_grad=True)
-    with use_backend("interpret"), pytest.raises(NotImplementedError, match="use_backend..torch"):
-        attention(_Q, _K, _K, mask=mask)
-    with use_backend("torch"):
-        attention(_Q + 1, _K + 1, torch.randn(_K.shape), mask=mask).sum().backward()
-    assert mask.grad.any()
+    for backend in ("torch", "interpret"):
+        mask.grad = None
+        with use_backend(backend):
+            attention(_Q + 1, _K + 1, torch.randn(_K.shape), mask=mask).sum().backward()
+        assert mask.grad is not None and mask.grad.any()
 
 
 def test_a_backend_that_cannot_serve_raises() -> None:

@@ -168,6 +168,14 @@ def test_views(view, device, backend):
     assert torch.equal(*losses) and torch.equal(strided.grad, dense.grad)
 
 
+def test_strided_class_weights(device, backend):
+    logits, target = torch.randn(5, 7, device=device, requires_grad=True), torch.arange(5, device=device)
+    weight = torch.rand(7, 2, generator=torch.Generator().manual_seed(0)).to(device)[:, 0]
+    losses = [cross_entropy(logits, target, weight=w, label_smoothing=0.1) for w in (weight, weight.contiguous())]
+    assert torch.equal(*losses)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
 def test_logits_stay_as_they_are(device, backend):
     logits = torch.randn(5, 7, device=device, requires_grad=True)
     before = logits.detach().clone()

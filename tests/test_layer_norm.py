@@ -76,6 +76,30 @@ def test_rows_longer_than_a_tile(n, dtype, device, monkeypatch):
     assert_matches_reference(*tensors((5, n)), dtype, dtype, device)
 
 
+@pytest.mark.parametrize("programs", [1, 150])  # one that visits every row; more than are added up at a time
+def test_any_number_of_programs_shares_the_rows(programs, device, monkeypatch):
+    monkeypatch.setattr(MODULE, "_programs", lambda x: programs)
+    assert_matches_reference(*tensors((300, 2000)), torch.float32, torch.float32, device)
+
+
+def test_strided_parameters(device, backend):
+    leaves, dy = tensors((9, 40))
+    dense = results(layer_norm, leaves, dy, (torch.float32, torch.float32), device)
+    x, weight, bias = (t.to(device, torch.float32) for t in leaves.values())
+    apart = lambda t: torch.stack([t, t + 1], -1)[..., 0].requires_grad_()  # noqa: E731
+    given = [x.requires_grad_(), apart(weight), apart(bias)]
+    y = layer_norm(given[0], (40,), *given[1:])
+    assert torch.equal(y, dense["y"])
+    for grad, name in zip(torch.autograd.grad(y, given, dy.to(y)), ("dx", "dweight", "dbias"), strict=True):
+        assert torch.equal(grad, dense[name])
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 1.0])
+def test_any_eps(eps, device, backend):
+    x = 0.1 * torch.randn(5, 40, device=device)
+    torch.testing.assert_close(layer_norm(x, (40,), eps=eps), reference.layer_norm(x, (40,), eps=eps))
+
+
 @pytest.mark.parametrize("parameters", [("weight",), ("bias",), ()], ids=["weight", "bias", "neither"])
 def test_missing_parameters(parameters, device):
     assert_matches_reference(*tensors((9, 40), parameters=parameters), torch.float32, torch.float32, device)

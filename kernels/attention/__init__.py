@@ -1,7 +1,7 @@
-"""Attention: softmax(scale * q k^T + mask) v, forward and backward, without the T_q x T_k scores in memory.
+"""Attention: softmax(scale * q k^T + bias) v, forward and backward, without the T_q x T_k scores in memory.
 
-`forward.py` and `backward.py` hold the kernels and their maths, `tiles.py` the tile tables; here are the launchers, the autograd Functions, the
-plain-torch backend and the public op.
+`scores.py`, `forward.py` and `backward.py` hold the kernels and their maths, `tiles.py` the tile tables, `launchers.py` the registered ops,
+`plain.py` the plain-torch backend; here are the autograd Functions and the public op.
 """
 
 from __future__ import annotations
@@ -13,203 +13,41 @@ from torch import Tensor
 
 from tileformer.kernels import bits, reference
 from tileformer.kernels.attention.arguments import check_attention
-from tileformer.kernels.attention.backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel
-from tileformer.kernels.attention.forward import _attention_fwd_kernel, _key_range_kernel
+from tileformer.kernels.attention.launchers import NO_LIMIT, bwd, fwd, weights_of
 from tileformer.kernels.attention.plain import torch_attention
-from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, tiles_for
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import arch_of, cdiv, dot_flags, launch, pow2, register
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
 
-NO_SHIFT = 2**30  # a causal shift that hides nothing; also what says "not causal" to the launchers
-
-
-def _heads_last(b: int, h: int, t: int, d: int, like: Tensor) -> Tensor:
-    """An empty (B, H, T, D) tensor stored as (B, T, H, D), so that joining the heads afterwards copies nothing."""
-    return torch.empty((b, t, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
-def _bytes(mask: Tensor) -> Tensor:
-    """A boolean mask as uint8, which is what a kernel can load; a floating one as it is."""
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    causal_shift: int,
-    scale: float,
-    p: float,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], tuple[Any, ...], dict[str, Any], str]:
-    """What all three kernels share: side tensors, mask strides, scalars, feature flags and the tile table's feature."""
-    (b, h, t_q, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
-    # Where there is none, q stands in: its pointer is never read.
-    sides = (
-        q if mask is None else _bytes(mask),
-        q if key_mask is None else _bytes(key_mask.contiguous()),
-        q if seed is None else seed,
-    )
-    mask_strides = mask.expand(b, h, t_q, t_k).stride() if mask is not None else (0, 0, 0, 0)
-    scalars = (h, h // h_kv, t_q, t_k, causal_shift, scale, bits.threshold(p), bits.keep_scale(p))
-    flags = dict(
-        CAUSAL=causal_shift != NO_SHIFT,
-        MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-        KEY_MASK=key_mask is not None,
-        DROPOUT=p > 0.0,
-        D=d,
-        **dot_flags(q),
-        BLOCK_D=pow2(d, 16),
-    )
-    feature = ("both" if mask is not None else "dropout") if p > 0.0 else "mask" if mask is not None else "plain"
-    return sides, mask_strides, scalars, flags, feature
-
-
-def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    causal_shift: int,
-    scale: float,
-    p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, H, T_q, D), base-2 log-sum-exp (B, H, T_q) and, with a key mask, the key range of each batch (B, 3)."""
-    q, k, v = map(_rows_contiguous, (q, k, v))
-    (b, h, t_q, d), t_k = q.shape, k.shape[2]
-    out, lse, ranges = _attention_fwd_fake(q, k, v, mask, key_mask, seed, causal_shift, scale, p)
-    (mask_, key_mask_, seed_), mask_strides, scalars, flags, feature = _problem(
-        q, k, mask, key_mask, seed, causal_shift, scale, p
-    )
-    if key_mask is not None:
-        launch(_key_range_kernel, lambda _: (b,), q, (key_mask_, ranges, t_k), {}, [dict(BLOCK=1024, num_warps=4)])
-    launch(
-        _attention_fwd_kernel,
-        lambda tile: (b * h * cdiv(t_q, tile["BLOCK_M"]),),
-        q,
-        (
-            q,
-            k,
-            v,
-            mask_,
-            key_mask_,
-            ranges,
-            seed_,
-            out,
-            lse,
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            mask_strides,
-            *scalars,
-        ),
-        flags,
-        tiles_for(FORWARD, arch_of(q), d, q.dtype, feature),
-    )
-    return out, lse, ranges
-
-
-def _attention_fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_mask: Tensor | None, seed: Tensor | None,
-    causal_shift: int, scale: float, p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (b, h, t_q, d) = q.shape
-    lse = torch.empty((b, h, t_q), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    ranges = torch.empty((b if key_mask is not None else 0, 3), dtype=torch.int32, device=q.device)
-    return _heads_last(b, h, t_q, d, q), lse, ranges
-
-
-def attention_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    ranges: Tensor,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    causal_shift: int,
-    scale: float,
-    p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v. dlse is the gradient of the base-2 log-sum-exp."""
-    dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
-    (b, h, t_q, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
-    dq, dk, dv = _heads_last(b, h, t_q, d, q), _heads_last(b, h_kv, t_k, d, k), _heads_last(b, h_kv, t_k, d, v)
-    safe_lse, delta = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
-    lse, out = lse.contiguous(), out.transpose(1, 2).contiguous()
-    sides, mask_strides, scalars, flags, feature = _problem(q, k, mask, key_mask, seed, causal_shift, scale, p)
-    mask_, key_mask_, seed_ = sides
-    dlse_ = lse if dlse is None else dlse.contiguous()
-    strides = (q.stride(), k.stride(), v.stride(), dout.stride(), mask_strides)
-    launch(
-        _attention_bwd_dq_kernel,
-        lambda tile: (b * h * cdiv(t_q, tile["BLOCK_M"]),),
-        q,
-        (q, k, v, mask_, key_mask_, ranges, seed_, out, dout, lse, dlse_, dq, safe_lse, delta, *strides, *scalars),
-        dict(flags, DLSE=dlse is not None),
-        tiles_for(BACKWARD_DQ, arch_of(q), d, q.dtype, feature),
-    )
-    launch(
-        _attention_bwd_dkdv_kernel,
-        lambda tile: (b * h_kv * cdiv(t_k, tile["BLOCK_N"]),),
-        q,
-        (q, k, v, mask_, key_mask_, ranges, seed_, dout, safe_lse, delta, dk, dv, *strides, *scalars),
-        flags,
-        tiles_for(BACKWARD_DKDV, arch_of(q), d, q.dtype, feature),
-    )
-    return dq, dk, dv
-
-
-def _attention_bwd_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(_heads_last(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x) for x in (q, k, v))
-
-
-_fwd = register(attention_fwd, _attention_fwd_fake)
-_bwd = register(attention_bwd, _attention_bwd_fake)
+SIDES = 7  # gradients of key_mask, q_lens, k_lens, slopes, seed and the two groups of numbers: none
+BIAS_GRAD = 6  # the place among the whole numbers
 
 
 class _Attention(torch.autograd.Function):
-    """(out, lse2, key ranges); differentiable in q, k, v through out and lse2."""
+    """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, mask, key_mask, seed, causal_shift, scale, p):
-        return _fwd(q, k, v, mask, key_mask, seed, causal_shift, scale, p)
+    def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
+        return fwd(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.causal_shift, ctx.scale, ctx.p = inputs
+        *tensors, ctx.whole, ctx.real = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse, _):
-        q, k, v, mask, key_mask, seed, out, lse, ranges = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out) if dlse is not None else None
-        if dout is None:
-            return (None,) * 9
-        grads = _AttentionBackward.apply(
-            dout, dlse, q, k, v, out, lse, ranges, mask, key_mask, seed, ctx.causal_shift, ctx.scale, ctx.p
-        )
-        return *grads, None, None, None, None, None, None
+        *tensors, out, lse, bounds = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * (5 + SIDES)
+        dout = torch.zeros_like(out) if dout is None else dout
+        *grads, dbias = _AttentionBackward.apply(dout, dlse, out, lse, bounds, *tensors, ctx.whole, ctx.real)
+        dbias = dbias.view(tensors[4].shape) if ctx.whole[BIAS_GRAD] else None
+        return *grads, None, dbias, *(None,) * SIDES
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -218,36 +56,78 @@ class _AttentionBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, dlse, q, k, v, out, lse, ranges, mask, key_mask, seed, causal_shift, scale, p):
-        return _bwd(dout, dlse, q, k, v, out, lse, ranges, mask, key_mask, seed, causal_shift, scale, p)
+    def forward(
+        dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+    ):  # torch.compile does not trace a forward with *args
+        return bwd(
+            dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dout, dlse, q, k, v, _, _, _, mask, key_mask, seed, ctx.causal_shift, ctx.scale, ctx.p = inputs
-        ctx.save_for_backward(dout, dlse, q, k, v, mask, key_mask, seed)
+        dout, dlse, _, _, _, *tensors, ctx.whole, ctx.real = inputs
+        ctx.save_for_backward(dout, dlse, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *tangents):
-        dout, dlse, q, k, v, mask, key_mask, seed = ctx.saved_tensors
+        dout, dlse, q, k, v, mask, bias, *sides = ctx.saved_tensors
+        bias_grad = ctx.whole[BIAS_GRAD]
+        primals = (q, k, v, bias) if bias_grad else (q, k, v)
 
-        def outputs(q, k, v):
-            out, lse = reference.attention(
-                q, k, v, mask=mask, key_mask=key_mask, causal=_alignment(ctx.causal_shift, q, k), scale=ctx.scale,
-                dropout_p=ctx.p, seed=seed, return_lse=True,
-            )  # fmt: skip
+        def outputs(q, k, v, bias=bias):
+            options = _reference_options(mask, bias, *sides, ctx.whole, ctx.real)
+            out, lse = reference.attention(q, k, v, **options, return_lse=True)
             return (out,) if dlse is None else (out, lse / LN2)
 
         cotangents = (dout,) if dlse is None else (dout, dlse)
-        first, second = second_derivative(outputs, (q, k, v), cotangents, tangents)
+        tangents = (*tangents[:3], tangents[3].view(bias.shape) if bias_grad and tangents[3] is not None else None)
+        first, second = second_derivative(outputs, primals, cotangents, tangents[: len(primals)])
+        dbias = first[3] if bias_grad else None
         ddlse = None if dlse is None else second[1]
-        return second[0], ddlse, *first, None, None, None, None, None, None, None, None, None
+        return second[0], ddlse, None, None, None, *first[:3], None, dbias, *(None,) * SIDES
 
 
-def _alignment(causal_shift: int, q: Tensor, k: Tensor) -> bool | str:
-    if causal_shift == NO_SHIFT:
-        return False
-    return "top_left" if causal_shift == 0 else "bottom_right"
+class _Weights(torch.autograd.Function):
+    """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
+        return weights_of(
+            lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, ctx.average, *tensors, ctx.whole, ctx.real = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, dweights):
+        q, k, v, mask, bias, *sides = ctx.saved_tensors
+        primals = (q, k) if bias is None else (q, k, bias)
+
+        def weights(q, k, bias=bias):
+            options = _reference_options(mask, bias, *sides, ctx.whole, ctx.real)
+            all_heads = reference.attention(q, k, v.detach(), **options, return_weights=True)[1]
+            return all_heads.mean(1, keepdim=True) if ctx.average else all_heads
+
+        _, pull = torch.func.vjp(weights, *primals)
+        dq, dk, *dbias = pull(dweights)
+        return None, None, None, dq, dk, None, None, *(dbias or (None,)), *(None,) * SIDES
+
+
+def _reference_options(mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real) -> dict[str, Any]:
+    """What the registered ops are told, in the words of `reference.attention`."""
+    left, right, align, packed, *_ = whole
+    names = ("cu_seqlens_q", "cu_seqlens_k") if packed else ("query_lengths", "key_lengths")
+    return dict(
+        mask=mask, bias=bias, key_mask=key_mask, alibi_slopes=slopes, seed=seed, **dict(zip(names, (q_lens, k_lens), strict=True)),
+        window=tuple(None if side == NO_LIMIT else side for side in (left, right)), align="bottom_right" if align else None,
+        scale=real[0], softcap=real[1], dropout_p=real[2],
+    )  # fmt: skip
 
 
 def attention(
@@ -256,32 +136,57 @@ def attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool | str = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    align: str | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Any:  # Tensor, or (Tensor, Tensor) with return_lse
+    return_weights: bool | str = False,
+) -> Any:  # Tensor, or a tuple of what was asked for
     """softmax(scale * q k^T + mask) v. All restrictions combine: a query sees a key that each of them allows.
 
     Args:
         q: (B, H, T_q, D), D from 1 to 256; float16, bfloat16 or float32 (float64 on the CPU's backends). Any strides; no copy if the last is 1.
-        k, v: (B, H_kv, T_k, D), H a multiple of H_kv: query head h reads head h // (H / H_kv).
-        mask: broadcastable to (B, H, T_q, T_k); boolean (True = may attend) or floating (added to the scaled scores). Read through its strides.
+        k: (B, H_kv, T_k, D), H a multiple of H_kv: query head h reads head h // (H / H_kv).
+        v: (B, H_kv, T_k, D_v), D_v from 1 to 256.
+        mask: broadcastable to (B, H, T_q, T_k); boolean (True = may attend) or floating (the same as `bias`). Read through its strides.
+        bias: floating, broadcastable to (B, H, T_q, T_k), added to the scaled scores; it gets a gradient.
         key_mask: boolean (B, T_k), True = a real key; padded keys are not even loaded.
-        causal: False, True or "top_left" (row i sees keys j <= i), or "bottom_right" (j <= i + T_k - T_q).
+        query_lengths, key_lengths: integers (B,): what lies past them is padding, as in `key_mask`; such a query's row is 0.
+        cu_seqlens_q, cu_seqlens_k: packed sequences: B is 1, and sequence n has queries cu_seqlens_q[n] to cu_seqlens_q[n + 1], and so its keys.
+            int32 or int64 (sequences + 1,), ascending from 0. Rows past the last belong to none and are 0.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths (T_q and T_k when None, which costs idle programs). Queries past it get 0.
+        causal: False, True or "top_left" (row i sees keys j <= i), or "bottom_right" (j <= i + T_k - T_q, of each sequence where it has lengths).
+        window: (left, right), how many keys row i sees before and after its diagonal; None is no limit, one number means both.
+        align: where the diagonal of `window` and `alibi_slopes` lies, "top_left" or "bottom_right"; a named `causal` says it too.
+        alibi_slopes: (H,) or (B, H): -slope * |distance to the diagonal| is added to the scores (ALiBi, arXiv:2108.12409). No gradient.
+        softcap: if positive, scaled scores become softcap * tanh(scores / softcap), before bias and masks (arXiv:2408.00118).
         scale: 1 / sqrt(D) when None.
         dropout_p: probability of dropping an attention weight, applied as given (a module passes 0 in evaluation).
         seed: int64 tensor with one element on q's device, for reproducible dropout; drawn from torch's generator when None.
         return_lse: also return the natural log-sum-exp of the scores (B, H, T_q), in float32 (float64 for float64), differentiable.
+        return_weights: also return the weights after dropout, (B, H, T_q, T_k) for True, (B, T_q, T_k) for "average" (over the heads), in q's
+            dtype; a second kernel recomputes them. Differentiable.
 
     Returns:
-        (B, H, T_q, D) in q's dtype (autocast's dtype under autocast). A row that may attend to nothing is 0 and its log-sum-exp -inf.
+        (B, H, T_q, D_v) in q's dtype (autocast's dtype under autocast), or a tuple of that and what else was asked for, in this order.
+        A row that may attend to nothing is 0, its weights too, and its log-sum-exp -inf.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, before anything runs.
-        NotImplementedError: for a floating mask that requires a gradient on the triton and interpret backends.
+        NotImplementedError: for weights or a gradient of the bias with packed sequences, and for alibi_slopes that require a gradient.
 
     Source: FlashAttention-2, arXiv:2307.08691; `tileformer.kernels.reference.attention` is the definition.
     """
@@ -289,32 +194,43 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     backend = choose("attention", q)
-    check_attention(q, k, v, mask, key_mask, causal, dropout_p, seed, backend)
+    packed = cu_seqlens_q is not None
+    check_attention(
+        q, k, v, mask, bias, key_mask, dict(query_lengths=query_lengths, key_lengths=key_lengths),
+        dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k), dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
+        causal, window, align, alibi_slopes, softcap, dropout_p, seed, return_weights,
+    )  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if mask is not None and mask.dtype != torch.bool:
+        mask, bias = None, mask
     if dropout_p > 0.0 and seed is None:
         seed = bits.new_seed(q.device)
+    left, right, bottom_right = reference.limits(causal, window, align)
+    lens = (cu_seqlens_q, cu_seqlens_k) if packed else (query_lengths, key_lengths)
+    longest = (max_seqlen_q or q.shape[2], max_seqlen_k or k.shape[2])
+    limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
+    bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    whole = (*limits, int(bottom_right), int(packed), *longest, int(bias_grad))
+    real = (scale, float(softcap), float(dropout_p))
     if backend == "reference":
-        return reference.attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            key_mask=key_mask,
-            causal=causal,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            return_lse=return_lse,
-        )
+        options = _reference_options(mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
+        return reference.attention(q, k, v, **options, return_lse=return_lse, return_weights=return_weights)
     if backend == "torch":
-        return torch_attention(q, k, v, mask, key_mask, causal, scale, dropout_p, seed, return_lse)
-    shift = reference.causal_shift(causal, q.shape[2], k.shape[2])
+        sides = (mask, bias, key_mask, *lens, alibi_slopes, seed)
+        return torch_attention(q, k, v, sides, whole, real, return_lse, return_weights)
+    if bias_grad and packed:
+        raise NotImplementedError(
+            "attention: a bias has no gradient with packed sequences: pad them, or detach the bias"
+        )
     if scale < 0:  # the kernels take the maximum before they scale
-        q, scale = -q, -scale
-    out, lse, _ = _Attention.apply(
-        q, k, v, mask, key_mask, seed, NO_SHIFT if shift is None else shift, scale, dropout_p
-    )
-    return (out, lse * LN2) if return_lse else out
+        q, real = -q, (-scale, *real[1:])
+    arguments = (q, k, v, mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
+    out, lse, bounds = _Attention.apply(*arguments)
+    results = [out, lse * LN2] if return_lse else [out]
+    if return_weights:
+        weights = _Weights.apply(lse.detach(), bounds, return_weights == "average", *arguments)
+        results.append(weights.squeeze(1) if return_weights == "average" else weights)
+    return tuple(results) if len(results) > 1 else out
 
 
 def scaled_dot_product_attention(
@@ -347,7 +263,7 @@ def scaled_dot_product_attention(
     def fold(x: Tensor) -> Tensor:
         return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
 
-    if attn_mask is not None and attn_mask.dim() > 4:
+    if attn_mask is not None and query.dim() > 4 and attn_mask.dim() > 3:
         attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
     out = attention(
         fold(query), fold(key), fold(value), mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p

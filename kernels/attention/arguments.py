@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,10 @@ MAX_HEAD_DIM = 256
 
 
 def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    causal: bool | str,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
+    lengths: dict[str, Tensor | None], packed: dict[str, Tensor | None], longest: dict[str, int | None], causal: bool | str, window: Any,
+    align: str | None, alibi_slopes: Tensor | None, softcap: float, dropout_p: float, seed: Tensor | None, return_weights: bool | str,
+) -> None:  # fmt: skip
     """Raise ValueError, TypeError or NotImplementedError for arguments of `attention` that do not fit together."""
     checks.floating("attention", q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -30,23 +26,106 @@ def check_attention(
             raise TypeError(
                 f"attention: {name} is {checks.name_of(x.dtype)}, q is {checks.name_of(q.dtype)}: cast them to one dtype"
             )
-    checks.same_device("attention", q, k=k, v=v, key_mask=key_mask)
+    sides = dict(key_mask=key_mask, bias=bias, alibi_slopes=alibi_slopes, **lengths, **packed)
+    checks.same_device("attention", q, k=k, v=v, **sides)
     (b, h, t_q, d), (h_kv, t_k) = q.shape, k.shape[1:3]
-    if v.shape != k.shape:
-        raise ValueError(f"attention: v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: they must be equal")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"attention: v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: all but the last axis must be equal"
+        )
     if k.shape[0] != b or k.shape[3] != d:
         raise ValueError(f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}: batch and head size must be equal")
     if h_kv == 0 or h % h_kv:
         raise ValueError(f"attention: {h} query heads and {h_kv} key heads: the first must be a multiple of the second")
-    if not 1 <= d <= MAX_HEAD_DIM:
-        raise ValueError(f"attention: head size {d} is outside 1 to {MAX_HEAD_DIM}")
+    for name, size in (("head size", d), ("head size of v", v.shape[3])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"attention: {name} {size} is outside 1 to {MAX_HEAD_DIM}")
     checks.causal("attention", causal)
+    _check_window(causal, window, align)
     checks.rate("attention", dropout_p, seed, q)
+    if not (softcap >= 0.0 and softcap < float("inf")):
+        raise ValueError(f"attention: softcap is {softcap}: it must be positive, or 0 for none")
+    if return_weights not in (False, True, "average"):
+        raise ValueError(f"attention: return_weights is {return_weights!r}: pass False, True (per head) or 'average'")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (b, t_k)):
         raise ValueError(
             f"attention: key_mask must be boolean {(b, t_k)}, True = a real key, "
             f"got {checks.name_of(key_mask.dtype)} {tuple(key_mask.shape)}"
         )
+    n = _check_sequences(b, lengths, packed, longest, key_mask, return_weights)
+    if alibi_slopes is not None and (not alibi_slopes.is_floating_point() or alibi_slopes.shape not in ((h,), (n, h))):
+        raise ValueError(
+            f"attention: alibi_slopes must be floating {(h,)} or {(n, h)}, got {checks.name_of(alibi_slopes.dtype)} {tuple(alibi_slopes.shape)}"
+        )
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "attention: alibi_slopes get no gradient: detach them, or pass bias= for a learned one"
+        )
     checks.mask("attention", (b, h, t_q, t_k), q, mask)
-    if backend in ("triton", "interpret"):
-        checks.no_mask_gradient("attention", mask, backend)
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise TypeError(
+                f"attention: bias is {checks.name_of(bias.dtype)}: it is added to the scores; pass mask= for a boolean one"
+            )
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError("attention: mask and bias are both floating: add them and pass one, bias=bias + mask")
+        checks.broadcastable("attention", (b, h, t_q, t_k), bias=bias)
+
+
+def _check_window(causal: bool | str, window: Any, align: str | None) -> None:
+    pair = (window, window) if window is None or isinstance(window, int) else window
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+        raise TypeError(
+            f"attention: window is {window!r}: pass how many keys a query sees to its left and right, (left, right)"
+        )
+    for side in pair:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or not 0 <= side < 2**30):
+            raise ValueError(
+                f"attention: window is {window!r}: each side must be an integer >= 0, or None for no limit"
+            )
+    if align not in (None, "top_left", "bottom_right"):
+        raise ValueError(f"attention: align is {align!r}: pass 'top_left' or 'bottom_right'")
+    if isinstance(causal, str) and align not in (None, causal):
+        raise ValueError(
+            f"attention: causal={causal!r} and align={align!r} differ: pass causal=True with align, or one of the two"
+        )
+
+
+def _check_sequences(
+    b: int, lengths: dict[str, Tensor | None], packed: dict[str, Tensor | None], longest: dict[str, int | None],
+    key_mask: Tensor | None, return_weights: bool | str,
+) -> int:  # fmt: skip
+    """The number of sequences."""
+    for name, x in (*lengths.items(), *packed.items()):
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"attention: {name} is {checks.name_of(x.dtype)}: pass int32 or int64")
+    for name, x in lengths.items():
+        if x is not None and x.shape != (b,):
+            raise ValueError(
+                f"attention: {name} has shape {tuple(x.shape)}, the batch is {b}: pass one length each, {(b,)}"
+            )
+    starts_q, starts_k = packed.values()
+    if starts_q is None and starts_k is None:
+        if any(n is not None for n in longest.values()):
+            raise ValueError(
+                "attention: max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and cu_seqlens_k, which are None"
+            )
+        return b
+    if starts_q is None or starts_k is None:
+        raise ValueError(
+            "attention: cu_seqlens_q and cu_seqlens_k go together (the same tensor for self-attention), one is None"
+        )
+    if starts_q.dim() != 1 or starts_q.shape != starts_k.shape or len(starts_q) < 2:
+        raise ValueError(
+            f"attention: cu_seqlens_q {tuple(starts_q.shape)} and cu_seqlens_k {tuple(starts_k.shape)} must both be (sequences + 1,)"
+        )
+    if b != 1:
+        raise ValueError(f"attention: packed sequences lie one after another in a batch of 1, q has a batch of {b}")
+    for name, x in (("key_mask", key_mask), *lengths.items()):
+        if x is not None:
+            raise ValueError(f"attention: {name} and cu_seqlens do not go together: packed sequences hold no padding")
+    if return_weights:
+        raise NotImplementedError(
+            "attention: weights of packed sequences have no common shape: pad them to ask for weights"
+        )
+    return len(starts_q) - 1

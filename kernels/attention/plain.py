@@ -7,12 +7,15 @@ are written out, in place where a tensor is ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tileformer.kernels import bits
+from tileformer.kernels.attention.launchers import NO_LIMIT
 from tileformer.kernels.second import second_derivative
 
 FUSED_FROM = 512  # keys from which torch's fused attention beats three plain operators on a CPU
@@ -25,69 +28,126 @@ def torch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    causal: bool | str,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
+    sides: Sequence[Tensor | None],
+    whole: Sequence[int],
+    real: Sequence[float],
     return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Two matmuls around a float32 softmax. torch's fused attention is used only where it has nothing to mask but a square triangle."""
+    return_weights: bool | str,
+) -> Any:
+    """Two matmuls around a float32 softmax, with the arguments of launchers.py.
+
+    torch's fused attention is used only where it has nothing to mask but a square triangle.
+    """
+    mask, bias, key_mask, q_lens, k_lens, slopes, seed = sides
+    left, right, align, packed, *_ = whole
+    scale, softcap, p = real
     (b, h, t_q, _), t_k = q.shape, k.shape[2]
     group = h // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    square = not causal or t_q == t_k
-    if mask is None and key_mask is None and p == 0.0 and not return_lse and square and t_k >= FUSED_FROM:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=bool(causal), scale=scale)
-    bias, empty = _bias(mask, key_mask, causal, t_q, t_k, _wide(q), q.device)
+    causal = left == NO_LIMIT and right == 0
+    unmasked = left == NO_LIMIT and right == NO_LIMIT
+    dense = any(x is not None for x in (mask, bias, key_mask, q_lens, k_lens, slopes)) or softcap > 0.0
+    square = unmasked or (causal and t_q == t_k)
+    if not dense and p == 0.0 and not return_lse and not return_weights and square and t_k >= FUSED_FROM:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+    place = _Places(q, k, q_lens, k_lens, bool(align), bool(packed))
+    seen = [] if mask is None else [mask]
+    if place.real_q is not None:  # NaN in a padded query must not reach a gradient
+        q = q.masked_fill(~place.real_q, 0.0)
+        seen.append(place.real_q)
+    if place.real_k is not None:
+        key_mask = place.real_k if key_mask is None else key_mask & place.real_k
+    if place.same is not None:
+        seen.append(place.same)
+    if right != NO_LIMIT:
+        seen.append(place.cols <= place.diagonal + right)
+    if left != NO_LIMIT:
+        seen.append(place.cols >= place.diagonal - left)
+    additive = bias
+    if slopes is not None:
+        slopes = slopes if slopes.dim() == 1 else place.per_query(slopes)
+        distance = slopes.to(_wide(q))[..., None, None] if slopes.dim() < 4 else slopes.to(_wide(q))
+        linear = -distance * (place.diagonal - place.cols).abs()
+        additive = linear if bias is None else bias.to(_wide(q)) + linear
+    # Causal rows see their first key, unless the diagonal starts before it.
+    always = seen == [] or (causal and not dense and (t_q <= t_k or not align) and t_k > 0)
+    bias_, empty = _bias(seen, key_mask, additive, always, _wide(q))
     keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, _wide(q))
-    if return_lse or (mask is not None and mask.requires_grad):
-        out, lse = _definition(q, k, v, key_mask, bias, empty, keep, scale)
-        return (out, lse) if return_lse else out
-    return _Plain.apply(q, k, v, key_mask, bias, empty, keep, scale)[0]
+    if return_lse or return_weights or softcap > 0.0 or (bias is not None and bias.requires_grad):
+        out, lse, weights = _definition(q, k, v, key_mask, bias_, empty, keep, scale, softcap)
+        results = [out, lse] if return_lse else [out]
+        if return_weights:
+            results.append(weights.mean(1) if return_weights == "average" else weights)
+        return tuple(results) if len(results) > 1 else out
+    return _Plain.apply(q, k, v, key_mask, bias_, empty, keep, scale)[0]
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+class _Places:
+    """Where each query and key lies in its sequence, broadcastable to (B, H, T_q, T_k); None where there is nothing to say."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, q_lens: Tensor | None, k_lens: Tensor | None, align: bool, packed: bool
+    ) -> None:
+        t_q, t_k = q.shape[2], k.shape[2]
+        rows, self.cols = torch.arange(t_q, device=q.device)[:, None], torch.arange(t_k, device=q.device)[None]
+        self.real_q = self.real_k = self.same = self.sequence = None
+        shift: Tensor | int = t_k - t_q if align else 0
+        if packed and q_lens is not None and k_lens is not None:
+            in_q, in_k = (
+                torch.searchsorted(x, at, right=True) - 1 for x, at in ((q_lens, rows[:, 0]), (k_lens, self.cols[0]))
+            )
+            n = len(q_lens) - 1
+            self.same = (in_q[:, None] == in_k) & (in_q < n)[:, None]
+            self.real_q, self.real_k = (in_q < n)[None, None, :, None], (in_k < n)[None]
+            self.sequence = in_q.clamp(max=n - 1)
+            count_q, count_k = q_lens.diff()[self.sequence], k_lens.diff()[self.sequence]
+            shift = (count_k - count_q)[:, None] if align else 0
+            rows = rows - q_lens[self.sequence][:, None]
+            self.cols = self.cols - k_lens[in_k.clamp(max=n - 1)]
+        elif q_lens is not None or k_lens is not None:
+            len_q, len_k = (
+                torch.full((), t, device=q.device) if x is None else x.clamp(0, t)[:, None, None, None]
+                for x, t in ((q_lens, t_q), (k_lens, t_k))
+            )
+            self.real_q = None if q_lens is None else rows < len_q
+            self.real_k = None if k_lens is None else (self.cols < len_k)[:, 0, 0]
+            shift = len_k - len_q if align else 0
+        self.diagonal = rows + shift
+
+    def per_query(self, slopes: Tensor) -> Tensor:
+        """Slopes (sequences, H) as (B, H, 1 or T_q, 1)."""
+        return slopes[:, :, None, None] if self.sequence is None else slopes[self.sequence].t()[None, :, :, None]
+
+
 def _bias(
-    mask: Tensor | None,
-    key_mask: Tensor | None,
-    causal: bool | str,
-    t_q: int,
-    t_k: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    seen: list[Tensor], key_mask: Tensor | None, additive: Tensor | None, always: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to add to the scores, and which rows see nothing; both broadcastable to (B, H, T_q, T_k), or None.
 
     A row that sees nothing gets a bias of 0, so that its softmax is finite: its output is set to 0 afterwards.
     """
-    seen = []
-    if causal:
-        shift = t_k - t_q if causal == "bottom_right" else 0
-        seen.append(torch.ones(t_q, t_k, dtype=torch.bool, device=device).tril(shift))
     if key_mask is not None:
-        seen.append(key_mask[:, None, None, :])
-    additive = mask is not None and mask.dtype != torch.bool
-    if mask is not None:
-        seen.append(mask != -math.inf if additive else mask)
+        seen = [*seen, key_mask[:, None, None, :]]
+    if additive is not None:
+        seen = [*seen, additive != -math.inf]
     if not seen:
         return None, None
     allowed = seen[0]
     for more in seen[1:]:
         allowed = allowed & more
-    if mask is None and key_mask is None and (t_q <= t_k or causal != "bottom_right"):
-        empty = None  # every row sees at least its first key
-    else:
+    empty = None
+    if not (always and key_mask is None and additive is None):
         empty = ~allowed.any(-1, keepdim=True)
         allowed = allowed | empty
-    bias = torch.zeros((), dtype=dtype, device=device).where(allowed, -math.inf)
-    if mask is not None and additive:
-        bias = bias + mask.to(dtype).masked_fill(mask == -math.inf, 0.0)
+    bias = torch.zeros((), dtype=dtype, device=allowed.device).where(allowed, -math.inf)
+    if additive is not None:
+        bias = bias + additive.to(dtype).masked_fill(additive == -math.inf, 0.0)
     return bias, empty
 
 
@@ -100,18 +160,24 @@ def _definition(
     empty: Tensor | None,
     keep: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp by differentiable operators, scores in float32 or wider."""
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and weights by differentiable operators, scores in float32 or wider."""
     dtype, wide = q.dtype, _wide(q)
     if key_mask is not None:
         padded = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
     scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     weights = torch.softmax(scores, -1)
     weights = weights if keep is None else weights * keep
-    out, lse = weights.to(dtype) @ v, torch.logsumexp(scores, -1)
-    return (out, lse) if empty is None else (out.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], -math.inf))
+    weights, lse = weights.to(dtype), torch.logsumexp(scores, -1)
+    if empty is not None:
+        weights, lse = weights.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], -math.inf)
+    out = weights @ v
+    return (out if empty is None else out.masked_fill(empty, 0.0)), lse, weights
 
 
 def _zero_padding(x: Tensor, key_mask: Tensor) -> Tensor:

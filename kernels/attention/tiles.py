@@ -18,18 +18,28 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
 
     Args:
         feature: "plain" (with causal and key masks), "mask" (2-D), "dropout" or "both"; float32 has rows of its own.
+
+    EDGE is the extent, along the axis that the kernel loops over, of a tile that crosses the causal diagonal or a padded edge.
     """
     if arch == INTERPRETED:
-        rows = [(32, 32, 4, 1)]
+        rows, edge = [(32, 32, 4, 1)], 16
     else:
         bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
         if feature == "plain" and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
-        rows = [table[_family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
-    return [dict(BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for m, n, w, s in rows]
+        rows = [table[family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
+        edge = 64
+        if table is BACKWARD_DKDV and feature in ("plain", "dropout"):
+            edge = max(16, rows[0][0] // 2)
+    tiles = []
+    for m, n, warps, stages in rows:
+        tiles.append(dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages))
+        if table is not BACKWARD_BIAS and table is not WEIGHTS:
+            tiles[-1]["EDGE"] = min(m if table is BACKWARD_DKDV else n, edge)
+    return tiles
 
 
-def _family(arch: int) -> int:
+def family(arch: int) -> int:
     """The table's row for an architecture: sm_86, 89 and 12x share 99 KB of shared memory; a new one takes the nearest below."""
     if arch in (86, 89) or arch >= 120:
         return 120
@@ -50,7 +60,7 @@ FORWARD: Table = {
         "fp32": _FP32_FORWARD,
     },
     90: {
-        "plain": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "plain": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
         "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
         "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
@@ -110,7 +120,7 @@ BACKWARD_DKDV: Table = {
         "fp32": _FP32_DKDV,
     },
     90: {
-        "plain": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "plain": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 1)},
         "mask": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
         "dropout": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
         "both": {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
@@ -131,3 +141,9 @@ BACKWARD_DKDV: Table = {
         "fp32": _FP32_DKDV,
     },
 }
+
+# Rarely used, and small: one tile fits everywhere.
+_SMALL = {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
+_RARE = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
+BACKWARD_BIAS: Table = dict.fromkeys((80, 90, 100, 120), _RARE)
+WEIGHTS: Table = dict(BACKWARD_BIAS)

@@ -1,0 +1,109 @@
+"""Memory that tells on a kernel: inputs between red zones of NaN, and fresh memory that is NaN, with guard bands around it.
+
+    memory = Memory(device)
+    x = memory.place(x)                      # the same values, strides and alignment
+    with memory:
+        y = kernels.softmax(x)               # every torch.empty of the op is guarded
+    memory.problems()                        # what was written where nothing should have been
+
+An element that a kernel forgets to write, and a read beyond an input that reaches a result, end as NaN; a write outside an output, or into an input,
+changes a band. What this cannot see: a read beyond an input whose value is thrown away, and a write further than `BAND` bytes away.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+BAND = 1 << 16  # bytes on either side: more than the longest run of rows that a tile could overshoot in a call of this size
+RED, FRESH = -1, 0x7FC1  # 16-bit patterns: NaN in every floating dtype, and not each other's
+BEYOND = 2**31  # a "far" tensor ends after this many elements
+ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+_allocate = torch.empty
+
+
+class Memory:
+    """Guards what is placed, and what is allocated inside `with`. `red` and `fresh` are the patterns; others help to find what a NaN came from."""
+
+    def __init__(self, device: torch.device, red: int = RED, fresh: int = FRESH) -> None:
+        self.device, self.red, self.fresh = device, red, fresh
+        self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []  # all of the memory, a copy of it, the tensor in it
+        self.outputs: list[tuple[Tensor, int, Tensor]] = []  # all of the memory, how many of its bytes are the tensor's, the tensor
+        self._patches: list[Any] = []
+
+    def place(self, x: Tensor, like: Tensor | None = None, far: int | None = None) -> Tensor:
+        """x on the device with the strides and the misalignment of `like` (x itself by default), NaN around and between its rows.
+
+        far: an axis whose stride becomes so long that the last element lies beyond 2**31 of them; nothing is filled then.
+        """
+        like = x if like is None else like
+        stride, lead = list(like.stride()), like.storage_offset() % 16
+        if far is not None:
+            stride[far] = 16 * math.ceil(BEYOND / (x.shape[far] - 1) / 16)
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, stride, strict=True)) if x.numel() else 0
+        memory, flat = self._flat(lead + extent, x.dtype, self.red, lazily=far is not None)
+        view = flat.as_strided(x.shape, stride, flat.storage_offset() + lead)
+        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in stride)
+        view[once].copy_(x[once])
+        if far is None:
+            self.inputs.append((memory, memory.clone(), view))
+        return view
+
+    def _flat(self, count: int, dtype: torch.dtype, pattern: int, lazily: bool = False) -> tuple[Tensor, Tensor]:
+        """All of the memory as 16-bit words, and the `count` elements in its middle."""
+        words = BAND + math.ceil(count * dtype.itemsize / 16) * 8
+        if lazily and self.device.type == "cpu":  # pages that nobody touches cost nothing
+            pages = mmap.mmap(-1, 2 * words, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+            memory = torch.frombuffer(pages, dtype=torch.int16)
+        else:
+            memory = _allocate(words, dtype=torch.int16, device=self.device)
+            if not lazily:
+                memory.fill_(pattern)
+        band = BAND // 2
+        inner = memory[band : words - band].view(torch.uint8)[: count * dtype.itemsize].view(dtype)
+        return memory, inner
+
+    def __enter__(self) -> Memory:
+        for owner, name in ALLOCATORS:
+            patch = mock.patch.object(owner, name, self._guarded(getattr(owner, name)))
+            patch.start()
+            self._patches.append(patch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._patches:
+            self._patches.pop().stop()
+
+    def _guarded(self, original: Any) -> Any:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            where = kwargs.get("device")
+            shape = original(*args, **{**kwargs, "device": "meta"})  # what the caller asked for
+            if where is None and args and isinstance(args[0], Tensor):
+                where = args[0].device
+            if torch.device(where or "cpu").type != self.device.type:
+                return original(*args, **kwargs)
+            size = shape.untyped_storage().nbytes()
+            memory, flat = self._flat(size // shape.itemsize, shape.dtype, self.fresh)
+            x = flat.as_strided(shape.shape, shape.stride(), flat.storage_offset())
+            self.outputs.append((memory, size, x))
+            return x.requires_grad_(shape.requires_grad)
+
+        return allocate
+
+    def problems(self) -> list[str]:
+        """One line for each tensor around which, or into which, something was written that should not have been."""
+        found = []
+        for memory, before, x in self.inputs:
+            if changed := int((memory != before).sum()):
+                found.append(f"wrote {2 * changed} bytes into or around an input of shape {tuple(x.shape)}")
+        for memory, size, x in self.outputs:
+            first = BAND // 2
+            bands = torch.cat([memory[:first], memory[first + math.ceil(size / 2) :]])
+            if changed := int((bands != self.fresh).sum()):
+                found.append(f"wrote {2 * changed} bytes outside a tensor of shape {tuple(x.shape)}")
+        return found

@@ -1,0 +1,453 @@
+"""Who is timed: for each op the callables of tileformer, of PyTorch and of other libraries where they are installed.
+
+    call = providers("attention")["sdpa flash"](workload)
+    out = call(*workload.inputs("cuda", torch.bfloat16))
+
+What a provider cannot do raises `Unavailable`, whose text is printed. A peer is called through its public functions, with the inputs that every
+other provider gets. Masks in another form, and block masks, are made at the first call and kept, so they are outside every timing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from tileformer import kernels
+from tileformer.bench.workloads import Workload
+from tileformer.decoder import TransformerDecoderLayer
+from tileformer.kernels import launch
+
+Tensors = dict[str, Tensor]
+Options = dict[str, Any]
+Call = Callable[[Tensors, Options], Tensor]
+Build = Callable[[Workload], Call]
+OURS = "tileformer"
+COMPILED = ("torch.compile", "flex")  # a compilation of seconds for every shape
+GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
+compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
+
+
+class Unavailable(Exception):
+    """A provider that cannot serve a workload here; the text says why."""
+
+
+def providers(op: str) -> dict[str, Build]:
+    """The providers of an op, ours first. Building or calling one may raise `Unavailable`."""
+    return _PROVIDERS[op]
+
+
+def reference(workload: Workload) -> Call:
+    """The definition, to run in float64: kernels.reference, or torch.nn's layer."""
+    if workload.op == "decoder_layer":
+        return _layer(nn.TransformerDecoderLayer)(workload)
+    return lambda t, o: getattr(kernels.reference, workload.op)(**t, **o)
+
+
+def _refuse(reasons: dict[str, Any]) -> None:
+    """Raise with the first reason that holds."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise Unavailable(reason)
+
+
+@functools.cache
+def _package(name: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        why = "is not installed" if name.startswith(missing) else f"cannot be imported: {error}"
+        raise Unavailable(f"{name.split('.')[0]} {why}") from None
+    except Exception as error:  # a package may look for a GPU, or for another torch, while it is imported
+        raise Unavailable(f"{name} cannot be imported: {' '.join(str(error).split())}") from None
+
+
+def _peer(module: str, call: Callable[[Any, Tensors, Options], Tensor], *limits: str, half: bool = False) -> Build:
+    """A provider from another package: call(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only."""
+
+    def build(workload: Workload) -> Call:
+        s, options = workload.sizes, workload.options
+        reasons = {
+            "takes no mask": "mask" in workload.masks,
+            "takes padding only as packed sequences": "key_mask" in workload.masks,
+            "has no dropout": workload.dropout,
+            "takes no scale and no mask": options,
+            "is causal only": not options.get("causal") or s["T_q"] != s["T_k"],
+        }
+        _refuse({reason: holds for reason, holds in reasons.items() if reason in limits})
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            x = next(iter(t.values()))
+            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (launch.recording() and not half))})
+            _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
+            return call(_package(module), t, o)
+
+        return run
+
+    return build
+
+
+class _Pair(torch.autograd.Function):
+    """A forward and a backward that a package offers as two functions: forward(*tensors) returns (y, what backward(dy, ...) needs)."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Any, backward: Any, *tensors: Any) -> Any:
+        y, saved = forward(*tensors)
+        ctx.backward_of, ctx.saved = backward, saved
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        return None, None, *ctx.backward_of(dy, *ctx.saved)
+
+
+def _compile(function: Any) -> Any:
+    torch.compiler.reset()  # the limit on recompilations counts all shapes of a function
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
+
+
+def _no_slow_compilation(x: Tensor) -> None:
+    _refuse(
+        {"a compilation takes minutes on a CPU: timed on CUDA only": compile_backend == "inductor" and not x.is_cuda}
+    )
+
+
+def _compiled(eager: Call) -> Build:
+    """What `torch.compile` makes of an eager function."""
+
+    def build(workload: Workload) -> Call:
+        call = _compile(eager)
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            _no_slow_compilation(next(iter(t.values())))
+            return call(t, o)
+
+        return run
+
+    return build
+
+
+# ---- attention: tensors q, k, v; options mask, key_mask, causal, dropout_p, seed
+
+
+def _mask_of(o: Options) -> Tensor | None:
+    """`mask`, or `key_mask` as one: broadcastable to (B, H, T_q, T_k). No workload has both."""
+    return o.get("mask") if o.get("key_mask") is None else o["key_mask"][:, None, None, :]
+
+
+@functools.lru_cache(maxsize=4)
+def _future(t_q: int, t_k: int, device: torch.device) -> Tensor:
+    return torch.ones(t_q, t_k, dtype=torch.bool, device=device).triu(1)
+
+
+def _heads_last(t: Tensors) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in t.values()]
+
+
+def _eager_attention(t: Tensors, o: Options) -> Tensor:
+    q, k, v = t["q"], t["k"], t["v"]
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    mask = _mask_of(o)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if o.get("causal"):
+        scores = scores.masked_fill(_future(q.shape[2], k.shape[2], q.device), -torch.inf)
+    return F.dropout(scores.softmax(-1), o.get("dropout_p", 0.0)) @ v
+
+
+def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
+    q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
+    if mask is not None and causal:  # torch takes one of them
+        mask, causal = mask & ~_future(q.shape[2], k.shape[2], q.device), False
+    return F.scaled_dot_product_attention(
+        q, k, t["v"], mask, o.get("dropout_p", 0.0), causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _sdpa(backend: SDPBackend) -> Build:
+    """One backend of torch's attention. Where it refuses, the reason is what torch says in warnings."""
+
+    def build(workload: Workload) -> Call:
+        tried: list[bool] = []
+
+        def attend(t: Tensors, o: Options) -> Tensor:
+            with sdpa_kernel(backend):
+                return _sdpa_attention(t, o)
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            if tried:
+                return attend(t, o)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    out = attend(t, o)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    said = [str(w.message).split(" (Triggered")[0] for w in caught]
+                    said = [line for line in said if not line.endswith("because:") and "disabled" not in line]
+                    raise Unavailable("; ".join(said) or str(error).splitlines()[0]) from None
+            tried.append(True)
+            return out
+
+        return run
+
+    return build
+
+
+def _flex(workload: Workload) -> Call:
+    _refuse({"has no dropout": workload.dropout})
+    attend = _compile(flex_attention)
+    made: dict[Any, tuple[Any, Any]] = {}
+
+    def restrictions(q: Tensor, k: Tensor, o: Options) -> tuple[Any, Any]:
+        """score_mod and block_mask."""
+        mask, padding, causal = o.get("mask"), o.get("key_mask"), bool(o.get("causal"))
+        if mask is not None and mask.dtype != torch.bool:
+            return (lambda score, b, h, i, j: score + mask[0, h, i, j]), None
+        if mask is None and padding is None and not causal:
+            return None, None
+
+        def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+            keep = i >= j if causal else j >= 0
+            if padding is not None:
+                keep = keep & padding[b, j]
+            return keep & mask[i, j] if mask is not None else keep
+
+        batches: Any = None if padding is None else q.shape[0]
+        heads: Any = None
+        return None, create_block_mask(seen, batches, heads, q.shape[2], k.shape[2], q.device)
+
+    def run(t: Tensors, o: Options) -> Tensor:
+        q, k, v = (x if x.is_cuda else x.detach() for x in t.values())  # on a CPU it has no backward
+        _no_slow_compilation(q)
+        if q.shape not in made:
+            made[q.shape] = restrictions(q, k, o)
+        return attend(q, k, v, *made[q.shape], enable_gqa=q.shape[1] != k.shape[1])
+
+    return run
+
+
+def _flash_attn(package: Any, t: Tensors, o: Options) -> Tensor:
+    more = {"dropout_p": o["dropout_p"]} if "dropout_p" in o else {}
+    out = package.flash_attn_func(*_heads_last(t), causal=bool(o.get("causal")), **more)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+_dense: list[Tensor] = []  # the mask that was last made dense, and what it became
+
+
+def _xformers(package: Any, t: Tensors, o: Options) -> Tensor:
+    q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
+    group = q.shape[1] // k.shape[1]
+    bias = package.LowerTriangularMask() if causal else None
+    if mask is not None:
+        source: Any = o.get("mask", o.get("key_mask"))
+        if not (_dense and _dense[0] is source):
+            if mask.dtype == torch.bool:
+                keep = mask & ~_future(q.shape[2], k.shape[2], q.device) if causal else mask
+                mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, -torch.inf)
+            _dense[:] = [source, mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()]
+        bias = _dense[1]
+    q, k, v = _heads_last(t)
+    if group > 1:  # (B, T, H_kv, group, D), keys expanded
+        q, k, v = q.unflatten(2, (-1, group)), *(x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (k, v))
+    try:
+        out = package.memory_efficient_attention(q, k, v, attn_bias=bias, p=o.get("dropout_p", 0.0))
+    except (NotImplementedError, ValueError) as error:
+        raise Unavailable(" ".join(str(error).split())[:200]) from None
+    return (out.flatten(2, 3) if group > 1 else out).transpose(1, 2)
+
+
+def _flag_gems_attention(package: Any, t: Tensors, o: Options) -> Tensor:
+    q, k, mask = t["q"], t["k"], _mask_of(o)
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    causal, gqa = bool(o.get("causal")), q.shape[1] != k.shape[1]
+    return package.scaled_dot_product_attention(q, k, t["v"], mask, 0.0, causal, None, gqa)
+
+
+# ---- row ops
+
+
+def _eager_layer_norm(t: Tensors, o: Options) -> Tensor:
+    return F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"])
+
+
+def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
+    shape = o["normalized_shape"]
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        y, mean, rstd = package.layer_norm(x, shape, weight, bias, o["eps"])
+        return y, (x, mean, rstd, weight, bias)
+
+    def backward(dy: Tensor, x: Tensor, *saved: Tensor) -> Any:
+        mean, rstd, weight, bias = saved
+        return package.layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, [True, True, True])
+
+    return _Pair.apply(forward, backward, t["x"], t["weight"], t["bias"])
+
+
+def _eager_softmax(t: Tensors, o: Options) -> Tensor:
+    x = t["x"] * o["scale"] if "scale" in o else t["x"]
+    if o.get("causal"):
+        x = x.masked_fill(_future(x.shape[-2], x.shape[-1], x.device), -torch.inf)
+    return x.softmax(-1)
+
+
+def _flag_gems_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y = package.softmax(x, -1)
+        return y, (y,)
+
+    return _Pair.apply(forward, lambda dy, y: (package.softmax_backward(dy, y, -1, y.dtype),), t["x"])
+
+
+def _fla_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y = package.softmax_fwd(x, x.dtype)
+        return y, (y,)
+
+    return _Pair.apply(forward, lambda dy, y: (package.softmax_bwd(y, dy.contiguous(), y.dtype),), t["x"])
+
+
+def _eager_cross_entropy(t: Tensors, o: Options) -> Tensor:
+    return F.cross_entropy(t["logits"], **o)
+
+
+def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
+    smoothing = o.get("label_smoothing", 0.0)
+    return package.LigerCrossEntropyFunction.apply(
+        t["logits"], o["target"], None, -100, 0.0, smoothing, "mean", None, False, False, False
+    )[0]
+
+
+def _eager_dropout(t: Tensors, o: Options) -> Tensor:
+    return t["residual"] + F.dropout(t["x"], o["p"])
+
+
+def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y, mask = package.dropout(x, o["p"], True)
+        return y, (mask,)
+
+    def backward(dy: Tensor, mask: Tensor) -> Any:
+        return (package.dropout_backward(dy, mask, 1 / (1 - o["p"])),)
+
+    return t["residual"] + _Pair.apply(forward, backward, t["x"])
+
+
+# ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict; options causal, dropout, norm_first, key_mask
+
+
+def _layer(kind: type[nn.Module], compiled: bool = False) -> Build:
+    """A layer class; its parameters become the workload's very tensors, so that gradients are theirs."""
+
+    def build(workload: Workload) -> Call:
+        s, made = workload.sizes, workload.options
+        norm_first = made["norm_first"]
+        layer = kind(s["C"], s["H"], s["F"], made["dropout"], batch_first=True, norm_first=norm_first, device="meta")
+        forward = _compile(layer) if compiled else layer
+        attached: list[Tensor] = []
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            x = t["x"]
+            if compiled:
+                _no_slow_compilation(x)
+            if not (attached and attached[0] is x):
+                for name in set(t) - {"x", "memory"}:
+                    owner, _, leaf = name.rpartition(".")
+                    module = layer.get_submodule(owner)
+                    delattr(module, leaf)
+                    setattr(module, leaf, t[name])
+                attached[:] = [x]
+            padding = None if o.get("key_mask") is None else ~o["key_mask"]
+            causal = _future(x.shape[1], x.shape[1], x.device)
+            return forward(x, t["memory"], tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
+
+        return run
+
+    return build
+
+
+def _torch(eager: Call) -> dict[str, Build]:
+    """The providers that every op has: ours, PyTorch's own operators, and what torch.compile makes of them."""
+
+    def ours(workload: Workload) -> Call:
+        op = getattr(kernels, workload.op)
+        return lambda t, o: op(**t, **o)
+
+    return {OURS: ours, "eager": lambda _: eager, "torch.compile": _compiled(eager)}
+
+
+_NO_MASKS = "takes no mask", "takes padding only as packed sequences"
+_PLAIN = "takes no scale and no mask"
+_PROVIDERS: dict[str, dict[str, Build]] = {
+    "attention": _torch(_eager_attention)
+    | {
+        "sdpa": lambda _: _sdpa_attention,
+        "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa math": _sdpa(SDPBackend.MATH),
+        "flex": _flex,
+        "flash_attn": _peer("flash_attn", _flash_attn, *_NO_MASKS, half=True),
+        "flash_attn 3": _peer("flash_attn_interface", _flash_attn, *_NO_MASKS, "has no dropout", half=True),
+        "xformers": _peer("xformers.ops", _xformers),
+        "flag_gems": _peer("flag_gems", _flag_gems_attention, "has no dropout"),
+        "fla": _peer(
+            "fla.ops.attn", lambda package, t, o: package.parallel_attn(*_heads_last(t)).transpose(1, 2),
+            *_NO_MASKS, "has no dropout", "is causal only",
+        ),
+    },
+    "layer_norm": _torch(_eager_layer_norm)
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.layer_norm",
+            lambda package, t, o: package.LigerLayerNormFunction.apply(t["x"], t["weight"], t["bias"], o["eps"]),
+        ),
+        "flag_gems": _peer("flag_gems", _flag_gems_layer_norm),
+        "fla": _peer(
+            "fla.modules.norm.layernorm",
+            lambda package, t, o: package.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"]),
+        ),
+    },
+    "softmax": _torch(_eager_softmax)
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.softmax", lambda package, t, o: package.LigerSoftmaxFunction.apply(t["x"]), _PLAIN
+        ),
+        "flag_gems": _peer("flag_gems", _flag_gems_softmax, _PLAIN),
+        "fla": _peer("fla.ops.utils.softmax", _fla_softmax, _PLAIN),
+    },
+    "cross_entropy": _torch(_eager_cross_entropy)
+    | {
+        "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),
+        "flag_gems": _peer(
+            "flag_gems.fused.cross_entropy_loss", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)
+        ),
+        "fla": _peer(
+            "fla.modules.fused_cross_entropy", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)[0].mean()
+        ),
+    },
+    "dropout": _torch(_eager_dropout) | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
+    "decoder_layer": {
+        OURS: _layer(TransformerDecoderLayer),
+        "eager": _layer(nn.TransformerDecoderLayer),
+        "torch.compile": _layer(nn.TransformerDecoderLayer, compiled=True),
+    },
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a kernel costs, read from its machine code and its interpreted run: no GPU needed (`tileformer bench static`)."""

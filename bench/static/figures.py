@@ -1,0 +1,162 @@
+"""The figures of a launch: what its machine code holds (class A), its main loops' pipes (B), and what the model makes of them (C)."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import re
+from typing import Any
+
+import torch
+
+from tileformer.bench.recording import Binary, Launch
+from tileformer.bench.static import model
+from tileformer.bench.static.rates import LOADS, RATES, STORES, TENSOR, Rates
+from tileformer.bench.static.sass import Code, Instruction, accesses, cycles, occupancy, spills, tensor_shapes
+from tileformer.bench.workloads import Workload
+
+
+@functools.lru_cache(maxsize=64)
+def code_of(cubin: bytes, binary: Binary) -> Code:
+    """The instructions of a binary."""
+    return Code.parse(binary.sass)
+
+
+def exact(launch: Launch) -> dict[str, Any]:
+    """Class A: true of this binary, whatever runs it. Any supported architecture."""
+    binary = launch.binary
+    code = code_of(binary.cubin, binary).instructions
+    widths = accesses(code)
+    return dict(
+        kernel=binary.name, arch=binary.arch, grid=list(launch.grid), warps=launch.warps, stages=launch.stages,
+        tile={name: x for name, x in launch.constants.items() if type(x) is int and x > 1 and re.match("BLOCK|B[A-Z]$|TILE", name)},
+        **binary.usage, shared=binary.shared, **spills(code), accesses=widths,
+        narrow=sum(n for width, n in widths.items() if width not in ("128", "bulk")), tensor=tensor_shapes(code),
+    )  # fmt: skip
+
+
+def _flops(path: list[Instruction]) -> int:
+    """FLOPs of a warp's matrix instructions; tcgen05's shapes are in descriptors and count 0."""
+    total = 0
+    for i in path:
+        if shape := re.search(r"64x(\d+)x(\d+)", i.op) if TENSOR.match(i.op) else None:
+            total += 2 * 64 * int(shape[1]) * int(shape[2]) // 4
+        elif i.base == "HMMA":
+            total += 4096 if ".16816." in i.op else 2048
+    return total
+
+
+def tensor_loops(code: Code) -> list[list[Instruction]]:
+    """Paths of the innermost loops that multiply matrices and store nothing, the one with the least other work first."""
+    paths: list[list[Instruction]] = []
+    inner: list[set[int]] = []
+    for head, body in code.loops():
+        path = code.path(head, body)
+        if any(TENSOR.match(i.op) for i in path) and not any(i.base in STORES | {"UTMASTG"} for i in path):
+            if not any(other < body for other in inner):
+                inner.append(body)
+                paths.append(path)
+    return sorted(paths, key=lambda path: (len(path) / max(_flops(path), 1), len(path)))
+
+
+def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, Any]]:
+    """Class B of each tensor loop: cycles of a warp on each pipe; issue / tensor; and (C) the share of the replay in which the tensor pipe is busy."""
+    rows = []
+    for path in tensor_loops(code_of(launch.binary.cubin, launch.binary)):
+        held = cycles(path, rates)
+        row: dict[str, Any] = {name: round(time, 1) for name, time in held.items()}
+        if held["tensor"]:
+            replay = model.band(path, rates, blocks, launch.warps)
+            busy = held["tensor"] * blocks * launch.warps / 4
+            row["issue_per_tensor"] = round(held["issue"] / held["tensor"], 3)
+            row["tensor_share"] = round(busy / replay[0], 3)
+        rows.append(row)
+    return rows
+
+
+def causal_trips(length: int, rows: int, block: int) -> tuple[float, float]:
+    """Mean trips of a query tile of `rows` over key tiles of `block`: (all that it may see, those that cross the diagonal)."""
+    tiles = math.ceil(length / rows)
+    every = sum(math.ceil(min(length, (n + 1) * rows) / block) for n in range(tiles)) / tiles
+    return every, every - sum((n * rows + 1) // block for n in range(tiles)) / tiles
+
+
+def attention_share(launch: Launch, workload: Workload, rates: Rates, blocks: int) -> dict[str, Any]:
+    """Forward attention on sm_80 and sm_90: shares of the tensor cores' peak, class B (`bound`) and C (`share` with its band)."""
+    paths, s, size = tensor_loops(code_of(launch.binary.cubin, launch.binary)), workload.sizes, 2
+    per_trip = _flops(paths[0]) * launch.warps if paths else 0
+    if not per_trip or not blocks:
+        return {}
+    programs = math.prod(launch.grid)
+    rows = s["B"] * s["H"] * s["T_q"] // programs
+    keys = per_trip // (4 * rows * s["D"])
+    every, edge = causal_trips(s["T_k"], rows, keys) if workload.options.get("causal") else (s["T_k"] / keys, 0.0)
+    edge = edge if len(paths) > 1 else 0.0
+    useful = workload.flops("forward") / programs * blocks / rates.tensor_flops  # cycles of the multiprocessor at the peak
+    l2 = 2 * keys * s["D"] * size
+
+    def time(n: int) -> tuple[float, ...]:
+        floor = model.bound(paths[n], rates, blocks, launch.warps, l2)
+        return max(floor.values()), *(max(x, floor["l2"]) for x in model.band(paths[n], rates, blocks, launch.warps))
+
+    times = [(every - edge) * main + edge * masked for main, masked in zip(time(0), time(1 if edge else 0), strict=True)]
+    bound, middle, most, least = (round(useful / t, 3) for t in times)
+    return dict(tile_rows=rows, tile_keys=keys, bound=bound, share=middle, share_band=[least, most])
+
+
+def row_figures(launch: Launch, rates: Rates, blocks: int, moved: int | None) -> dict[str, Any]:
+    """Row kernels: bytes that resident blocks keep in flight (B), and the modelled time against DRAM's floor (C) if it is known what is moved."""
+    code = code_of(launch.binary.cubin, launch.binary)
+    loops = [code.path(head, body) for head, body in code.loops()]
+    size = lambda path, kinds: sum(i.bytes for i in path if i.base in kinds) * 32 * launch.warps  # noqa: E731
+    loop = max(loops, key=lambda path: size(path, LOADS | STORES), default=[])
+    whole, programs = code.path(), math.prod(launch.grid)
+    loaded = max(size(loop, LOADS), size(whole, LOADS) - size(loop, LOADS))
+    found: dict[str, Any] = dict(bytes_in_flight=min(blocks, math.ceil(programs / rates.multiprocessors)) * loaded)
+    if moved and blocks:
+        busy, floor = model.row_time(whole, loop, rates, blocks, launch.warps, programs, moved)
+        found |= dict(us_busy=round(busy, 1), us_dram=round(floor, 1), roof=round(floor / max(busy, floor), 3))
+    return found
+
+
+def figures(launch: Launch, workload: Workload, mode: str, alone: bool) -> dict[str, Any]:
+    """Every figure of one launch of a workload's pass; `alone`: the pass is this launch, so its bytes are known."""
+    found = exact(launch)
+    rates = RATES.get(launch.binary.arch)
+    if rates is None:
+        return found
+    found["blocks"] = blocks = occupancy(found["registers"], launch.binary.shared, launch.warps, rates)
+    if workload.flops("forward"):
+        found["loops"] = loop_figures(launch, rates, blocks)
+        if found["loops"] and "issue_per_tensor" in found["loops"][0]:
+            found["issue_per_tensor"] = found["loops"][0]["issue_per_tensor"]
+        if mode == "forward" and not workload.masks and workload.sizes["T_q"] >= 128:
+            found |= attention_share(launch, workload, rates, blocks)
+    else:
+        moved = workload.bytes(torch.bfloat16, mode) if alone else None
+        found |= row_figures(launch, rates, blocks, moved)
+    return found
+
+
+def best(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of an autotuner's choices, the one that the model likes best, and how many there were and spill."""
+
+    def merit(row: dict[str, Any]) -> tuple[float, ...]:
+        loops = [loop.get("tensor_share", 0.0) for loop in row.get("loops", [])]
+        return (
+            row.get("share", row.get("roof", 0.0)), -row.get("us_busy", 0.0), min(loops, default=0.0),
+            -row["spill_instructions"], row.get("blocks", 0) * row["warps"], -row["narrow"],
+        )  # fmt: skip
+
+    chosen = max(found, key=merit)  # the first of equals: the list's order
+    return chosen | dict(configurations=len(found), spilling=sum(bool(row["spill_instructions"]) for row in found))
+
+
+def grouped(launches: list[Launch]) -> list[list[Launch]]:
+    """One list for each launch of a run; an autotuned one holds all choices, each binary once."""
+    groups: dict[Any, dict[Any, Launch]] = collections.OrderedDict()
+    for n, launch in enumerate(launches):
+        key = ("tuned", launch.candidate) if launch.candidate is not None else ("plain", n)
+        groups.setdefault(key, {}).setdefault((launch.binary.cubin, launch.grid), launch)
+    return [list(group.values()) for group in groups.values()]

@@ -1,0 +1,67 @@
+"""Goals as data (bench/goals.toml) and their verdicts. A and B are asserted; C is a model's figure, printed with its band and never asserted."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from typing import Any
+
+FILE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "goals.toml")
+
+
+def load(file: str = FILE) -> list[dict[str, Any]]:
+    """The goals of a file: name, class, `where` (patterns for a row's fields), figure, and at_most or at_least."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[import-not-found, no-redef]
+    with open(file, "rb") as opened:
+        return tomllib.load(opened)["goal"]
+
+
+def _fits(row: dict[str, Any], where: dict[str, Any]) -> bool:
+    for field, wanted in where.items():
+        choices = wanted if isinstance(wanted, list) else [wanted]
+        if not any(fnmatch.fnmatchcase(str(row.get(field, "")), str(choice)) for choice in choices):
+            return False
+    return True
+
+
+def verdicts(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool = False) -> list[dict[str, Any]]:
+    """One for each goal: its worst figure, the row that has it, how many rows were held to it, and "pass", "miss", "lead" or "not run".
+
+    A goal is not run where the run has no architecture or op for it, or took a `part` of the calls; one that finds no figure in rows that should
+    have it is missed.
+    """
+    found = []
+    seen = {(row["op"], row["arch"]) for row in rows if row["provider"] == "tileformer"}
+    for goal in goals:
+        where = {"provider": "tileformer"} | goal["where"]
+        rows_of = [row for row in rows if _fits(row, where) and goal["figure"] in row]
+        wanted = {field: x for field, x in where.items() if field in ("op", "arch")}
+        expected = any(_fits(dict(op=op, arch=arch), wanted) for op, arch in seen)
+        sign = 1 if "at_most" in goal else -1
+        limit = goal.get("at_most", goal.get("at_least"))
+        worst = max(rows_of, key=lambda row: sign * row[goal["figure"]], default=None)
+        verdict = dict(goal, rows=len(rows_of), limit=("<= " if sign > 0 else ">= ") + str(limit))
+        if worst is None:
+            verdict["verdict"] = "miss" if expected and not part and not goal.get("needs_peers") else "not run"
+        else:
+            figure = worst[goal["figure"]]
+            kept = sign * figure <= sign * limit
+            verdict |= dict(worst=figure, at=" ".join(str(worst[x]) for x in ("op", "workload", "pass", "kernel", "dtype", "arch") if x in worst))
+            verdict["verdict"] = "lead" if goal["class"] == "C" else "pass" if kept else "miss"
+            if "share_band" in worst:
+                verdict["band"] = worst["share_band"]
+        found.append(verdict)
+    return found
+
+
+def lines(found: list[dict[str, Any]]) -> list[str]:
+    """The verdicts as text."""
+    text = [f"\n{'goal':<78} {'class':<5} {'worst':>8} {'wanted':>8} {'rows':>4}  verdict"]
+    for v in found:
+        text.append(f"{v['name']:<78} {v['class']:<5} {v.get('worst', '-'):>8} {v['limit']:>8} {v['rows']:>4}  {v['verdict']}")
+        if v["verdict"] in ("miss", "lead") and "at" in v:
+            text.append(f"    at {v['at']}" + (f", share's band {v['band']}" if "band" in v else ""))
+    return text

@@ -1,0 +1,195 @@
+"""Static figures of every kernel beside other libraries': machine code, traffic, model; goals checked. No GPU is used or needed.
+
+A is exact for this compiler, B counts cycles at documented rates, C is a model whose error is stated in bench/static/model.py. Peers are scored over
+their whole configuration lists by the same code. Results are cached by kernel source, versions and the tools' own source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from tileformer.bench.recording import ARCHITECTURES
+from tileformer.bench.static import capture, goals
+from tileformer.bench.static.capture import OURS, PEERS
+from tileformer.bench.static.rates import RATES
+
+OPS = ("attention", "layer_norm", "softmax", "cross_entropy", "dropout")
+BENCH = Path(__file__).resolve().parents[1]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `tileformer bench static`."""
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], metavar="CC", help="default: 80 90 100")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op (repeatable)")
+    parser.add_argument("--call", metavar="PATTERN", help="only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run")
+    parser.add_argument("--against", default="", metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+    parser.add_argument("--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed")
+    parser.add_argument("--evidence", metavar="FILE", help="write docs/evidence.md's text to FILE")
+    parser.add_argument("--cache", metavar="FOLDER", help="default: tileformer/static in XDG_CACHE_HOME or ~/.cache")
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def _key(job: dict[str, Any]) -> str:
+    """What a job's rows depend on: kernels (or a peer's version), compiler, and the tools that read them."""
+    tools = [*BENCH.glob("static/*.py"), *(BENCH / name for name in ("recording.py", "compiled.py", "workloads.py", "providers.py", "cases.py"))]
+    own = job["provider"] == OURS
+    source = _hash_of((BENCH.parent / "kernels").rglob("*.py")) if own else importlib.metadata.version(PEERS[job["provider"]])
+    tools = [path for path in tools if path.name not in ("report.py", "goals.py", "evidence.py")]
+    return hashlib.sha256(json.dumps([job, source, triton.__version__, torch.__version__, _hash_of(tools)]).encode()).hexdigest()
+
+
+def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
+    """A job's rows, from the cache or from a process of its own: its driver must not meet a real GPU's."""
+    file = cache / f"{_key(job)}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    source = str(BENCH.parent / "src")
+    paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]) if os.path.isdir(source) else os.environ.get("PYTHONPATH", "")
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=paths, OMP_NUM_THREADS="1", GEMS_VENDOR="nvidia")
+    command = [sys.executable, "-W", "ignore", "-m", "tileformer.bench.static.capture"]
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{job}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+    rows = json.loads(done.stdout.splitlines()[-1])
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(rows))
+    unfinished.replace(file)
+    return rows
+
+
+def _jobs(archs: list[int], ops: list[str], providers: list[str], pattern: str) -> list[dict[str, Any]]:
+    """The longest first; one workload of attention a job, and the whole of any other op."""
+    jobs: list[dict[str, Any]] = []
+    for provider in sorted(providers, key=["flag_gems", OURS, "fla", "liger"].index):
+        for arch in archs:
+            for op in ops:
+                names = [w.name for w in capture.workloads([op], provider) if fnmatch.fnmatchcase(w.name, pattern)]
+                parts = [[name] for name in names] if op == "attention" and provider != OURS else [names]
+                job = dict(kind="launches", provider=provider, arch=arch, op=op)
+                jobs += [dict(job, workloads=part) for part in parts if part]
+                if provider == OURS and pattern == "*":
+                    jobs.append(dict(job, kind="tables", workloads=[]))
+    return jobs
+
+
+def _with_traffic(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
+    """A job's rows; then, where there are rates, its traffic in the configurations that were best."""
+    rows = _do(job, cache)
+    if job["kind"] == "tables" or job["arch"] not in RATES:
+        return rows
+    choices = [{name: row[name] for name in ("kernel", "tile", "warps")} for row in rows if "tile" in row]
+    return rows + _do(dict(job, kind="traffic", choices=choices), cache)
+
+
+def collect(archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*") -> list[dict[str, Any]]:
+    """Every row, in an order that depends on nothing but the arguments."""
+    cache.mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(archs, ops, providers, pattern)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for found in pool.map(lambda job: _with_traffic(job, cache), jobs) for row in found]
+    rows.sort(key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider")))
+    _beside_peers(rows)
+    return rows
+
+
+def _beside_peers(rows: list[dict[str, Any]]) -> None:
+    """Add to ours the ratio of the modelled share (of the tensor peak, or of DRAM's rate) to the best peer's for the same call."""
+    for figure in ("share", "roof"):
+        theirs: dict[tuple[Any, ...], float] = {}
+        at = lambda row: (row["op"], row["workload"], row["arch"], row.get("pass"))  # noqa: E731
+        for row in rows:
+            if row["provider"] in PEERS and figure in row:
+                theirs[at(row)] = max(row[figure], theirs.get(at(row), 0.0))
+        for row in rows:
+            if row["provider"] == OURS and figure in row and theirs.get(at(row)):
+                row[f"{figure}_over_best_peer"] = round(row[figure] / theirs[at(row)], 3)
+
+
+_HEADER = (
+    f"{'sm':<4} {'provider':<10} {'call':<32} {'pass':<8} {'kernel':<30} {'tile':<18} {'w':>2} {'regs':>4} {'spill':>5} {'blk':>3} "
+    f"{'narrow':>6} {'iss/ten':>7} {'bound':>5} {'share or roof':<22} {'n':>3}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    start = f"{row['arch']:<4} {row['provider']:<10} {row['op'] + ' ' + row['workload']:<32.32} "
+    if "skipped" in row:
+        return start + f"skipped: {row['skipped']}"
+    model = ""
+    if "share" in row:
+        model = f"{row['share']:.2f} [{row['share_band'][0]:.2f}, {row['share_band'][1]:.2f}]"
+    elif "roof" in row:
+        model = f"{row['roof']:.2f} ({row['us_busy']:.0f} / {row['us_dram']:.0f} us)"
+    tile = "x".join(str(x) for x in row["tile"].values())
+    return start + (
+        f"{row['pass']:<8} {row['kernel']:<30.30} {tile:<18.18} {row['warps']:>2} {row['registers']:>4} {row['spill_bytes']:>5} {row.get('blocks', ''):>3} "
+        f"{row['narrow']:>6} {row.get('issue_per_tensor', ''):>7} {row.get('bound', ''):>5} {model:<22} {row['configurations']:>3}"
+    )
+
+
+def traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of what was counted in the interpreter."""
+    text = [f"\n{'sm':<4} {'provider':<10} {'call':<32} {'pass':<8} {'MB':>8} {'moved/least':>11} {'distinct/least':>14} {'FLOPs/useful':>12}"]
+    for row in rows:
+        start = f"{row['arch']:<4} {row['provider']:<10} {row['op'] + ' ' + row['workload']:<32.32} "
+        if "uncounted" in row:
+            text.append(start + f"not counted: {row['uncounted']}")
+        elif "bytes_total" in row:
+            text.append(start + f"{row['pass']:<8} {row['bytes_total'] / 1e6:>8.1f} {row['moved_over_minimal']:>11} {row['distinct_over_minimal']:>14} "
+                        f"{row.get('flops_over_useful', ''):>12}")  # fmt: skip
+    return text
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the table; 1 if a goal of class A or B is missed."""
+    unknown = set(args.arch) - set(ARCHITECTURES)
+    peers = [name for name in args.against.split(",") if name]
+    if unknown or set(peers) - set(PEERS):
+        raise ValueError(f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against}")
+    providers = [OURS]
+    for name in peers:
+        try:
+            importlib.metadata.version(PEERS[name])
+            providers.append(name)
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name} skipped: not installed (pip install {PEERS[name]})")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = Path(args.cache or os.path.join(home, "tileformer", "static"))
+    rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*")
+    print(f"Triton {triton.__version__}; not measured on a GPU: A and B are exact or counted, shares are modelled\n{_HEADER}")
+    for row in rows:
+        if "dtype" not in row and "uncounted" not in row and "bytes_total" not in row:
+            print(line(row))
+    print("\n".join(traffic_lines(rows)))
+    versions = {name: importlib.metadata.version(PEERS[name]) for name in providers[1:]}
+    found = goals.verdicts(goals.load(), rows, part=bool(args.call)) if args.goals else []
+    print("\n".join(goals.lines(found)) if args.goals else "")
+    if args.json:
+        report = dict(triton=triton.__version__, torch=torch.__version__, peers=versions, rows=rows, goals=found)
+        Path(args.json).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    return int(any(v["verdict"] == "miss" for v in found))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m tileformer.bench.static.report", description=__doc__)
+    add_arguments(parser)
+    sys.exit(main(parser.parse_args()))

@@ -1,0 +1,212 @@
+"""Search tiles on a GPU, each candidate checked before it is timed, and try the switches that no one could decide without one.
+
+`search` prints rows of kernels/attention/tiles.py to paste. `EXPERIMENTS` is the list of the first day on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import statistics
+import time
+import unittest.mock
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tileformer.bench.measure import DRY, Bench, Truth, ours, passes
+from tileformer.bench.providers import OURS, providers
+from tileformer.bench.workloads import WORKLOADS, Workload
+from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, family
+from tileformer.kernels.launch import arch_of
+
+TABLES = {
+    "FORWARD": (FORWARD, "forward"),
+    "BACKWARD_DQ": (BACKWARD_DQ, "backward"),
+    "BACKWARD_DKDV": (BACKWARD_DKDV, "backward"),
+}
+CANDIDATES = {
+    "FORWARD": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    "BACKWARD_DQ": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    "BACKWARD_DKDV": list(itertools.product((32, 64), (64, 128), (4, 8), (1, 2, 3))),
+}
+FEATURES = {"plain": "D {} causal T 4096", "mask": "D {} boolean mask", "dropout": "D {} dropout"}
+
+
+def named(op: str, name: str) -> Workload:
+    """The workload of that name."""
+    return next(w for w in WORKLOADS if (w.op, w.name) == (op, name))
+
+
+class Trial:
+    """One workload and mode of ours, to be judged and timed under several tiles."""
+
+    def __init__(self, bench: Bench, workload: Workload, mode: str) -> None:
+        self.bench, self.workload, self.mode = bench, bench.sized(workload), mode
+        self.inputs = self.workload.inputs(bench.device, bench.dtype)
+        self.truth = Truth(self.workload, *self.inputs)
+
+    def __call__(self) -> tuple[float, str]:
+        """Median ms of the kernels as they are now, and what is wrong with them ("" if nothing; only then the time counts)."""
+        call, dry = providers(self.workload.op)[OURS](self.workload), self.bench.clock.dry
+        try:
+            with ours(dry):
+                worst = max(self.truth.ratios(call, *self.inputs)[0].values())
+                if worst > 1.0 and not dry:  # a dry run executes nothing that could be right
+                    return float("inf"), f"error is {worst:.3g} times its budget"
+                seconds = self.bench.clock.rounds(*passes(self.workload, call, *self.inputs, self.mode))
+                return statistics.median(seconds) * 1e3, ""
+        except Exception as error:
+            if dry:
+                raise
+            return float("inf"), " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, Any]]:
+    """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste; all that was tried."""
+    with ours(bench.clock.dry):
+        arch = family(arch_of(bench.clock.flush))
+    found: list[dict[str, Any]] = []
+    for name, (table, mode) in TABLES.items():
+        for feature, workload_name in FEATURES.items():
+            best = dict(table[arch][feature])
+            for size in sizes:
+                trial = Trial(bench, named("attention", workload_name.format(size)), mode)
+                times: dict[Any, float] = {}
+                candidates = dict.fromkeys([best[size], *CANDIDATES[name]])
+                for row in list(candidates)[: 2 if bench.clock.dry else None]:
+                    if time.monotonic() > bench.deadline:
+                        print(f"time is up: {name} {feature} {size} is not finished")
+                        break
+                    with unittest.mock.patch.dict(table[arch][feature], {size: row}):
+                        ms, problem = trial()
+                    found.append(
+                        dict(table=name, arch=arch, feature=feature, size=size, row=row, ms=ms, problem=problem)
+                    )
+                    figure = DRY if bench.clock.dry else f"{ms:.4f} ms"
+                    print(f"{name} {feature} {size} {row}: {problem or figure}", flush=True)
+                    if not problem:
+                        times[row] = ms
+                best[size] = min(times, key=times.__getitem__) if times else best[size]
+            print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
+    return found
+
+
+@contextlib.contextmanager
+def changed(op: str, kernel: str, **change: int) -> Iterator[None]:
+    """Inside, launches of `kernel` take the first tile of their table with `change`, and no other.
+
+    Raises:
+        RuntimeError: at the end, if the kernel was not launched: the experiment would have compared the same with the same.
+    """
+    module = importlib.import_module(f"tileformer.kernels.{op}")
+    original, count = module.launch, 0
+
+    def launch(function: Any, grid: Any, like: Any, args: Any, flags: Any, tiles: Any) -> Any:
+        nonlocal count
+        if function.fn.__name__ == kernel:
+            count, tiles = count + 1, [{**tiles[0], **change}]
+        return original(function, grid, like, args, flags, tiles)
+
+    with unittest.mock.patch.object(module, "launch", launch):
+        yield
+    if not count:
+        raise RuntimeError(f"{kernel} was not launched: {op} has another kernel now")
+
+
+Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
+
+
+def tile(table: Any, size: int, row: tuple[int, int, int, int]) -> Context:
+    """A row of a table's plain feature, in force inside."""
+
+    def context(bench: Bench) -> contextlib.AbstractContextManager[Any]:
+        with ours(bench.clock.dry):
+            return unittest.mock.patch.dict(table[family(arch_of(bench.clock.flush))]["plain"], {size: row})
+
+    return context
+
+
+def programs(count: int) -> Context:
+    """So many programs a multiprocessor share the rows of layer norm's backward."""
+    module = importlib.import_module("tileformer.kernels.layer_norm")
+    shipped = module._programs  # two a multiprocessor
+    return lambda bench: unittest.mock.patch.object(module, "_programs", lambda x: shipped(x) * count // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One question for a GPU: variants of a call, the default first. Without variants `reason` says what the kernels lack."""
+
+    question: str
+    workload: tuple[str, str] = ("", "")
+    mode: str = "forward"
+    variants: dict[str, Context] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+
+
+def _options(op: str, kernel: str, name: str, *values: int) -> dict[str, Context]:
+    return {f"{name} {x}": lambda bench, x=x: changed(op, kernel, **{name: x}) for x in values}  # type: ignore[misc]
+
+
+def _tiles(table: Any, size: int, *rows: tuple[int, int, int, int]) -> dict[str, Context]:
+    return {str(row): tile(table, size, row) for row in rows}
+
+
+_FWD, _LN_FWD, _LN_BWD = "_attention_fwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"
+_D64, _D128, _CAUSAL = (
+    ("attention", "D 64 full T 4096"),
+    ("attention", "D 128 full T 4096"),
+    ("attention", "D 128 causal T 4096"),
+)
+_NORM, _WIDE_NORM, _LOSS = (
+    ("layer_norm", "rows N 1024"),
+    ("layer_norm", "rows N 4096"),
+    ("cross_entropy", "classes V 32000"),
+)
+EXPERIMENTS = [
+    Experiment("1 every kernel against float64", reason="the parts self-test and check of gpu-day"),
+    Experiment("2 D 128: descriptors (TMA) on or off", reason="the kernels load through pointers only"),
+    Experiment("3 D 64 forward: 128x64, 4 warps (two programs a multiprocessor) or 128x128, 8 warps", _D64, "forward",
+               _tiles(FORWARD, 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
+    Experiment("4 D 128 dk, dv: 64x128 or 64x64, 2 or 3 stages", _CAUSAL, "backward",
+               _tiles(BACKWARD_DKDV, 128, (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 64, 8, 2))),
+    Experiment("5 sections of heads that share the L2 cache", reason="the grid has one order: heads one by one, longest tiles first"),
+    Experiment("6a layer norm forward: rows a program", _NORM, "forward", _options("layer_norm", _LN_FWD, "BLOCK_R", 1, 2, 4, 8)),
+    Experiment("6b layer norm backward: programs a multiprocessor", _NORM, "backward", {str(k): programs(k) for k in (1, 2, 4)}),
+    Experiment("6c layer norm backward: stages", _WIDE_NORM, "backward", _options("layer_norm", _LN_BWD, "num_stages", 1, 2, 3)),
+    Experiment("7 cross-entropy forward: warps", _LOSS, "forward",
+               _options("cross_entropy", "_cross_entropy_fwd_kernel", "num_warps", 4, 8, 16, 32)),
+    Experiment("8 decoding: parts of the keys", reason="no kernel splits the keys: see the workloads named decode"),
+    Experiment("9 D 64 backward with atomics", reason="the backward is two launches without atomics"),
+    Experiment("10 lazy rescaling on sm_100", reason="the forward always rescales"),
+    Experiment("11 warp specialisation on sm_100", reason="the kernels' loops do not ask for it"),
+    Experiment("12a D 64 forward: at most so many registers", _D64, "forward", _options("attention", _FWD, "maxnreg", 255, 168, 128)),
+    Experiment("12b D 128 forward: at most so many registers", _D128, "forward", _options("attention", _FWD, "maxnreg", 255, 168, 128)),
+]  # fmt: skip
+
+
+def experiments(bench: Bench, every: int = 1) -> list[dict[str, Any]]:
+    """Run the list, or every so manieth of those with variants; print and return a row a variant: ms, and its time over the shipped kernel's."""
+    found: list[dict[str, Any]] = []
+    for experiment in [e for e in EXPERIMENTS if not e.variants] + [e for e in EXPERIMENTS if e.variants][::every]:
+        row = dict(question=experiment.question, variant="", ms=None, ratio=None, problem=experiment.reason)
+        print(f"{experiment.question}{': ' + experiment.reason if experiment.reason else ''}", flush=True)
+        if not experiment.variants:
+            found.append(row)
+            continue
+        trial, shipped = Trial(bench, named(*experiment.workload), experiment.mode), 0.0
+        variants: dict[str, Context] = {"as shipped": lambda bench: contextlib.nullcontext(), **experiment.variants}
+        for label in [*variants][:: len(variants) - 1 if bench.clock.dry else 1]:  # dry: the first and the last
+            if time.monotonic() > bench.deadline:
+                print("time is up")
+                return found
+            with variants[label](bench):
+                ms, problem = trial()
+            shipped = shipped or ms
+            times = dict(ms=None, ratio=None) if problem else dict(ms=ms, ratio=ms / shipped)
+            found.append(row | dict(variant=label, problem=problem) | times)
+            figures = DRY if bench.clock.dry else f"{ms:.4f} ms, {ms / shipped:.3f} of the time as shipped"
+            print(f"    {label}: {problem or figures}", flush=True)
+    return sorted(found, key=lambda row: int("".join(c for c in row["question"].split()[0] if c.isdigit())))

@@ -1,0 +1,304 @@
+"""Mutation proof: plant each fault of mutants.py in a copy of the tree, and let the tests of `make test` find it.
+
+    python tests/mutation [--sample N | --only TEXT] [--jobs J]
+
+A mutant counts as killed when a test fails that passes on the copy without it. The selection of `make test` is not changed; the test
+files most likely to notice come first, so that a kill takes seconds, and a survivor has run the whole selection. Prints the score; the exit
+status is 1 when a mutant survives, and 2 when a patch does not apply exactly once or a kill cannot be told from a broken tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy starts threads, which a fork would lose
+    os.environ.setdefault(_variable, "1")
+
+import hypothesis.strategies  # noqa: F401  # this and the rest: imported once, before the forks
+import mutants  # this folder is the first place that Python looks in
+import numpy.testing  # noqa: F401
+import pytest
+import torch._inductor
+import torch.export  # noqa: F401
+import triton.runtime.interpreter  # noqa: F401
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LONGEST = 3600  # seconds; a mutant that never ends is killed too
+FIRST = {
+    "kernels/attention/plain": "test_values test_decoder_parity test_attention",
+    "kernels/attention/": "test_values test_attention test_memory test_fuzz",
+    "kernels/layer_norm": "test_layer_norm test_values",
+    "kernels/softmax": "test_softmax test_values",
+    "kernels/cross_entropy": "test_cross_entropy test_values",
+    "kernels/dropout": "test_dropout test_values",
+    "kernels/bits": "test_dropout test_attention",
+    "kernels/rows": "test_layer_norm test_softmax test_cross_entropy test_dropout",
+    "kernels/": "test_attention test_dropout test_softmax test_autograd",
+    "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One fault: in `path`, inside the function `within` if it is given, `old` (which is there once) becomes `new`."""
+
+    path: str
+    kind: str
+    why: str
+    old: str
+    new: str
+    within: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}{':' + self.within if self.within else ''}: {self.why}"
+
+    def applied(self, text: str) -> str:
+        """The text of the file with the fault in it. Raises ValueError where the patch does not fit."""
+        start, end = 0, len(text)
+        if self.within:
+            heads = [m.start() for m in re.finditer(rf"^( *)(?:def|class) {self.within}\b", text, re.MULTILINE)]
+            if len(heads) != 1:
+                raise ValueError(f"{self.name}: {len(heads)} definitions of {self.within} instead of one")
+            start = heads[0]
+            indent = re.match(" *", text[start:])[0]  # type: ignore[index]
+            after = re.search(rf"^{indent}[@\w]", text[text.index("\n", start) :], re.MULTILINE)
+            end = text.index("\n", start) + after.start() if after else end
+        count = text.count(self.old, start, end)
+        if count != 1:
+            raise ValueError(f"{self.name}: the old text occurs {count} times instead of once: {self.old!r}")
+        mutated = text[:start] + text[start:end].replace(self.old, self.new) + text[end:]
+        try:
+            compile(mutated, self.path, "exec")
+        except SyntaxError as error:
+            raise ValueError(f"{self.name}: the new text is no Python: {error}") from None
+        return mutated
+
+
+def listed() -> list[Mutant]:
+    """Every mutant of mutants.py; ValueError for one that is malformed or of a class that the taxonomy does not list."""
+    found = [Mutant(path, *fields) for path, rows in mutants.MUTANTS.items() for fields in rows]
+    for mutant in found:
+        if mutant.kind not in mutants.TAXONOMY:
+            raise ValueError(f"{mutant.name}: {mutant.kind!r} is not in the taxonomy")
+    missing = set(mutants.TAXONOMY) - {mutant.kind for mutant in found}
+    if missing:
+        raise ValueError(f"classes without a mutant: {sorted(missing)}")
+    names = [mutant.name for mutant in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two mutants of one name: {sorted({n for n in names if names.count(n) > 1})}")
+    return found
+
+
+def copy_tree(target: pathlib.Path) -> None:
+    """The files that git knows or would take, links as links."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )  # fmt: skip
+    for name in filter(None, listing.stdout.decode().split("\0")):
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
+
+
+def test_files(path: str) -> tuple[list[str], list[str]]:
+    """The test files most likely to notice a change of `path`, and all of them."""
+    every = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
+    hint = next((files for start, files in FIRST.items() if path.startswith(start)), "").split()
+    return [f"tests/{name}.py" for name in hint if f"tests/{name}.py" in every], every
+
+
+class Run:
+    """pytest in a tree, in a fork of this process, which has imported all that does not belong to the tree."""
+
+    def __init__(self, tree: pathlib.Path, arguments: list[str]) -> None:
+        self.cache, self.shown, self.began = tree / ".mutation_cache", tree / ".mutation_output", time.monotonic()
+        shutil.rmtree(self.cache, ignore_errors=True)
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.setsid()
+        os.chdir(tree)
+        with open(self.shown, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ["PYTHONPATH"] = str(tree / "src")
+        sys.path[:] = [str(tree / "src"), *(place for place in sys.path if place != str(ROOT / "src"))]
+        try:
+            status = int(
+                pytest.main(
+                    [
+                        "-q",
+                        "-x",
+                        "--tb=line",
+                        "-W",
+                        "ignore:Module already imported",
+                        "-o",
+                        f"cache_dir={self.cache}",
+                        *arguments,
+                    ]
+                )
+            )
+        except BaseException:
+            traceback.print_exc()
+            status = 70
+        sys.stdout.flush()
+        os._exit(status)
+
+    def ended(self) -> bool:
+        """Whether it has; then `status` is pytest's, or negative where it was killed or took too long, and `failed` the tests that did."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid and time.monotonic() - self.began > LONGEST:
+            os.killpg(self.pid, signal.SIGKILL)
+            pid, status = os.waitpid(self.pid, 0)
+        if not pid:
+            return False
+        self.status = os.waitstatus_to_exitcode(status)
+        last = self.cache / "v" / "cache" / "lastfailed"
+        self.failed = list(json.loads(last.read_text())) if last.exists() else []
+        return True
+
+
+@dataclasses.dataclass
+class Trial:
+    """A mutant in a tree: first the likely files, then the whole selection, until a test fails."""
+
+    mutant: Mutant
+    result: str = ""  # "killed", "survived" or "unclear"
+    killer: str = ""  # the test that failed, or the end of what was shown
+    seconds: float = 0.0
+
+    def start(self, tree: pathlib.Path) -> None:
+        self.began, self.tree, self.file = time.monotonic(), tree, tree / self.mutant.path
+        self.text = self.file.read_text()
+        _write(self.file, self.mutant.applied(self.text))
+        likely, self.rest = test_files(self.mutant.path)
+        self.run = Run(tree, likely or self.rest)
+        if not likely:
+            self.rest = []
+
+    def ended(self) -> bool:
+        if not self.run.ended():
+            return False
+        if self.run.status == 0 and self.rest:
+            self.run, self.rest = Run(self.tree, self.rest), []
+            return False
+        _write(self.file, self.text)
+        self.seconds = time.monotonic() - self.began
+        failed = self.run.failed
+        if self.run.status == 0:
+            self.result = "survived"
+        elif self.run.status < 0:  # it never ended, or the process died of a signal: an access out of bounds
+            self.result = "killed"
+        elif self.run.status == 1 and failed and "::" in failed[0]:
+            self.result, self.killer = "killed", failed[0]
+        else:
+            self.result, self.killer = "unclear", " ".join(self.run.shown.read_text(errors="replace").split()[-60:])
+        return True
+
+
+_second = itertools.count(10**9)
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+    file.write_text(text)
+    second = next(_second)  # another for each version of the file: Python compares its cached bytecode's time and size
+    os.utime(file, (second, second))
+
+
+def sample(every: list[Mutant], n: int) -> list[Mutant]:
+    """n of them, evenly spaced, others each day."""
+    n = min(n, len(every))
+    first = datetime.date.today().toordinal()
+    return [every[(i * len(every) // n + first) % len(every)] for i in range(n)]
+
+
+def tried(chosen: list[Mutant], trees: list[pathlib.Path]) -> list[Trial]:
+    """The verdict on each mutant, printed as it is known."""
+    waiting, running, done = [Trial(mutant) for mutant in reversed(chosen)], list[Trial](), list[Trial]()
+    free = list(trees)
+    while waiting or running:
+        while waiting and free:
+            running.append(waiting.pop())
+            running[-1].start(free.pop())
+        time.sleep(0.02)
+        for trial in [trial for trial in running if trial.ended()]:
+            running.remove(trial)
+            free.append(trial.tree)
+            done.append(trial)
+            killer = f"\n{'':18}{trial.killer}" if trial.killer else ""
+            print(
+                f"{trial.result:<8} {trial.seconds:5.0f} s  [{trial.mutant.kind}] {trial.mutant.name}{killer}",
+                flush=True,
+            )
+    # A test that fails without the mutant too has killed nothing.
+    killers = sorted({trial.killer for trial in done if trial.result == "killed" and trial.killer})
+    if killers:
+        run = Run(trees[0], killers)
+        while not run.ended():
+            time.sleep(0.02)
+        if run.status:
+            print(
+                f"fails without any mutant: {run.failed or run.shown.read_text(errors='replace')[-2000:]}",
+                file=sys.stderr,
+            )
+            for trial in done:
+                trial.result = "unclear" if not run.failed or trial.killer in run.failed else trial.result
+    return done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--sample", type=int, metavar="N", help="only N mutants, others each day")
+    parser.add_argument("--only", metavar="TEXT", help="only mutants whose name or class holds TEXT")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="J",
+        help="mutants tried at a time (default: the cores)",
+    )
+    args = parser.parse_args()
+    try:
+        every = listed()
+        for mutant in every:
+            mutant.applied((ROOT / mutant.path).read_text())
+    except (OSError, ValueError) as error:
+        print(f"mutation: error: {error}", file=sys.stderr)
+        return 2
+    chosen = [m for m in every if not args.only or args.only in m.name or args.only in m.kind]
+    chosen = sample(chosen, args.sample) if args.sample else chosen
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [pathlib.Path(folder, str(i)) for i in range(args.jobs)]
+        for tree in trees:
+            copy_tree(tree)
+        done = tried(chosen, trees)
+    killed, unclear = (sum(trial.result == result for trial in done) for result in ("killed", "unclear"))
+    print(
+        f"{killed} of {len(done)} mutants killed ({100 * killed / max(1, len(done)):.1f} %), of "
+        f"{len({trial.mutant.kind for trial in done})} classes, in {time.monotonic() - began:.0f} s; "
+        f"{len(mutants.EQUIVALENT)} changes are listed as equivalent"
+    )
+    for trial in done:
+        if trial.result != "killed":
+            print(f"{trial.result}: {trial.mutant.name}")
+    return 2 if unclear else int(killed < len(done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
