@@ -38,7 +38,7 @@ class Counter:
             param.name: _float32(x) if type(x) is float and not param.is_constexpr else x
             for param, x in zip(launch.kernel.params, launch.arguments, strict=True)
         }
-        with self._counting():
+        with self.counting():
             interpreter.run(launch.kernel, launch.grid, (), arguments)
 
     def _touch(self, kind: str, pointers: Any, mask: Any) -> None:
@@ -74,7 +74,7 @@ class Counter:
         return total, distinct
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
+    def counting(self) -> Iterator[None]:
         def counted(kind: str, pointers: int, mask: int, original: Any) -> Any:
             @functools.wraps(original)
             def hook(*args: Any, **kwargs: Any) -> Any:
