@@ -45,16 +45,17 @@ class Part:
 def _bench(op: str, seconds: int) -> Part:
     files = ("--json", "{folder}/" + op + ".json", *(("--csv", "{folder}/" + op + ".csv") if op in OPS else ()))
     command = ("tileformer", "bench", op, *files)
-    return Part(op, seconds, (*command, "--seconds", str(seconds - 15)), (*command, "--dry", "--every", "1"))
+    return Part(op, seconds, (*command, "--seconds", str(seconds - 15)), (*command, "--dry", "--every", "1"), sample=op in SAMPLE)
 
 
+SAMPLE = ("attention", "softmax", "experiments")  # what a sample of a dry run has
 _TESTS = ("pytest", "-q", "-p", "no:cacheprovider")
 _CHECK = ("tileformer", "check", "--json", "{folder}/check.json", "--report", "{folder}/check.md")
 _STEP = ("tileformer", "bench", "step", "--json", "{folder}/step.json")
 _HOST = ("tileformer", "bench", "host", "--json", "{folder}/host.json")
 PARTS = (
     Part("environment", 30, ("tileformer", "info", "--json"), ("tileformer", "info", "--json", "--device", "cpu")),
-    Part("gpu", 15, ("nvidia-smi", "-q"), ("platform",)),
+    Part("gpu", 15, ("nvidia-smi", "-q"), ("platform",), sample=False),
     Part("self-test", 90, ("tileformer", "check", "--quick"), ("tileformer", "check", "--quick", "--device", "cpu"), sample=False),
     _bench("attention", 480),
     _bench("decoder_layer", 60),
@@ -63,7 +64,7 @@ PARTS = (
     _bench("softmax", 45),
     _bench("dropout", 30),
     Part("step", 40, _STEP, (*_STEP, "--device", "cpu", "--threads", "1", "--rounds", "1"), sample=False),
-    Part("host", 60, (*_HOST, "--rounds", "10", "--g2p", "20"), (*_HOST, "--rounds", "1", "--g2p", "1")),
+    Part("host", 60, (*_HOST, "--rounds", "10", "--g2p", "20"), (*_HOST, "--rounds", "1", "--g2p", "1"), sample=False),
     _bench("experiments", 150),
     Part("check", 160, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout"), sample=False),
     Part("tests", 225, (*_TESTS, *GPU_TESTS, "-k", "not interpreted_tests"), (*_TESTS, GPU_TESTS[0]), sample=False),
