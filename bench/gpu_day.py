@@ -30,44 +30,40 @@ GPU_TESTS = ("tests/test_gpu.py", "tests/test_values.py", "tests/test_attention.
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command of at most `seconds`, in a dry run three times as many; {folder} in it is the report's.
-
-    `dry` is what a dry run executes instead; `sample` says whether a sample of a dry run has it.
-    """
+    """A command of at most `seconds`, and what a dry run executes instead, in three times as many; {folder} in them is the report's."""
 
     name: str
     seconds: int
     command: tuple[str, ...]
     dry: tuple[str, ...] = ()
-    sample: bool = True
 
 
 def _bench(op: str, seconds: int) -> Part:
     files = ("--json", "{folder}/" + op + ".json", *(("--csv", "{folder}/" + op + ".csv") if op in OPS else ()))
     command = ("tileformer", "bench", op, *files)
-    return Part(op, seconds, (*command, "--seconds", str(seconds - 15)), (*command, "--dry", "--every", "1"), sample=op in SAMPLE)
+    return Part(op, seconds, (*command, "--seconds", str(seconds - 15)), (*command, "--dry", "--every", "1"))
 
 
-SAMPLE = ("attention", "softmax", "experiments")  # what a sample of a dry run has
+SAMPLE = ("environment", "attention", "softmax", "experiments")  # what a sample of a dry run has
 _TESTS = ("pytest", "-q", "-p", "no:cacheprovider")
 _CHECK = ("tileformer", "check", "--json", "{folder}/check.json", "--report", "{folder}/check.md")
 _STEP = ("tileformer", "bench", "step", "--json", "{folder}/step.json")
 _HOST = ("tileformer", "bench", "host", "--json", "{folder}/host.json")
 PARTS = (
     Part("environment", 30, ("tileformer", "info", "--json"), ("tileformer", "info", "--json", "--device", "cpu")),
-    Part("gpu", 15, ("nvidia-smi", "-q"), ("platform",), sample=False),
-    Part("self-test", 90, ("tileformer", "check", "--quick"), ("tileformer", "check", "--quick", "--device", "cpu"), sample=False),
+    Part("gpu", 15, ("nvidia-smi", "-q"), ("platform",)),
+    Part("self-test", 90, ("tileformer", "check", "--quick"), ("tileformer", "check", "--quick", "--device", "cpu")),
     _bench("attention", 480),
     _bench("decoder_layer", 60),
     _bench("layer_norm", 50),
     _bench("cross_entropy", 50),
     _bench("softmax", 45),
     _bench("dropout", 30),
-    Part("step", 40, _STEP, (*_STEP, "--device", "cpu", "--threads", "1", "--rounds", "1"), sample=False),
-    Part("host", 60, (*_HOST, "--rounds", "10", "--g2p", "20"), (*_HOST, "--rounds", "1", "--g2p", "1"), sample=False),
+    Part("step", 40, _STEP, (*_STEP, "--device", "cpu", "--threads", "1", "--rounds", "1")),
+    Part("host", 60, (*_HOST, "--rounds", "10", "--g2p", "20"), (*_HOST, "--rounds", "1", "--g2p", "1")),
     _bench("experiments", 150),
-    Part("check", 160, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout"), sample=False),
-    Part("tests", 225, (*_TESTS, *GPU_TESTS, "-k", "not interpreted_tests"), (*_TESTS, GPU_TESTS[0]), sample=False),
+    Part("check", 160, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout")),
+    Part("tests", 225, (*_TESTS, *GPU_TESTS, "-k", "not interpreted_tests"), (*_TESTS, GPU_TESTS[0])),
 )  # fmt: skip
 LIMIT = 25 * 60
 
@@ -92,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     for old in (*folder.glob("*.json"), *folder.glob("*.csv")):
         old.unlink()  # figures of an earlier run would be taken for those of a part that failed
     done = []
-    for part in PARTS if not args.sample else [p for p in PARTS if p.sample]:
+    for part in (p for p in PARTS if p.name in SAMPLE or not args.sample):
         command = (part.dry or part.command) if args.dry else part.command
         if args.sample and "--every" in command:
             command = (*command[:-1], "7")
