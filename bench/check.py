@@ -8,19 +8,21 @@ Every call of bench/cases.py runs on a backend and is held to
   for dropout: a rate, a mean and an independence of calls, batches, heads, rows and columns within 5 standard deviations of the binomial
   distribution, the same bits for the same seed, forward and backward, and those of the definition.
 
-Where there is a GPU the compiled kernels run on it; elsewhere the same kernels are interpreted. Plain `tileformer check` runs everything: about two
-minutes interpreted; on a GPU mostly compilation, of some 250 kernels, the first time. --quick compiles 16. A --report can be attached to a bug.
+Where there is a GPU the compiled kernels run on it; elsewhere the same kernels are interpreted. Plain `tileformer check` runs everything: minutes,
+interpreted; on a GPU mostly compilation, of some 360 kernels, the first time. --quick compiles 16. A --report can be attached to a bug.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -265,21 +267,22 @@ def main(args: argparse.Namespace) -> int:
     if table:
         print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{HEADER}")
     start, findings = time.perf_counter(), []
-    for n, (item, dtype) in enumerate(calls, 1):
-        if sys.stderr.isatty():
-            print(
-                f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
-                end="\r",
-                file=sys.stderr,
+    with _tiles() as tiles:
+        for n, (item, dtype) in enumerate(calls, 1):
+            if sys.stderr.isatty():
+                print(
+                    f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
+                    end="\r",
+                    file=sys.stderr,
+                )
+            finding = _find(item, dtype, backend, device)
+            finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
+                f" --{name} {value}" for name, value in (("backend", args.backend), ("device", args.device)) if value
             )
-        finding = _find(item, dtype, backend, device)
-        finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
-            f" --{name} {value}" for name, value in (("backend", args.backend), ("device", args.device)) if value
-        )
-        findings.append(finding)
-        if table:
-            print(line(finding), flush=True)
-    report = collect(findings, backend, device, {}, time.perf_counter() - start)
+            findings.append(finding)
+            if table:
+                print(line(finding), flush=True)
+    report = collect(findings, backend, device, tiles, time.perf_counter() - start)
     if args.json == "-":
         print(json.dumps(report, indent=1))
     elif args.json:
@@ -291,6 +294,22 @@ def main(args: argparse.Namespace) -> int:
     if table:
         print(summary(report))
     return 1 if report["failed"] else 0
+
+
+@contextlib.contextmanager
+def _tiles() -> Iterator[dict[str, list[str]]]:
+    """The tiles that each kernel is launched with inside."""
+    seen: dict[str, list[str]] = {}
+    run = launch._run
+
+    def noted(kernel: Any, programs: Any, like: Tensor, args: Any, constexprs: dict[str, Any]) -> Any:
+        tile = ", ".join(f"{name} {x}" for name, x in constexprs.items() if name.startswith(("BLOCK_", "num_")))
+        if tile not in seen.setdefault(kernel.fn.__name__, []):
+            seen[kernel.fn.__name__].append(tile)
+        return run(kernel, programs, like, args, constexprs)
+
+    with mock.patch.object(launch, "_run", noted):
+        yield seen
 
 
 def _chosen(everything: list[Any], args: argparse.Namespace) -> Iterator[tuple[Any, str]]:

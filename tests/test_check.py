@@ -178,7 +178,9 @@ def test_placed_tensors_keep_their_strides_and_lie_between_nan():
         placed = memory.place(value, like)
         assert torch.equal(placed, value) and placed.stride() == like.stride()
         assert placed.data_ptr() % 16 == 4 * (like.storage_offset() % 4)
-        assert beyond(placed, 1)[-1].isnan() and placed.as_strided((1,), (1,), placed.storage_offset() - 1).isnan().all()
+        assert (
+            beyond(placed, 1)[-1].isnan() and placed.as_strided((1,), (1,), placed.storage_offset() - 1).isnan().all()
+        )
     far = Memory(CPU).place(x, far=0)
     assert torch.equal(far, x) and (far.data_ptr() - far[-1].data_ptr()) // -4 >= 2**31 and BAND >= 2**16
 
@@ -213,6 +215,25 @@ def test_the_reports_can_be_attached_to_a_bug(monkeypatch, capsys, tmp_path):
 def test_json_can_take_the_place_of_the_table(capsys):
     assert run("--quick", "--op", "layer_norm", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["passed"] == 1
+
+
+@pytest.mark.interprets
+def test_the_report_names_the_tiles(tmp_path):
+    report = tmp_path / "report.md"
+    words = [
+        "check",
+        "--device",
+        "cpu",
+        "--backend",
+        "interpret",
+        "--quick",
+        "--op",
+        "softmax",
+        "--report",
+        str(report),
+    ]
+    assert command.main(words) == 0
+    assert "| _softmax_fwd_kernel | BLOCK_R 32, BLOCK_N 64, num_warps 4 |" in report.read_text()
 
 
 def test_one_call_can_be_asked_for(capsys):

@@ -56,7 +56,9 @@ def test_wrong_kernels_are_named(monkeypatch, wrong):
 def test_it_runs_once_for_a_kind_of_gpu(runs, monkeypatch, tmp_path):
     with torch.inference_mode(), kernels.use_backend("torch"):
         selftest.run_once(CPU)
-    assert runs == [("triton", CPU, False, False, True)]  # not asked for by its own launches; nothing of the caller's is in force
+    assert runs == [
+        ("triton", CPU, False, False, True)
+    ]  # not asked for by its own launches; nothing of the caller's is in force
     assert not launch.selftest_due
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [
         selftest.re.sub(r"\W+", "-", f"tileformer {selftest.tileformer.__version__}, triton {triton.__version__}, sm_90, {GPU.name}") + ".passed"
@@ -64,7 +66,9 @@ def test_it_runs_once_for_a_kind_of_gpu(runs, monkeypatch, tmp_path):
     launch.selftest_due = True  # as in the next process
     selftest.run_once(CPU)
     assert len(runs) == 1 and not launch.selftest_due
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(name="another", major=8, minor=0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(name="another", major=8, minor=0)
+    )
     launch.selftest_due = True
     selftest.run_once(CPU)
     assert len(runs) == 2
@@ -73,7 +77,9 @@ def test_it_runs_once_for_a_kind_of_gpu(runs, monkeypatch, tmp_path):
 def test_wrong_kernels_raise_at_every_launch(runs):
     runs.wrong = ["attention: dk"]
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="attention: dk: wrong on tileformer .* sm_90, .*TILEFORMER_SELFTEST=0") as caught:
+        with pytest.raises(
+            RuntimeError, match="attention: dk: wrong on tileformer .* sm_90, .*TILEFORMER_SELFTEST=0"
+        ) as caught:
             selftest.run_once(CPU)
         assert "\n" not in str(caught.value) and launch.selftest_due
     assert len(runs) == 2
@@ -85,8 +91,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(runs, monkeypatch):
     assert len(runs) == 1 and not launch.selftest_due
 
 
-@pytest.mark.parametrize("owner, name", [(torch.cuda, "is_current_stream_capturing"), (torch.cuda, "_is_in_bad_fork"), (torch.compiler, "is_compiling")],
-                         ids=["capture", "fork", "tracing"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch.cuda, "is_current_stream_capturing"),
+        (torch.cuda, "_is_in_bad_fork"),
+        (torch.compiler, "is_compiling"),
+    ],
+)
 def test_it_is_put_off_where_it_would_do_harm(runs, monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda: True)
     selftest.run_once(CPU)
@@ -110,7 +122,7 @@ def test_a_launch_on_a_gpu_asks_for_it_unless_it_is_turned_off(runs, monkeypatch
         monkeypatch.setattr(launch, "selftest_due", due)
         launch._run(kernel, (1,), gpu, (), {})
     assert asked == ["cuda:0"]
-    code = "from tileformer.kernels import launch; import sys; print(launch.selftest_due, 'tileformer.kernels.selftest' in sys.modules)"
+    code = "import sys; from tileformer.kernels import launch; print(launch.selftest_due, 'tileformer.kernels.selftest' in sys.modules)"
     env = {**os.environ, "TILEFORMER_SELFTEST": "0", "PYTHONPATH": str(pathlib.Path(__file__).parents[1] / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

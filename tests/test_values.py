@@ -9,9 +9,9 @@ from tileformer.bench.check import examine, examine_draw
 
 
 def _dtypes(item: Case | Draw) -> tuple[str, ...]:
-    """All of them where the kernels are interpreted; beside a GPU few enough to compile in minutes."""
+    """Few enough to compile in minutes beside a GPU, and to interpret in a minute elsewhere; `tileformer check` takes all of them."""
     if not torch.cuda.is_available():
-        return item.dtypes
+        return () if isinstance(item, Case) and not item.interpret else item.dtypes if item.suite else item.dtypes[:1]
     if not item.suite:
         return ()
     return tuple(d for d in item.dtypes if d != "fp16") if item.quick else item.dtypes[:1]
@@ -24,7 +24,6 @@ def _calls(items):
             pytest.param(item, dtype, id=f"{item.op}-{item.name.replace(' ', '_')}-{dtype}")
             for item in items
             for dtype in _dtypes(item)
-            if torch.cuda.is_available() or isinstance(item, Draw) or item.interpret
         ],
     )
 
@@ -36,13 +35,15 @@ def test_call_passes(item: Case, dtype: str, backend: str, device: torch.device)
     assert found.passed, found.verdict
 
 
-@_calls(DRAWS)
+@_calls([draw for draw in DRAWS if draw.p == 0.1])
 def test_dropout_is_what_it_should_be(item: Draw, dtype: str, backend: str, device: torch.device) -> None:
     found = examine_draw(item, dtype, backend, device)
     assert found.passed, found.verdict
 
 
-@pytest.mark.parametrize("item", [pytest.param(c, id=f"{c.op}-{c.name.replace(' ', '_')}") for c in CASES])
+@pytest.mark.parametrize(
+    "item", [pytest.param(c, id=f"{c.op}-{c.name.replace(' ', '_')}") for c in CASES if c.interpret]
+)
 def test_torch_backend_passes(item: Case) -> None:
     if reason := item.unfit("torch"):
         pytest.skip(reason)
