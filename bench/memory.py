@@ -20,9 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-BAND = (
-    1 << 16
-)  # bytes on either side: more than the longest run of rows that a tile could overshoot in a call of this size
+BAND = 1 << 16  # bytes on either side: more than a tile of rows could overshoot in a call of this size
 RED, FRESH = -1, 0x7FC1  # 16-bit patterns: NaN in every floating dtype, and not each other's
 BEYOND = 2**31  # a "far" tensor ends after this many elements
 ALLOCATORS = (
@@ -41,9 +39,7 @@ class Memory:
     def __init__(self, device: torch.device, red: int = RED, fresh: int = FRESH) -> None:
         self.device, self.red, self.fresh = device, red, fresh
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []  # all of the memory, a copy of it, the tensor in it
-        self.outputs: list[
-            tuple[Tensor, int, Tensor]
-        ] = []  # all of the memory, how many of its bytes are the tensor's, the tensor
+        self.outputs: list[tuple[Tensor, int, Tensor]] = []  # all of the memory, the tensor's bytes of it, the tensor
         self._patches: list[Any] = []
 
     def place(self, x: Tensor, like: Tensor | None = None, far: int | None = None) -> Tensor:

@@ -14,6 +14,10 @@ the loss and the gradient; nothing is read out of bounds.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from tileformer.kernels import checks, reference
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import cdiv, launch, register
+from tileformer.kernels.launch import Launch, apply, cdiv, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.second import second_derivative
 
@@ -137,41 +141,42 @@ def _weights(weight: Tensor | None, wide: torch.dtype, absent: Tensor) -> tuple[
     return (absent, absent) if weight is None else (weight.contiguous(), weight.sum(dtype=wide))
 
 
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    backward: bool,
+    shape: tuple[int, int],
+    strides: tuple[int, ...],
+    weight: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> Launch:
+    r, v = shape
+    return Launch(
+        _cross_entropy_bwd_kernel if backward else _cross_entropy_fwd_kernel,
+        lambda tile: (cdiv(r, tile["BLOCK_R"]), cdiv(v, tile["BLOCK_N"])) if backward else (cdiv(r, tile["BLOCK_R"]),),
+        (*strides, r, v, ignore_index, label_smoothing, label_smoothing / max(v, 1)),
+        dict(WEIGHT=weight, SMOOTH=label_smoothing > 0.0, **row_flags(dtype, v, strides[-1])),
+        [row_tile(v, MAX_TILE, 1024, 16)],
+    )
+
+
 def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, log-sum-exp and weight of the target (0 if ignored) of each row (R,)."""
     outputs = _cross_entropy_fwd_fake(logits, target, weight, ignore_index, label_smoothing)
-    logits, target = rows_of(logits, logits.shape[1]), target.contiguous()
-    r, v = logits.shape
-    launch(
-        _cross_entropy_fwd_kernel,
-        lambda tile: (cdiv(r, tile["BLOCK_R"]),),
-        logits,
-        (
-            logits,
-            target,
-            *_weights(weight, outputs[0].dtype, logits),
-            *outputs,
-            logits.stride(0),
-            r,
-            v,
-            ignore_index,
-            label_smoothing,
-            label_smoothing / max(v, 1),
-        ),
-        dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
-        [row_tile(v, MAX_TILE, 1024, 16)],
-    )
+    x, stride = rows_of(logits, logits.shape[1])
+    run = _launch(False, logits.shape, (stride,), weight is not None, ignore_index, label_smoothing, logits.dtype)
+    run(x, target.contiguous(), *_weights(weight, outputs[0].dtype, x), *outputs)
     return outputs
 
 
 def _cross_entropy_fwd_fake(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss, lse, own = (torch.empty(target.shape, dtype=wide, device=logits.device) for _ in range(3))
-    return loss, lse, own
+    loss = torch.empty(target.shape, dtype=wider(logits.dtype), device=logits.device)
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 def cross_entropy_bwd(
@@ -185,19 +190,10 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """The gradient of the logits."""
     dlogits = _cross_entropy_bwd_fake(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
-    logits, target = rows_of(logits, logits.shape[1]), target.contiguous()
-    r, v = logits.shape
-    launch(
-        _cross_entropy_bwd_kernel,
-        lambda tile: (cdiv(r, tile["BLOCK_R"]), cdiv(v, tile["BLOCK_N"])),
-        logits,
-        (
-            dloss, logits, target, *_weights(weight, lse.dtype, logits), lse, dlogits,
-            dloss.stride(0), logits.stride(0), r, v, ignore_index, label_smoothing, label_smoothing / max(v, 1),
-        ),
-        dict(WEIGHT=weight is not None, SMOOTH=label_smoothing > 0.0, **row_flags(v, logits)),
-        [row_tile(v, MAX_TILE, 1024, 16)],
-    )  # fmt: skip
+    x, stride = rows_of(logits, logits.shape[1])
+    strides = (dloss.stride(0), stride)
+    run = _launch(True, logits.shape, strides, weight is not None, ignore_index, label_smoothing, logits.dtype)
+    run(dloss, x, target.contiguous(), *_weights(weight, lse.dtype, x), lse, dlogits)
     return dlogits
 
 
@@ -210,42 +206,62 @@ def _cross_entropy_bwd_fake(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 _fwd = register(cross_entropy_fwd, _cross_entropy_fwd_fake)
 _bwd = register(cross_entropy_bwd, _cross_entropy_bwd_fake)
 
 
+def _reduced(forward: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, reduced and in its dtype; the log-sum-exp of each row; what a mean is divided by (each row's weight for the others)."""
+    *given, reduction, dtype = args
+    loss, lse, own = forward(*given)
+    if reduction == "none":
+        return loss.to(dtype), lse, own
+    if reduction == "mean":
+        own = own.sum()
+        return (loss.sum() / own).to(dtype), lse, own
+    return loss.sum().to(dtype), lse, own
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """(loss, log-sum-exp, weight of the target) of each row; differentiable in the logits through the loss."""
+    """(loss, log-sum-exp of each row, weights); differentiable in the logits through the loss."""
 
     generate_vmap_rule = True
+    launcher = functools.partial(_reduced, cross_entropy_fwd)
 
     @staticmethod
-    def forward(logits, target, weight, ignore_index, label_smoothing):
-        return _fwd(logits, target, weight, ignore_index, label_smoothing)
+    def forward(logits, target, weight, ignore_index, label_smoothing, reduction, dtype):
+        return _reduced(_fwd, logits, target, weight, ignore_index, label_smoothing, reduction, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, weight, ctx.ignore_index, ctx.label_smoothing = inputs
+        logits, target, weight, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, _ = inputs
         _, lse, own = output
-        ctx.save_for_backward(logits, target, weight, lse)
+        ctx.save_for_backward(logits, target, weight, lse, own)
         ctx.mark_non_differentiable(lse, own)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return None, None, None, None, None
-        dlogits = _CrossEntropyBackward.apply(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing)
-        return dlogits, None, None, None, None
+            return (None,) * 7
+        logits, target, weight, lse, own = ctx.saved_tensors
+        if ctx.reduction == "mean":
+            dloss = dloss / own
+        if ctx.reduction != "none":
+            dloss = dloss.expand(target.shape)
+        options = ctx.ignore_index, ctx.label_smoothing
+        dlogits = apply(_CrossEntropyBackward, dloss, logits, target, weight, lse, *options)
+        return dlogits, None, None, None, None, None, None
 
 
 class _CrossEntropyBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(cross_entropy_bwd)
 
     @staticmethod
     def forward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
@@ -316,16 +332,16 @@ def cross_entropy(
             target, None if weight is None else weight.to(logits.dtype),
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
-    rows = logits if logits.dim() == 2 else logits[None]
-    loss, _, own = _CrossEntropy.apply(rows, target.view(rows.shape[:1]), weight, ignore_index, float(label_smoothing))
-    if reduction == "none":
-        return loss.view(target.shape).to(dtype)
-    return (loss.sum() / own.sum() if reduction == "mean" else loss.sum()).to(dtype)
+    options = weight, ignore_index, float(label_smoothing), reduction, dtype
+    if logits.dim() == 2:
+        return apply(_CrossEntropy, logits, target, *options)[0]
+    loss = apply(_CrossEntropy, logits[None], target[None], *options)[0]
+    return loss.view(()) if reduction == "none" else loss
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
-    checks.floating("cross_entropy", logits=logits, weight=weight)
-    checks.same_device("cross_entropy", logits, target=target, weight=weight)
+    checks.floating("cross_entropy", logits=logits)
+    checks.same_device("cross_entropy", logits, target=target)
     if target.is_floating_point():
         raise NotImplementedError(
             "cross_entropy: target holds class probabilities: pass class indices, or use torch's cross_entropy"
@@ -337,7 +353,7 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
             f"cross_entropy: logits must be (R, V) or (V,), got {tuple(logits.shape)}: try logits.flatten(0, -2)"
         )
     checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
-    checks.same_shape("cross_entropy", logits.shape[-1:], weight=weight)
+    checks.fits("cross_entropy", logits, logits.shape[-1:], weight=weight)
     if weight is not None and weight.requires_grad:
         raise NotImplementedError(
             "cross_entropy: weight requires a gradient, which is not defined here: pass weight.detach()"

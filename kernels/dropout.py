@@ -7,6 +7,8 @@ is stored.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from tileformer.kernels import bits, checks, reference
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import cdiv, launch, register
+from tileformer.kernels.launch import Launch, apply, cdiv, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.steps import dropout_keep
 
@@ -45,28 +47,32 @@ def _dropout_fwd_kernel(
     tl.store(y_ptr + wide * N + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@functools.lru_cache(maxsize=1024)
+def _launch(r: int, n: int, stride: int, residual_stride: int, residual: bool, p: float, dtype: torch.dtype) -> Launch:
+    tile = row_tile(n, MAX_TILE, 2048, 16)
+    tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
+    return Launch(
+        _dropout_fwd_kernel,
+        lambda tile: (cdiv(r, tile["BLOCK_R"]), cdiv(n, tile["BLOCK_N"])),
+        (stride, residual_stride, r, n, bits.threshold(p), bits.keep_scale(p)),
+        dict(RESIDUAL=residual, **row_flags(dtype, n, stride, residual_stride)),
+        [tile],
+    )
+
+
 def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
     """residual + keep x / (1 - p), in the wider of their dtypes."""
     y = _dropout_fwd_fake(x, residual, seed, p)
     n = x.shape[-1]
-    x = rows_of(x, n)
-    residual_ = x if residual is None else rows_of(residual, n)
-    tile = row_tile(n, MAX_TILE, 2048, 16)
-    tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
-    launch(
-        _dropout_fwd_kernel,
-        lambda tile: (cdiv(x.shape[0], tile["BLOCK_R"]), cdiv(n, tile["BLOCK_N"])),
-        x,
-        (x, residual_, seed, y, x.stride(0), residual_.stride(0), x.shape[0], n, bits.threshold(p), bits.keep_scale(p)),
-        dict(RESIDUAL=residual is not None, **row_flags(n, x, residual_)),
-        [tile],
-    )
+    rows, stride = rows_of(x, n)
+    other, other_stride = (rows, stride) if residual is None else rows_of(residual, n)
+    _launch(x.numel() // max(n, 1), n, stride, other_stride, residual is not None, p, x.dtype)(rows, other, seed, y)
     return y
 
 
 def _dropout_fwd_fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 _fwd = register(dropout_fwd, _dropout_fwd_fake)
@@ -76,6 +82,7 @@ class _Dropout(torch.autograd.Function):
     """y; its gradient for x is itself on dy, so every derivative is fused."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(dropout_fwd)
 
     @staticmethod
     def forward(x, residual, seed, p):
@@ -91,7 +98,7 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx, dy):
         (seed,) = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
-        dx = _Dropout.apply(dy.to(x_dtype), None, seed, ctx.p) if ctx.needs_input_grad[0] else None
+        dx = apply(_Dropout, dy.to(x_dtype), None, seed, ctx.p) if ctx.needs_input_grad[0] else None
         dresidual = dy.to(residual_dtype) if ctx.needs_input_grad[1] else None
         return dx, dresidual, None, None
 
@@ -118,9 +125,8 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
 
     Source: Philox-4x32-7 (Salmon et al., SC 2011); `tileformer.kernels.reference.dropout` is the definition.
     """
-    checks.floating("dropout", x=x, residual=residual)
-    checks.same_device("dropout", x, residual=residual)
-    checks.same_shape("dropout", x.shape, residual=residual)
+    checks.floating("dropout", x=x)
+    checks.fits("dropout", x, x.shape, residual=residual)
     checks.rate("dropout", p, seed, x)
     if x.dim() == 0:
         raise ValueError("dropout: x has no axis: give it one, for example with x[None]")
@@ -134,4 +140,4 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     if backend == "torch":
         keep = bits.fast_keep(seed, x.shape, p, x.dtype)
         return x * keep if residual is None else torch.addcmul(residual, x, keep)
-    return _Dropout.apply(x, residual, seed, float(p))
+    return apply(_Dropout, x, residual, seed, float(p))

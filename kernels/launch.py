@@ -1,7 +1,8 @@
-"""Launch a kernel for the tensors at hand, with the first tile of a table that fits; register launchers as torch ops."""
+"""Launch a kernel for the tensors at hand, with the first tile of a table that fits; register and differentiate launchers."""
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
+from triton import knobs
+from triton.backends.compiler import BaseBackend
+from triton.compiler import CompiledKernel
+from triton.runtime import driver, jit
 from triton.runtime.errors import OutOfResources
 
 from tileformer.kernels import interpreter
@@ -20,7 +26,16 @@ Tile = dict[str, int]
 INTERPRETED = 0  # the "architecture" of CPU tensors, so that a tile table can have a row for the interpreter
 selftest_due = os.environ.get("TILEFORMER_SELFTEST", "1") != "0"  # until this GPU has passed it
 _recorded_arch: int | None = None
+_capabilities: dict[int, int] = {}  # of each GPU
 _too_big: set[tuple[Any, ...]] = set()
+
+# Triton's way to a launch (bind the arguments, print the options, look the kernel up) takes 13 to 20 microseconds. It is taken once for
+# each kind of arguments; later launches of that kind call the compiled kernel itself. A Triton whose compiled kernels nobody has called
+# so, and AMD's, which looks at more than `_kind` does, are asked each time.
+_specialise = getattr(jit, "native_specialize_impl", None)
+if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) or torch.version.hip:
+    _specialise = None
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
 
 
 def recording() -> bool:
@@ -45,39 +60,92 @@ def arch_of(x: Tensor) -> int:
 
 
 def _capability(index: int) -> int:
+    if torch.compiler.is_compiling():
+        return _read_capability(index)
+    if index not in _capabilities:
+        _capabilities[index] = _read_capability(index)
+    return _capabilities[index]
+
+
+def _read_capability(index: int) -> int:
     if not torch.cuda.is_available():  # a fake CUDA tensor on a machine without a GPU: shapes only, any answer serves
         return 90
-    device = torch.cuda.get_device_properties(
-        index
-    )  # torch.compile folds it; get_device_capability would break the graph
+    # torch.compile folds this; get_device_capability would break the graph
+    device = torch.cuda.get_device_properties(index)
     return 10 * device.major + device.minor
+
+
+class Launch:
+    """A kernel, for tensors of given shapes: what the shapes decide is worked out once, by the launchers' caches.
+
+    Args:
+        grid: number of programs for a tile; nothing is launched when it is 0.
+        scalars: the kernel's runtime arguments after the tensors.
+        flags: its feature constexprs.
+        tiles: constexprs and launch options (BLOCK_*, num_warps, num_stages), best first, smallest last.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Callable[[Tile], tuple[int, ...]],
+        scalars: tuple[Any, ...],
+        flags: dict[str, Any],
+        tiles: Sequence[Tile],
+    ) -> None:
+        self.kernel, self.grid, self.scalars, self.flags, self.tiles = kernel, grid, scalars, flags, tiles
+        self.compiled: dict[tuple[Any, ...], _Compiled] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Run it under the device and current stream of the first tensor."""
+        like = tensors[0]
+        key = (
+            _recorded_arch, like.get_device(), *[x.dtype for x in tensors], *[x.data_ptr() % 16 == 0 for x in tensors]
+        )  # fmt: skip
+        known = self.compiled.get(key)
+        if known and not _observed(self.kernel):
+            return known.run(like, self.grid(known.tile), *tensors, *self.scalars)
+        known = launch(self.kernel, self.grid, like, (*tensors, *self.scalars), self.flags, self.tiles)
+        if known:
+            self.compiled[key] = known
 
 
 def launch(
     kernel: Any,
     grid: Callable[[Tile], tuple[int, ...]],
     like: Tensor,
-    args: Sequence[Any],
+    args: tuple[Any, ...],
     flags: dict[str, Any],
     tiles: Sequence[Tile],
-) -> None:
+) -> _Compiled | None:
     """Run `kernel` under the device and current stream of `like`, with the first of `tiles` that the device can hold.
 
     Args:
-        grid: number of programs for a tile; nothing is launched when it is 0.
-        args: the kernel's runtime arguments, in order.
-        flags: its feature constexprs.
-        tiles: constexprs and launch options (BLOCK_*, num_warps, num_stages), best first, smallest last.
+        args: the kernel's runtime arguments, in order. For the others see `Launch`.
+
+    Returns:
+        How to do it again for arguments of the same kind, if there is a way that is cheaper than Triton's.
     """
+    kind = None
+    if _specialise and (like.is_cuda or recording()) and not _observed(kernel):
+        # What JITFunction.run looks at. Its own function gives the dtype and alignment of tensors, the width and divisibility of integers;
+        # here also of those that the kernel declares do_not_specialize: a key that is too fine is still right.
+        kinds = _specialise(BaseBackend, args, False, True, True)
+        kind = kernel.fn, _recorded_arch, like.get_device(), *flags.values(), *tiles[0].values(), kinds
+        known = _compiled.get(kind)
+        if known:
+            known.run(like, grid(known.tile), *args)
+            return known
     for tile in tiles:
         programs = grid(tile)
         if 0 in programs:
-            return
+            return None
         key = (kernel.fn.__name__, like.device, *flags.items(), *tile.items())
         if key in _too_big and tile is not tiles[-1]:
             continue
+        constexprs = {**flags, **tile}
         try:
-            return _run(kernel, programs, like, args, {**flags, **tile})
+            binary = _run(kernel, programs, like, args, constexprs)
         except OutOfResources as error:
             if tile is tiles[-1]:
                 raise
@@ -86,20 +154,58 @@ def launch(
                 f"{kernel.fn.__name__}: tile {tile} does not fit this device ({error}); using the next one",
                 stacklevel=3,
             )
+            continue
+        if kind and isinstance(binary, CompiledKernel):  # not None or a promise, where a hook of Triton's took over
+            _compiled[kind] = _Compiled(binary, tile, tuple(constexprs[name] for name in kernel.arg_names[len(args) :]))
+            return _compiled[kind]
+        break
+    return None
 
 
-def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[Any], constexprs: dict[str, Any]) -> None:
+def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[Any], constexprs: dict[str, Any]) -> Any:
+    """Launch as Triton documents it, and return the compiled kernel; or interpret."""
     if like.is_cuda:
         if selftest_due and not recording():
             from tileformer.kernels import selftest  # which imports the ops, which import this module
 
             selftest.run_once(like.device)
         with torch.cuda.device(like.device):
-            kernel[programs](*args, **constexprs)
-    elif recording():
-        kernel[programs](*args, **constexprs)
-    else:
-        interpreter.run(kernel, programs, args, constexprs)
+            return kernel[programs](*args, **constexprs)
+    if recording():
+        return kernel[programs](*args, **constexprs)
+    return interpreter.run(kernel, programs, args, constexprs)
+
+
+class _Compiled:
+    """A kernel that Triton has compiled and loaded, to be launched on other arguments of the same kind."""
+
+    def __init__(self, binary: CompiledKernel, tile: Tile, constexprs: tuple[Any, ...]) -> None:
+        self.binary, self.tile, self.constexprs = binary, tile, constexprs
+
+    def run(self, like: Tensor, programs: tuple[int, ...], *args: Any) -> None:
+        """What `binary[programs](*args, *constexprs)` does where nobody listens to launches."""
+        if 0 in programs:
+            return
+        device = like.get_device()
+        if like.is_cuda and torch.cuda.current_device() != device:
+            with torch.cuda.device(device):
+                return self.run(like, programs, *args)
+        x, y, z = (*programs, 1, 1)[:3]
+        binary, stream = self.binary, driver.active.get_current_stream(device)
+        binary.run(x, y, z, stream, binary.function, binary.packed_metadata, None, None, None, *args, *self.constexprs)
+
+
+def _observed(kernel: Any) -> bool:
+    """True if a launch has to go through Triton: a setting asks for another binary, or somebody listens to launches."""
+    runtime = knobs.runtime
+    return bool(
+        runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or runtime.add_stages_inspection_hook
+        or getattr(runtime.launch_enter_hook, "calls", True)  # a chain, empty unless somebody listens
+        or getattr(runtime.launch_exit_hook, "calls", True)
+        or kernel.pre_run_hooks
+    )
 
 
 _library = torch.library.Library("tileformer", "FRAGMENT")
@@ -118,14 +224,79 @@ def register(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable
     return getattr(torch.ops.tileformer, name).default
 
 
+# What torch's dispatcher sees of a plain tensor, and of a thread in which nothing listens to ops: each key is a bit of a set's number.
+_EVERYDAY = 0
+for _key in (
+    "CPU",
+    "CUDA",
+    "AutogradCPU",
+    "AutogradCUDA",
+    "AutocastCPU",
+    "AutocastCUDA",
+    "ADInplaceOrView",
+    "BackendSelect",
+):
+    _EVERYDAY |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)`, without what torch does for compilers, modes and transforms where there are none.
+
+    Args:
+        function: a torch.autograd.Function with setup_context, and with `launcher`: what its forward does, without the dispatcher.
+
+    Function.apply inspects forward's signature at every call for default arguments, which ours do not have, and the dispatcher is asked
+    again for each registered op: 30 microseconds. Tensors that are not plain (subclasses, wrappers, lazy negations), and threads in
+    which a mode, a transform, a tracer or a profiler is active, get the function itself.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    ):
+        return function.apply(*args)
+    tracked = False
+    for x in args:
+        if isinstance(x, Tensor):
+            if torch._C._dispatch_keys(x).raw_repr() & ~_EVERYDAY:
+                return function.apply(*args)
+            tracked = tracked or x.requires_grad
+    if tracked and torch.is_grad_enabled():
+        return _in_one(function)(*args)
+    return function.launcher(*args)
+
+
+@functools.cache
+def _in_one(function: Any) -> Callable[..., Any]:
+    """`apply` of the same function with launcher and setup_context in one, as torch's C code has it."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.launcher(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    methods = dict(forward=staticmethod(forward), backward=staticmethod(function.backward))
+    made = type(function.__name__, (torch.autograd.Function,), methods)
+    return super(torch.autograd.Function, made).apply  # type: ignore[misc]
+
+
 def cdiv(a: int, b: int) -> int:
     """Smallest integer >= a / b."""
     return -(-a // b)
 
 
+@functools.cache
 def pow2(n: int, least: int = 1) -> int:
     """Smallest power of two >= n and >= least."""
     return max(least, triton.next_power_of_2(n))
+
+
+@functools.cache
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def dot_flags(x: Tensor) -> dict[str, Any]:

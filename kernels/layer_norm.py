@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tileformer.kernels import checks, reference
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import cdiv, launch, recording, register
+from tileformer.kernels.launch import Launch, apply, cdiv, recording, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.second import second_derivative
 
@@ -222,102 +222,121 @@ def _vector(weight: Tensor | None, absent: Tensor) -> Tensor:
     return absent if weight is None else weight.contiguous()
 
 
-def layer_norm_fwd(
-    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x; mean and rstd of each row (R,)."""
-    y, mean, rstd = _layer_norm_fwd_fake(x, normalized_shape, weight, bias, eps)
-    n = math.prod(normalized_shape)
-    x = rows_of(x, n)
-    launch(
+@functools.lru_cache(maxsize=1024)
+def _fwd_launch(r: int, n: int, stride: int, weight: bool, bias: bool, eps: float, dtype: torch.dtype) -> Launch:
+    return Launch(
         _layer_norm_fwd_kernel,
-        lambda tile: (cdiv(x.shape[0], tile["BLOCK_R"]),),
-        x,
-        (x, _vector(weight, x), _vector(bias, x), y, mean, rstd, x.stride(0), x.shape[0], n, eps),
-        dict(WEIGHT=weight is not None, BIAS=bias is not None, WHOLE=n <= MAX_FWD, **row_flags(n, x)),
+        lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,),
+        (stride, r, n, eps),
+        dict(WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, **row_flags(dtype, n, stride)),
         [row_tile(n, MAX_FWD, 4096, 32)],
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _bwd_launches(
+    r: int,
+    n: int,
+    dy_stride: int,
+    x_stride: int,
+    weight: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    most_programs: int,
+    dtype: torch.dtype,
+) -> tuple[int, Launch | None, Launch, Launch | None]:
+    """Programs that share the rows; the kernel that sums, if rows are long; the one that follows; the one that adds up their parts."""
+    tiles = [row_tile(n, MAX_BWD, 4096, 16)]
+    columns, whole, partial = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD, need_dweight or need_dbias
+    programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
+    flags = dict(WEIGHT=weight, **row_flags(dtype, n, x_stride, dy_stride))
+    scalars = (dy_stride, x_stride, r, n)
+    sums = Launch(_layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), scalars, flags, tiles)
+    main = Launch(
+        _layer_norm_bwd_kernel,
+        lambda _: (programs, columns),
+        scalars,
+        dict(flags, PARTIAL=partial, WHOLE=whole),
+        tiles,
+    )
+    add = Launch(
+        _layer_norm_partial_kernel,
+        lambda tile: (cdiv(n, tile["BLOCK_N"]),),
+        (programs, n),
+        dict(DWEIGHT=need_dweight, DBIAS=need_dbias, ACC=flags["ACC"]),
+        [dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)],
+    )
+    return programs, None if whole else sums, main, add if partial else None
+
+
+def layer_norm_fwd(
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x, normalised over its last `axes` axes; mean and rstd of each row (R,)."""
+    y, mean, rstd = _layer_norm_fwd_fake(x, axes, weight, bias, eps)
+    r, n = mean.shape[0], math.prod(x.shape[-axes:])
+    rows, stride = rows_of(x, n)
+    run = _fwd_launch(r, n, stride, weight is not None, bias is not None, eps, x.dtype)
+    run(rows, _vector(weight, rows), _vector(bias, rows), y, mean, rstd)
     return y, mean, rstd
 
 
 def _layer_norm_fwd_fake(
-    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, wide = math.prod(x.shape[: x.dim() - len(normalized_shape)]), torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = (torch.empty((rows,), dtype=wide, device=x.device) for _ in range(2))
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean, rstd
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean = torch.empty((math.prod(x.shape[:-axes]),), dtype=wider(x.dtype), device=x.device)
+    return y, mean, torch.empty_like(mean)
 
 
 def layer_norm_bwd(
     dy: Tensor,
     x: Tensor,
-    normalized_shape: list[int],
+    axes: int,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     need_dweight: bool,
     need_dbias: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias; the last two are empty where not needed."""
-    dx, dweight, dbias = _layer_norm_bwd_fake(
-        dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias
+    """dx, dweight, dbias; the last two are empty where not needed. eps is for the second derivative alone."""
+    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, mean, rstd, need_dweight, need_dbias, eps)
+    r, n = mean.shape[0], math.prod(x.shape[-axes:])
+    (x, x_stride), (dy, dy_stride) = rows_of(x, n), rows_of(dy, n)
+    programs, sum_up, run, add_up = _bwd_launches(
+        r, n, dy_stride, x_stride, weight is not None, need_dweight, need_dbias, _programs(x), x.dtype
     )
-    n = math.prod(normalized_shape)
-    x, dy, weight_ = rows_of(x, n), rows_of(dy, n), _vector(weight, x)
-    r, whole, partial = x.shape[0], n <= MAX_BWD, need_dweight or need_dbias
-    tile = row_tile(n, MAX_BWD, 4096, 16)
-    flags = dict(WEIGHT=weight is not None, **row_flags(n, x, dy))
-    sums = torch.empty((2, 0 if whole else r), dtype=mean.dtype, device=x.device)
-    if not whole:
-        launch(
-            _layer_norm_sums_kernel,
-            lambda tile: (cdiv(r, tile["BLOCK_R"]),),
-            x,
-            (dy, x, weight_, mean, rstd, sums, dy.stride(0), x.stride(0), r, n),
-            flags,
-            [tile],
-        )
-    columns = cdiv(n, tile["BLOCK_N"])
-    programs = min(cdiv(r, tile["BLOCK_R"]), max(1, _programs(x) // max(columns, 1)))
-    parts = torch.empty((programs if partial else 0, 2, n), dtype=mean.dtype, device=x.device)
-    launch(
-        _layer_norm_bwd_kernel,
-        lambda tile: (programs, columns),
-        x,
-        (dy, x, weight_, mean, rstd, sums, dx, parts, dy.stride(0), x.stride(0), r, n),
-        dict(flags, PARTIAL=partial, WHOLE=whole),
-        [tile],
-    )
-    if partial:
-        launch(
-            _layer_norm_partial_kernel,
-            lambda tile: (cdiv(n, tile["BLOCK_N"]),),
-            x,
-            (parts, dweight, dbias, programs, n),
-            {"DWEIGHT": need_dweight, "DBIAS": need_dbias, "ACC": flags["ACC"]},
-            [{"BLOCK_G": 64, "BLOCK_N": 32, "num_warps": 4}],
-        )
+    weight, sums, parts = _vector(weight, x), mean, mean  # stand-ins that are not read
+    if sum_up:
+        sums = torch.empty((2, r), dtype=mean.dtype, device=mean.device)
+        sum_up(dy, x, weight, mean, rstd, sums)
+    if add_up:
+        parts = torch.empty((programs, 2, n), dtype=mean.dtype, device=mean.device)
+    run(dy, x, weight, mean, rstd, sums, dx, parts)
+    if add_up:
+        add_up(parts, dweight, dbias)
     return dx, dweight, dbias
 
 
 def _layer_norm_bwd_fake(
     dy: Tensor,
     x: Tensor,
-    normalized_shape: list[int],
+    axes: int,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     need_dweight: bool,
     need_dbias: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(p: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty(
-            normalized_shape if needed else (0,), dtype=x.dtype if p is None else p.dtype, device=x.device
-        )
+        return (x if p is None else p).new_empty(x.shape[-axes:] if needed else (0,))
 
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), like(weight, need_dweight), like(bias, need_dbias)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, like(weight, need_dweight), like(bias, need_dbias)
 
 
 _fwd = register(layer_norm_fwd, _layer_norm_fwd_fake)
@@ -328,14 +347,15 @@ class _LayerNorm(torch.autograd.Function):
     """(y, mean, rstd); differentiable in x, weight and bias through y."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(layer_norm_fwd)
 
     @staticmethod
-    def forward(x, normalized_shape, weight, bias, eps):
-        return _fwd(x, normalized_shape, weight, bias, eps)
+    def forward(x, axes, weight, bias, eps):
+        return _fwd(x, axes, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.normalized_shape, weight, bias, ctx.eps = inputs
+        x, ctx.axes, weight, bias, ctx.eps = inputs
         _, mean, rstd = output
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -347,8 +367,8 @@ class _LayerNorm(torch.autograd.Function):
             return None, None, None, None, None
         x, weight, bias, mean, rstd = ctx.saved_tensors
         _, _, need_dweight, need_dbias, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _LayerNormBackward.apply(
-            dy, x, ctx.normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias, ctx.eps
+        dx, dweight, dbias = apply(
+            _LayerNormBackward, dy, x, ctx.axes, weight, bias, mean, rstd, need_dweight, need_dbias, ctx.eps
         )
         return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None
 
@@ -357,14 +377,15 @@ class _LayerNormBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(layer_norm_bwd)
 
     @staticmethod
-    def forward(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias, eps):
-        return _bwd(dy, x, normalized_shape, weight, bias, mean, rstd, need_dweight, need_dbias)
+    def forward(dy, x, axes, weight, bias, mean, rstd, need_dweight, need_dbias, eps):
+        return _bwd(dy, x, axes, weight, bias, mean, rstd, need_dweight, need_dbias, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, ctx.normalized_shape, weight, bias, _, _, ctx.need_dweight, ctx.need_dbias, ctx.eps = inputs
+        dy, x, ctx.axes, weight, bias, _, _, ctx.need_dweight, ctx.need_dbias, ctx.eps = inputs
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.set_materialize_grads(False)
 
@@ -380,7 +401,7 @@ class _LayerNormBackward(torch.autograd.Function):
 
         def outputs(*primals):
             named = dict(zip(given, primals, strict=True))
-            return (reference.layer_norm(named.pop("x"), ctx.normalized_shape, eps=ctx.eps, **named),)
+            return (reference.layer_norm(named.pop("x"), x.shape[-ctx.axes :], eps=ctx.eps, **named),)
 
         primals, tangents = zip(*given.values(), strict=True)
         first, (second,) = second_derivative(outputs, primals, (dy,), tangents)
@@ -413,19 +434,18 @@ def layer_norm(
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
     """
     shape = tuple(normalized_shape)
-    checks.floating("layer_norm", x=x, weight=weight, bias=bias)
-    checks.same_device("layer_norm", x, weight=weight, bias=bias)
+    checks.floating("layer_norm", x=x)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"layer_norm: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
         )
-    checks.same_shape("layer_norm", shape, weight=weight, bias=bias)
+    checks.fits("layer_norm", x, shape, weight=weight, bias=bias)
     backend = choose("layer_norm", x)
     if backend == "reference":
         return reference.layer_norm(x, shape, weight, bias, eps)
     if backend == "torch":
         return _torch_layer_norm(x, shape, weight, bias, eps)
-    return _LayerNorm.apply(x, shape, weight, bias, eps)[0]
+    return apply(_LayerNorm, x, len(shape), weight, bias, float(eps))[0]
 
 
 def _torch_layer_norm(

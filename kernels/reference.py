@@ -150,7 +150,7 @@ def attention(
         drawn = seed is not None and seed.dtype == torch.bool  # the bits of one packed sequence, cut from those of all
         keep = seed if seed is not None and drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
         weights = weights * keep.to(weights.dtype) * bits.keep_scale(dropout_p)
-    results = [weights @ v]
+    results = [torch.where(real_q, weights @ v, 0.0)]
     if return_lse:
         results.append(lse.to(torch.promote_types(lse.dtype, torch.float32)))
     if return_weights:

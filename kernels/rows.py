@@ -15,19 +15,25 @@ LONG_ROW_TILE = 8192
 MOST_ROWS = 128
 
 
-def rows_of(x: Tensor, n: int) -> Tensor:
-    """x as rows (R, n) with a contiguous last axis, as the kernels want it: a view if possible, else a copy."""
+def rows_of(x: Tensor, n: int) -> tuple[Tensor, int]:
+    """x as the kernels want it, as rows of n elements with a contiguous last axis, and the stride between rows.
+
+    The tensor is x itself, a view, or, if neither serves, a copy; its shape says nothing.
+    """
+    if x.is_contiguous():
+        return x, n
     rows = x.reshape(x.numel() // max(n, 1), n)
-    return rows if n == 1 or rows.stride(1) == 1 else rows.contiguous()
+    rows = rows if n == 1 or rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
-def row_flags(n: int, *rows: Tensor) -> dict[str, Any]:
+def row_flags(dtype: torch.dtype, n: int, *strides: int) -> dict[str, Any]:
     """The type of sums, and the largest power of two up to 8 that divides the row length and every row stride.
 
     Triton sees divisibility by 16 by itself; with ALIGN, 1000 columns are vector accesses too.
     """
-    acc = tl.float64 if rows[0].dtype == torch.float64 else tl.float32
-    return {"ACC": acc, "ALIGN": math.gcd(8, n, *(r.stride(0) for r in rows))}
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    return {"ACC": acc, "ALIGN": math.gcd(8, n, *strides)}
 
 
 def row_tile(n: int, limit: int, elements: int, per_thread: int) -> Tile:

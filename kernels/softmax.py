@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tileformer.kernels import checks, reference
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import cdiv, launch, register
+from tileformer.kernels.launch import Launch, apply, cdiv, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 
 MAX_FWD = 32768
@@ -140,47 +140,68 @@ def _softmax_bwd_kernel(
             tl.store(dx_ptrs + near, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (near < N))
 
 
-def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float) -> Tensor:
-    """softmax(scale x + mask) of x (B, H, T_q, T_k); a mask of the same shape, usually expanded."""
-    _, h, t_q, t_k = x.shape
-    y = _softmax_fwd_fake(x, mask, causal_shift, scale)
-    mask_kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
-    mask = x if mask is None else mask.view(torch.uint8) if mask_kind == 1 else mask
-    x = rows_of(x, t_k)
-    launch(
+@functools.lru_cache(maxsize=1024)
+def _fwd_launch(
+    shape: tuple[int, ...],
+    stride: int,
+    mask_strides: tuple[int, ...],
+    mask_kind: int,
+    causal_shift: int | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> Launch:
+    h, t_q, t_k = (1, 1, 1, *shape)[-3:]
+    r = math.prod(shape[:-1]) if t_k else 0
+    return Launch(
         _softmax_fwd_kernel,
-        lambda tile: (cdiv(x.shape[0], tile["BLOCK_R"]),),
-        x,
-        (x, mask, y, x.stride(0), mask_strides, x.shape[0], h, t_q, t_k, causal_shift or 0, scale),
-        dict(CAUSAL=causal_shift is not None, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(t_k, x)),
+        lambda tile: (cdiv(r, tile["BLOCK_R"]),),
+        (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale),
+        dict(CAUSAL=causal_shift is not None, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(dtype, t_k, stride)),
         [row_tile(t_k, MAX_FWD, 2048, 16)],
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _bwd_launch(shape: tuple[int, ...], dy_stride: int, y_stride: int, scale: float, dtype: torch.dtype) -> Launch:
+    n = shape[-1]
+    r = math.prod(shape[:-1]) if n else 0
+    return Launch(
+        _softmax_bwd_kernel,
+        lambda tile: (cdiv(r, tile["BLOCK_R"]),),
+        (dy_stride, y_stride, r, n, scale),
+        dict(WHOLE=n <= MAX_BWD, **row_flags(dtype, n, dy_stride, y_stride)),
+        [row_tile(n, MAX_BWD, 2048, 16)],
+    )
+
+
+def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float) -> Tensor:
+    """softmax(scale x + mask) over the last axis of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k), usually expanded."""
+    y = _softmax_fwd_fake(x, mask, causal_shift, scale)
+    rows, stride = rows_of(x, x.shape[-1])
+    if mask is None:
+        _fwd_launch(x.shape, stride, (0, 0, 0, 0), 0, causal_shift, scale, x.dtype)(rows, rows, y)
+    else:
+        boolean = mask.dtype == torch.bool
+        run = _fwd_launch(x.shape, stride, mask.stride(), 1 if boolean else 2, causal_shift, scale, x.dtype)
+        run(rows, mask.view(torch.uint8) if boolean else mask, y)
     return y
 
 
 def _softmax_fwd_fake(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
     """scale y (dy - sum(y dy)) over the last axis."""
     dx = _softmax_bwd_fake(dy, y, scale)
     n = y.shape[-1]
-    dy, y = rows_of(dy, n), rows_of(y, n)
-    launch(
-        _softmax_bwd_kernel,
-        lambda tile: (cdiv(y.shape[0], tile["BLOCK_R"]),),
-        y,
-        (dy, y, dx, dy.stride(0), y.stride(0), y.shape[0], n, scale),
-        dict(WHOLE=n <= MAX_BWD, **row_flags(n, dy, y)),
-        [row_tile(n, MAX_BWD, 2048, 16)],
-    )
+    (dy_rows, dy_stride), (y_rows, y_stride) = rows_of(dy, n), rows_of(y, n)
+    _bwd_launch(y.shape, dy_stride, y_stride, scale, y.dtype)(dy_rows, y_rows, dx)
     return dx
 
 
 def _softmax_bwd_fake(dy: Tensor, y: Tensor, scale: float) -> Tensor:
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 _fwd = register(softmax_fwd, _softmax_fwd_fake)
@@ -191,6 +212,7 @@ class _Softmax(torch.autograd.Function):
     """y; differentiable in x."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(softmax_fwd)
 
     @staticmethod
     def forward(x, mask, causal_shift, scale):
@@ -204,13 +226,14 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return _SoftmaxBackward.apply(dy, y, ctx.scale), None, None, None
+        return apply(_SoftmaxBackward, dy, y, ctx.scale), None, None, None
 
 
 class _SoftmaxBackward(torch.autograd.Function):
     """dx as a function of dy and y; its own derivative is written out, and leads back to x through y."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(softmax_bwd)
 
     @staticmethod
     def forward(dy, y, scale):
@@ -228,7 +251,7 @@ class _SoftmaxBackward(torch.autograd.Function):
         u, g, p = ddx.to(wide), dy.to(wide), y.to(wide)
         along = lambda a, b: (a * b).sum(-1, keepdim=True)  # noqa: E731
         grad_y = ctx.scale * (u * (g - along(p, g)) - g * along(p, u))
-        return _SoftmaxBackward.apply(ddx, y, ctx.scale), grad_y.to(y.dtype), None
+        return apply(_SoftmaxBackward, ddx, y, ctx.scale), grad_y.to(y.dtype), None
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
@@ -253,7 +276,8 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
     too, except on the torch backend, where it is NaN as in torch: looking for it would cost a pass.
     """
     checks.floating("softmax", x=x)
-    checks.mask("softmax", x.shape, x, mask)
+    if mask is not None:
+        checks.mask("softmax", x.shape, x, mask)
     checks.causal("softmax", causal)
     if x.dim() < (2 if causal else 1):
         raise ValueError(f"softmax: x has shape {tuple(x.shape)}: it needs a last axis, and two axes for causal")
@@ -262,11 +286,12 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
         return reference.softmax(x, scale=scale, mask=mask, causal=causal)
     if backend == "torch":
         return _torch_softmax(x, scale, mask, causal)
-    checks.no_mask_gradient("softmax", mask, backend)
-    four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
-    shift = reference.causal_shift(causal, four[2], four[3])
-    mask = None if mask is None else mask.expand(x.shape).reshape(four)
-    return _Softmax.apply(x.reshape(four), mask, shift, float(scale)).view(x.shape)
+    if mask is not None:
+        checks.no_mask_gradient("softmax", mask, backend)
+        four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
+        mask = mask.expand(x.shape).reshape(four)
+    shift = reference.causal_shift(causal, x.shape[-2], x.shape[-1]) if causal else None
+    return apply(_Softmax, x, mask, shift, float(scale))
 
 
 def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
