@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from tileformer.kernels import interpreter
 Tile = dict[str, int]
 
 INTERPRETED = 0  # the "architecture" of CPU tensors, so that a tile table can have a row for the interpreter
+selftest_due = os.environ.get("TILEFORMER_SELFTEST", "1") != "0"  # until this GPU has passed it
 _recorded_arch: int | None = None
 _capabilities: dict[int, int] = {}  # of each GPU
 _too_big: set[tuple[Any, ...]] = set()
@@ -163,6 +165,10 @@ def launch(
 def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[Any], constexprs: dict[str, Any]) -> Any:
     """Launch as Triton documents it, and return the compiled kernel; or interpret."""
     if like.is_cuda:
+        if selftest_due and not recording():
+            from tileformer.kernels import selftest  # which imports the ops, which import this module
+
+            selftest.run_once(like.device)
         with torch.cuda.device(like.device):
             return kernel[programs](*args, **constexprs)
     if recording():
