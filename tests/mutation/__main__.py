@@ -7,6 +7,7 @@ files most likely to notice come first, so that a kill takes seconds, and a surv
 status is 1 when a mutant survives, and 2 when a patch does not apply exactly once or a kill cannot be told from a broken tree.
 """
 
+# ruff: noqa: E402, F401
 from __future__ import annotations
 
 import argparse
@@ -28,13 +29,13 @@ import traceback
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy starts threads, which a fork would lose
     os.environ.setdefault(_variable, "1")
 
-import hypothesis.strategies  # noqa: F401  # this and the rest: imported once, before the forks
+import hypothesis.strategies  # this and the rest: imported once, before the forks
 import mutants  # this folder is the first place that Python looks in
-import numpy.testing  # noqa: F401
+import numpy.testing
 import pytest
 import torch._inductor
-import torch.export  # noqa: F401
-import triton.runtime.interpreter  # noqa: F401
+import torch.export
+import triton.runtime.interpreter
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
