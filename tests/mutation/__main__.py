@@ -39,15 +39,15 @@ import triton.runtime.interpreter
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
-FIRST = {
+FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/attention/plain": "test_values test_decoder_parity test_attention",
-    "kernels/attention/": "test_values test_attention test_memory test_fuzz",
-    "kernels/layer_norm": "test_layer_norm test_values",
-    "kernels/softmax": "test_softmax test_values",
-    "kernels/cross_entropy": "test_cross_entropy test_values",
-    "kernels/dropout": "test_dropout test_values",
+    "kernels/attention/": "test_values test_attention test_fuzz test_memory",
+    "kernels/layer_norm": "test_layer_norm test_values test_memory",
+    "kernels/softmax": "test_softmax test_values test_memory",
+    "kernels/cross_entropy": "test_cross_entropy test_values test_memory",
+    "kernels/dropout": "test_dropout test_values test_memory",
     "kernels/bits": "test_dropout test_attention",
-    "kernels/rows": "test_layer_norm test_softmax test_cross_entropy test_dropout",
+    "kernels/rows": "test_layer_norm test_softmax test_cross_entropy test_dropout test_memory",
     "kernels/": "test_attention test_dropout test_softmax test_autograd",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
 }
