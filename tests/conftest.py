@@ -126,6 +126,16 @@ def _only_marked_tests_interpret(request: pytest.FixtureRequest, monkeypatch: py
         monkeypatch.setattr(interpreter, "run", refuse)
 
 
+@pytest.fixture(autouse=True)
+def _launches_are_made_anew() -> None:
+    """A launcher keeps a launch for each shape: without this, a test that changes a tile would meet the launch of the test before."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tileformer.kernels."):
+            for kept, value in vars(module).items():
+                if "launch" in kept and hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if torch.cuda.is_available() and _interprets(item):
         pytest.skip("interpreted in a process of its own, by tests/test_gpu.py")
