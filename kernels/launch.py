@@ -219,7 +219,7 @@ def register(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable
 
 
 # What torch's dispatcher sees of a plain tensor, and of a thread in which nothing listens to ops: each key is a bit of a set's number.
-_EVERYDAY = 0
+_listening, _keys, _EVERYDAY = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys, 0
 for _key in (
     "CPU",
     "CUDA",
@@ -245,7 +245,7 @@ def apply(function: Any, *args: Any) -> Any:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY
+        or _listening().raw_repr() & ~_EVERYDAY
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
         or getattr(forward_ad, "_current_level", 0) >= 0
@@ -254,7 +254,7 @@ def apply(function: Any, *args: Any) -> Any:
     tracked = False
     for x in args:
         if isinstance(x, Tensor):
-            if torch._C._dispatch_keys(x).raw_repr() & ~_EVERYDAY:
+            if _keys(x).raw_repr() & ~_EVERYDAY:
                 return function.apply(*args)
             tracked = tracked or x.requires_grad
     if tracked and torch.is_grad_enabled():

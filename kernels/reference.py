@@ -224,7 +224,9 @@ def cross_entropy(
     log_p = logits - _softmax(logits)[1][:, None].to(logits.dtype)
     own = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
     loss = (1 - label_smoothing) * own
-    if label_smoothing > 0.0:  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
+    if (
+        label_smoothing > 0.0
+    ):  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
         loss = loss - label_smoothing * (log_p * weights).sum(1) / logits.shape[1]
     loss = torch.where(counted, loss, 0.0)
     if reduction == "none":
