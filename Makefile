@@ -1,17 +1,19 @@
 # Every target makes the environment that it needs (.ci/venv says how); a second run starts at once.
 #   PYTHON=/path/to/python  the interpreter to build it with      DEVICE=cpu  go on without a GPU that torch cannot use
-#   ARGS="-k attention"     more arguments for the target's tool
+#   ARGS="-k attention"     more arguments for the target's tool      TRITON=3.8.0  for compat: only this version
 VENV := .venv
-COMPAT := .venv-compat
+COMPAT := .compat
+TRITON ?= 3.6.0 3.7.1 3.8.0 3.9.0
 BIN := $(VENV)/bin
 DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench compat aot clean
+.PHONY: help demo test lint format bench compat aot fuzz mutation sanitize clean
+.SECONDARY:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## train a small model on this machine, check the kernels, show how to use both (about 10 minutes)
 	@$(BIN)/tileformer info $(DEVICE_OPTION)
@@ -35,11 +37,21 @@ format: $(VENV)/.installed ## rewrite the files as lint wants them
 bench: $(VENV)/.installed ## time the ops and the layers
 	$(BIN)/pytest bench --benchmark-only $(ARGS)
 
-compat: $(COMPAT)/.installed ## run the tests marked `compat` with the oldest supported Triton
-	$(COMPAT)/bin/pytest -q -m compat $(ARGS)
+compat: $(TRITON:%=$(COMPAT)/%/.installed) ## run the tests marked `compat` with each supported Triton: values and compilation
+	@set -e; for version in $(TRITON); do echo "Triton $$version:"; PYTHONPATH=$(COMPAT)/$$version $(BIN)/pytest -q -m compat $(ARGS); done
 
 aot: $(VENV)/.installed ## compile every kernel for every supported GPU, with none present
 	$(BIN)/pytest -q tests -m "aot or aot_full" $(ARGS)
+
+FUZZ ?= 1000
+fuzz: $(VENV)/.installed ## FUZZ=1000 new examples of each op against the error budget; the seed that is shown repeats them
+	$(BIN)/pytest -q tests/test_fuzz.py --fuzz $(FUZZ) --hypothesis-seed=$(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d " ")) $(ARGS)
+
+mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (about 40 minutes)
+	$(BIN)/python tests/mutation $(ARGS)
+
+sanitize: $(COMPAT)/ttsem/.installed ## run the kernels' compiled IR with every address checked; validate the compiler's passes
+	PYTHONPATH=$(COMPAT)/ttsem $(BIN)/python tests/sanitizer $(ARGS)
 
 clean: ## remove the environments and everything that was built; runs/ stays
 	rm -rf $(VENV) $(COMPAT) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -48,7 +60,14 @@ clean: ## remove the environments and everything that was built; runs/ stays
 $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
 	.ci/venv $(VENV)
 
-# Borrows everything from the other environment, and puts an older Triton and numpy in front of it.
-$(COMPAT)/.installed: $(VENV)/.installed constraints-compat.txt
-	PYTHON=$(BIN)/python .ci/venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install -qq --no-deps --ignore-installed -r constraints-compat.txt
+# Another Triton, in a folder that stands in front of the environment's own. The interpreter of 3.6 fails with numpy 2.4.
+$(COMPAT)/%/.installed: $(VENV)/.installed constraints-compat.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),-c constraints-compat.txt numpy)
+	touch $@
+
+# ttsem asks for Python 3.12 and a CUDA build of torch, and needs neither. It patches torch and Triton: only `make sanitize` sees it.
+$(COMPAT)/ttsem/.installed: $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -qq --no-deps --ignore-requires-python --target $(@D) ttsem==0.1.0 triton==3.8.0
+	touch $@

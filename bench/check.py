@@ -32,13 +32,17 @@ from tileformer.bench.cases import CASES, DRAWS, DTYPES, FAR_AXIS, LAYOUTS, OPS,
 from tileformer.bench.memory import FRESH, RED, Memory
 from tileformer.bench.report import HEADER, Finding, collect, line, markdown, summary
 from tileformer.kernels import info
-from tileformer.kernels.backend import BACKENDS
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
 
 def results(
-    namespace: Any, case: Case, dtype: torch.dtype, device: torch.device, rounded: torch.dtype, memory: Memory | None = None
+    namespace: Any,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounded: torch.dtype,
+    memory: Memory | None = None,
 ) -> dict[str, Tensor]:
     """Outputs and gradients of a case, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`.
 
@@ -52,7 +56,9 @@ def results(
         value = x
         if x.is_floating_point():
             wide = name in case.fp32
-            value = x.to(torch.float32 if wide else rounded).to(torch.promote_types(dtype, torch.float32) if wide else dtype)
+            value = x.to(torch.float32 if wide else rounded).to(
+                torch.promote_types(dtype, torch.float32) if wide else dtype
+            )
         if memory is None:
             return value.to(device)
         return memory.place(value.to(device), x, FAR_AXIS.get(case.layouts.get(name, "")))
@@ -84,10 +90,21 @@ def _wanted(found: dict[str, Tensor]) -> list[str]:
 def _sizes(case: Case, truth: dict[str, Tensor], rounded: torch.dtype) -> dict[str, Tensor]:
     """For each result, the sum of the absolute values of what is added up (bench/budget.py)."""
     tensors, options = case.inputs()
-    wide = lambda n, x: x.to(torch.float32 if n in case.fp32 else rounded).double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    size: dict[str, Any] = {name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()}
-    special = OPS[case.op].sizes({n: wide(n, x) for n, x in tensors.items()}, {n: wide(n, x) for n, x in options.items()}, truth)
-    return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in {**size, **special}.items()}
+    wide = lambda n, x: (
+        x.to(torch.float32 if n in case.fp32 else rounded).double()
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+    )  # noqa: E731
+    size: dict[str, Any] = {
+        name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()
+    }
+    special = OPS[case.op].sizes(
+        {n: wide(n, x) for n, x in tensors.items()}, {n: wide(n, x) for n, x in options.items()}, truth
+    )
+    return {
+        name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        for name, x in {**size, **special}.items()
+    }
 
 
 def judge(case: Case, dtype_name: str, backend: str, device: torch.device) -> dict[str, float]:
@@ -117,7 +134,9 @@ def examine(case: Case, dtype_name: str, backend: str, device: torch.device, run
         eager["lse"] = results(kernels.reference, case, torch.float32, device, dtype)["lse"]
     got, memory = run()
     size = _sizes(case, {name: x.detach().cpu() for name, x in truth.items()}, dtype)
-    finding.over_budget = {name: over_budget(got[name], eager[name], truth[name], size[name]) for name in _wanted(truth)}
+    finding.over_budget = {
+        name: over_budget(got[name], eager[name], truth[name], size[name]) for name in _wanted(truth)
+    }
     finding.problems += memory.problems()
     for name in [name for name, ratio in finding.over_budget.items() if ratio == math.inf]:
         if not _same_bits(run(fresh=0)[0][name], got[name]):
@@ -180,14 +199,20 @@ def examine_draw(draw: Draw, dtype_name: str, backend: str, device: torch.device
     return finding
 
 
+def _far(item: Any) -> bool:
+    return any(kind in FAR_AXIS for kind in getattr(item, "layouts", {}).values())
+
+
 def _find(item: Case | Draw, dtype: str, backend: str, device: torch.device) -> Finding:
     """`examine` or `examine_draw`; an error becomes a problem, so that the other calls are still checked."""
+    if isinstance(item, Case) and (why := item.unfit(backend)):
+        return Finding(item.op, item.name, dtype, item.reason, skipped=why)
     try:
         return (examine if isinstance(item, Case) else examine_draw)(item, dtype, backend, device)  # type: ignore[operator]
     except Exception as error:
         finding = Finding(item.op, item.name, dtype, item.reason)
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if isinstance(item, Case) and "far" in str(item.layouts) and isinstance(error, (OSError, torch.OutOfMemoryError)):
+        if _far(item) and isinstance(error, (OSError, torch.OutOfMemoryError)):
             finding.skipped = f"too little memory ({text})"
         else:
             finding.problems.append(text)
@@ -197,21 +222,27 @@ def _find(item: Case | Draw, dtype: str, backend: str, device: torch.device) -> 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer check`."""
     choices = dict(op=sorted(OPS), dtype=list(DTYPES))
-    parser.add_argument("--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)"
+    )
     parser.add_argument("--op", action="append", choices=choices["op"], help="only this op (repeatable)")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this call (repeatable)")
     parser.add_argument("--dtype", action="append", choices=choices["dtype"], help="only this dtype (repeatable)")
     parser.add_argument(
-        "--backend", choices=[b for b in BACKENDS if b != "auto"], help="default: triton on a GPU, interpret elsewhere"
+        "--backend", choices=("triton", "interpret", "torch"), help="default: triton on a GPU, interpret elsewhere"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     parser.add_argument("--report", metavar="FILE", help="also write a Markdown report to FILE")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE ('-': to standard output instead of the table)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write every figure to FILE ('-': to standard output instead of the table)"
+    )
     parser.add_argument(
         "--compile-only", action="store_true",
         help="compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's cache for one",
     )  # fmt: skip
-    parser.add_argument("--arch", type=int, nargs="+", metavar="CC", help="with --compile-only: 80 86 89 90 100 120 (default: all)")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", metavar="CC", help="with --compile-only: 80 86 89 90 100 120 (default: all)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -220,20 +251,25 @@ def main(args: argparse.Namespace) -> int:
     calls = list(_chosen(everything, args))
     if not calls:
         names = ", ".join(repr(x.name) for x in everything if not args.op or x.op in args.op)
-        raise ValueError(f"nothing is called that: op {args.op}, case {args.case}, dtype {args.dtype}: choose from {names}")
+        raise ValueError(
+            f"nothing is called that: op {args.op}, case {args.case}, dtype {args.dtype}: choose from {names}"
+        )
     if args.compile_only:
         return compiled.report(calls, args.arch, args.json)
     device = info.require_device(args.device)
     backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
-    if backend == "interpret":
-        calls = [(item, dtype) for item, dtype in calls if item.interpret]
+    calls.sort(key=lambda call: _far(call[0]))  # last: a wrong offset there would take the process or the GPU down
     table = args.json != "-"
     if table:
         print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{HEADER}")
     start, findings = time.perf_counter(), []
     for n, (item, dtype) in enumerate(calls, 1):
         if sys.stderr.isatty():
-            print(f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}", end="\r", file=sys.stderr)
+            print(
+                f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
+                end="\r",
+                file=sys.stderr,
+            )
         finding = _find(item, dtype, backend, device)
         finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
             f" --{name} {value}" for name, value in (("backend", args.backend), ("device", args.device)) if value
@@ -255,7 +291,11 @@ def main(args: argparse.Namespace) -> int:
 
 def _chosen(everything: list[Any], args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     for item in everything:
-        if (args.quick and not item.quick) or (args.op and item.op not in args.op) or (args.case and item.name not in args.case):
+        if (
+            (args.quick and not item.quick)
+            or (args.op and item.op not in args.op)
+            or (args.case and item.name not in args.case)
+        ):
             continue
         dtypes = [d for d in item.dtypes if not args.dtype or d in args.dtype]
         if args.quick and not args.dtype and not args.compile_only:

@@ -120,7 +120,7 @@ def judged(case: Case, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict
         seen.add(binary.cubin)
         figures = exact(launch)
         allowed = _allowed_stack(case, dtype, arch, binary.name)
-        wants_dots = case.op == "attention" and dtype != "fp32" and "range" not in binary.name
+        wants_dots = case.op == "attention" and dtype != "fp32" and "bounds" not in binary.name
         problem = ""
         if figures["stack"] > allowed:
             problem = f"spills: {figures['stack']} bytes of stack, {allowed} allowed"

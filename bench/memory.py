@@ -20,10 +20,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-BAND = 1 << 16  # bytes on either side: more than the longest run of rows that a tile could overshoot in a call of this size
+BAND = (
+    1 << 16
+)  # bytes on either side: more than the longest run of rows that a tile could overshoot in a call of this size
 RED, FRESH = -1, 0x7FC1  # 16-bit patterns: NaN in every floating dtype, and not each other's
 BEYOND = 2**31  # a "far" tensor ends after this many elements
-ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"), (torch, "zeros"))
 _allocate = torch.empty
 
 
@@ -33,7 +35,9 @@ class Memory:
     def __init__(self, device: torch.device, red: int = RED, fresh: int = FRESH) -> None:
         self.device, self.red, self.fresh = device, red, fresh
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []  # all of the memory, a copy of it, the tensor in it
-        self.outputs: list[tuple[Tensor, int, Tensor]] = []  # all of the memory, how many of its bytes are the tensor's, the tensor
+        self.outputs: list[
+            tuple[Tensor, int, Tensor]
+        ] = []  # all of the memory, how many of its bytes are the tensor's, the tensor
         self._patches: list[Any] = []
 
     def place(self, x: Tensor, like: Tensor | None = None, far: int | None = None) -> Tensor:
@@ -91,7 +95,7 @@ class Memory:
             memory, flat = self._flat(size // shape.itemsize, shape.dtype, self.fresh)
             x = flat.as_strided(shape.shape, shape.stride(), flat.storage_offset())
             self.outputs.append((memory, size, x))
-            return x.requires_grad_(shape.requires_grad)
+            return (x.zero_() if original.__name__ == "zeros" else x).requires_grad_(shape.requires_grad)
 
         return allocate
 

@@ -243,8 +243,8 @@ TILES = [(16, 32), (32, 16)]  # neither the height nor the width alone explains 
 def _assert_within_budget_for_tiles(
     tile, shape, monkeypatch: pytest.MonkeyPatch, dtype: str = "fp32", **options
 ) -> None:
-    rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], num_warps=4, num_stages=1)]
-    monkeypatch.setattr(sys.modules["tileformer.kernels.attention"], "tiles_for", lambda *_, **__: rows)
+    rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], EDGE=16, num_warps=4, num_stages=1)]
+    monkeypatch.setattr(sys.modules["tileformer.kernels.attention.launchers"], "tiles_for", lambda *_, **__: rows)
     ratios = judge(
         Case("attention", "tiles", "", attention_call(shape, **options)), dtype, "interpret", torch.device("cpu")
     )
@@ -282,8 +282,8 @@ PADDINGS = {
 @pytest.mark.interprets
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_of_many_keys(padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [dict(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=1)]
-    monkeypatch.setattr(sys.modules["tileformer.kernels.attention"], "tiles_for", lambda *_, **__: rows)
+    rows = [dict(BLOCK_M=32, BLOCK_N=256, EDGE=256, num_warps=4, num_stages=1)]
+    monkeypatch.setattr(sys.modules["tileformer.kernels.attention.launchers"], "tiles_for", lambda *_, **__: rows)
     q, k, v = (x.detach() for x in _qkv(b=2, h=1, t_q=3, t_k=LONG, d=4))
     key_mask = torch.stack([torch.arange(LONG) < 5, PADDINGS[padding](torch.arange(LONG))])
     with use_backend("interpret"):
@@ -391,7 +391,6 @@ def test_bad_input_raises_before_anything_runs(name: str, what: str) -> None:
         attention(**(dict(q=_Q, k=_K, v=_K) | changed))
 
 
-@pytest.mark.interprets
 @pytest.mark.interprets
 def test_a_floating_mask_that_wants_a_gradient() -> None:
     mask = torch.zeros(5, 6, requires_grad=True)

@@ -6,6 +6,8 @@ the seed that repeats them. A failing example is printed as it was drawn: shrink
 
 import contextlib
 import importlib
+import itertools
+import math
 from unittest import mock
 
 import pytest
@@ -90,9 +92,9 @@ def mask_of(kind, shape, how, generator):
 
 
 @st.composite
-def broadcast_masks(draw, shape):
+def broadcast_masks(draw, shape, kinds=("boolean", "additive")):
     """None, or (kind, a shape that broadcasts to `shape`, a layout)."""
-    kind = draw(st.sampled_from([None, None, "boolean", "additive"]))
+    kind = draw(st.sampled_from([None, None, *kinds]))
     sizes = [draw(st.sampled_from([1, n, n])) for n in shape]
     drop = draw(st.integers(0, len(shape) - 1))
     return None if kind is None else (kind, tuple(sizes[drop:]), draw(layouts))
@@ -100,23 +102,98 @@ def broadcast_masks(draw, shape):
 
 @st.composite
 def attention_calls(draw):
+    """A plain dictionary: what is drawn is what a failure prints. At most three features beside masks, so that each meets each other one."""
     b, h_kv, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    tile = draw(st.sampled_from([(16, 16), (32, 16), (16, 32), (32, 32), (64, 16), (16, 64)]))
+    tile = draw(st.sampled_from([(16, 16, 16), (32, 16, 16), (16, 32, 16), (32, 32, 32), (64, 16, 16), (16, 64, 32)]))
     most = 3 if b * h_kv * group <= 4 else 2  # tiles along an axis: interpretation is slow
     t_q, t_k = draw(st.integers(1, min(70, most * tile[0]))), draw(st.integers(1, min(70, most * tile[1])))
     t_k = t_q if draw(st.booleans()) else t_k
-    return dict(
-        shape=(b, h_kv * group, h_kv, t_q, t_k, draw(st.sampled_from([1, 3, 8, 16, 20, 33]))),
+    features = draw(
+        st.sets(
+            st.sampled_from(["window", "lengths", "packed", "alibi", "softcap", "bias", "value size", "scale", "lse"]),
+            max_size=3,
+        )
+    )
+    if "packed" in features:
+        b, features = 1, features - {"lengths", "bias"}
+    size = draw(st.sampled_from([1, 3, 8, 16, 20, 33]))
+    call = dict(
+        shape=(b, h_kv * group, h_kv, t_q, t_k, size),
+        value_size=draw(st.sampled_from([1, 8, 24, 33])) if "value size" in features else size,
         tile=tile,
         causal=draw(st.sampled_from([False, "top_left", "bottom_right"])),
-        mask=draw(broadcast_masks((b, h_kv * group, t_q, t_k))),
-        padding=draw(st.sampled_from([None, "right", "left", "holes", "random", "one batch"])),
+        mask=draw(
+            broadcast_masks(
+                (b, h_kv * group, t_q, t_k), ("boolean",) if "bias" in features else ("boolean", "additive")
+            )
+        ),
+        padding=None
+        if "packed" in features
+        else draw(st.sampled_from([None, "right", "left", "holes", "random", "one batch"])),
         p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
-        scale=draw(st.sampled_from([None, None, 0.3, -0.5, 2.0])),
-        lse=draw(st.booleans()),
+        scale=draw(st.sampled_from([0.3, -0.5, 2.0])) if "scale" in features else None,
+        lse="lse" in features,
+        softcap=draw(st.sampled_from([1.0, 20.0])) if "softcap" in features else 0.0,
         layouts=draw(st.tuples(layouts, layouts, layouts)),
         seed=draw(seeds),
     )
+    if "window" in features:
+        call["window"] = draw(st.tuples(*[st.sampled_from([None, 0, 1, 7, 16, 31])] * 2))
+        call["align"] = draw(st.sampled_from([None, "bottom_right"])) if not call["causal"] else None
+    if "lengths" in features:
+        call["lengths"] = [draw(st.none() | st.lists(st.integers(0, t), min_size=b, max_size=b)) for t in (t_q, t_k)]
+    if "packed" in features:
+        n = draw(st.integers(1, 3))
+        cuts = [sorted(draw(st.lists(st.integers(0, t), min_size=n, max_size=n))) for t in (t_q, t_k)]
+        call["packed"], call["longest"] = [[0, *ends] for ends in cuts], draw(st.booleans())
+    if "alibi" in features:
+        call["alibi"] = draw(st.sampled_from(["a head", "a head of a sequence"]))
+    if "bias" in features:
+        call["bias"] = tuple(draw(st.sampled_from([1, n, n])) for n in (b, h_kv * group, t_q, t_k))[
+            draw(st.integers(0, 3)) :
+        ]
+    return call
+
+
+def attention_tiles(m, n, edge):
+    """These tiles for every kernel of attention."""
+    room = importlib.import_module("tileformer.kernels.attention.launchers")
+
+    def tiles_for(table, *_):
+        tile = dict(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=1)
+        if table is not room.BACKWARD_BIAS and table is not room.WEIGHTS:
+            tile["EDGE"] = min(m if table is room.BACKWARD_DKDV else n, edge)
+        return [tile]
+
+    return mock.patch.object(room, "tiles_for", tiles_for)
+
+
+def attention_arguments(call, generator):
+    """(differentiable tensors, other arguments) of a drawn call."""
+    b, h, h_kv, t_q, t_k, d = call["shape"]
+    generator.manual_seed(call["seed"])
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    drawn = draw(b, h, t_q, d), draw(b, h_kv, t_k, d), draw(b, h_kv, t_k, call["value_size"])
+    leaves = {n: laid_out(x, how) for n, x, how in zip("qkv", drawn, call["layouts"], strict=True)}
+    options = {n: call[n] for n in ("causal", "scale", "window", "align", "softcap") if call.get(n) is not None}
+    if call["mask"]:
+        options["mask"] = mask_of(*call["mask"], generator)
+    if call["padding"]:
+        options["key_mask"] = key_mask_of(call["padding"], b, t_k, generator)
+    for name, lengths in zip(("query_lengths", "key_lengths"), call.get("lengths", ()), strict=False):
+        options[name] = None if lengths is None else torch.tensor(lengths)
+    for name, starts in zip("qk", call.get("packed", ()), strict=False):
+        options[f"cu_seqlens_{name}"] = torch.tensor(starts, dtype=torch.int32)
+        if call["longest"]:
+            options[f"max_seqlen_{name}"] = max(1, max(b - a for a, b in itertools.pairwise(starts)))
+    if call.get("alibi"):
+        sequences = len(call["packed"][0]) - 1 if "packed" in call else b
+        options["alibi_slopes"] = torch.rand((h,) if call["alibi"] == "a head" else (sequences, h), generator=generator)
+    if "bias" in call:
+        leaves["bias"] = draw(*call["bias"])
+    if call["p"]:
+        options |= dict(dropout_p=call["p"], seed=torch.tensor([call["seed"] << 31]))
+    return leaves, options
 
 
 def key_mask_of(kind, b, t_k, generator):
@@ -131,37 +208,50 @@ def key_mask_of(kind, b, t_k, generator):
     }[kind]
 
 
+def attention_size(truth, tensors, options):
+    """bench/budget.py's, and that of a bias: of the scores' gradient, summed over what the bias broadcasts over."""
+    given = dict(out=truth["out"], dout=truth["given out"], dlse=truth.get("given lse"))
+    sizes = attention_sizes(**tensors, **given, **options)
+    sizes = {name: size for name, size in sizes.items() if name in truth}
+    if "bias" in tensors:
+        v = tensors["v"].abs().repeat_interleave(tensors["q"].shape[1] // tensors["v"].shape[1], 1)
+        scores = (given["dout"].abs() @ v.transpose(-1, -2)).amax() / (1 - options.get("dropout_p", 0.0))
+        delta = (given["out"] * given["dout"]).abs().sum(-1).amax() + (
+            0 if given["dlse"] is None else given["dlse"].abs().amax()
+        )
+        rows = math.prod(truth["out"].shape[:3]) / math.prod(
+            tensors["bias"].shape[:-1]
+        )  # whose weights, each 1 in all, are added up
+        sizes["dbias"] = float(scores + delta) * max(1.0, rows)
+    return sizes
+
+
 @given(attention_calls(), dtypes)
 def test_attention(call, dtype):
-    b, h, h_kv, t_q, t_k, d = call["shape"]
-
     def build(generator):
-        generator.manual_seed(call["seed"])
-        draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-        drawn = draw(b, h, t_q, d), draw(b, h_kv, t_k, d), draw(b, h_kv, t_k, d)
-        leaves = {n: laid_out(x, how) for n, x, how in zip("qkv", drawn, call["layouts"], strict=True)}
-        options = dict(causal=call["causal"], return_lse=call["lse"], scale=call["scale"])
-        if call["mask"]:
-            options["mask"] = mask_of(*call["mask"], generator)
-        if call["padding"]:
-            options["key_mask"] = key_mask_of(call["padding"], b, t_k, generator)
-        if call["p"]:
-            options |= dict(dropout_p=call["p"], seed=torch.tensor([call["seed"] << 31]))
-        return leaves, options
+        leaves, options = attention_arguments(call, generator)
+        return leaves, options | dict(return_lse=call["lse"])
 
-    def size(truth, tensors, options):
-        sizes = attention_sizes(
-            **tensors, out=truth["out"], dout=truth["given out"], dlse=truth.get("given lse"), **options
-        )
-        if not call["lse"]:
-            del sizes["lse"]
-        elif options.get("mask") is not None and options["mask"].is_floating_point():
-            sizes["lse"] = sizes["lse"] + top(options["mask"])
-        return sizes
+    with attention_tiles(*call["tile"]):
+        hold("attention", build, dtype, attention_size)
 
-    rows = [dict(BLOCK_M=call["tile"][0], BLOCK_N=call["tile"][1], num_warps=4, num_stages=1)]
-    with mock.patch.object(ROOMS["attention"], "tiles_for", lambda *_, **__: rows):
-        hold("attention", build, dtype, size)
+
+@given(attention_calls().filter(lambda call: "packed" not in call), st.sampled_from([True, "average"]))
+def test_attention_weights(call, kind):
+    """Weights on demand, and what they send back to q and k."""
+    leaves, options = attention_arguments(call, torch.Generator())
+
+    def found(op, dtype):
+        given = {n: x.to(dtype).detach().requires_grad_() for n, x in leaves.items()}
+        weights = op(**given, **options, return_weights=kind)[-1]
+        total = (weights * torch.linspace(-1, 2, weights.numel()).view(weights.shape).to(dtype)).sum()
+        return [weights.detach(), *torch.autograd.grad(total, [given["q"], given["k"]])]
+
+    truth = found(kernels.reference.attention, torch.float64)
+    with attention_tiles(*call["tile"]), use_backend("interpret"):
+        got = found(kernels.attention, torch.float32)
+    for g, e, t in zip(got, found(kernels.reference.attention, torch.float32), truth, strict=True):
+        assert_within_budget("weights", g, e, t, 4 * top(t) + 1.0)
 
 
 shapes = st.lists(st.integers(1, 7), max_size=3).map(tuple)

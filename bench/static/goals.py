@@ -49,19 +49,12 @@ def verdicts(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool
         else:
             figure = worst[goal["figure"]]
             kept = sign * figure <= sign * limit
-            verdict |= dict(worst=figure, at=" ".join(str(worst[x]) for x in ("op", "workload", "pass", "kernel", "dtype", "arch") if x in worst))
+            verdict |= dict(
+                worst=figure,
+                at=" ".join(str(worst[x]) for x in ("op", "workload", "pass", "kernel", "dtype", "arch") if x in worst),
+            )
             verdict["verdict"] = "lead" if goal["class"] == "C" else "pass" if kept else "miss"
             if "share_band" in worst:
                 verdict["band"] = worst["share_band"]
         found.append(verdict)
     return found
-
-
-def lines(found: list[dict[str, Any]]) -> list[str]:
-    """The verdicts as text."""
-    text = [f"\n{'goal':<78} {'class':<5} {'worst':>8} {'wanted':>8} {'rows':>4}  verdict"]
-    for v in found:
-        text.append(f"{v['name']:<78} {v['class']:<5} {v.get('worst', '-'):>8} {v['limit']:>8} {v['rows']:>4}  {v['verdict']}")
-        if v["verdict"] in ("miss", "lead") and "at" in v:
-            text.append(f"    at {v['at']}" + (f", share's band {v['band']}" if "band" in v else ""))
-    return text

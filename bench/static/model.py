@@ -146,7 +146,9 @@ def replay(
     return (sum(e[-1] for e in ends) - sum(e[half - 1] for e in ends)) / (n * (iterations - half))
 
 
-def band(path: list[Instruction], rates: Rates, blocks: int, warps: int, **options: float) -> tuple[float, float, float]:
+def band(
+    path: list[Instruction], rates: Rates, blocks: int, warps: int, **options: float
+) -> tuple[float, float, float]:
     """Median, least and largest replay over the start skews."""
     found = sorted(replay(path, rates, blocks, warps, skew=skew, **options) for skew in SKEWS)  # type: ignore[arg-type]
     return found[len(found) // 2], found[0], found[-1]

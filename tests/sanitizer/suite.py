@@ -18,9 +18,13 @@ def check(op: str, tensors: dict, options: dict, dtype: torch.dtype = torch.floa
     """Forward and every gradient on "cuda", against the reference in float64."""
 
     def results(namespace, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-        place = lambda x: x.to(dtype if x.is_floating_point() else x.dtype).to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        place = lambda x: (
+            x.to(dtype if x.is_floating_point() else x.dtype).to(device) if isinstance(x, torch.Tensor) else x
+        )  # noqa: E731
         leaves = [place(x.to(rounded)).requires_grad_() for x in tensors.values()]
-        out = getattr(namespace, op)(**dict(zip(tensors, leaves, strict=True)), **{n: place(x) for n, x in options.items()})
+        out = getattr(namespace, op)(
+            **dict(zip(tensors, leaves, strict=True)), **{n: place(x) for n, x in options.items()}
+        )
         torch.manual_seed(1)
         given = torch.randn(out.shape).to(rounded)
         return [out.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(out, leaves, place(given)))]
@@ -55,9 +59,15 @@ def test_attention(name: str, dtype: torch.dtype) -> None:
 
 
 ROWS = {
-    "layer_norm": (dict(x=torch.randn(37, 50), weight=torch.randn(50), bias=torch.randn(50)), dict(normalized_shape=(50,))),
+    "layer_norm": (
+        dict(x=torch.randn(37, 50), weight=torch.randn(50), bias=torch.randn(50)),
+        dict(normalized_shape=(50,)),
+    ),
     "softmax": (dict(x=torch.randn(2, 3, 37, 50)), dict(mask=torch.rand(37, 50) > 0.3, causal=True)),
-    "cross_entropy": (dict(logits=torch.randn(37, 50)), dict(target=torch.arange(37), weight=torch.rand(50), label_smoothing=0.1)),
+    "cross_entropy": (
+        dict(logits=torch.randn(37, 50)),
+        dict(target=torch.arange(37), weight=torch.rand(50), label_smoothing=0.1),
+    ),
     "dropout": (dict(x=torch.randn(37, 50), residual=torch.randn(37, 50)), dict(p=0.3, seed=torch.tensor([5]))),
 }
 LONG = {
