@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import gc
 import json
 import statistics
@@ -90,6 +91,10 @@ def _cases() -> dict[str, tuple[tuple[Tensor, ...], dict[str, Call]]]:
     return cases
 
 
+def _gradients(call: Call, leaves: list[Tensor], dout: Tensor) -> None:
+    torch.autograd.grad(call(*leaves), leaves, dout)
+
+
 def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
     """Rows of op, pass, microseconds of each provider (None where it has no such op), and ours over each other's."""
     jobs: dict[tuple[str, str, str], Callable[[], Any]] = {}
@@ -100,8 +105,8 @@ def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
             leaves = [x.clone().requires_grad_() for x in inputs]
             for name, call in providers.items():
                 dout = torch.ones_like(call(*inputs))
-                jobs[op, "forward", name] = lambda call=call, inputs=inputs: call(*inputs)
-                jobs[op, "both", name] = lambda call=call, x=leaves, dout=dout: torch.autograd.grad(call(*x), x, dout)
+                jobs[op, "forward", name] = functools.partial(call, *inputs)
+                jobs[op, "both", name] = functools.partial(_gradients, call, leaves, dout)
         jobs["", "", "engine"] = lambda: torch.autograd.grad(leaf, leaf, leaf)
         times: dict[tuple[str, str, str], list[float]] = {key: [] for key in jobs}
         gc.disable()
@@ -149,10 +154,12 @@ def compilations(arch: int, shapes: int | None = None) -> collections.Counter[st
         )
     )
     seen: set[tuple[str, str]] = set()
-    before, knobs.runtime.jit_cache_hook = (
-        knobs.runtime.jit_cache_hook,
-        lambda **call: seen.add((call["fn"].name, call["key"])) or True,
-    )
+
+    def note(**call: Any) -> bool:
+        seen.add((call["fn"].name, call["key"]))
+        return True  # Triton takes it for compiled elsewhere
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
     try:
         with record(arch), use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
             for batch in chosen:

@@ -116,10 +116,10 @@ def check_observed() -> None:
         with mock.patch.object(launch, "_run", run):
             softmax(x), softmax(x)
             assert run.call_count == 1
-            heard: list[Any] = []
-            knobs.runtime.launch_enter_hook.add(heard.append)
+            heard = mock.Mock()
+            knobs.runtime.launch_enter_hook.add(heard)
             softmax(x)
-            knobs.runtime.launch_enter_hook.remove(heard.append)
+            knobs.runtime.launch_enter_hook.remove(heard)
             assert run.call_count == 2
             for where, name, value in (
                 (knobs.runtime, "debug", True),
@@ -165,7 +165,12 @@ def test_lazy_and_wrapped_tensors_are_not_taken_for_plain_ones() -> None:
     negated = torch.complex(torch.zeros(3, 4), x).conj().imag
     assert negated.is_neg()
     leaked = []
-    torch.func.grad(lambda x: (leaked.append(x), x.sum())[1])(x)
+
+    def leak(x: torch.Tensor) -> torch.Tensor:
+        leaked.append(x)
+        return x.sum()
+
+    torch.func.grad(leak)(x)
     with use_backend("interpret"):
         torch.testing.assert_close(softmax(negated), torch.softmax(-x, -1))
         torch.testing.assert_close(softmax(leaked[0]), torch.softmax(x, -1))
