@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tileformer import kernels
 from tileformer.kernels import reference, use_backend
+from tileformer.kernels.launch import Launch
 
 pytestmark = [
     pytest.mark.filterwarnings(
