@@ -38,8 +38,9 @@ def same_shape(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> Non
 
 def fits(op: str, like: Tensor, shape: Sequence[int], **tensors: Tensor | None) -> None:
     """`floating`, `same_device` and `same_shape` at once: asks them only for their words."""
+    device = like.device
     for name, x in tensors.items():
-        if x is not None and not (x.is_floating_point() and x.device == like.device and x.shape == shape):
+        if x is not None and not (x.is_floating_point() and x.device == device and x.shape == shape):
             floating(op, **{name: x})
             same_device(op, like, **{name: x})
             same_shape(op, tuple(shape), **{name: x})

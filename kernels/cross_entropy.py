@@ -332,7 +332,7 @@ def cross_entropy(
             target, None if weight is None else weight.to(logits.dtype),
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
-    options = weight, ignore_index, float(label_smoothing), reduction, dtype
+    options = weight, int(ignore_index), float(label_smoothing), reduction, dtype
     if logits.dim() == 2:
         return apply(_CrossEntropy, logits, target, *options)[0]
     loss = apply(_CrossEntropy, logits[None], target[None], *options)[0]
