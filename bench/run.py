@@ -116,7 +116,11 @@ def main(args: argparse.Namespace) -> int:
     if args.what == "experiments" or getattr(args, "tune", False):
         from tileformer.bench import tune
 
-        report["results"] = tune.experiments(bench, args.every) if args.what == "experiments" else tune.search(bench)
+        report["results"] = (
+            tune.experiments(bench, args.every)
+            if args.what == "experiments"
+            else tune.search(bench, (64,) if args.dry else (64, 128))
+        )
         if args.json:
             _write(args.json, report)
         return 0
