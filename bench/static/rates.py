@@ -4,7 +4,8 @@ Cycles are those of one of the four sub-partitions of a multiprocessor for one i
 multiprocessor in the vendor's tables, times 32 / 4. Sources, by the letters in the comments:
 [P] CUDA C++ Programming Guide, "Arithmetic Instructions", throughput of native arithmetic instructions;
 [A] NVIDIA A100 Tensor Core GPU Architecture; [H] NVIDIA H100 Tensor Core GPU Architecture; [B] NVIDIA Blackwell Architecture Technical Brief;
-[M] microbenchmarks: arXiv:2402.13499 (Hopper), arXiv:2208.11174 (Ampere).
+[M] microbenchmarks: arXiv:2402.13499 (Hopper), arXiv:2208.11174 (Ampere). Reported L2 rates differ by a factor of two, so no goal that is asserted
+uses them.
 """
 
 from __future__ import annotations

@@ -57,25 +57,15 @@ def _hash_of(files: Iterable[Path]) -> str:
 
 def _key(job: dict[str, Any]) -> str:
     """What a job's rows depend on: kernels (or a peer's version), compiler, and the tools that read them."""
-    names = (
-        "recording.py",
-        *(("compiled.py", "cases.py") if job["kind"] == "tables" else ("workloads.py", "providers.py")),
-    )
-    tools = [
-        path
-        for path in BENCH.glob("static/*.py")
-        if path.name not in ("report.py", "goals.py", "evidence.py", "table.py")
-    ]
-    tools += [BENCH / name for name in names]
-    own = job["provider"] == OURS
-    source = (
-        _hash_of((BENCH.parent / "kernels").rglob("*.py"))
-        if own
-        else importlib.metadata.version(PEERS[job["provider"]])
-    )
-    return hashlib.sha256(
-        json.dumps([job, source, triton.__version__, torch.__version__, _hash_of(tools)]).encode()
-    ).hexdigest()
+    names = ("compiled.py", "cases.py") if job["kind"] == "tables" else ("workloads.py", "providers.py")
+    readers = ("capture", "figures", "model", "rates", "sass", "traffic")
+    tools = [BENCH / name for name in ("recording.py", *names, *(f"static/{reader}.py" for reader in readers))]
+    if job["provider"] == OURS:
+        source = _hash_of((BENCH.parent / "kernels").rglob("*.py"))
+    else:
+        source = importlib.metadata.version(PEERS[job["provider"]])
+    key = [job, source, triton.__version__, torch.__version__, _hash_of(tools)]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
@@ -83,17 +73,15 @@ def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     file = cache / f"{_key(job)}.json"
     if file.exists():
         return json.loads(file.read_text())
-    source = str(BENCH.parent / "src")
-    paths = (
-        os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-        if os.path.isdir(source)
-        else os.environ.get("PYTHONPATH", "")
-    )
-    environment = dict(
-        os.environ, TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=paths, OMP_NUM_THREADS="1", GEMS_VENDOR="nvidia"
-    )
+    paths = [
+        str(BENCH.parent / "src"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]  # of a checkout that is not installed
+    own = dict(TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
     command = [sys.executable, "-W", "ignore", "-m", "tileformer.bench.static.capture"]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, env=os.environ | own, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{job}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
     rows = json.loads(done.stdout.splitlines()[-1])
@@ -133,8 +121,12 @@ def collect(
     """Every row, in an order that depends on nothing but the arguments."""
     cache.mkdir(parents=True, exist_ok=True)
     jobs = _jobs(archs, ops, providers, pattern)
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for found in pool.map(lambda job: _with_traffic(job, cache), jobs) for row in found]
+        for n, found in enumerate(pool.map(lambda job: _with_traffic(job, cache), jobs), 1):
+            rows += found
+            if sys.stderr.isatty():
+                print(f"\r{n}/{len(jobs)} jobs", end="\r", file=sys.stderr)
     rows.sort(
         key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider"))
     )
