@@ -31,7 +31,8 @@ Options = dict[str, Any]
 Call = Callable[[Tensors, Options], Tensor]
 Build = Callable[[Workload], Call]
 OURS = "tileformer"
-COMPILED = ("torch.compile", "flex")  # a compilation of seconds for every shape
+# A shape costs these many seconds before its first result: a compilation, or the timing of dozens of configurations.
+SLOW_START = {"attention": ("torch.compile", "flex", "flag_gems", "fla"), "*": ("torch.compile",)}
 GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
 compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
 

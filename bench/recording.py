@@ -213,7 +213,7 @@ def pretend(arch: int) -> Iterator[None]:
         max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, gcnArchName="",
     )  # fmt: skip
     stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda other: None)
-    answers = dict(
+    answers: dict[str, Any] = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None,
         get_device_capability=lambda device=None: (arch // 10, arch % 10), get_device_properties=lambda device=None: properties,
         get_device_name=lambda device=None: properties.name, synchronize=lambda device=None: None,

@@ -155,7 +155,7 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
         if time.monotonic() > bench.deadline:
             print(f"time is up: nothing from {workload.op}, {workload.name} on was measured")
             break
-        names = [n for n in providers.providers(workload.op) if wanted(workload, n, args.provider, args.dry)]
+        names = [n for n in providers.providers(workload.op) if wanted(workload, n, args.provider)]
         results = list(bench.measure(workload, names, args.mode or MODES))
         report["results"] += [dataclasses.asdict(r) for r in results]
         absent |= dict.fromkeys(r.reason for r in results if r.reason.endswith("is not installed"))

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from tileformer.kernels import bits
 
-
 LOWEST = -2.3e38  # log2(e) times anything below is beyond float32
 
 

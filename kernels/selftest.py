@@ -1,8 +1,7 @@
 """Compare every op with its definition once on a GPU that is new here: a compiler can be wrong without a word, and training would go on.
 
-`launch.py` asks for it before a process's first launches. It costs some seconds of compilation and leaves a stamp in Triton's cache folder, so that the
-next process with this kind of GPU, this Triton and this tileformer starts at once. TILEFORMER_SELFTEST=0 turns it off. It looks for garbage, not for
-rounding: `tileformer check` does that.
+`launch.py` asks for it before a process's first launches. It costs some seconds of compilation, and leaves a stamp in Triton's cache folder: the next
+process with this kind of GPU, this Triton and this tileformer goes without. TILEFORMER_SELFTEST=0 turns it off.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import tileformer
 from tileformer import kernels
 from tileformer.kernels import launch
 
-TOLERANCE = 0.05  # of the largest element; bfloat16 rounding makes 0.01
+TOLERANCE = 0.05  # of the largest element: garbage, not rounding, which makes 0.01 in bfloat16
 CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # differentiable tensors, other arguments
     "attention": (dict(q=(1, 2, 70, 64), k=(1, 2, 150, 64), v=(1, 2, 150, 64)), dict(causal="bottom_right")),
     "layer_norm": (dict(x=(37, 128), weight=(128,), bias=(128,)), dict(normalized_shape=(128,))),
@@ -28,7 +27,6 @@ CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # diffe
     "cross_entropy": (dict(logits=(37, 128)), dict(target=torch.arange(37), reduction="sum")),
     "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
 }
-_running = False
 
 
 def failures(backend: str, device: torch.device) -> list[str]:
@@ -50,46 +48,34 @@ def failures(backend: str, device: torch.device) -> list[str]:
     return wrong
 
 
-def stamp(device: torch.device) -> Path:
-    """The file that says that this kind of GPU has passed."""
-    gpu = torch.cuda.get_device_properties(device)
-    words = f"tileformer-{tileformer.__version__}-triton-{triton.__version__}-sm_{gpu.major}{gpu.minor}-{gpu.name}"
-    return Path(triton.knobs.cache.dir) / (re.sub(r"[^\w.+-]+", "-", words) + ".passed")
-
-
 def run_once(device: torch.device) -> None:
     """Test the GPU unless its stamp is there; `launch.selftest_due` stays True until it has passed.
 
-    Leaves it to a later launch during its own, in a fork without CUDA, while torch traces or captures a graph, and inside a backward, whose thread
-    its own backward would wait for.
+    Left to a later launch in a fork without CUDA, while torch traces or captures, and in a backward, whose thread the test's own would wait for.
 
     Raises:
         RuntimeError: if a result is wrong, and again at the next launch.
     """
-    global _running
-    inside_backward = torch._C._current_graph_task_id() != -1
-    if (
-        _running
-        or torch.cuda._is_in_bad_fork()
-        or torch.compiler.is_compiling()
-        or inside_backward
-        or torch.cuda.is_current_stream_capturing()
-    ):
+    if torch.cuda._is_in_bad_fork() or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return
-    passed = stamp(device)
-    if not passed.exists():
-        _running = True
-        try:
-            with ThreadPoolExecutor(1) as pool:  # where no caller's autocast, grad mode, stream or backend is in force
-                wrong = pool.submit(failures, "triton", device).result()
-        finally:
-            _running = False
+    if torch._C._current_graph_task_id() != -1:
+        return
+    gpu = torch.cuda.get_device_properties(device)
+    kind = f"tileformer {tileformer.__version__}, triton {triton.__version__}, sm_{gpu.major}{gpu.minor}, {gpu.name}"
+    stamp = Path(triton.knobs.cache.dir) / (re.sub(r"\W+", "-", kind) + ".passed")
+    launch.selftest_due = False  # the test's own launches ask for none
+    if stamp.exists():
+        return
+    try:
+        with ThreadPoolExecutor(1) as pool:  # where no caller's autocast, grad mode, stream or backend is in force
+            wrong = pool.submit(failures, "triton", device).result()
         if wrong:
             raise RuntimeError(
-                f"tileformer's kernels are wrong on this GPU ({passed.stem}): {', '.join(wrong)}: `tileformer check --report FILE` "
-                "tells more, use_backend('torch') does without them, TILEFORMER_SELFTEST=0 goes on"
+                f"{'; '.join(wrong)}: wrong on {kind}: see `tileformer check`, use_backend('torch') or TILEFORMER_SELFTEST=0"
             )
-        with contextlib.suppress(OSError):  # a folder that cannot be written: the next process tests again
-            passed.parent.mkdir(parents=True, exist_ok=True)
-            passed.touch()
-    launch.selftest_due = False
+    except BaseException:
+        launch.selftest_due = True
+        raise
+    with contextlib.suppress(OSError):  # a folder that cannot be written: the next process tests again
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: its threads make the interpreter slower
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: deterministic mode asks for it
 
+os.environ.setdefault("TILEFORMER_SELFTEST", "0")  # the tests do more, and count what is compiled
+
 import sys
 from collections.abc import Callable, Iterator
 
@@ -122,6 +124,16 @@ def _only_marked_tests_interpret(request: pytest.FixtureRequest, monkeypatch: py
             )
 
         monkeypatch.setattr(interpreter, "run", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _launches_are_made_anew() -> None:
+    """A launcher keeps a launch for each shape: without this, a test that changes a tile would meet the launch of the test before."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tileformer.kernels."):
+            for kept, value in vars(module).items():
+                if "launch" in kept and hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

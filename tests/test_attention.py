@@ -214,9 +214,8 @@ def test_accumulators_are_wider_than_the_input(backend: str, device: torch.devic
 
 
 def test_accumulators_of_the_gradients_are_wider_than_the_input(backend: str, device: torch.device) -> None:
-    draw = lambda t, seed: torch.randn(1, 1, t, 64, generator=torch.Generator().manual_seed(seed)).to(
-        device, torch.bfloat16
-    )  # noqa: E731
+    def draw(t: int, seed: int) -> Tensor:
+        return torch.randn(1, 1, t, 64, generator=torch.Generator().manual_seed(seed)).to(device, torch.bfloat16)
 
     def gradients(op, t_q: int, t_k: int, dtype: torch.dtype) -> dict[str, Tensor]:
         leaves = [draw(t, seed).to(dtype).requires_grad_() for t, seed in ((t_q, 0), (t_k, 1), (t_k, 2))]

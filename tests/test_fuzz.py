@@ -57,6 +57,8 @@ def laid_out(x, how):
 @contextlib.contextmanager
 def tiles(op, limit):
     """Let an op of rows hold at most `limit` elements of a row at once."""
+    for value in vars(ROOMS[op]).values():  # launches are kept for each shape, with their tiles
+        getattr(value, "cache_clear", int)()
     with contextlib.ExitStack() as stack:
         for name in LIMITS[op] if limit else ():
             stack.enter_context(mock.patch.object(ROOMS[op], name, limit))

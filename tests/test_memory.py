@@ -68,16 +68,31 @@ GUARDED = """
         grads = [move(torch.ones_like(o)) for o in outs]
         torch.autograd.grad(outs, list(leaves.values()), grads)
 
+    def options_of_attention(lengths, **options):
+        def build(generator):
+            draw = lambda *shape: torch.randn(shape, generator=generator)
+            b = 1 if "cu_seqlens_q" in lengths else 2
+            tensors = dict(q=draw(b, 4, 33, 20), k=draw(b, 2, 35, 20), v=draw(b, 2, 35, 12))
+            if "bias" in options:
+                tensors["bias"] = draw(*options["bias"])
+            return tensors, {n: torch.tensor(x) for n, x in lengths.items()} | {n: o for n, o in options.items() if n != "bias"}
+        return build
+
     MORE = [
         Case("attention", "mask to the last element", "", attention_call((2, 4, 2, 33, 35, 20), mask="boolean", padding="holes")),
         Case("attention", "additive mask", "", attention_call((2, 4, 2, 33, 35, 20), mask="additive", causal=True, dropout_p=0.2)),
         Case("attention", "one row more than a tile", "", attention_call((1, 2, 1, 65, 33, 17), padding="right")),
+        Case("attention", "bias", "", options_of_attention({}, bias=(4, 33, 35), causal="bottom_right")),
+        Case("attention", "bias of a column, a row, a head", "", options_of_attention({}, bias=(2, 1, 1, 35))),
+        Case("attention", "lengths past the end", "", options_of_attention(dict(query_lengths=[40, 20], key_lengths=[17, 99]), window=(5, 3))),
+        Case("attention", "packed", "", options_of_attention(dict(cu_seqlens_q=[0, 9, 30], cu_seqlens_k=[0, 20, 35]), causal=True, softcap=5.0)),
+        Case("attention", "weights", "", options_of_attention({}, return_weights=True, return_lse=True)),
         Case("softmax", "mask", "", row_call(2, 3, 5, 13, mask="additive", causal=True)),
         Case("layer_norm", "odd", "", row_call(7, 13, params=("weight", "bias"), normalized_shape=(13,))),
         Case("cross_entropy", "odd", "", class_call(7, 13, ignored=2, weighted=True, label_smoothing=0.1)),
         Case("dropout", "odd", "", row_call(7, 13, params=("residual",), p=0.3)),
     ]
-    small = [case for case in CASES if not any(word in case.name for word in ('wide', 'size', 'plain', 'holes', 'one query'))] + MORE
+    small = [case for case in CASES if case.quick or case.name in ("cross padded", "bottom right", "no keys in sight", "two axes")] + MORE
     rooms = {op: importlib.import_module("tileformer.kernels." + op) for op in ("layer_norm", "softmax", "cross_entropy", "dropout")}
     torch.empty = patched
     with kernels.use_backend("interpret"):
@@ -86,6 +101,8 @@ GUARDED = """
                 for name in ("MAX_FWD", "MAX_BWD", "MAX_TILE"):
                     if hasattr(room, name):
                         setattr(room, name, limit)
+                for value in vars(room).values():  # launches are kept for each shape, with their tiles
+                    getattr(value, "cache_clear", int)()
             for case in small if AT_END else MORE:
                 if limit is None or case.op in rooms:
                     print(case.op, case.name, "end" if AT_END else "start", "of memory, tiles of", limit, flush=True)

@@ -151,7 +151,7 @@ def padded_nan() -> None:
         out = attention(q, k2, v2, key_mask=real)
         assert torch.equal(out, expected)
         assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (k2, v2)))
-        beyond = (COLS >= torch.tensor([7, 3])[:, None])[:, None, :, None]
+        beyond = (torch.tensor([7, 3])[:, None] <= COLS)[:, None, :, None]
         out = attention(q, _poisoned(k, beyond, value), _poisoned(v, beyond, value), key_lengths=torch.tensor([7, 3]))
         _close(out[1], attention(q[1:], k[1:, :, :3], v[1:, :, :3])[0])
     assert (

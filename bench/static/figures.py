@@ -93,17 +93,17 @@ def attention_share(launch: Launch, workload: Workload, rates: Rates, blocks: in
     keys = per_trip // (4 * rows * s["D"])
     every, edge = causal_trips(s["T_k"], rows, keys) if workload.options.get("causal") else (s["T_k"] / keys, 0.0)
     edge = edge if len(paths) > 1 else 0.0
-    useful = (
-        workload.flops("forward") / programs * blocks / rates.tensor_flops
-    )  # cycles of the multiprocessor at the peak
-    l2 = 2 * keys * s["D"] * size
+    useful = workload.flops("forward") / programs * blocks / rates.tensor_flops  # cycles at the peak
 
     def time(n: int) -> tuple[float, ...]:
+        l2 = size * _flops(paths[n]) * launch.warps / (2 * rows)  # keys and values of a trip
         floor = model.bound(paths[n], rates, blocks, launch.warps, l2)
         return max(floor.values()), *(max(x, floor["l2"]) for x in model.band(paths[n], rates, blocks, launch.warps))
 
+    wide = _flops(paths[0]) / _flops(paths[1]) if edge else 0.0  # a masked tile may be narrower
     times = [
-        (every - edge) * main + edge * masked for main, masked in zip(time(0), time(1 if edge else 0), strict=True)
+        (every - edge) * main + edge * wide * masked
+        for main, masked in zip(time(0), time(1 if edge else 0), strict=True)
     ]
     bound, middle, most, least = (round(useful / t, 3) for t in times)
     return dict(tile_rows=rows, tile_keys=keys, bound=bound, share=middle, share_band=[least, most])

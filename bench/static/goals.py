@@ -40,8 +40,7 @@ def verdicts(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool
         rows_of = [row for row in rows if _fits(row, where) and goal["figure"] in row]
         wanted = {field: x for field, x in where.items() if field in ("op", "arch")}
         expected = any(_fits(dict(op=op, arch=arch), wanted) for op, arch in seen)
-        sign = 1 if "at_most" in goal else -1
-        limit = goal.get("at_most", goal.get("at_least"))
+        sign, limit = (1, goal["at_most"]) if "at_most" in goal else (-1, goal["at_least"])
         worst = max(rows_of, key=lambda row: sign * row[goal["figure"]], default=None)
         verdict = dict(goal, rows=len(rows_of), limit=("<= " if sign > 0 else ">= ") + str(limit))
         if worst is None:

@@ -87,7 +87,7 @@ def replay(
     running, last = list(range(n)), 0
     while running:
         best, when = -1, math.inf
-        for w in running[last:] + running[:last]:
+        for w in running[last + 1 :] + running[: last + 1]:  # of equals the one that has waited longest
             step = steps[at[w]]
             t = ready[w] if ready[w] > issued else issued
             busy = free.get(step.pipe, 0.0) - (256 if step.kind == "matrix" else 0)  # a queue of matrix instructions

@@ -119,9 +119,9 @@ def _jobs(archs: list[int], ops: list[str], providers: list[str], pattern: str) 
 
 
 def _with_traffic(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
-    """A job's rows; then, where there are rates, its traffic in the configurations that were best."""
+    """A job's rows; for a peer also its traffic, in the configurations that were best."""
     rows = _do(job, cache)
-    if job["kind"] == "tables" or job["arch"] not in RATES:
+    if job["provider"] == OURS or job["arch"] not in RATES:
         return rows
     choices = [{name: row[name] for name in ("kernel", "tile", "warps")} for row in rows if "tile" in row]
     return rows + _do(dict(job, kind="traffic", choices=choices), cache)

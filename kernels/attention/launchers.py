@@ -118,7 +118,7 @@ class _Call:
         return tiles_for(table, arch_of(self.q), wider, self.q.dtype, self.feature)
 
     def run(
-        self, kernel: Any, table: Any, grid: Any, args: Sequence[Any], without: Sequence[str] = (), **more: Any
+        self, kernel: Any, table: Any, grid: Any, args: tuple[Any, ...], without: Sequence[str] = (), **more: Any
     ) -> None:
         flags = {name: value for name, value in self.flags.items() if name not in without} | more
         launch(kernel, grid, self.q, args, flags, self.tiles(table))

@@ -7,6 +7,7 @@ files most likely to notice come first, so that a kill takes seconds, and a surv
 status is 1 when a mutant survives, and 2 when a patch does not apply exactly once or a kill cannot be told from a broken tree.
 """
 
+# ruff: noqa: E402, F401
 from __future__ import annotations
 
 import argparse
@@ -28,25 +29,25 @@ import traceback
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy starts threads, which a fork would lose
     os.environ.setdefault(_variable, "1")
 
-import hypothesis.strategies  # noqa: F401  # this and the rest: imported once, before the forks
+import hypothesis.strategies  # this and the rest: imported once, before the forks
 import mutants  # this folder is the first place that Python looks in
-import numpy.testing  # noqa: F401
+import numpy.testing
 import pytest
 import torch._inductor
-import torch.export  # noqa: F401
-import triton.runtime.interpreter  # noqa: F401
+import torch.export
+import triton.runtime.interpreter
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
-FIRST = {
+FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/attention/plain": "test_values test_decoder_parity test_attention",
-    "kernels/attention/": "test_values test_attention test_memory test_fuzz",
-    "kernels/layer_norm": "test_layer_norm test_values",
-    "kernels/softmax": "test_softmax test_values",
-    "kernels/cross_entropy": "test_cross_entropy test_values",
-    "kernels/dropout": "test_dropout test_values",
+    "kernels/attention/": "test_values test_attention test_fuzz test_memory",
+    "kernels/layer_norm": "test_layer_norm test_values test_memory",
+    "kernels/softmax": "test_softmax test_values test_memory",
+    "kernels/cross_entropy": "test_cross_entropy test_values test_memory",
+    "kernels/dropout": "test_dropout test_values test_memory",
     "kernels/bits": "test_dropout test_attention",
-    "kernels/rows": "test_layer_norm test_softmax test_cross_entropy test_dropout",
+    "kernels/rows": "test_layer_norm test_softmax test_cross_entropy test_dropout test_memory",
     "kernels/": "test_attention test_dropout test_softmax test_autograd",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
 }

@@ -18,9 +18,11 @@ def check(op: str, tensors: dict, options: dict, dtype: torch.dtype = torch.floa
     """Forward and every gradient on "cuda", against the reference in float64."""
 
     def results(namespace, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-        place = lambda x: (
-            x.to(dtype if x.is_floating_point() else x.dtype).to(device) if isinstance(x, torch.Tensor) else x
-        )  # noqa: E731
+        def place(x):
+            if not isinstance(x, torch.Tensor):
+                return x
+            return x.to(dtype if x.is_floating_point() else x.dtype).to(device)
+
         leaves = [place(x.to(rounded)).requires_grad_() for x in tensors.values()]
         out = getattr(namespace, op)(
             **dict(zip(tensors, leaves, strict=True)), **{n: place(x) for n, x in options.items()}
