@@ -1,5 +1,6 @@
-"""What attention promises beyond its values: memory saved, work done, compilations, exported dropout bits, refusals."""
+"""What attention promises beyond single calls: features in pairs, memory saved, work done, compilations, exported dropout bits, refusals."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tileformer.bench import pairs
+from tileformer.bench.calls import Case
+from tileformer.bench.check import examine
 from tileformer.bench.static.traffic import Counter
 from tileformer.kernels import attention, dropout_keep, reference, use_backend
 from tileformer.kernels.attention import launchers
@@ -242,3 +246,17 @@ def test_refusals_name_the_argument_both_values_and_the_fix(
 ) -> None:
     with use_backend("interpret"), pytest.raises(error, match=message):
         attention(q, k, k, **options)
+
+
+def test_the_pairs_are_all_pairs() -> None:
+    rows, names = pairs._rows(), list(pairs.FACTORS)
+    for a, b in itertools.combinations(names, 2):
+        met = {(row[a], row[b]) for row in rows}
+        assert met == set(itertools.product(pairs.FACTORS[a], pairs.FACTORS[b]))
+    assert len(rows) <= 40
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in pairs.PAIRS])
+def test_features_meet_in_pairs(case: Case) -> None:
+    found = examine(case, case.dtypes[0], "interpret", torch.device("cpu"), runs=1)
+    assert found.passed, f"{case.reason}: {found.verdict}"
