@@ -94,7 +94,9 @@ def compiled(case: Case, dtype: str, arch: int) -> list[Launch]:
     cast = lambda x: x.to(DTYPES[dtype]) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
     leaves = {name: cast(x).requires_grad_() for name, x in tensors.items()}
     with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*does not fit this device")  # a table's first tile has to: no step to the next one
+        warnings.filterwarnings(
+            "error", message=".*does not fit this device"
+        )  # a table's first tile has to: no step to the next one
         outputs = getattr(kernels, case.op)(**leaves, **{name: cast(x) for name, x in options.items()})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.grad(sum(x.sum() for x in outputs), list(leaves.values()))
