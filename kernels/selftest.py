@@ -1,7 +1,7 @@
 """Compare every op with its definition once on a GPU that is new here: a compiler can be wrong without a word, and training would go on.
 
-`launch.py` asks for it before a process's first launches. It costs some seconds of compilation, and leaves a stamp in Triton's cache folder: the next
-process with this kind of GPU, this Triton and this tileformer goes without. TILEFORMER_SELFTEST=0 turns it off.
+`launch.py` asks for it before a process's first launches. Some seconds of compilation leave a stamp in Triton's cache folder, for this kind of GPU,
+this Triton and this tileformer. TILEFORMER_SELFTEST=0 turns it off.
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ def run_once(device: torch.device) -> None:
     Raises:
         RuntimeError: if a result is wrong, and again at the next launch.
     """
-    if torch.cuda._is_in_bad_fork() or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return
-    if torch._C._current_graph_task_id() != -1:
+    busy = torch.cuda._is_in_bad_fork() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+    if busy or torch.cuda.is_current_stream_capturing():
         return
     gpu = torch.cuda.get_device_properties(device)
     kind = f"tileformer {tileformer.__version__}, triton {triton.__version__}, sm_{gpu.major}{gpu.minor}, {gpu.name}"
