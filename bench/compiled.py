@@ -84,6 +84,7 @@ ALLOWED_STACK = {
     ("bf16", "_attention_bwd_dkdv_kernel", 0): 8,
     ("bf16", "_attention_bwd_dkdv_kernel", 256): 16,
     ("bf16", "_attention_fwd_kernel", 128): 24,
+    ("bf16", "_attention_fwd_kernel", 256): 32,
 }
 NOTHING_SPILLS = {(arch, size) for arch in (80, 90, 100) for size in (64, 128)}
 
