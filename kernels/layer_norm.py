@@ -265,12 +265,16 @@ def _bwd_launches(
     return programs, None if whole else sums, main, add if partial else None
 
 
+def _row_length(x: Tensor, axes: int) -> int:
+    return x.shape[-1] if axes == 1 else math.prod(x.shape[-axes:])
+
+
 def layer_norm_fwd(
     x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y like x, normalised over its last `axes` axes; mean and rstd of each row (2, R)."""
     y, stats = _layer_norm_fwd_fake(x, axes, weight, bias, eps)
-    r, n = stats.shape[1], math.prod(x.shape[-axes:])
+    r, n = stats.shape[1], _row_length(x, axes)
     rows, stride = rows_of(x, n)
     run = _fwd_launch(r, n, stride, weight is not None, bias is not None, eps, x.dtype)
     run(
@@ -303,7 +307,7 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias; the last two are empty where not needed. eps is for the second derivative alone."""
     dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps)
-    r, n = stats.shape[1], math.prod(x.shape[-axes:])
+    r, n = stats.shape[1], _row_length(x, axes)
     (x, x_stride), (dy, dy_stride) = rows_of(x, n), rows_of(dy, n)
     programs, sum_up, run, add_up = _bwd_launches(
         r, n, dy_stride, x_stride, weight is not None, need_dweight, need_dbias, _programs(x), x.dtype
@@ -435,12 +439,14 @@ def layer_norm(
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
     """
     shape = tuple(normalized_shape)
-    checks.floating("layer_norm", x=x)
+    if not x.is_floating_point():
+        checks.floating("layer_norm", x=x)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"layer_norm: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
         )
-    checks.fits("layer_norm", x, shape, weight=weight, bias=bias)
+    checks.fits("layer_norm", "weight", weight, x, shape)
+    checks.fits("layer_norm", "bias", bias, x, shape)
     backend = choose("layer_norm", x)
     if backend == "reference":
         return reference.layer_norm(x, shape, weight, bias, eps)
