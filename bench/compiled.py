@@ -83,6 +83,8 @@ ALLOWED_STACK = {
     ("bf16", "_attention_bwd_dq_kernel", 0): 24,
     ("bf16", "_attention_bwd_dkdv_kernel", 0): 8,
     ("bf16", "_attention_bwd_dkdv_kernel", 256): 16,
+    ("fp32", "_attention_bwd_dkdv_kernel", 0): 16,
+    ("bf16", "_attention_fwd_kernel", 0): 8,
     ("bf16", "_attention_fwd_kernel", 128): 24,
     ("bf16", "_attention_fwd_kernel", 256): 32,
 }
