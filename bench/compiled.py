@@ -81,6 +81,7 @@ ALLOWED_STACK = {
     ("fp32", "_attention_bwd_dq_kernel", 160): 320,
     ("fp32", "_attention_bwd_dkdv_kernel", 160): 320,
     ("bf16", "_attention_bwd_dq_kernel", 0): 24,
+    ("bf16", "_attention_bwd_dq_kernel", 256): 32,
     ("bf16", "_attention_bwd_dkdv_kernel", 0): 8,
     ("bf16", "_attention_bwd_dkdv_kernel", 256): 16,
     ("fp32", "_attention_bwd_dkdv_kernel", 0): 16,
