@@ -9,11 +9,11 @@ DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench compat aot fuzz mutation sanitize clean
+.PHONY: help demo test lint format bench gpu-day compat aot fuzz mutation sanitize clean
 .SECONDARY:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## train a small model on this machine, check the kernels, show how to use both (about 10 minutes)
 	@$(BIN)/tileformer info $(DEVICE_OPTION)
@@ -36,6 +36,9 @@ format: $(VENV)/.installed ## rewrite the files as lint wants them
 
 bench: $(VENV)/.installed ## time the ops and the layers
 	$(BIN)/pytest bench --benchmark-only $(ARGS)
+
+gpu-day: $(VENV)/.installed ## all that a new GPU should answer, into runs/gpu-day, at most 25 minutes; DRY=1 tries it without a GPU
+	$(BIN)/tileformer bench gpu-day $(if $(DRY),--dry) $(ARGS)
 
 compat: $(TRITON:%=$(COMPAT)/%/.installed) ## run the tests marked `compat` with each supported Triton: values and compilation
 	@set -e; for version in $(TRITON); do echo "Triton $$version:"; PYTHONPATH=$(COMPAT)/$$version $(BIN)/pytest -q -m compat $(ARGS); done

@@ -57,32 +57,34 @@ def assert_within_budget(
 def attention_sizes(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor | float]:
-    """S of out, lse, dq, dk, dv: the sums of `reference.attention` and of its backward with every term replaced by its absolute value.
+    """S of out, lse, dq, dk, dv and dbias: the sums of `reference.attention` and of its backward with every term replaced by its absolute value.
 
     With P the weights and M their dropout (0 or 1 / (1 - p)): dS is at most P (M |dO| |V|^T + rowsum|dO O| + |dlse|).
     """
     (b, h, _, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
-    options.pop("return_lse", None)
-    if (real := options.get("key_mask")) is not None:  # padded keys may hold anything
-        k, v = (torch.where(real[:, None, :, None], x, 0.0) for x in (k, v))
+    for name in ("return_lse", "return_weights"):
+        options.pop(name, None)
+    q, k, v = (torch.where(x.isfinite(), x, 0.0) for x in (q, k, v))  # padding may hold anything
     identity = torch.eye(t_k, dtype=q.dtype, device=q.device).expand(b, h_kv, t_k, t_k)
-    mask = options.get("mask")
     dropped = reference.attention(q, k, identity, **options)
     weights = reference.attention(q, k, identity, **(options | dict(dropout_p=0.0)))
     scale = d**-0.5 if options.get("scale") is None else abs(options["scale"])
     key, value = (x.abs().repeat_interleave(h // h_kv, 1) for x in (k, v))
     delta = (out * dout).abs().sum(-1, keepdim=True) + (0 if dlse is None else dlse.abs()[..., None])
-    ds = scale * (dropped * (dout.abs() @ value.transpose(-1, -2)) + weights * delta)
+    ds = dropped * (dout.abs() @ value.transpose(-1, -2)) + weights * delta
     scores = scale * (q.abs() @ key.transpose(-1, -2))
-    if mask is not None and mask.dtype != torch.bool:
-        scores = scores + torch.where(mask.isfinite(), mask.abs(), 0.0)
+    mask, bias = options.get("mask"), options.get("bias")
+    for added in (mask, bias):
+        if added is not None and added.dtype != torch.bool:
+            scores = scores + torch.where(added.isfinite(), added.abs(), 0.0)
     shared = lambda x: x.unflatten(1, (h_kv, h // h_kv)).sum(2)  # noqa: E731
     return dict(
         out=dropped @ value,
         lse=scores.amax(-1) if t_k else 0.0,
-        dq=ds @ key,
-        dk=shared(ds.transpose(-1, -2) @ q.abs()),
+        dq=scale * ds @ key,
+        dk=scale * shared(ds.transpose(-1, -2) @ q.abs()),
         dv=shared(dropped.transpose(-1, -2) @ dout.abs()),
+        dbias=0.0 if bias is None else ds.sum_to_size(bias.shape),
     )
 
 

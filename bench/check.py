@@ -8,19 +8,21 @@ Every call of bench/cases.py runs on a backend and is held to
   for dropout: a rate, a mean and an independence of calls, batches, heads, rows and columns within 5 standard deviations of the binomial
   distribution, the same bits for the same seed, forward and backward, and those of the definition.
 
-Where there is a GPU the compiled kernels run on it; elsewhere the same kernels are interpreted. Plain `tileformer check` runs everything: about two
-minutes interpreted; on a GPU mostly compilation, of some 250 kernels, the first time. --quick compiles 16. A --report can be attached to a bug.
+Where there is a GPU the compiled kernels run on it; elsewhere the same kernels are interpreted. Plain `tileformer check` runs everything: minutes,
+interpreted; on a GPU mostly compilation, of some 360 kernels, the first time. --quick compiles 16. A --report can be attached to a bug.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,17 +30,22 @@ from torch import Tensor
 from tileformer import kernels
 from tileformer.bench import compiled
 from tileformer.bench.budget import over_budget
-from tileformer.bench.cases import CASES, DRAWS, DTYPES, FAR_AXIS, LAYOUTS, OPS, Case, Draw
+from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Case, Draw
+from tileformer.bench.cases import CASES, DRAWS, OPS
 from tileformer.bench.memory import FRESH, RED, Memory
 from tileformer.bench.report import HEADER, Finding, collect, line, markdown, summary
-from tileformer.kernels import info
-from tileformer.kernels.backend import BACKENDS
+from tileformer.kernels import info, launch
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
 
 def results(
-    namespace: Any, case: Case, dtype: torch.dtype, device: torch.device, rounded: torch.dtype, memory: Memory | None = None
+    namespace: Any,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounded: torch.dtype,
+    memory: Memory | None = None,
 ) -> dict[str, Tensor]:
     """Outputs and gradients of a case, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`.
 
@@ -52,7 +59,9 @@ def results(
         value = x
         if x.is_floating_point():
             wide = name in case.fp32
-            value = x.to(torch.float32 if wide else rounded).to(torch.promote_types(dtype, torch.float32) if wide else dtype)
+            value = x.to(torch.float32 if wide else rounded).to(
+                torch.promote_types(dtype, torch.float32) if wide else dtype
+            )
         if memory is None:
             return value.to(device)
         return memory.place(value.to(device), x, FAR_AXIS.get(case.layouts.get(name, "")))
@@ -83,11 +92,18 @@ def _wanted(found: dict[str, Tensor]) -> list[str]:
 
 def _sizes(case: Case, truth: dict[str, Tensor], rounded: torch.dtype) -> dict[str, Tensor]:
     """For each result, the sum of the absolute values of what is added up (bench/budget.py)."""
-    tensors, options = case.inputs()
-    wide = lambda n, x: x.to(torch.float32 if n in case.fp32 else rounded).double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    size: dict[str, Any] = {name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()}
-    special = OPS[case.op].sizes({n: wide(n, x) for n, x in tensors.items()}, {n: wide(n, x) for n, x in options.items()}, truth)
-    return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in {**size, **special}.items()}
+
+    def wide(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x.to(torch.float32 if name in case.fp32 else rounded).double()
+
+    given = [{name: wide(name, x) for name, x in named.items()} for named in case.inputs()]
+    size: dict[str, Any] = {
+        name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()
+    }
+    size.update(OPS[case.op].sizes(given[0], given[1], truth))
+    return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in size.items()}
 
 
 def judge(case: Case, dtype_name: str, backend: str, device: torch.device) -> dict[str, float]:
@@ -117,7 +133,9 @@ def examine(case: Case, dtype_name: str, backend: str, device: torch.device, run
         eager["lse"] = results(kernels.reference, case, torch.float32, device, dtype)["lse"]
     got, memory = run()
     size = _sizes(case, {name: x.detach().cpu() for name, x in truth.items()}, dtype)
-    finding.over_budget = {name: over_budget(got[name], eager[name], truth[name], size[name]) for name in _wanted(truth)}
+    finding.over_budget = {
+        name: over_budget(got[name], eager[name], truth[name], size[name]) for name in _wanted(truth)
+    }
     finding.problems += memory.problems()
     for name in [name for name, ratio in finding.over_budget.items() if ratio == math.inf]:
         if not _same_bits(run(fresh=0)[0][name], got[name]):
@@ -180,14 +198,24 @@ def examine_draw(draw: Draw, dtype_name: str, backend: str, device: torch.device
     return finding
 
 
+def _far(item: Any) -> bool:
+    return any(kind in FAR_AXIS for kind in getattr(item, "layouts", {}).values())
+
+
 def _find(item: Case | Draw, dtype: str, backend: str, device: torch.device) -> Finding:
     """`examine` or `examine_draw`; an error becomes a problem, so that the other calls are still checked."""
+    if isinstance(item, Case) and (why := item.unfit(backend)):
+        return Finding(item.op, item.name, dtype, item.reason, skipped=why)
     try:
-        return (examine if isinstance(item, Case) else examine_draw)(item, dtype, backend, device)  # type: ignore[operator]
+        return (
+            examine(item, dtype, backend, device)
+            if isinstance(item, Case)
+            else examine_draw(item, dtype, backend, device)
+        )
     except Exception as error:
         finding = Finding(item.op, item.name, dtype, item.reason)
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if isinstance(item, Case) and "far" in str(item.layouts) and isinstance(error, (OSError, torch.OutOfMemoryError)):
+        if _far(item) and isinstance(error, (OSError, torch.OutOfMemoryError)):
             finding.skipped = f"too little memory ({text})"
         else:
             finding.problems.append(text)
@@ -197,21 +225,27 @@ def _find(item: Case | Draw, dtype: str, backend: str, device: torch.device) -> 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer check`."""
     choices = dict(op=sorted(OPS), dtype=list(DTYPES))
-    parser.add_argument("--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)"
+    )
     parser.add_argument("--op", action="append", choices=choices["op"], help="only this op (repeatable)")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this call (repeatable)")
     parser.add_argument("--dtype", action="append", choices=choices["dtype"], help="only this dtype (repeatable)")
     parser.add_argument(
-        "--backend", choices=[b for b in BACKENDS if b != "auto"], help="default: triton on a GPU, interpret elsewhere"
+        "--backend", choices=("triton", "interpret", "torch"), help="default: triton on a GPU, interpret elsewhere"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     parser.add_argument("--report", metavar="FILE", help="also write a Markdown report to FILE")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE ('-': to standard output instead of the table)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write every figure to FILE ('-': to standard output instead of the table)"
+    )
     parser.add_argument(
         "--compile-only", action="store_true",
         help="compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's cache for one",
     )  # fmt: skip
-    parser.add_argument("--arch", type=int, nargs="+", metavar="CC", help="with --compile-only: 80 86 89 90 100 120 (default: all)")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", metavar="CC", help="with --compile-only: 80 86 89 90 100 120 (default: all)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -220,31 +254,40 @@ def main(args: argparse.Namespace) -> int:
     calls = list(_chosen(everything, args))
     if not calls:
         names = ", ".join(repr(x.name) for x in everything if not args.op or x.op in args.op)
-        raise ValueError(f"nothing is called that: op {args.op}, case {args.case}, dtype {args.dtype}: choose from {names}")
+        raise ValueError(
+            f"nothing is called that: op {args.op}, case {args.case}, dtype {args.dtype}: choose from {names}"
+        )
     if args.compile_only:
         return compiled.report(calls, args.arch, args.json)
+    launch.selftest_due = False  # this is more than that
     device = info.require_device(args.device)
     backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
-    if backend == "interpret":
-        calls = [(item, dtype) for item, dtype in calls if item.interpret]
+    calls.sort(key=lambda call: _far(call[0]))  # last: a wrong offset there would take the process or the GPU down
     table = args.json != "-"
     if table:
         print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{HEADER}")
     start, findings = time.perf_counter(), []
-    for n, (item, dtype) in enumerate(calls, 1):
-        if sys.stderr.isatty():
-            print(f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}", end="\r", file=sys.stderr)
-        finding = _find(item, dtype, backend, device)
-        finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
-            f" --{name} {value}" for name, value in (("backend", args.backend), ("device", args.device)) if value
-        )
-        findings.append(finding)
-        if table:
-            print(line(finding), flush=True)
-    report = collect(findings, backend, device, {}, time.perf_counter() - start)
-    if args.json:
-        with sys.stdout if args.json == "-" else open(args.json, "w") as file:
-            file.write(json.dumps(report, indent=1) + "\n")
+    with _tiles() as tiles:
+        for n, (item, dtype) in enumerate(calls, 1):
+            if sys.stderr.isatty():
+                print(
+                    f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
+                    end="\r",
+                    file=sys.stderr,
+                )
+            finding = _find(item, dtype, backend, device)
+            finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
+                f" --{name} {value}" for name, value in (("backend", args.backend), ("device", args.device)) if value
+            )
+            findings.append(finding)
+            if table:
+                print(line(finding), flush=True)
+    report = collect(findings, backend, device, tiles, time.perf_counter() - start)
+    if args.json == "-":
+        print(json.dumps(report, indent=1))
+    elif args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
     if args.report:
         with open(args.report, "w") as file:
             file.write(markdown(report))
@@ -253,9 +296,29 @@ def main(args: argparse.Namespace) -> int:
     return 1 if report["failed"] else 0
 
 
+@contextlib.contextmanager
+def _tiles() -> Iterator[dict[str, list[str]]]:
+    """The tiles that each kernel is launched with inside."""
+    seen: dict[str, list[str]] = {}
+    run = launch._run
+
+    def noted(kernel: Any, programs: Any, like: Tensor, args: Any, constexprs: dict[str, Any]) -> Any:
+        tile = ", ".join(f"{name} {x}" for name, x in constexprs.items() if name.startswith(("BLOCK_", "num_")))
+        if tile not in seen.setdefault(kernel.fn.__name__, []):
+            seen[kernel.fn.__name__].append(tile)
+        return run(kernel, programs, like, args, constexprs)
+
+    with mock.patch.object(launch, "_run", noted):
+        yield seen
+
+
 def _chosen(everything: list[Any], args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     for item in everything:
-        if (args.quick and not item.quick) or (args.op and item.op not in args.op) or (args.case and item.name not in args.case):
+        if (
+            (args.quick and not item.quick)
+            or (args.op and item.op not in args.op)
+            or (args.case and item.name not in args.case)
+        ):
             continue
         dtypes = [d for d in item.dtypes if not args.dtype or d in args.dtype]
         if args.quick and not args.dtype and not args.compile_only:

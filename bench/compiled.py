@@ -83,7 +83,10 @@ ALLOWED_STACK = {
     ("bf16", "_attention_bwd_dq_kernel", 0): 24,
     ("bf16", "_attention_bwd_dkdv_kernel", 0): 8,
     ("bf16", "_attention_bwd_dkdv_kernel", 256): 16,
+    ("fp32", "_attention_bwd_dkdv_kernel", 0): 16,
+    ("bf16", "_attention_fwd_kernel", 0): 8,
     ("bf16", "_attention_fwd_kernel", 128): 24,
+    ("bf16", "_attention_fwd_kernel", 256): 32,
 }
 NOTHING_SPILLS = {(arch, size) for arch in (80, 90, 100) for size in (64, 128)}
 
@@ -94,7 +97,9 @@ def compiled(case: Case, dtype: str, arch: int) -> list[Launch]:
     cast = lambda x: x.to(DTYPES[dtype]) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
     leaves = {name: cast(x).requires_grad_() for name, x in tensors.items()}
     with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
-        warnings.simplefilter("error")  # a table's first tile has to fit: no step to the next one
+        warnings.filterwarnings(
+            "error", message=".*does not fit this device"
+        )  # a table's first tile has to: no step to the next one
         outputs = getattr(kernels, case.op)(**leaves, **{name: cast(x) for name, x in options.items()})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.grad(sum(x.sum() for x in outputs), list(leaves.values()))
@@ -120,7 +125,7 @@ def judged(case: Case, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict
         seen.add(binary.cubin)
         figures = exact(launch)
         allowed = _allowed_stack(case, dtype, arch, binary.name)
-        wants_dots = case.op == "attention" and dtype != "fp32" and "range" not in binary.name
+        wants_dots = case.op == "attention" and dtype != "fp32" and "bounds" not in binary.name
         problem = ""
         if figures["stack"] > allowed:
             problem = f"spills: {figures['stack']} bytes of stack, {allowed} allowed"

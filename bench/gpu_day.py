@@ -30,42 +30,40 @@ GPU_TESTS = ("tests/test_gpu.py", "tests/test_values.py", "tests/test_attention.
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command of at most `seconds`, in a dry run three times as many; {folder} in it is the report's.
-
-    `dry` is what a dry run executes instead; `sample` says whether a sample of a dry run has it.
-    """
+    """A command of at most `seconds`, and what a dry run executes instead, in three times as many; {folder} in them is the report's."""
 
     name: str
     seconds: int
     command: tuple[str, ...]
     dry: tuple[str, ...] = ()
-    sample: bool = True
 
 
-def _bench(op: str, seconds: int, every: int) -> Part:
+def _bench(op: str, seconds: int) -> Part:
     files = ("--json", "{folder}/" + op + ".json", *(("--csv", "{folder}/" + op + ".csv") if op in OPS else ()))
     command = ("tileformer", "bench", op, *files)
-    return Part(op, seconds, (*command, "--seconds", str(seconds - 25)), (*command, "--dry", "--every", str(every)))
+    return Part(op, seconds, (*command, "--seconds", str(seconds - 15)), (*command, "--dry", "--every", "1"))
 
 
-_PYTEST = ("pytest", "-q", "-p", "no:cacheprovider")
-_CHECK = ("tileformer", "check", "--json", "{folder}/check.json")
+SAMPLE = ("environment", "attention", "softmax", "experiments")  # what a sample of a dry run has
+_TESTS = ("pytest", "-q", "-p", "no:cacheprovider")
+_CHECK = ("tileformer", "check", "--json", "{folder}/check.json", "--report", "{folder}/check.md")
+_STEP = ("tileformer", "bench", "step", "--json", "{folder}/step.json")
+_HOST = ("tileformer", "bench", "host", "--json", "{folder}/host.json")
 PARTS = (
     Part("environment", 30, ("tileformer", "info", "--json"), ("tileformer", "info", "--json", "--device", "cpu")),
-    Part("packages", 30, ("pip", "list"), sample=False),
-    Part("self-test", 120, ("tileformer", "check", "--quick"), ("tileformer", "check", "--quick", "--device", "cpu"), sample=False),
-    _bench("attention", 300, 1),
-    _bench("decoder_layer", 60, 1),
-    _bench("layer_norm", 60, 1),
-    _bench("softmax", 50, 1),
-    _bench("cross_entropy", 60, 1),
-    _bench("dropout", 40, 1),
-    Part("step", 40, ("tileformer", "bench", "step", "--json", "{folder}/step.json"),
-         ("tileformer", "bench", "step", "--device", "cpu", "--threads", "1", "--rounds", "1", "--json", "{folder}/step.json"), sample=False),
-    Part("host", 40, ("tileformer", "bench", "host")),
-    _bench("experiments", 200, 1),
-    Part("check", 180, _CHECK, (*_CHECK, "--device", "cpu", "--op", "dropout"), sample=False),
-    Part("tests", 260, (*_PYTEST, *GPU_TESTS), (*_PYTEST, GPU_TESTS[0]), sample=False),
+    Part("gpu", 15, ("nvidia-smi", "-q"), ("platform",)),
+    Part("self-test", 90, ("tileformer", "check", "--quick"), ("tileformer", "check", "--quick", "--device", "cpu")),
+    _bench("attention", 480),
+    _bench("decoder_layer", 60),
+    _bench("layer_norm", 50),
+    _bench("cross_entropy", 50),
+    _bench("softmax", 45),
+    _bench("dropout", 30),
+    Part("step", 40, _STEP, (*_STEP, "--device", "cpu", "--threads", "1", "--rounds", "1")),
+    Part("host", 60, (*_HOST, "--rounds", "10", "--g2p", "20"), (*_HOST, "--rounds", "1", "--g2p", "1")),
+    _bench("experiments", 150),
+    Part("check", 160, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout")),
+    Part("tests", 225, (*_TESTS, *GPU_TESTS, "-k", "not interpreted_tests"), (*_TESTS, GPU_TESTS[0])),
 )  # fmt: skip
 LIMIT = 25 * 60
 
@@ -90,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     for old in (*folder.glob("*.json"), *folder.glob("*.csv")):
         old.unlink()  # figures of an earlier run would be taken for those of a part that failed
     done = []
-    for part in PARTS if not args.sample else [p for p in PARTS if p.sample]:
+    for part in (p for p in PARTS if p.name in SAMPLE or not args.sample):
         command = (part.dry or part.command) if args.dry else part.command
         if args.sample and "--every" in command:
             command = (*command[:-1], "7")
@@ -122,30 +120,32 @@ def _run(name: str, limit: int, command: list[str], folder: Path) -> dict[str, A
     """Run one part in a process group of its own, which ends at the limit."""
     log = folder / "logs" / f"{name}.log"
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    start = time.monotonic()
+    if command[0] != "nvidia-smi":
+        command = [sys.executable, "-m", *command]
+    start, done = time.monotonic(), dict(part=name, limit=limit, last="")
     with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-            env=dict(os.environ, PYTHONPATH=path),
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+                env=dict(os.environ, PYTHONPATH=path),
+            )
+        except OSError as error:
+            return done | dict(status="FAILED", seconds=0.0, last=str(error))
         try:
             code = process.wait(limit)
-            status = "done" if code == 0 else f"FAILED ({code})"
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(stopped, KeyboardInterrupt):
-                raise
+            status = f"FAILED ({code})" if code else "done"
+        except subprocess.TimeoutExpired:
             status = "STOPPED at its limit"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return dict(
-        part=name,
-        status=status,
-        seconds=time.monotonic() - start,
-        limit=limit,
-        last=lines[-1] if lines else "",
-    )
+    return done | dict(status=status, seconds=time.monotonic() - start, last=lines[-1] if lines else "")
 
 
 def _plots(reports: dict[str, Any], folder: Path) -> list[str]:

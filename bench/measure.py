@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.providers import COMPILED, GRADIENT_IN_FORWARD, OURS, Call, Unavailable, providers, reference
+from tileformer.bench.providers import GRADIENT_IN_FORWARD, OURS, SLOW_START, Call, Unavailable, providers, reference
 from tileformer.bench.recording import record
 from tileformer.bench.workloads import Workload
 
@@ -133,11 +133,11 @@ class Clock:
         return seconds
 
     def rounds(self, prepare: Callable[[], Any], body: Callable[[Any], Any], cold: bool = True) -> list[float]:
-        """Seconds of each of 5 to 50 rounds, a fifth of a second of them, after two that warm up."""
+        """Seconds of each of 5 to 30 rounds, a tenth of a second of them, after two that warm up."""
         if self.dry:
             return [self.round(prepare, body, cold) for _ in range(2)]
         first = min(self.round(prepare, body, cold) for _ in range(2))
-        return [self.round(prepare, body, cold) for _ in range(min(50, max(5, int(0.2 / max(first, 1e-6)))))]
+        return [self.round(prepare, body, cold) for _ in range(min(30, max(5, int(0.1 / max(first, 1e-6)))))]
 
     def peak(self, prepare: Callable[[], Any], body: Callable[[Any], Any]) -> float | None:
         """MB that one call allocates at most, beyond what was there before it; None where nobody counts."""
@@ -187,11 +187,15 @@ def _gradient(shape: Iterable[int], device: torch.device, dtype: torch.dtype) ->
 
 
 def over_budget(got: Tensor, eager: Tensor, truth: Tensor) -> float:
-    """Largest error over its budget, 2 max|eager - truth| + c eps max|truth| (bench/budget.py), without leaving the device."""
+    """Largest error over its budget, 2 max|eager - truth| + c eps max|truth| (bench/budget.py), without leaving the device.
+
+    c is 1 for 16-bit types. For float32 it is 256, not the 8 that `tileformer check` holds our kernels to: other libraries, PyTorch among them,
+    add up thousands of numbers one by one. Products in TF32 are still far beyond it.
+    """
     error = float((got.double() - truth).abs().max())
     if error == 0.0:
         return 0.0
-    factor = 1 if eager.dtype in (torch.float16, torch.bfloat16) else 8
+    factor = 1 if eager.dtype in (torch.float16, torch.bfloat16) else 256
     scale = factor * torch.finfo(eager.dtype).eps * float(truth.abs().max())
     ratio = error / max(2 * float((eager.double() - truth).abs().max()) + scale, 1e-300)
     return ratio if ratio == ratio else float("inf")
@@ -375,11 +379,8 @@ def _excuse(error: Exception) -> dict[str, Any]:
     return dict(reason=f"{type(error).__name__}: {text[:300]}", failed=True)
 
 
-def wanted(workload: Workload, name: str, asked: list[str] | None, dry: bool = False) -> bool:
-    """Whether a provider is timed: those asked for; by default all, but compiled ones at few points of a sweep."""
-    if asked:
-        return name in asked
-    points = (2048, 4096) if dry else (1024, 2048, 8192, 32000)
-    if name in COMPILED and dry and workload.sizes.get("D") == 128:  # the code of 64
-        return False
-    return name not in COMPILED or not workload.axis or workload.sizes[workload.axis] in points
+def wanted(workload: Workload, name: str, asked: list[str] | None) -> bool:
+    """Whether a provider is timed: those asked for; by default all, but slow starters only at one point of a sweep and one head size."""
+    if asked or name not in SLOW_START.get(workload.op, SLOW_START["*"]):
+        return not asked or name in asked
+    return workload.sizes[workload.axis] in (4096, 32000) if workload.axis else workload.sizes.get("D") != 128

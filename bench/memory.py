@@ -20,10 +20,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-BAND = 1 << 16  # bytes on either side: more than the longest run of rows that a tile could overshoot in a call of this size
+BAND = 1 << 16  # bytes on either side: more than a tile of rows could overshoot in a call of this size
 RED, FRESH = -1, 0x7FC1  # 16-bit patterns: NaN in every floating dtype, and not each other's
 BEYOND = 2**31  # a "far" tensor ends after this many elements
-ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (torch, "zeros"),
+)
 _allocate = torch.empty
 
 
@@ -33,7 +39,7 @@ class Memory:
     def __init__(self, device: torch.device, red: int = RED, fresh: int = FRESH) -> None:
         self.device, self.red, self.fresh = device, red, fresh
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []  # all of the memory, a copy of it, the tensor in it
-        self.outputs: list[tuple[Tensor, int, Tensor]] = []  # all of the memory, how many of its bytes are the tensor's, the tensor
+        self.outputs: list[tuple[Tensor, int, Tensor]] = []  # all of the memory, the tensor's bytes of it, the tensor
         self._patches: list[Any] = []
 
     def place(self, x: Tensor, like: Tensor | None = None, far: int | None = None) -> Tensor:
@@ -42,10 +48,10 @@ class Memory:
         far: an axis whose stride becomes so long that the last element lies beyond 2**31 of them; nothing is filled then.
         """
         like = x if like is None else like
-        stride, lead = list(like.stride()), like.storage_offset() % 16
+        stride, lead = list(like.stride()), int(like.storage_offset()) % 16
         if far is not None:
             stride[far] = 16 * math.ceil(BEYOND / (x.shape[far] - 1) / 16)
-        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, stride, strict=True)) if x.numel() else 0
+        extent = 1 + sum((int(n) - 1) * int(s) for n, s in zip(x.shape, stride, strict=True)) if x.numel() else 0
         memory, flat = self._flat(lead + extent, x.dtype, self.red, lazily=far is not None)
         view = flat.as_strided(x.shape, stride, flat.storage_offset() + lead)
         once = tuple(slice(0, 1) if s == 0 else slice(None) for s in stride)
@@ -91,7 +97,7 @@ class Memory:
             memory, flat = self._flat(size // shape.itemsize, shape.dtype, self.fresh)
             x = flat.as_strided(shape.shape, shape.stride(), flat.storage_offset())
             self.outputs.append((memory, size, x))
-            return x.requires_grad_(shape.requires_grad)
+            return (x.zero_() if original.__name__ == "zeros" else x).requires_grad_(shape.requires_grad)
 
         return allocate
 

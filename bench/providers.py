@@ -31,7 +31,8 @@ Options = dict[str, Any]
 Call = Callable[[Tensors, Options], Tensor]
 Build = Callable[[Workload], Call]
 OURS = "tileformer"
-COMPILED = ("torch.compile", "flex")  # a compilation of seconds for every shape
+# A shape costs these many seconds before its first result: a compilation, or the timing of dozens of configurations.
+SLOW_START = {"attention": ("torch.compile", "flex", "flag_gems", "fla"), "*": ("torch.compile",)}
 GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
 compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
 
@@ -123,14 +124,18 @@ def _no_slow_compilation(x: Tensor) -> None:
     )
 
 
-def _compiled(eager: Call) -> Build:
-    """What `torch.compile` makes of an eager function."""
+def _eager(function: Call, compiled: bool = False) -> Build:
+    """An eager function, or what torch.compile makes of it. A causal one finds its mask as the option "future"."""
 
     def build(workload: Workload) -> Call:
-        call = _compile(eager)
+        call = _compile(function) if compiled else function
 
         def run(t: Tensors, o: Options) -> Tensor:
-            _no_slow_compilation(next(iter(t.values())))
+            x = next(iter(t.values()))
+            if compiled:
+                _no_slow_compilation(x)
+            if o.get("causal"):
+                o = o | dict(future=_future(workload.sizes["T_q"], workload.sizes["T_k"], x.device))
             return call(t, o)
 
         return run
@@ -165,7 +170,7 @@ def _eager_attention(t: Tensors, o: Options) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if o.get("causal"):
-        scores = scores.masked_fill(_future(q.shape[2], k.shape[2], q.device), -torch.inf)
+        scores = scores.masked_fill(o["future"], -torch.inf)
     return F.dropout(scores.softmax(-1), o.get("dropout_p", 0.0)) @ v
 
 
@@ -305,7 +310,7 @@ def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
 def _eager_softmax(t: Tensors, o: Options) -> Tensor:
     x = t["x"] * o["scale"] if "scale" in o else t["x"]
     if o.get("causal"):
-        x = x.masked_fill(_future(x.shape[-2], x.shape[-1], x.device), -torch.inf)
+        x = x.masked_fill(o["future"], -torch.inf)
     return x.softmax(-1)
 
 
@@ -391,7 +396,7 @@ def _torch(eager: Call) -> dict[str, Build]:
         op = getattr(kernels, workload.op)
         return lambda t, o: op(**t, **o)
 
-    return {OURS: ours, "eager": lambda _: eager, "torch.compile": _compiled(eager)}
+    return {OURS: ours, "eager": _eager(eager), "torch.compile": _eager(eager, compiled=True)}
 
 
 _NO_MASKS = "takes no mask", "takes padding only as packed sequences"

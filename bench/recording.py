@@ -4,8 +4,9 @@
         attention(q, k, v, causal=True)            # CPU tensors; their values are not touched
     launches[0].binary.usage, launches[0].binary.shared, launches[0].binary.sass
 
-The launch code of the library that is called runs, so grids, tiles, divisibility and the step to a smaller tile are those of a real launch. Other
-libraries ask for a device first; under `pretend` CPU tensors say that they lie on one, and an autotuned kernel records every configuration of its list.
+The launch code of the library that is called runs, so grids, tiles, divisibility and the step to a smaller tile are those of a real launch.
+Other libraries ask for a device first: under `pretend` CPU tensors say that they lie on one. Under `every_configuration` an autotuned kernel
+records its whole list.
 """
 
 from __future__ import annotations
@@ -205,14 +206,14 @@ class _OnGpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend(arch: int) -> Iterator[None]:
-    """Inside, torch.cuda and CPU tensors answer as on a GPU of this architecture; for libraries that ask. Import them inside, in a process of its own."""
+    """Inside, torch.cuda and CPU tensors answer as on a GPU of sm_`arch`; for libraries that ask. Import them inside, in a process of its own."""
     properties = types.SimpleNamespace(
         name=NAMES[arch], major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch], warp_size=32,
         shared_memory_per_block_optin=SHARED[arch], shared_memory_per_block=49152, total_memory=80 << 30, L2_cache_size=50 << 20,
         max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, gcnArchName="",
     )  # fmt: skip
     stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda other: None)
-    answers = dict(
+    answers: dict[str, Any] = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None,
         get_device_capability=lambda device=None: (arch // 10, arch % 10), get_device_properties=lambda device=None: properties,
         get_device_name=lambda device=None: properties.name, synchronize=lambda device=None: None,
@@ -221,7 +222,9 @@ def pretend(arch: int) -> Iterator[None]:
     )  # fmt: skip
     with (
         mock.patch.multiple(torch.cuda, **answers),
-        mock.patch.object(torch.autograd, "has_torch_function", lambda tensors: False),  # or the mode would end where the backward begins
+        mock.patch.object(
+            torch.autograd, "has_torch_function", lambda tensors: False
+        ),  # or the mode would end where the backward begins
         mock.patch.dict(os.environ, GEMS_VENDOR="nvidia"),
         _OnGpu(),
     ):
@@ -250,11 +253,18 @@ def every_configuration(chosen: Callable[[str, Any], bool] | None = None) -> Ite
                     configuration.pre_hook({**self.nargs, **kwargs, **options})
                 result = self.fn.run(*args, **kwargs, **options)
                 self.best_config = configuration
-            except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # as the tuner does, and MLIR's own failures
+            except (
+                OutOfResources,
+                CompilationError,
+                PTXASError,
+                RuntimeError,
+            ) as error:  # as the tuner does, and MLIR's own failures
                 why = error
         _candidate = None
         if result is None:
-            raise RuntimeError(f"none of {len(configurations)} configurations of {self.base_fn.__name__} compiles") from why
+            raise RuntimeError(
+                f"none of {len(configurations)} configurations of {self.base_fn.__name__} compiles"
+            ) from why
         return result
 
     tuners = [Autotuner, *Autotuner.__subclasses__()]

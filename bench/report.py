@@ -31,7 +31,9 @@ class Finding:
     @property
     def verdict(self) -> str:
         """What is wrong, or the name of the largest figure."""
-        over = [f"{name} is {figure:.3g} times its budget" for name, figure in self.over_budget.items() if not figure <= 1.0]
+        over = [
+            f"{name} is {figure:.3g} times its budget" for name, figure in self.over_budget.items() if not figure <= 1.0
+        ]
         if self.skipped:
             return f"skipped: {self.skipped}"
         if not self.passed:
@@ -51,12 +53,17 @@ def line(found: Finding) -> str:
     return f"{found.op:<14} {found.case:<22} {found.dtype:<5} {most(False):>8.3f} {most(True):>8.3f}  {found.verdict}"
 
 
-def collect(findings: list[Finding], backend: str, device: torch.device, tiles: dict[str, Any], seconds: float) -> dict[str, Any]:
+def collect(
+    findings: list[Finding], backend: str, device: torch.device, tiles: dict[str, Any], seconds: float
+) -> dict[str, Any]:
     """Everything as plain data, failures first."""
     here = info.collect(str(device))
     facts = next((x for x in here["devices"] if x["device"] == str(device)), here["devices"][0])
     environment = {name: version for name, version in here["versions"].items() if version}
-    calls = [dict(dataclasses.asdict(x), passed=x.passed, verdict=x.verdict) for x in sorted(findings, key=lambda x: x.passed)]
+    calls = [
+        dict(dataclasses.asdict(x), passed=x.passed, verdict=x.verdict)
+        for x in sorted(findings, key=lambda x: x.passed)
+    ]
     return dict(
         environment=environment | dict(backend=backend, device=", ".join(map(str, facts.values()))),
         tiles=tiles,

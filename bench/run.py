@@ -116,7 +116,11 @@ def main(args: argparse.Namespace) -> int:
     if args.what == "experiments" or getattr(args, "tune", False):
         from tileformer.bench import tune
 
-        report["results"] = tune.experiments(bench, args.every) if args.what == "experiments" else tune.search(bench)
+        report["results"] = (
+            tune.experiments(bench, args.every)
+            if args.what == "experiments"
+            else tune.search(bench, (64,) if args.dry else (64, 128))
+        )
         if args.json:
             _write(args.json, report)
         return 0
@@ -155,7 +159,7 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
         if time.monotonic() > bench.deadline:
             print(f"time is up: nothing from {workload.op}, {workload.name} on was measured")
             break
-        names = [n for n in providers.providers(workload.op) if wanted(workload, n, args.provider, args.dry)]
+        names = [n for n in providers.providers(workload.op) if wanted(workload, n, args.provider)]
         results = list(bench.measure(workload, names, args.mode or MODES))
         report["results"] += [dataclasses.asdict(r) for r in results]
         absent |= dict.fromkeys(r.reason for r in results if r.reason.endswith("is not installed"))

@@ -10,21 +10,24 @@ import dataclasses
 import importlib
 import itertools
 import statistics
+import sys
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from triton.runtime.jit import JITFunction
+
 from tileformer.bench.measure import DRY, Bench, Truth, ours, passes
 from tileformer.bench.providers import OURS, providers
 from tileformer.bench.workloads import WORKLOADS, Workload
-from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, family
-from tileformer.kernels.launch import arch_of
+from tileformer.kernels import launch
+from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, family, tiles_for
 
 TABLES = {
-    "FORWARD": (FORWARD, "forward"),
-    "BACKWARD_DQ": (BACKWARD_DQ, "backward"),
-    "BACKWARD_DKDV": (BACKWARD_DKDV, "backward"),
+    "FORWARD": (FORWARD, "_attention_fwd_kernel", "forward"),
+    "BACKWARD_DQ": (BACKWARD_DQ, "_attention_bwd_dq_kernel", "backward"),
+    "BACKWARD_DKDV": (BACKWARD_DKDV, "_attention_bwd_dkdv_kernel", "backward"),
 }
 CANDIDATES = {
     "FORWARD": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
@@ -66,9 +69,9 @@ class Trial:
 def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, Any]]:
     """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste; all that was tried."""
     with ours(bench.clock.dry):
-        arch = family(arch_of(bench.clock.flush))
+        arch = family(launch.arch_of(bench.clock.flush))
     found: list[dict[str, Any]] = []
-    for name, (table, mode) in TABLES.items():
+    for name, (table, _, mode) in TABLES.items():
         for feature, workload_name in FEATURES.items():
             best = dict(table[arch][feature])
             for size in sizes:
@@ -79,7 +82,7 @@ def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, A
                     if time.monotonic() > bench.deadline:
                         print(f"time is up: {name} {feature} {size} is not finished")
                         break
-                    with unittest.mock.patch.dict(table[arch][feature], {size: row}):
+                    with tile(bench, name, feature, size, row):
                         ms, problem = trial()
                     found.append(
                         dict(table=name, arch=arch, feature=feature, size=size, row=row, ms=ms, problem=problem)
@@ -94,38 +97,51 @@ def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, A
 
 
 @contextlib.contextmanager
-def changed(op: str, kernel: str, **change: int) -> Iterator[None]:
+def changed(kernel: str, **change: int) -> Iterator[None]:
     """Inside, launches of `kernel` take the first tile of their table with `change`, and no other.
 
     Raises:
         RuntimeError: at the end, if the kernel was not launched: the experiment would have compared the same with the same.
     """
-    module = importlib.import_module(f"tileformer.kernels.{op}")
-    original, count = module.launch, 0
+    original, count = launch.launch, 0
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("tileformer.kernels.")]
+    found = {
+        id(x): x for m in modules for x in vars(m).values() if isinstance(x, JITFunction) and x.fn.__name__ == kernel
+    }
 
-    def launch(function: Any, grid: Any, like: Any, args: Any, flags: Any, tiles: Any) -> Any:
+    def instead(function: Any, grid: Any, like: Any, args: Any, flags: Any, tiles: Any) -> Any:
         nonlocal count
-        if function.fn.__name__ == kernel:
+        if id(function) in found:
             count, tiles = count + 1, [{**tiles[0], **change}]
         return original(function, grid, like, args, flags, tiles)
 
-    with unittest.mock.patch.object(module, "launch", launch):
+    def listen(*args: Any, **options: Any) -> None:
+        """Somebody who listens to a kernel's launches keeps launchers from repeating the one that they remember."""
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if getattr(module, "launch", None) is original:
+                stack.enter_context(unittest.mock.patch.object(module, "launch", instead))
+        for function in found.values():
+            function.add_pre_run_hook(listen)
+            stack.callback(function.pre_run_hooks.remove, listen)
         yield
     if not count:
-        raise RuntimeError(f"{kernel} was not launched: {op} has another kernel now")
+        raise RuntimeError(f"{kernel} was not launched: the op has another kernel now")
+
+
+def tile(
+    bench: Bench, name: str, feature: str, size: int, row: tuple[int, int, int, int]
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, an attention kernel uses this row of its table."""
+    table, kernel, _ = TABLES[name]
+    with ours(bench.clock.dry):
+        arch = launch.arch_of(bench.clock.flush)
+    with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
+        return changed(kernel, **tiles_for(table, arch, size, bench.dtype, feature)[0])
 
 
 Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
-
-
-def tile(table: Any, size: int, row: tuple[int, int, int, int]) -> Context:
-    """A row of a table's plain feature, in force inside."""
-
-    def context(bench: Bench) -> contextlib.AbstractContextManager[Any]:
-        with ours(bench.clock.dry):
-            return unittest.mock.patch.dict(table[family(arch_of(bench.clock.flush))]["plain"], {size: row})
-
-    return context
 
 
 def programs(count: int) -> Context:
@@ -146,12 +162,12 @@ class Experiment:
     reason: str = ""
 
 
-def _options(op: str, kernel: str, name: str, *values: int) -> dict[str, Context]:
-    return {f"{name} {x}": lambda bench, x=x: changed(op, kernel, **{name: x}) for x in values}  # type: ignore[misc]
+def _options(kernel: str, name: str, *values: int) -> dict[str, Context]:
+    return {f"{name} {x}": lambda bench, x=x: changed(kernel, **{name: x}) for x in values}  # type: ignore[misc]
 
 
-def _tiles(table: Any, size: int, *rows: tuple[int, int, int, int]) -> dict[str, Context]:
-    return {str(row): tile(table, size, row) for row in rows}
+def _tiles(name: str, size: int, *rows: tuple[int, int, int, int]) -> dict[str, Context]:
+    return {str(row): lambda bench, row=row: tile(bench, name, "plain", size, row) for row in rows}  # type: ignore[misc]
 
 
 _FWD, _LN_FWD, _LN_BWD = "_attention_fwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"
@@ -169,21 +185,21 @@ EXPERIMENTS = [
     Experiment("1 every kernel against float64", reason="the parts self-test and check of gpu-day"),
     Experiment("2 D 128: descriptors (TMA) on or off", reason="the kernels load through pointers only"),
     Experiment("3 D 64 forward: 128x64, 4 warps (two programs a multiprocessor) or 128x128, 8 warps", _D64, "forward",
-               _tiles(FORWARD, 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
+               _tiles("FORWARD", 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
     Experiment("4 D 128 dk, dv: 64x128 or 64x64, 2 or 3 stages", _CAUSAL, "backward",
-               _tiles(BACKWARD_DKDV, 128, (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 64, 8, 2))),
+               _tiles("BACKWARD_DKDV", 128, (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 64, 8, 2))),
     Experiment("5 sections of heads that share the L2 cache", reason="the grid has one order: heads one by one, longest tiles first"),
-    Experiment("6a layer norm forward: rows a program", _NORM, "forward", _options("layer_norm", _LN_FWD, "BLOCK_R", 1, 2, 4, 8)),
+    Experiment("6a layer norm forward: rows a program", _NORM, "forward", _options(_LN_FWD, "BLOCK_R", 1, 2, 4, 8)),
     Experiment("6b layer norm backward: programs a multiprocessor", _NORM, "backward", {str(k): programs(k) for k in (1, 2, 4)}),
-    Experiment("6c layer norm backward: stages", _WIDE_NORM, "backward", _options("layer_norm", _LN_BWD, "num_stages", 1, 2, 3)),
+    Experiment("6c layer norm backward: stages", _WIDE_NORM, "backward", _options(_LN_BWD, "num_stages", 1, 2, 3)),
     Experiment("7 cross-entropy forward: warps", _LOSS, "forward",
-               _options("cross_entropy", "_cross_entropy_fwd_kernel", "num_warps", 4, 8, 16, 32)),
+               _options("_cross_entropy_fwd_kernel", "num_warps", 4, 8, 16, 32)),
     Experiment("8 decoding: parts of the keys", reason="no kernel splits the keys: see the workloads named decode"),
     Experiment("9 D 64 backward with atomics", reason="the backward is two launches without atomics"),
     Experiment("10 lazy rescaling on sm_100", reason="the forward always rescales"),
     Experiment("11 warp specialisation on sm_100", reason="the kernels' loops do not ask for it"),
-    Experiment("12a D 64 forward: at most so many registers", _D64, "forward", _options("attention", _FWD, "maxnreg", 255, 168, 128)),
-    Experiment("12b D 128 forward: at most so many registers", _D128, "forward", _options("attention", _FWD, "maxnreg", 255, 168, 128)),
+    Experiment("12a D 64 forward: at most so many registers", _D64, "forward", _options(_FWD, "maxnreg", 255, 168, 128)),
+    Experiment("12b D 128 forward: at most so many registers", _D128, "forward", _options(_FWD, "maxnreg", 255, 168, 128)),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.cache import AttentionCache
-from tileformer.kernels import attention, dropout, softmax
+from tileformer.kernels import attention
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -77,13 +77,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             k, v, mask, key_mask = self._append_keys(k, v, mask, key_mask)
 
         p = self.dropout if self.training else 0.0
+        asked: bool | str = ("average" if average_attn_weights else True) if need_weights else False
+        out = attention(q, k, v, mask=mask, key_mask=key_mask, causal=causal, dropout_p=p, return_weights=asked)
         weights = None
-        if need_weights:
-            out, weights = self._attend_with_weights(q, k, v, mask, key_mask, causal, p)
-            weights = weights.mean(dim=1) if average_attn_weights else weights
+        if asked:
+            out, weights = out
             weights = weights if query.dim() == 3 else weights.squeeze(0)
-        else:
-            out = attention(q, k, v, mask=mask, key_mask=key_mask, causal=causal, dropout_p=p)
         return self.out_proj(self._join_heads(out, query.dim())), weights
 
     def _check(
@@ -215,31 +214,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key_mask is not None:
             key_mask = F.pad(key_mask, added, value=True)
         return k, v, mask, key_mask
-
-    def _attend_with_weights(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        key_mask: Tensor | None,
-        causal: bool | str,
-        dropout_p: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Output (B, H, T_q, D) and weights (B, H, T_q, T_k), which the fused kernel never has in one piece."""
-        if key_mask is not None:
-            # As in the kernel, nothing that stands in a padded key or value may leak.
-            padded = ~key_mask[:, None, :, None]
-            k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
-            keep = key_mask[:, None, None, :]
-            if mask is None:
-                mask = keep
-            else:
-                mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))
-        weights = softmax(q @ k.transpose(-2, -1), scale=self.head_dim**-0.5, mask=mask, causal=causal)
-        if dropout_p > 0.0:
-            weights = dropout(weights, dropout_p)
-        return weights @ v, weights
 
 
 def check_heads(embed_dim: int, num_heads: int) -> None:

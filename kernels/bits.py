@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tileformer.kernels.backend import current_backend
 from tileformer.kernels.launch import cdiv, register
 
 SEED_LIMIT = 2**62
@@ -30,6 +31,27 @@ def threshold(p: float) -> int:
 def keep_scale(p: float) -> float:
     """What kept elements are multiplied with; 0 for p = 1, where nothing is kept."""
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def dropout_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """The keep mask of a call: which elements survive dropout with this seed and rate, on the backend in force.
+
+    Args:
+        seed: int64, one element: what the call was given as `seed`.
+        shape: of attention's weights, (B, H, T_q, T_k) ((sequences, H, longest queries, longest keys) for packed ones), or of `dropout`'s
+            rows, (rows, N).
+        p: the call's dropout rate.
+
+    Returns:
+        Boolean, of `shape`. `reference` draws the same bits as the triton and interpret backends; the torch backend on a CPU its own.
+
+    Source: Philox-4x32-7 (Salmon et al., SC 2011).
+    """
+    from tileformer.kernels import reference  # which imports this module
+
+    if current_backend() in ("auto", "torch") and not seed.is_cuda:
+        return fast_keep(seed, list(shape), p, torch.float32) != 0.0
+    return reference.dropout_keep(seed, shape, p)
 
 
 class _Generator(threading.local):

@@ -36,13 +36,12 @@ def same_shape(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> Non
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected {tuple(shape)}: reshape or expand it")
 
 
-def fits(op: str, like: Tensor, shape: Sequence[int], **tensors: Tensor | None) -> None:
-    """`floating`, `same_device` and `same_shape` at once: asks them only for their words."""
-    for name, x in tensors.items():
-        if x is not None and not (x.is_floating_point() and x.device == like.device and x.shape == shape):
-            floating(op, **{name: x})
-            same_device(op, like, **{name: x})
-            same_shape(op, tuple(shape), **{name: x})
+def fits(op: str, name: str, x: Tensor | None, like: Tensor, shape: Sequence[int]) -> None:
+    """`floating`, `same_device` and `same_shape` at once, which are asked only for their words."""
+    if x is not None and not (x.is_floating_point() and x.shape == shape and x.device == like.device):
+        floating(op, **{name: x})
+        same_device(op, like, **{name: x})
+        same_shape(op, tuple(shape), **{name: x})
 
 
 def broadcastable(op: str, shape: Sequence[int], **tensors: Tensor | None) -> None:

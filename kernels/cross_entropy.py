@@ -332,7 +332,7 @@ def cross_entropy(
             target, None if weight is None else weight.to(logits.dtype),
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
-    options = weight, ignore_index, float(label_smoothing), reduction, dtype
+    options = weight, int(ignore_index), float(label_smoothing), reduction, dtype
     if logits.dim() == 2:
         return apply(_CrossEntropy, logits, target, *options)[0]
     loss = apply(_CrossEntropy, logits[None], target[None], *options)[0]
@@ -340,8 +340,10 @@ def cross_entropy(
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
-    checks.floating("cross_entropy", logits=logits)
-    checks.same_device("cross_entropy", logits, target=target)
+    if not logits.is_floating_point():
+        checks.floating("cross_entropy", logits=logits)
+    if target.device != logits.device:
+        checks.same_device("cross_entropy", logits, target=target)
     if target.is_floating_point():
         raise NotImplementedError(
             "cross_entropy: target holds class probabilities: pass class indices, or use torch's cross_entropy"
@@ -352,8 +354,9 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
         raise ValueError(
             f"cross_entropy: logits must be (R, V) or (V,), got {tuple(logits.shape)}: try logits.flatten(0, -2)"
         )
-    checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
-    checks.fits("cross_entropy", logits, logits.shape[-1:], weight=weight)
+    if target.shape != logits.shape[:-1]:
+        checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
+    checks.fits("cross_entropy", "weight", weight, logits, logits.shape[-1:])
     if weight is not None and weight.requires_grad:
         raise NotImplementedError(
             "cross_entropy: weight requires a gradient, which is not defined here: pass weight.detach()"

@@ -126,7 +126,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     Source: Philox-4x32-7 (Salmon et al., SC 2011); `tileformer.kernels.reference.dropout` is the definition.
     """
     checks.floating("dropout", x=x)
-    checks.fits("dropout", x, x.shape, residual=residual)
+    checks.fits("dropout", "residual", residual, x, x.shape)
     checks.rate("dropout", p, seed, x)
     if x.dim() == 0:
         raise ValueError("dropout: x has no axis: give it one, for example with x[None]")

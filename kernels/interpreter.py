@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ _PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor
 
 def run(kernel: JITFunction, programs: tuple[int, ...], args: Sequence[Any], constexprs: dict[str, Any]) -> None:
     """`kernel[programs](*args, **constexprs)`, interpreted. Launch options such as num_warps are accepted and have no effect."""
-    with _lock, _patched(), np.errstate(all="ignore"):  # a GPU does not warn about infinity either
+    # A GPU does not warn about infinity and NaN either.
+    with _lock, _patched(), np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
         _interpreted(kernel.fn).run(*args, grid=programs, warmup=False, **constexprs)
 
 

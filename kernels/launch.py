@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
 from torch.autograd import forward_ad
 from triton import knobs
 from triton.backends.compiler import BaseBackend
@@ -23,13 +25,14 @@ from tileformer.kernels import interpreter
 Tile = dict[str, int]
 
 INTERPRETED = 0  # the "architecture" of CPU tensors, so that a tile table can have a row for the interpreter
+selftest_due = os.environ.get("TILEFORMER_SELFTEST", "1") != "0"  # until this GPU has passed it
 _recorded_arch: int | None = None
 _capabilities: dict[int, int] = {}  # of each GPU
 _too_big: set[tuple[Any, ...]] = set()
 
 # Triton's way to a launch (bind the arguments, print the options, look the kernel up) takes 13 to 20 microseconds. It is taken once for
-# each kind of arguments; later launches of that kind call the compiled kernel itself. A Triton whose compiled kernels nobody has called
-# so, and AMD's, which looks at more than `_kind` does, are asked each time.
+# each kind of arguments; later launches of that kind call the compiled kernel itself, as Triton 3.6 to 3.9 do. Another Triton, and AMD's,
+# which looks at more than `launch` does, is asked each time.
 _specialise = getattr(jit, "native_specialize_impl", None)
 if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) or torch.version.hip:
     _specialise = None
@@ -125,7 +128,7 @@ def launch(
         How to do it again for arguments of the same kind, if there is a way that is cheaper than Triton's.
     """
     kind = None
-    if _specialise and (like.is_cuda or recording()) and not _observed(kernel):
+    if _specialise and (recording() or like.is_cuda and not selftest_due) and not _observed(kernel):
         # What JITFunction.run looks at. Its own function gives the dtype and alignment of tensors, the width and divisibility of integers;
         # here also of those that the kernel declares do_not_specialize: a key that is too fine is still right.
         kinds = _specialise(BaseBackend, args, False, True, True)
@@ -163,6 +166,10 @@ def launch(
 def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[Any], constexprs: dict[str, Any]) -> Any:
     """Launch as Triton documents it, and return the compiled kernel; or interpret."""
     if like.is_cuda:
+        if selftest_due and not recording():
+            from tileformer.kernels import selftest  # which imports the ops, which import this module
+
+            selftest.run_once(like.device)
         with torch.cuda.device(like.device):
             return kernel[programs](*args, **constexprs)
     if recording():
@@ -218,19 +225,15 @@ def register(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable
     return getattr(torch.ops.tileformer, name).default
 
 
-# What torch's dispatcher sees of a plain tensor, and of a thread in which nothing listens to ops: each key is a bit of a set's number.
-_EVERYDAY = 0
-for _key in (
-    "CPU",
-    "CUDA",
-    "AutogradCPU",
-    "AutogradCUDA",
-    "AutocastCPU",
-    "AutocastCUDA",
-    "ADInplaceOrView",
-    "BackendSelect",
-):
-    _EVERYDAY |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+def _bits(*keys: str) -> int:
+    """The dispatch keys as the number that a set of them prints as."""
+    return functools.reduce(lambda bits, key: bits | DispatchKeySet(getattr(DispatchKey, key)).raw_repr(), keys, 0)
+
+
+# What torch's dispatcher sees of a plain tensor, and of a thread in which nothing listens to ops.
+_EVERYDAY = _bits("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA") | _bits(
+    "ADInplaceOrView", "BackendSelect"
+)
 
 
 def apply(function: Any, *args: Any) -> Any:
@@ -245,7 +248,7 @@ def apply(function: Any, *args: Any) -> Any:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY
+        or _dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY
         or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
         or getattr(forward_ad, "_current_level", 0) >= 0
@@ -254,7 +257,7 @@ def apply(function: Any, *args: Any) -> Any:
     tracked = False
     for x in args:
         if isinstance(x, Tensor):
-            if torch._C._dispatch_keys(x).raw_repr() & ~_EVERYDAY:
+            if _dispatch_keys(x).raw_repr() & ~_EVERYDAY:
                 return function.apply(*args)
             tracked = tracked or x.requires_grad
     if tracked and torch.is_grad_enabled():

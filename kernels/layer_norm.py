@@ -38,11 +38,11 @@ MAX_BWD = 8192
 
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, x_stride, R, N, eps,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, x_stride, R, N, eps,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_R rows. WHOLE: a tile spans the row."""
+    """One program: BLOCK_R rows, and their mean and rstd to stats (2, R). WHOLE: a tile spans the row."""
     N = N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -81,8 +81,8 @@ def _layer_norm_fwd_kernel(
             xhat = (x - mean[:, None]) * rstd[:, None]
             y = _scaled_and_shifted(xhat, weight_ptr, bias_ptr, near, N, WEIGHT, BIAS)
             tl.store(y_ptrs + near, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (near < N))
-    tl.store(mean_ptr + rows, mean, mask=in_rows)
-    tl.store(rstd_ptr + rows, rstd, mask=in_rows)
+    tl.store(stats_ptr + rows, mean, mask=in_rows)
+    tl.store(stats_ptr + R + rows, rstd, mask=in_rows)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _scaled_and_shifted(xhat, weight_ptr, bias_ptr, cols, N, WEIGHT: tl.constexp
 
 
 @triton.jit
-def _load_backward(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_stride, rows, cols, R, N,
+def _load_backward(dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N,
                    WEIGHT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """dy, xhat, g = weight dy [rows, cols] (dy and g are 0 outside) and rstd [rows]."""
     in_rows = rows < R
@@ -107,8 +107,8 @@ def _load_backward(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_s
     dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols, mask=inside, other=0.0).to(ACC)
     x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=inside, other=0.0).to(ACC)
     # [BLOCK_R]
-    mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)
-    rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+    mean = tl.load(stats_ptr + rows, mask=in_rows, other=0.0)
+    rstd = tl.load(stats_ptr + R + rows, mask=in_rows, other=0.0)
     xhat = (x - mean[:, None]) * rstd[:, None]
     g = dy
     if WEIGHT:
@@ -119,7 +119,7 @@ def _load_backward(dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_s
 
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_sums_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dy_stride, x_stride, R, N,
+    dy_ptr, x_ptr, weight_ptr, stats_ptr, sums_ptr, dy_stride, x_stride, R, N,
     WEIGHT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: sum(g) / N and sum(g xhat) / N of BLOCK_R rows, to sums (2, R)."""
@@ -132,7 +132,7 @@ def _layer_norm_sums_kernel(
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         dy, xhat, g, rstd = _load_backward(
-            dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
+            dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
         )
         sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(g * xhat, 1)
@@ -142,7 +142,7 @@ def _layer_norm_sums_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, R, N,
+    dy_ptr, x_ptr, weight_ptr, stats_ptr, sums_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, R, N,
     WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def _layer_norm_bwd_kernel(
     for block in range(pid, tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         dy, xhat, g, rstd = _load_backward(
-            dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
+            dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
         )
         if WHOLE:
             mean_g = tl.sum(g, 1) / N
@@ -218,10 +218,6 @@ def _programs(x: Tensor) -> int:
     return 2 * _multiprocessors(x.device) if x.is_cuda or recording() else 3
 
 
-def _vector(weight: Tensor | None, absent: Tensor) -> Tensor:
-    return absent if weight is None else weight.contiguous()
-
-
 @functools.lru_cache(maxsize=1024)
 def _fwd_launch(r: int, n: int, stride: int, weight: bool, bias: bool, eps: float, dtype: torch.dtype) -> Launch:
     return Launch(
@@ -269,24 +265,33 @@ def _bwd_launches(
     return programs, None if whole else sums, main, add if partial else None
 
 
+def _row_length(x: Tensor, axes: int) -> int:
+    return x.shape[-1] if axes == 1 else math.prod(x.shape[-axes:])
+
+
 def layer_norm_fwd(
     x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, normalised over its last `axes` axes; mean and rstd of each row (R,)."""
-    y, mean, rstd = _layer_norm_fwd_fake(x, axes, weight, bias, eps)
-    r, n = mean.shape[0], math.prod(x.shape[-axes:])
+) -> tuple[Tensor, Tensor]:
+    """y like x, normalised over its last `axes` axes; mean and rstd of each row (2, R)."""
+    y, stats = _layer_norm_fwd_fake(x, axes, weight, bias, eps)
+    r, n = stats.shape[1], _row_length(x, axes)
     rows, stride = rows_of(x, n)
     run = _fwd_launch(r, n, stride, weight is not None, bias is not None, eps, x.dtype)
-    run(rows, _vector(weight, rows), _vector(bias, rows), y, mean, rstd)
-    return y, mean, rstd
+    run(
+        rows,
+        rows if weight is None else weight.contiguous(),
+        rows if bias is None else bias.contiguous(),
+        y,
+        stats,
+    )
+    return y, stats
 
 
 def _layer_norm_fwd_fake(
     x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean = torch.empty((math.prod(x.shape[:-axes]),), dtype=wider(x.dtype), device=x.device)
-    return y, mean, torch.empty_like(mean)
+) -> tuple[Tensor, Tensor]:
+    stats = torch.empty((2, math.prod(x.shape[:-axes])), dtype=wider(x.dtype), device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), stats
 
 
 def layer_norm_bwd(
@@ -295,26 +300,26 @@ def layer_norm_bwd(
     axes: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     need_dweight: bool,
     need_dbias: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias; the last two are empty where not needed. eps is for the second derivative alone."""
-    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, mean, rstd, need_dweight, need_dbias, eps)
-    r, n = mean.shape[0], math.prod(x.shape[-axes:])
+    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps)
+    r, n = stats.shape[1], _row_length(x, axes)
     (x, x_stride), (dy, dy_stride) = rows_of(x, n), rows_of(dy, n)
     programs, sum_up, run, add_up = _bwd_launches(
         r, n, dy_stride, x_stride, weight is not None, need_dweight, need_dbias, _programs(x), x.dtype
     )
-    weight, sums, parts = _vector(weight, x), mean, mean  # stand-ins that are not read
+    weight = x if weight is None else weight.contiguous()
+    sums = parts = stats  # stand-ins that are not read
     if sum_up:
-        sums = torch.empty((2, r), dtype=mean.dtype, device=mean.device)
-        sum_up(dy, x, weight, mean, rstd, sums)
+        sums = torch.empty_like(stats)
+        sum_up(dy, x, weight, stats, sums)
     if add_up:
-        parts = torch.empty((programs, 2, n), dtype=mean.dtype, device=mean.device)
-    run(dy, x, weight, mean, rstd, sums, dx, parts)
+        parts = torch.empty((programs, 2, n), dtype=stats.dtype, device=stats.device)
+    run(dy, x, weight, stats, sums, dx, parts)
     if add_up:
         add_up(parts, dweight, dbias)
     return dx, dweight, dbias
@@ -326,14 +331,15 @@ def _layer_norm_bwd_fake(
     axes: int,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     need_dweight: bool,
     need_dbias: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(p: Tensor | None, needed: bool) -> Tensor:
-        return (x if p is None else p).new_empty(x.shape[-axes:] if needed else (0,))
+        if needed and p is not None:
+            return torch.empty_like(p, memory_format=torch.contiguous_format)
+        return (x if p is None else p).new_empty((0,))
 
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, like(weight, need_dweight), like(bias, need_dbias)
@@ -344,7 +350,7 @@ _bwd = register(layer_norm_bwd, _layer_norm_bwd_fake)
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(y, mean, rstd); differentiable in x, weight and bias through y."""
+    """(y, stats); differentiable in x, weight and bias through y."""
 
     generate_vmap_rule = True
     launcher = staticmethod(layer_norm_fwd)
@@ -356,19 +362,18 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, ctx.axes, weight, bias, ctx.eps = inputs
-        _, mean, rstd = output
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, bias, output[1])
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy, _):
         if dy is None:
             return None, None, None, None, None
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, weight, bias, stats = ctx.saved_tensors
         _, _, need_dweight, need_dbias, _ = ctx.needs_input_grad
         dx, dweight, dbias = apply(
-            _LayerNormBackward, dy, x, ctx.axes, weight, bias, mean, rstd, need_dweight, need_dbias, ctx.eps
+            _LayerNormBackward, dy, x, ctx.axes, weight, bias, stats, need_dweight, need_dbias, ctx.eps
         )
         return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None
 
@@ -380,12 +385,12 @@ class _LayerNormBackward(torch.autograd.Function):
     launcher = staticmethod(layer_norm_bwd)
 
     @staticmethod
-    def forward(dy, x, axes, weight, bias, mean, rstd, need_dweight, need_dbias, eps):
-        return _bwd(dy, x, axes, weight, bias, mean, rstd, need_dweight, need_dbias, eps)
+    def forward(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps):
+        return _bwd(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, ctx.axes, weight, bias, _, _, ctx.need_dweight, ctx.need_dbias, ctx.eps = inputs
+        dy, x, ctx.axes, weight, bias, _, ctx.need_dweight, ctx.need_dbias, ctx.eps = inputs
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.set_materialize_grads(False)
 
@@ -406,7 +411,7 @@ class _LayerNormBackward(torch.autograd.Function):
         primals, tangents = zip(*given.values(), strict=True)
         first, (second,) = second_derivative(outputs, primals, (dy,), tangents)
         named = dict(zip(given, first, strict=True))
-        return second, named["x"], None, named.get("weight"), None, None, None, None, None, None
+        return second, named["x"], None, named.get("weight"), None, None, None, None, None
 
 
 def layer_norm(
@@ -434,12 +439,14 @@ def layer_norm(
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
     """
     shape = tuple(normalized_shape)
-    checks.floating("layer_norm", x=x)
+    if not x.is_floating_point():
+        checks.floating("layer_norm", x=x)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"layer_norm: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
         )
-    checks.fits("layer_norm", x, shape, weight=weight, bias=bias)
+    checks.fits("layer_norm", "weight", weight, x, shape)
+    checks.fits("layer_norm", "bias", bias, x, shape)
     backend = choose("layer_norm", x)
     if backend == "reference":
         return reference.layer_norm(x, shape, weight, bias, eps)

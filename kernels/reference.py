@@ -8,6 +8,7 @@ Decided corner cases:
 - A key that `key_mask` excludes is read as 0, so NaN or inf in it never reaches a result. A key that only `mask` or `causal` hides keeps
   IEEE rules: its score is discarded, but 0 * NaN in its value is NaN.
 - A float mask is added to the scaled scores; -inf in it excludes, a large finite negative does not (a row full of it is a uniform average).
+  In attention, whose scores are kept in base 2, finfo.min of float32 and bfloat16 excludes too: log2(e) times it is -inf.
 - causal: query row i may see key j when j <= i + shift; shift is 0 ("top_left") or T_k - T_q ("bottom_right"; with lengths, those of the
   sequence). A window (left, right) adds i + shift - left <= j <= i + shift + right; None is no limit; causal makes right 0 at most.
 - Scores are made in this order: scale, soft cap (cap * tanh(x / cap)), bias and linear bias (-slope * |i + shift - j|), masks.
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import bits
+
+LOWEST = -2.3e38  # log2(e) times anything below is beyond float32
 
 
 def causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
@@ -138,7 +141,7 @@ def attention(
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.to(scores.dtype)
+        scores = scores + bias.masked_fill(bias < LOWEST, -math.inf).to(scores.dtype)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[..., None, None].to(scores.dtype) * (diagonal - cols).abs()
     weights, lse = _softmax(scores.masked_fill(~seen, -math.inf))
@@ -146,7 +149,7 @@ def attention(
         drawn = seed is not None and seed.dtype == torch.bool  # the bits of one packed sequence, cut from those of all
         keep = seed if seed is not None and drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
         weights = weights * keep.to(weights.dtype) * bits.keep_scale(dropout_p)
-    results = [weights @ v]
+    results = [torch.where(real_q, weights @ v, 0.0)]
     if return_lse:
         results.append(lse.to(torch.promote_types(lse.dtype, torch.float32)))
     if return_weights:
@@ -224,7 +227,9 @@ def cross_entropy(
     log_p = logits - _softmax(logits)[1][:, None].to(logits.dtype)
     own = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
     loss = (1 - label_smoothing) * own
-    if label_smoothing > 0.0:  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
+    if (
+        label_smoothing > 0.0
+    ):  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
         loss = loss - label_smoothing * (log_p * weights).sum(1) / logits.shape[1]
     loss = torch.where(counted, loss, 0.0)
     if reduction == "none":

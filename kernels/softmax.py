@@ -275,7 +275,8 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
     Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is itself -inf throughout is 0
     too, except on the torch backend, where it is NaN as in torch: looking for it would cost a pass.
     """
-    checks.floating("softmax", x=x)
+    if not x.is_floating_point():
+        checks.floating("softmax", x=x)
     if mask is not None:
         checks.mask("softmax", x.shape, x, mask)
     checks.causal("softmax", causal)
@@ -312,5 +313,5 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | 
     if not hidden:
         return scores.softmax(-1).to(x.dtype)  # autocast may have made it float32
     hide = functools.reduce(torch.bitwise_or, hidden)
-    empty = hide.all(-1, keepdim=True)  # not filled now: a softmax of -inf alone is NaN, and so is its gradient
-    return scores.masked_fill(hide & ~empty, -torch.inf).softmax(-1).to(x.dtype).masked_fill(empty, 0.0)
+    empty = hide.all(-1, keepdim=True)  # 0 for now: a softmax of -inf alone is NaN, and so is its gradient
+    return scores.masked_fill(hide, -torch.inf).masked_fill(empty, 0.0).softmax(-1).to(x.dtype).masked_fill(empty, 0.0)

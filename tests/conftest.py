@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: its threads make the interpreter slower
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: deterministic mode asks for it
 
+os.environ.setdefault("TILEFORMER_SELFTEST", "0")  # the tests do more, and count what is compiled
+
 import sys
 from collections.abc import Callable, Iterator
 

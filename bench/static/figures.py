@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import math
 import re
@@ -32,7 +31,8 @@ def exact(launch: Launch) -> dict[str, Any]:
         kernel=binary.name, arch=binary.arch, grid=list(launch.grid), warps=launch.warps, stages=launch.stages,
         tile={name: x for name, x in launch.constants.items() if type(x) is int and x > 1 and re.match("BLOCK|B[A-Z]$|TILE", name)},
         **binary.usage, shared=binary.shared, **spills(code), accesses=widths,
-        narrow=sum(n for width, n in widths.items() if width not in ("128", "bulk")), tensor=tensor_shapes(code),
+        narrow=sum(n for width, n in widths.items() if width not in ("128", "bulk")),
+        tensor=tensor_shapes(code), old_dots=sum(i.base == "HMMA" for i in code),
     )  # fmt: skip
 
 
@@ -53,15 +53,15 @@ def tensor_loops(code: Code) -> list[list[Instruction]]:
     inner: list[set[int]] = []
     for head, body in code.loops():
         path = code.path(head, body)
-        if any(TENSOR.match(i.op) for i in path) and not any(i.base in STORES | {"UTMASTG"} for i in path):
-            if not any(other < body for other in inner):
-                inner.append(body)
-                paths.append(path)
+        multiplies = any(TENSOR.match(i.op) for i in path) and not any(i.base in STORES | {"UTMASTG"} for i in path)
+        if multiplies and not any(other < body for other in inner):
+            inner.append(body)
+            paths.append(path)
     return sorted(paths, key=lambda path: (len(path) / max(_flops(path), 1), len(path)))
 
 
 def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, Any]]:
-    """Class B of each tensor loop: cycles of a warp on each pipe; issue / tensor; and (C) the share of the replay in which the tensor pipe is busy."""
+    """Each tensor loop's cycles of a warp on each pipe (B), issue / tensor (B), and share of the replay with a busy tensor pipe (C)."""
     rows = []
     for path in tensor_loops(code_of(launch.binary.cubin, launch.binary)):
         held = cycles(path, rates)
@@ -93,14 +93,18 @@ def attention_share(launch: Launch, workload: Workload, rates: Rates, blocks: in
     keys = per_trip // (4 * rows * s["D"])
     every, edge = causal_trips(s["T_k"], rows, keys) if workload.options.get("causal") else (s["T_k"] / keys, 0.0)
     edge = edge if len(paths) > 1 else 0.0
-    useful = workload.flops("forward") / programs * blocks / rates.tensor_flops  # cycles of the multiprocessor at the peak
-    l2 = 2 * keys * s["D"] * size
+    useful = workload.flops("forward") / programs * blocks / rates.tensor_flops  # cycles at the peak
 
     def time(n: int) -> tuple[float, ...]:
+        l2 = size * _flops(paths[n]) * launch.warps / (2 * rows)  # keys and values of a trip
         floor = model.bound(paths[n], rates, blocks, launch.warps, l2)
         return max(floor.values()), *(max(x, floor["l2"]) for x in model.band(paths[n], rates, blocks, launch.warps))
 
-    times = [(every - edge) * main + edge * masked for main, masked in zip(time(0), time(1 if edge else 0), strict=True)]
+    wide = _flops(paths[0]) / _flops(paths[1]) if edge else 0.0  # a masked tile may be narrower
+    times = [
+        (every - edge) * main + edge * wide * masked
+        for main, masked in zip(time(0), time(1 if edge else 0), strict=True)
+    ]
     bound, middle, most, least = (round(useful / t, 3) for t in times)
     return dict(tile_rows=rows, tile_keys=keys, bound=bound, share=middle, share_band=[least, most])
 
@@ -139,8 +143,8 @@ def figures(launch: Launch, workload: Workload, mode: str, alone: bool) -> dict[
     return found
 
 
-def best(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of an autotuner's choices, the one that the model likes best, and how many there were and spill."""
+def best(found: list[dict[str, Any]], tried: int) -> dict[str, Any]:
+    """Of an autotuner's choices, the one that the model likes best; how many of the list compiled, and how many different binaries spill."""
 
     def merit(row: dict[str, Any]) -> tuple[float, ...]:
         loops = [loop.get("tensor_share", 0.0) for loop in row.get("loops", [])]
@@ -150,13 +154,15 @@ def best(found: list[dict[str, Any]]) -> dict[str, Any]:
         )  # fmt: skip
 
     chosen = max(found, key=merit)  # the first of equals: the list's order
-    return chosen | dict(configurations=len(found), spilling=sum(bool(row["spill_instructions"]) for row in found))
+    return chosen | dict(configurations=tried, spilling=sum(bool(row["spill_instructions"]) for row in found))
 
 
-def grouped(launches: list[Launch]) -> list[list[Launch]]:
-    """One list for each launch of a run; an autotuned one holds all choices, each binary once."""
-    groups: dict[Any, dict[Any, Launch]] = collections.OrderedDict()
+def grouped(launches: list[Launch]) -> list[tuple[list[Launch], int]]:
+    """For each launch of a run its choices, each binary once, and how many there were: 1 if it is not autotuned."""
+    groups: dict[Any, list[Launch]] = {}
     for n, launch in enumerate(launches):
-        key = ("tuned", launch.candidate) if launch.candidate is not None else ("plain", n)
-        groups.setdefault(key, {}).setdefault((launch.binary.cubin, launch.grid), launch)
-    return [list(group.values()) for group in groups.values()]
+        groups.setdefault(("plain", n) if launch.candidate is None else ("tuned", launch.candidate), []).append(launch)
+    return [
+        (list({(x.binary.cubin, x.grid): x for x in reversed(group)}.values())[::-1], len(group))
+        for group in groups.values()
+    ]

@@ -40,8 +40,7 @@ def verdicts(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool
         rows_of = [row for row in rows if _fits(row, where) and goal["figure"] in row]
         wanted = {field: x for field, x in where.items() if field in ("op", "arch")}
         expected = any(_fits(dict(op=op, arch=arch), wanted) for op, arch in seen)
-        sign = 1 if "at_most" in goal else -1
-        limit = goal.get("at_most", goal.get("at_least"))
+        sign, limit = (1, goal["at_most"]) if "at_most" in goal else (-1, goal["at_least"])
         worst = max(rows_of, key=lambda row: sign * row[goal["figure"]], default=None)
         verdict = dict(goal, rows=len(rows_of), limit=("<= " if sign > 0 else ">= ") + str(limit))
         if worst is None:
@@ -49,19 +48,12 @@ def verdicts(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool
         else:
             figure = worst[goal["figure"]]
             kept = sign * figure <= sign * limit
-            verdict |= dict(worst=figure, at=" ".join(str(worst[x]) for x in ("op", "workload", "pass", "kernel", "dtype", "arch") if x in worst))
+            verdict |= dict(
+                worst=figure,
+                at=" ".join(str(worst[x]) for x in ("op", "workload", "pass", "kernel", "dtype", "arch") if x in worst),
+            )
             verdict["verdict"] = "lead" if goal["class"] == "C" else "pass" if kept else "miss"
             if "share_band" in worst:
                 verdict["band"] = worst["share_band"]
         found.append(verdict)
     return found
-
-
-def lines(found: list[dict[str, Any]]) -> list[str]:
-    """The verdicts as text."""
-    text = [f"\n{'goal':<78} {'class':<5} {'worst':>8} {'wanted':>8} {'rows':>4}  verdict"]
-    for v in found:
-        text.append(f"{v['name']:<78} {v['class']:<5} {v.get('worst', '-'):>8} {v['limit']:>8} {v['rows']:>4}  {v['verdict']}")
-        if v["verdict"] in ("miss", "lead") and "at" in v:
-            text.append(f"    at {v['at']}" + (f", share's band {v['band']}" if "band" in v else ""))
-    return text

@@ -87,7 +87,7 @@ def replay(
     running, last = list(range(n)), 0
     while running:
         best, when = -1, math.inf
-        for w in running[last:] + running[:last]:
+        for w in running[last + 1 :] + running[: last + 1]:  # of equals the one that has waited longest
             step = steps[at[w]]
             t = ready[w] if ready[w] > issued else issued
             busy = free.get(step.pipe, 0.0) - (256 if step.kind == "matrix" else 0)  # a queue of matrix instructions
@@ -146,7 +146,9 @@ def replay(
     return (sum(e[-1] for e in ends) - sum(e[half - 1] for e in ends)) / (n * (iterations - half))
 
 
-def band(path: list[Instruction], rates: Rates, blocks: int, warps: int, **options: float) -> tuple[float, float, float]:
+def band(
+    path: list[Instruction], rates: Rates, blocks: int, warps: int, **options: float
+) -> tuple[float, float, float]:
     """Median, least and largest replay over the start skews."""
     found = sorted(replay(path, rates, blocks, warps, skew=skew, **options) for skew in SKEWS)  # type: ignore[arg-type]
     return found[len(found) // 2], found[0], found[-1]

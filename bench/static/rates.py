@@ -4,7 +4,8 @@ Cycles are those of one of the four sub-partitions of a multiprocessor for one i
 multiprocessor in the vendor's tables, times 32 / 4. Sources, by the letters in the comments:
 [P] CUDA C++ Programming Guide, "Arithmetic Instructions", throughput of native arithmetic instructions;
 [A] NVIDIA A100 Tensor Core GPU Architecture; [H] NVIDIA H100 Tensor Core GPU Architecture; [B] NVIDIA Blackwell Architecture Technical Brief;
-[M] microbenchmarks: arXiv:2402.13499 (Hopper), arXiv:2208.11174 (Ampere).
+[M] microbenchmarks: arXiv:2402.13499 (Hopper), arXiv:2208.11174 (Ampere). Reported L2 rates differ by a factor of two, so no goal that is asserted
+uses them.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from __future__ import annotations
 import dataclasses
 import re
 
+
+def _set(names: str) -> set[str]:
+    return set(names.split())
+
+
 # Instructions by pipe. What is in none of these sets counts as one cycle of issue and nothing else.
-FMA = set("FFMA FADD FMUL FFMA32I FSWZADD HFMA2 HADD2 HMUL2 FFMA2 FADD2 FMUL2 IMAD IMAD32I DFMA DADD DMUL".split())
-ALU = set(
+FMA = _set("FFMA FADD FMUL FFMA32I FSWZADD HFMA2 HADD2 HMUL2 FFMA2 FADD2 FMUL2 IMAD IMAD32I DFMA DADD DMUL")
+ALU = _set(
     "IADD3 IADD LOP3 SHF SEL FSEL FMNMX FMNMX3 ISETP FSETP PRMT LEA IMNMX VIMNMX VIMNMX3 PLOP3 FSET MOV I2FP F2FP IABS VIADD VIADDMNMX "
-    "BMSK SGXT LOP P2R R2P FCHK HMNMX2 HSETP2 IDP CS2R".split()
+    "BMSK SGXT LOP P2R R2P FCHK HMNMX2 HSETP2 IDP CS2R"
 )
-XU = set("MUFU F2F F2I I2F FRND POPC FLO BREV".split())
-SHARED_MEMORY = set("LDS STS ATOMS LDSM STSM SHFL REDUX".split())
-LOADS, STORES = set("LDG LD LDGSTS".split()), set("STG ST".split())
-LOCAL = set("LDL STL".split())
-ATOMICS = set("RED REDG ATOM ATOMG".split())
+XU = _set("MUFU F2F F2I I2F FRND POPC FLO BREV")
+SHARED_MEMORY = _set("LDS STS ATOMS LDSM STSM SHFL REDUX")
+LOADS, STORES = _set("LDG LD LDGSTS"), _set("STG ST")
+LOCAL = _set("LDL STL")
+ATOMICS = _set("RED REDG ATOM ATOMG")
 TENSOR = re.compile(r"(HMMA|[HQBI]GMMA|UTC\w*MMA)\b")
 
 

@@ -23,7 +23,7 @@ import torch
 import triton
 
 from tileformer.bench.recording import ARCHITECTURES
-from tileformer.bench.static import capture, goals
+from tileformer.bench.static import capture, evidence, goals, table
 from tileformer.bench.static.capture import OURS, PEERS
 from tileformer.bench.static.rates import RATES
 
@@ -35,10 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench static`."""
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], metavar="CC", help="default: 80 90 100")
     parser.add_argument("--op", action="append", choices=OPS, help="only this op (repeatable)")
-    parser.add_argument("--call", metavar="PATTERN", help="only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run")
-    parser.add_argument("--against", default="", metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}")
+    parser.add_argument(
+        "--call",
+        metavar="PATTERN",
+        help="only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run",
+    )
+    parser.add_argument(
+        "--against", default="", metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
-    parser.add_argument("--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed")
+    parser.add_argument(
+        "--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed"
+    )
     parser.add_argument("--evidence", metavar="FILE", help="write docs/evidence.md's text to FILE")
     parser.add_argument("--cache", metavar="FOLDER", help="default: tileformer/static in XDG_CACHE_HOME or ~/.cache")
 
@@ -49,11 +57,15 @@ def _hash_of(files: Iterable[Path]) -> str:
 
 def _key(job: dict[str, Any]) -> str:
     """What a job's rows depend on: kernels (or a peer's version), compiler, and the tools that read them."""
-    tools = [*BENCH.glob("static/*.py"), *(BENCH / name for name in ("recording.py", "compiled.py", "workloads.py", "providers.py", "cases.py"))]
-    own = job["provider"] == OURS
-    source = _hash_of((BENCH.parent / "kernels").rglob("*.py")) if own else importlib.metadata.version(PEERS[job["provider"]])
-    tools = [path for path in tools if path.name not in ("report.py", "goals.py", "evidence.py")]
-    return hashlib.sha256(json.dumps([job, source, triton.__version__, torch.__version__, _hash_of(tools)]).encode()).hexdigest()
+    names = ("compiled.py", "cases.py") if job["kind"] == "tables" else ("workloads.py", "providers.py")
+    readers = ("capture", "figures", "model", "rates", "sass", "traffic")
+    tools = [BENCH / name for name in ("recording.py", *names, *(f"static/{reader}.py" for reader in readers))]
+    if job["provider"] == OURS:
+        source = _hash_of((BENCH.parent / "kernels").rglob("*.py"))
+    else:
+        source = importlib.metadata.version(PEERS[job["provider"]])
+    key = [job, source, triton.__version__, torch.__version__, _hash_of(tools)]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
@@ -61,11 +73,15 @@ def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     file = cache / f"{_key(job)}.json"
     if file.exists():
         return json.loads(file.read_text())
-    source = str(BENCH.parent / "src")
-    paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]) if os.path.isdir(source) else os.environ.get("PYTHONPATH", "")
-    environment = dict(os.environ, TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=paths, OMP_NUM_THREADS="1", GEMS_VENDOR="nvidia")
+    paths = [
+        str(BENCH.parent / "src"),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]  # of a checkout that is not installed
+    own = dict(TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
     command = [sys.executable, "-W", "ignore", "-m", "tileformer.bench.static.capture"]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, env=os.environ | own, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{job}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
     rows = json.loads(done.stdout.splitlines()[-1])
@@ -91,21 +107,29 @@ def _jobs(archs: list[int], ops: list[str], providers: list[str], pattern: str) 
 
 
 def _with_traffic(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
-    """A job's rows; then, where there are rates, its traffic in the configurations that were best."""
+    """A job's rows; for a peer also its traffic, in the configurations that were best."""
     rows = _do(job, cache)
-    if job["kind"] == "tables" or job["arch"] not in RATES:
+    if job["provider"] == OURS or job["arch"] not in RATES:
         return rows
     choices = [{name: row[name] for name in ("kernel", "tile", "warps")} for row in rows if "tile" in row]
     return rows + _do(dict(job, kind="traffic", choices=choices), cache)
 
 
-def collect(archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*") -> list[dict[str, Any]]:
+def collect(
+    archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*"
+) -> list[dict[str, Any]]:
     """Every row, in an order that depends on nothing but the arguments."""
     cache.mkdir(parents=True, exist_ok=True)
     jobs = _jobs(archs, ops, providers, pattern)
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for found in pool.map(lambda job: _with_traffic(job, cache), jobs) for row in found]
-    rows.sort(key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider")))
+        for n, found in enumerate(pool.map(lambda job: _with_traffic(job, cache), jobs), 1):
+            rows += found
+            if sys.stderr.isatty():
+                print(f"\r{n}/{len(jobs)} jobs", end="\r", file=sys.stderr)
+    rows.sort(
+        key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider"))
+    )
     _beside_peers(rows)
     return rows
 
@@ -123,48 +147,14 @@ def _beside_peers(rows: list[dict[str, Any]]) -> None:
                 row[f"{figure}_over_best_peer"] = round(row[figure] / theirs[at(row)], 3)
 
 
-_HEADER = (
-    f"{'sm':<4} {'provider':<10} {'call':<32} {'pass':<8} {'kernel':<30} {'tile':<18} {'w':>2} {'regs':>4} {'spill':>5} {'blk':>3} "
-    f"{'narrow':>6} {'iss/ten':>7} {'bound':>5} {'share or roof':<22} {'n':>3}"
-)
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
-    start = f"{row['arch']:<4} {row['provider']:<10} {row['op'] + ' ' + row['workload']:<32.32} "
-    if "skipped" in row:
-        return start + f"skipped: {row['skipped']}"
-    model = ""
-    if "share" in row:
-        model = f"{row['share']:.2f} [{row['share_band'][0]:.2f}, {row['share_band'][1]:.2f}]"
-    elif "roof" in row:
-        model = f"{row['roof']:.2f} ({row['us_busy']:.0f} / {row['us_dram']:.0f} us)"
-    tile = "x".join(str(x) for x in row["tile"].values())
-    return start + (
-        f"{row['pass']:<8} {row['kernel']:<30.30} {tile:<18.18} {row['warps']:>2} {row['registers']:>4} {row['spill_bytes']:>5} {row.get('blocks', ''):>3} "
-        f"{row['narrow']:>6} {row.get('issue_per_tensor', ''):>7} {row.get('bound', ''):>5} {model:<22} {row['configurations']:>3}"
-    )
-
-
-def traffic_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The table of what was counted in the interpreter."""
-    text = [f"\n{'sm':<4} {'provider':<10} {'call':<32} {'pass':<8} {'MB':>8} {'moved/least':>11} {'distinct/least':>14} {'FLOPs/useful':>12}"]
-    for row in rows:
-        start = f"{row['arch']:<4} {row['provider']:<10} {row['op'] + ' ' + row['workload']:<32.32} "
-        if "uncounted" in row:
-            text.append(start + f"not counted: {row['uncounted']}")
-        elif "bytes_total" in row:
-            text.append(start + f"{row['pass']:<8} {row['bytes_total'] / 1e6:>8.1f} {row['moved_over_minimal']:>11} {row['distinct_over_minimal']:>14} "
-                        f"{row.get('flops_over_useful', ''):>12}")  # fmt: skip
-    return text
-
-
 def main(args: argparse.Namespace) -> int:
     """Print the table; 1 if a goal of class A or B is missed."""
     unknown = set(args.arch) - set(ARCHITECTURES)
     peers = [name for name in args.against.split(",") if name]
     if unknown or set(peers) - set(PEERS):
-        raise ValueError(f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against}")
+        raise ValueError(
+            f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against}"
+        )
     providers = [OURS]
     for name in peers:
         try:
@@ -175,18 +165,21 @@ def main(args: argparse.Namespace) -> int:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = Path(args.cache or os.path.join(home, "tileformer", "static"))
     rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*")
-    print(f"Triton {triton.__version__}; not measured on a GPU: A and B are exact or counted, shares are modelled\n{_HEADER}")
-    for row in rows:
-        if "dtype" not in row and "uncounted" not in row and "bytes_total" not in row:
-            print(line(row))
-    print("\n".join(traffic_lines(rows)))
-    versions = {name: importlib.metadata.version(PEERS[name]) for name in providers[1:]}
-    found = goals.verdicts(goals.load(), rows, part=bool(args.call)) if args.goals else []
-    print("\n".join(goals.lines(found)) if args.goals else "")
+    found = goals.verdicts(goals.load(), rows, part=bool(args.call)) if args.goals or args.evidence else []
+    print(f"Triton {triton.__version__}. Nothing here was measured on a GPU; shares and times are modelled.")
+    for title, columns, of in table.sections(rows, found if args.goals else []):
+        print(f"\n{title}\n{table.text(columns, of)}")
+    versions = dict(
+        triton=triton.__version__,
+        torch=torch.__version__,
+        **{name: importlib.metadata.version(PEERS[name]) for name in providers[1:]},
+    )
     if args.json:
-        report = dict(triton=triton.__version__, torch=torch.__version__, peers=versions, rows=rows, goals=found)
+        report = dict(versions=versions, rows=rows, goals=found)
         Path(args.json).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-    return int(any(v["verdict"] == "miss" for v in found))
+    if args.evidence:
+        Path(args.evidence).write_text(evidence.page(rows, found, versions))
+    return int(args.goals and any(v["verdict"] == "miss" for v in found))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import triton.language as tl
 from torch import Tensor
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
@@ -27,12 +28,17 @@ class Counter:
     def __init__(self) -> None:
         self.phase = "forward"
         self.dots: collections.Counter[str] = collections.Counter()
-        self.moved: dict[tuple[str, str, int, int], np.ndarray] = {}  # phase, "load" or "store", bytes of an element, page -> times of each
+        self.moved: dict[
+            tuple[str, str, int, int], np.ndarray
+        ] = {}  # phase, "load" or "store", bytes of an element, page -> times of each
 
     def launch(self, launch: Launch) -> None:
         """Interpret a launch and count."""
-        arguments = {param.name: x for param, x in zip(launch.kernel.params, launch.arguments, strict=True)}
-        with self._counting():
+        arguments = {
+            param.name: _float32(x) if type(x) is float and not param.is_constexpr else x
+            for param, x in zip(launch.kernel.params, launch.arguments, strict=True)
+        }
+        with self.counting():
             interpreter.run(launch.kernel, launch.grid, (), arguments)
 
     def _touch(self, kind: str, pointers: Any, mask: Any) -> None:
@@ -68,7 +74,7 @@ class Counter:
         return total, distinct
 
     @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
+    def counting(self) -> Iterator[None]:
         def counted(kind: str, pointers: int, mask: int, original: Any) -> Any:
             @functools.wraps(original)
             def hook(*args: Any, **kwargs: Any) -> Any:
@@ -88,6 +94,11 @@ class Counter:
                 stack.enter_context(mock.patch.object(stock.InterpreterBuilder, name, hook))
             stack.enter_context(mock.patch.object(TritonSemantic, "dot", dot))
             yield
+
+
+def _float32(x: float) -> tl.tensor:
+    """What a Python float is on a GPU; the interpreter leaves it a float."""
+    return tl.tensor(stock.TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)
 
 
 # Kind, and which arguments are pointers and mask. Everything else that loads or stores (blocks, tensor descriptors) ends in these.

@@ -13,9 +13,18 @@ from torch import Tensor
 
 from tileformer.kernels import bits, reference
 from tileformer.kernels.attention.arguments import check_attention
-from tileformer.kernels.attention.launchers import NO_LIMIT, bwd, fwd, weights_of
+from tileformer.kernels.attention.launchers import (
+    NO_LIMIT,
+    attention_bwd,
+    attention_fwd,
+    attention_weights,
+    bwd,
+    fwd,
+    weights_of,
+)
 from tileformer.kernels.attention.plain import torch_attention
 from tileformer.kernels.backend import choose
+from tileformer.kernels.launch import apply
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
 
@@ -27,6 +36,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(attention_fwd)
 
     @staticmethod
     def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
@@ -45,7 +55,7 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (5 + SIDES)
         dout = torch.zeros_like(out) if dout is None else dout
-        *grads, dbias = _AttentionBackward.apply(dout, dlse, out, lse, bounds, *tensors, ctx.whole, ctx.real)
+        *grads, dbias = apply(_AttentionBackward, dout, dlse, out, lse, bounds, *tensors, ctx.whole, ctx.real)
         dbias = dbias.view(tensors[4].shape) if ctx.whole[BIAS_GRAD] else None
         return *grads, None, dbias, *(None,) * SIDES
 
@@ -54,6 +64,7 @@ class _AttentionBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice, so it is right, and needs T_q x T_k memory."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(attention_bwd)
 
     @staticmethod
     def forward(
@@ -92,6 +103,7 @@ class _Weights(torch.autograd.Function):
     """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
 
     generate_vmap_rule = True
+    launcher = staticmethod(attention_weights)
 
     @staticmethod
     def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
@@ -225,10 +237,10 @@ def attention(
     if scale < 0:  # the kernels take the maximum before they scale
         q, real = -q, (-scale, *real[1:])
     arguments = (q, k, v, mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
-    out, lse, bounds = _Attention.apply(*arguments)
+    out, lse, bounds = apply(_Attention, *arguments)
     results = [out, lse * LN2] if return_lse else [out]
     if return_weights:
-        weights = _Weights.apply(lse.detach(), bounds, return_weights == "average", *arguments)
+        weights = apply(_Weights, lse.detach(), bounds, return_weights == "average", *arguments)
         results.append(weights.squeeze(1) if return_weights == "average" else weights)
     return tuple(results) if len(results) > 1 else out
 

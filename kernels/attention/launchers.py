@@ -118,7 +118,7 @@ class _Call:
         return tiles_for(table, arch_of(self.q), wider, self.q.dtype, self.feature)
 
     def run(
-        self, kernel: Any, table: Any, grid: Any, args: Sequence[Any], without: Sequence[str] = (), **more: Any
+        self, kernel: Any, table: Any, grid: Any, args: tuple[Any, ...], without: Sequence[str] = (), **more: Any
     ) -> None:
         flags = {name: value for name, value in self.flags.items() if name not in without} | more
         launch(kernel, grid, self.q, args, flags, self.tiles(table))
@@ -130,8 +130,8 @@ def _bounds(sides: Sequence[Tensor | None], whole: Sequence[int], q: Tensor, t_k
     _, _, align, packed, *_ = whole
     table = _empty_bounds(sides, whole, q)
     if table.shape[0]:
-        lens = [q if x is None else x.contiguous() for x in (q_lens, k_lens)]
-        key_mask_ = q if key_mask is None else _bytes(key_mask.contiguous())
+        lens = [table if x is None else x.contiguous() for x in (q_lens, k_lens)]
+        key_mask_ = table if key_mask is None else _bytes(key_mask.contiguous())
         flags = dict(
             KEY_MASK=key_mask is not None,
             Q_LENS=q_lens is not None,

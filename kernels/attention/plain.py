@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tileformer.kernels import bits
 from tileformer.kernels.attention.launchers import NO_LIMIT
+from tileformer.kernels.reference import LOWEST
 from tileformer.kernels.second import second_derivative
 
 FUSED_FROM = 512  # keys from which torch's fused attention beats three plain operators on a CPU
@@ -135,7 +136,8 @@ def _bias(
     if key_mask is not None:
         seen = [*seen, key_mask[:, None, None, :]]
     if additive is not None:
-        seen = [*seen, additive != -math.inf]
+        additive = additive.to(dtype)
+        seen = [*seen, additive >= LOWEST]
     if not seen:
         return None, None
     allowed = seen[0]
@@ -147,7 +149,7 @@ def _bias(
         allowed = allowed | empty
     bias = torch.zeros((), dtype=dtype, device=allowed.device).where(allowed, -math.inf)
     if additive is not None:
-        bias = bias + additive.to(dtype).masked_fill(additive == -math.inf, 0.0)
+        bias = bias + additive.masked_fill(additive < LOWEST, 0.0)
     return bias, empty
 
 

@@ -41,7 +41,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
 FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/attention/plain": "test_decoder_parity test_attention test_values test_attention_variants",
-    "kernels/attention/": "test_attention_variants test_attention test_values test_memory test_fuzz",
+    "kernels/attention/": "test_fuzz test_attention_variants test_attention test_memory test_values",
     "kernels/layer_norm": "test_layer_norm test_values test_memory",
     "kernels/softmax": "test_softmax test_values test_memory",
     "kernels/cross_entropy": "test_cross_entropy test_values test_memory",

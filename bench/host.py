@@ -1,0 +1,174 @@
+"""Microseconds from Python to the launch: what a call costs the host before a GPU has anything to do. Needs no GPU.
+
+CPU tensors stand in for CUDA ones, and a driver whose launch does nothing for the GPU; kernels are compiled for `--arch`. liger-kernel has the same
+driver with the same tensors. torch's operators do compute, on the CPU, but tensors are so small that this is little beside the call. Time is
+that of the process without garbage collection, as in timeit: the median of interleaved rounds, and the median of their ratios. What autograd's
+engine costs to start, whatever it runs, is taken off the backward: each round measures it, as the gradient of a tensor for itself.
+"""  # fmt: skip
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from triton import knobs
+from triton.runtime import driver
+
+from tileformer.bench.recording import record
+from tileformer.decoder import TransformerDecoderLayer
+from tileformer.kernels import attention, cross_entropy, dropout, layer_norm, softmax, use_backend
+
+NAMES = ("tileformer", "liger", "torch")
+Call = Callable[..., Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `tileformer bench host`."""
+    parser.add_argument("--arch", type=int, default=90, help="compile for this architecture (default: 90)")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds whose median is printed (default: 40)")
+    parser.add_argument("--g2p", type=int, metavar="N", help="count compilations over N batch shapes (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the table and the compilations of a training run; 0."""
+    torch.set_num_threads(1)
+    try:  # first: Triton does not count what it has compiled before
+        counted = compilations(args.arch, args.g2p)
+        print(f"distinct compilations of a g2p run: {sum(counted.values())}, {dict(counted)}")
+    except ImportError as error:
+        counted = collections.Counter()
+        print(f"compilations of a g2p run: skipped, {error}")
+    rows = measured(args.arch, args.rounds)
+    print(f"{'us a call':<16}{'':<10}" + "".join(f"{name:>12}" for name in NAMES) + "     / liger     / torch")
+    for row in rows:
+        cells = [row[name] for name in NAMES] + [row["over"].get(name) for name in NAMES[1:]]
+        shown = [
+            "-" if cell is None else f"{cell:.1f}" if place < 3 else f"{cell:.2f}" for place, cell in enumerate(cells)
+        ]
+        print(f"{row['op']:<16}{row['pass']:<10}" + "".join(f"{cell:>12}" for cell in shown))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(dict(arch=args.arch, torch=torch.__version__, rows=rows, compilations=counted), file, indent=1)
+    return 0
+
+
+def _cases() -> dict[str, tuple[tuple[Tensor, ...], dict[str, Call]]]:
+    """By op: the tensors to differentiate, and who computes it."""
+    x, logits = torch.randn(4, 8, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
+    w, target, mask = torch.ones_like(x[0, 0]), torch.arange(32), nn.Transformer.generate_square_subsequent_mask(8)
+    ours = TransformerDecoderLayer(64, 4, 128, batch_first=True, dtype=torch.bfloat16).requires_grad_(False)
+    torchs = nn.TransformerDecoderLayer(64, 4, 128, batch_first=True, dtype=torch.bfloat16).requires_grad_(False)
+    qkv = torch.randn(3, 2, 2, 8, 16, dtype=torch.bfloat16).unbind()
+    cases: dict[str, tuple[tuple[Tensor, ...], dict[str, Call]]] = {
+        "layer_norm": ((x, w, w), dict(tileformer=lambda x, w, b: layer_norm(x, (64,), w, b), torch=lambda x, w, b: F.layer_norm(x, (64,), w, b))),
+        "softmax": ((x,), dict(tileformer=softmax, torch=lambda x: F.softmax(x, -1))),
+        "cross_entropy": ((logits,), dict(tileformer=lambda x: cross_entropy(x, target), torch=lambda x: F.cross_entropy(x, target))),
+        "dropout": ((x,), dict(tileformer=lambda x: dropout(x, 0.1), torch=lambda x: F.dropout(x, 0.1))),
+        "attention": (qkv, dict(tileformer=lambda q, k, v: attention(q, k, v, causal=True),
+                                torch=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))),
+        "decoder layer": ((x, x), dict(tileformer=lambda x, m: ours(x, m, tgt_mask=mask, tgt_is_causal=True),
+                                       torch=lambda x, m: torchs(x, m, tgt_mask=mask, tgt_is_causal=True))),
+    }  # fmt: skip
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError as error:
+        print(f"liger: skipped, {error}")
+        return cases
+    cases["layer_norm"][1]["liger"] = lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)
+    cases["softmax"][1]["liger"] = liger.liger_softmax
+    cases["cross_entropy"][1]["liger"] = lambda x: liger.liger_cross_entropy(x, target)
+    return cases
+
+
+def _gradients(call: Call, leaves: list[Tensor], dout: Tensor) -> None:
+    torch.autograd.grad(call(*leaves), leaves, dout)
+
+
+def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
+    """Rows of op, pass, microseconds of each provider (None where it has no such op), and ours over each other's."""
+    jobs: dict[tuple[str, str, str], Callable[[], Any]] = {}
+    leaf = torch.zeros(32, 64, requires_grad=True)
+    with record(arch), use_backend("triton"):
+        driver.active.launcher_cls = lambda source, metadata: lambda *arguments: None
+        for op, (inputs, providers) in _cases().items():
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            for name, call in providers.items():
+                dout = torch.ones_like(call(*inputs))
+                jobs[op, "forward", name] = functools.partial(call, *inputs)
+                jobs[op, "both", name] = functools.partial(_gradients, call, leaves, dout)
+        jobs["", "", "engine"] = lambda: torch.autograd.grad(leaf, leaf, leaf)
+        times: dict[tuple[str, str, str], list[float]] = {key: [] for key in jobs}
+        gc.disable()
+        for _ in range(rounds + 1):  # the first compiles
+            for key, job in jobs.items():
+                job(), job()  # what ran before has left the processor's caches full of other code
+                start = time.process_time_ns()
+                for _ in range(calls):
+                    job()
+                times[key].append((time.process_time_ns() - start) / calls / 1000)
+            gc.collect()
+        gc.enable()
+    engine = times.pop(("", "", "engine"))
+    rows = []
+    for op, mode in dict.fromkeys(key[:2] for key in times):
+        taken = {name: [t - (e if mode == "both" else 0) for t, e in zip(times[op, mode, name], engine, strict=True)][1:]
+                 for name in NAMES if (op, mode, name) in times}  # fmt: skip
+        row: dict[str, Any] = {"op": op, "pass": mode, "over": {}}
+        for name in NAMES:
+            row[name] = statistics.median(taken[name]) if name in taken else None
+            if name in taken and name != NAMES[0]:
+                row["over"][name] = statistics.median(a / b for a, b in zip(taken[NAMES[0]], taken[name], strict=True))
+        rows.append(row)
+    return rows
+
+
+def compilations(arch: int, shapes: int | None = None) -> collections.Counter[str]:
+    """Distinct specialisations by kernel of `tileformer train g2p --full` in bfloat16: every shape of its batches, or about `shapes` of them;
+    evaluation; greedy decoding. Triton says what it would compile, and is told not to. ImportError without the recipe's packages.
+    """  # fmt: skip
+    from tileformer.decoder import Seq2Seq, Seq2SeqConfig
+    from tileformer.training.data import Batches
+    from tileformer.training.loop import sequence_loss
+    from tileformer.training.recipes import g2p
+
+    entries = g2p.split(g2p.read_entries(g2p.dictionary_file().read_bytes().decode()))
+    batches = {
+        (x.source.shape, x.target.shape): x
+        for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch_size, seed=0)
+    }
+    chosen = sorted(batches.values(), key=lambda x: (x.target.shape, x.source.shape))
+    chosen = chosen[:: max(1, len(chosen) // shapes)] if shapes else chosen
+    model = Seq2Seq(
+        Seq2SeqConfig(
+            g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), dropout=g2p.FULL.dropout, max_length=32
+        )
+    )
+    seen: set[tuple[str, str]] = set()
+
+    def note(**call: Any) -> bool:
+        seen.add((call["fn"].name, call["key"]))
+        return True  # Triton takes it for compiled elsewhere
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        with record(arch), use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
+            for batch in chosen:
+                model.train()
+                sequence_loss(model, batch, 0.1).backward()
+            with torch.no_grad():
+                sequence_loss(model.eval(), chosen[-1], 0.1)
+            g2p.transcribe(model, ["transformer", "a"])
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    return collections.Counter(sorted(name.rpartition(".")[2] for name, _ in seen))

@@ -1,0 +1,80 @@
+"""Compare every op with its definition once on a GPU that is new here: a compiler can be wrong without a word, and training would go on.
+
+`launch.py` asks for it before a process's first launches. Some seconds of compilation leave a stamp in Triton's cache folder, for this kind of GPU,
+this Triton and this tileformer. TILEFORMER_SELFTEST=0 turns it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import tileformer
+from tileformer import kernels
+from tileformer.kernels import launch
+
+TOLERANCE = 0.05  # of the largest element: garbage, not rounding, which makes 0.01 in bfloat16
+CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # differentiable tensors, other arguments
+    "attention": (dict(q=(1, 2, 70, 64), k=(1, 2, 150, 64), v=(1, 2, 150, 64)), dict(causal="bottom_right")),
+    "layer_norm": (dict(x=(37, 128), weight=(128,), bias=(128,)), dict(normalized_shape=(128,))),
+    "softmax": (dict(x=(37, 128)), dict(scale=0.5)),
+    "cross_entropy": (dict(logits=(37, 128)), dict(target=torch.arange(37), reduction="sum")),
+    "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
+}
+
+
+def failures(backend: str, device: torch.device) -> list[str]:
+    """The results that are not what the definition gives, "attention: dk" say, forward and backward in bfloat16."""
+    wrong = []
+    for op, (shapes, options) in CALLS.items():
+        results: list[list[torch.Tensor]] = []
+        for namespace, place, dtype in ((kernels.reference, "cpu", torch.float32), (kernels, device, torch.bfloat16)):
+            generator = torch.Generator().manual_seed(1)
+            draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().to(place, dtype)  # noqa: B023, E731
+            leaves = {name: draw(*shape).requires_grad_() for name, shape in shapes.items()}
+            more = {name: x.to(place) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+            with kernels.use_backend(backend):
+                out = getattr(namespace, op)(**leaves, **more)
+            results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), draw(*out.shape))])
+        for name, truth, got in zip(["out", *(f"d{name}" for name in shapes)], *results, strict=True):
+            if not (got.cpu().float() - truth).abs().max() <= TOLERANCE * truth.abs().max():
+                wrong.append(f"{op}: {name}")
+    return wrong
+
+
+def run_once(device: torch.device) -> None:
+    """Test the GPU unless its stamp is there; `launch.selftest_due` stays True until it has passed.
+
+    Left to a later launch in a fork without CUDA, while torch traces or captures, and in a backward, whose thread the test's own would wait for.
+
+    Raises:
+        RuntimeError: if a result is wrong, and again at the next launch.
+    """
+    busy = torch.cuda._is_in_bad_fork() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+    if busy or torch.cuda.is_current_stream_capturing():
+        return
+    gpu = torch.cuda.get_device_properties(device)
+    kind = f"tileformer {tileformer.__version__}, triton {triton.__version__}, sm_{gpu.major}{gpu.minor}, {gpu.name}"
+    stamp = Path(triton.knobs.cache.dir) / (re.sub(r"\W+", "-", kind) + ".passed")
+    launch.selftest_due = False  # the test's own launches ask for none
+    if stamp.exists():
+        return
+    try:
+        with ThreadPoolExecutor(1) as pool:  # where no caller's autocast, grad mode, stream or backend is in force
+            wrong = pool.submit(failures, "triton", device).result()
+        if wrong:
+            raise RuntimeError(
+                f"{'; '.join(wrong)}: wrong on {kind}: see `tileformer check`, use_backend('torch') or TILEFORMER_SELFTEST=0"
+            )
+    except BaseException:
+        launch.selftest_due = True
+        raise
+    with contextlib.suppress(OSError):  # a folder that cannot be written: the next process tests again
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()

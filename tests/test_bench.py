@@ -1,0 +1,337 @@
+"""The benchmarks: FLOPs and bytes against counting, providers against the reference, no speed over a red result, dry runs."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tileformer.__main__ import main
+from tileformer.bench import gpu_day, measure, plot, providers, run, tune
+from tileformer.bench.measure import Bench, Clock, Result, Truth
+from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
+from tileformer.kernels import softmax, use_backend
+
+CPU = torch.device("cpu")
+FIRSTS = run.chosen("all", CPU, dry=False, only=None)  # one point of each sweep
+
+
+def seen(workload: Workload, options: dict) -> torch.Tensor:
+    """Boolean (B, H, T_q, T_k): what a query may attend to after the causal shift and padding, counted one by one."""
+    s = workload.sizes
+    keep = torch.ones(s["B"], s["H"], s["T_q"], s["T_k"], dtype=torch.bool)
+    if workload.options.get("causal"):
+        shift = s["T_k"] - s["T_q"] if workload.options["causal"] == "bottom_right" else 0
+        keep &= torch.arange(s["T_k"]) <= torch.arange(s["T_q"])[:, None] + shift
+    if "key_mask" in options:
+        keep &= options["key_mask"][:, None, None]
+    return keep
+
+
+@pytest.mark.parametrize("causal", [False, True, "bottom_right"])
+@pytest.mark.parametrize("masks", [{}, {"key_mask": "right"}], ids=["full", "padded"])
+@pytest.mark.parametrize(("t_q", "t_k"), [(7, 7), (5, 12), (12, 5), (1, 9), (9, 1)])
+def test_attended_pairs_are_those_of_the_mask(causal, masks, t_q, t_k):
+    sizes = dict(B=3, H=4, H_kv=2, T_q=t_q, T_k=t_k, D=8)
+    workload = Workload("attention", "counted", sizes, {"causal": causal} if causal else {}, masks)
+    _, options = workload.inputs("cpu", torch.float32)
+    pairs = int(seen(workload, options).sum())
+    assert workload.pairs() == pairs
+    assert workload.flops("forward") == 2 * 2 * pairs * 8
+    assert [workload.flops(mode) * 2 for mode in MODES] == [workload.flops("forward") * n for n in (2, 5, 7)]
+
+
+@pytest.mark.parametrize("workload", [w for w in FIRSTS if w.op != "decoder_layer"], ids=lambda w: f"{w.op} {w.name}")
+def test_bytes_are_those_of_the_tensors(workload):
+    workload, item = workload.small(), 4
+    tensors, options = workload.inputs("cpu", torch.float32)
+    sizes = {name: x.numel() * item for name, x in tensors.items()}
+    inputs = sum(sizes.values())
+    sides = sum(x.numel() * x.element_size() for n, x in options.items() if n in ("mask", "key_mask"))
+    out = providers.reference(workload)(tensors, options)
+    unread = 0
+    if workload.op == "attention" and "key_mask" in options:  # keys and values of padding
+        unread = 2 * item * int((~options["key_mask"]).sum()) * workload.sizes["H_kv"] * workload.sizes["D"]
+    if workload.op == "softmax" and "causal" in options:
+        unread = item * int((~seen(workload, options)).sum())
+    gradients = inputs
+    saved = {  # what the backward reads besides the output's gradient
+        "attention": inputs + out.numel() * item - unread,
+        "layer_norm": sizes.get("x", 0) + sizes.get("weight", 0),
+        "softmax": out.numel() * item - unread,
+        "cross_entropy": inputs,
+        "dropout": 0,
+    }[workload.op]
+    arrives = out.numel() * item - (unread if workload.op == "softmax" else 0)
+    forward, backward = inputs - unread + sides + out.numel() * item, saved + sides + arrives + gradients
+    if workload.op == "dropout":
+        backward -= sizes["residual"]  # its gradient is the one that arrives
+    if workload.op == "cross_entropy":
+        targets = 8 * workload.sizes["R"]
+        assert workload.bytes(torch.float32, "forward") == inputs + targets  # the loss itself is four bytes
+        assert workload.bytes(torch.float32, "backward") == 2 * inputs + targets
+        assert workload.bytes(torch.float32, "both") == 2 * inputs + targets
+        return
+    assert workload.bytes(torch.float32, "forward") == forward
+    assert workload.bytes(torch.float32, "backward") == backward
+    assert workload.bytes(torch.float32, "both") == forward + backward
+
+
+def test_a_decoder_layers_flops_are_those_that_torch_counts():
+    workload = next(w for w in WORKLOADS if w.op == "decoder_layer").small()
+    whole = dataclasses.replace(workload, options=workload.options | dict(causal=False))  # torch counts what is masked
+    tensors, options = workload.inputs("cpu", torch.float32)
+    with FlopCounterMode(display=False) as counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        providers.reference(workload)(tensors, options)
+    assert whole.flops("forward") == counter.get_total_flops()
+    hidden = 64 * 63 // 2 * workload.sizes["B"] * 2  # pairs above the diagonal, two heads
+    assert whole.flops("forward") - workload.flops("forward") == 4 * 64 * hidden
+
+
+@pytest.mark.parametrize("workload", FIRSTS, ids=lambda w: f"{w.op} {w.name}")
+def test_every_provider_agrees_with_the_reference(workload, monkeypatch):
+    monkeypatch.setattr(providers, "compile_backend", "aot_eager")
+    sized = workload.small().without_dropout()
+    tensors, options = sized.inputs("cpu", torch.float32)
+    truth, ran = Truth(sized, tensors, options), set()
+    for name, build in providers.providers(workload.op).items():
+        if name in ("torch.compile", "flex") and workload.name not in (
+            "D 64 causal padded",
+            "D 64 bias",
+            "smoothed",
+            "rows N 256",
+        ):
+            continue  # a compilation takes a second; a dry run has the rest
+        try:
+            ratios, _ = truth.ratios(build(sized), tensors, options)
+        except providers.Unavailable:
+            continue
+        ran.add(name)
+        assert max(ratios.values()) <= 1.0, (name, ratios)
+        assert set(ratios) >= {"out"} if name == "flex" else set(ratios) == set(truth.truth)
+    assert ran >= ({"sdpa", "sdpa flash", "sdpa math"} if workload.op == "attention" else set()) | {
+        "tileformer",
+        "eager",
+    }
+
+
+def test_names_are_unique_and_every_op_is_there():
+    names = [(w.op, w.name) for w in WORKLOADS]
+    assert len(set(names)) == len(names)
+    assert set(OPS) == {"attention", "layer_norm", "softmax", "cross_entropy", "dropout", "decoder_layer"}
+    assert all(next(iter(providers.providers(op))) == providers.OURS for op in OPS)
+
+
+def test_dropout_is_timed_with_its_rate_and_drops():
+    workload = next(w for w in WORKLOADS if w.op == "dropout").small()
+    tensors, options = workload.inputs("cpu", torch.float32)
+    for name in (providers.OURS, "eager"):
+        dropped = providers.providers("dropout")[name](workload)(tensors, options) == tensors["residual"]
+        assert 0.05 < dropped.float().mean() < 0.2, name
+
+
+def test_large_attention_is_judged_on_its_last_heads(monkeypatch):
+    workload = next(w for w in WORKLOADS if w.name == "D 64 GQA 8 causal").small()
+    tensors, options = workload.inputs("cpu", torch.float32)
+    monkeypatch.setattr(measure, "LARGEST_TRUTH", 1)
+    truth = Truth(workload, tensors, options)
+    assert truth.truth["out"].shape == (1, 8, 64, 64) and truth.truth["dk"].shape == (1, 1, 64, 64)
+    call = providers.providers("attention")["eager"](workload)
+    assert max(truth.ratios(call, tensors, options)[0].values()) <= 1.0
+
+    def wrong(tensors, options):
+        return call(tensors, options) * torch.cat([torch.ones(63), torch.tensor([1.01])])[:, None]
+
+    assert truth.ratios(wrong, tensors, options)[0]["out"] > 1.0
+
+
+@pytest.fixture
+def bench(monkeypatch) -> Bench:
+    """A bench whose rounds take 1, 2, ... 11 ms, on a device that moves 100 GB/s and computes 2 TFLOP/s."""
+    monkeypatch.setattr(Clock, "ceilings", lambda self, dtype: {"copy GB/s": 100.0, "matmul TFLOP/s": 2.0})
+    monkeypatch.setattr(Clock, "rounds", lambda self, prepare, body: [n / 1e3 for n in range(1, 12)])
+    return Bench(CPU, torch.float32, scale=1)
+
+
+SOFTMAX = next(w for w in WORKLOADS if w.op == "softmax")
+ATTENTION = next(w for w in WORKLOADS if w.name == "D 64 full T 512")
+
+
+def test_figures_follow_from_the_rounds(bench):
+    result = next(bench.measure(ATTENTION, [providers.OURS], ["forward"]))
+    flops, moved = 4 * 2 * 2 * 64 * 64 * 64, 4 * 4 * 2 * 2 * 64 * 64
+    assert (result.median_ms, result.p20_ms, result.p80_ms, result.rounds) == (6.0, 3.0, 9.0, 11)
+    assert result.tflops == pytest.approx(flops / 6e-3 / 1e12)
+    assert result.gbs == pytest.approx(moved / 6e-3 / 1e9)
+    assert result.share == pytest.approx(max(moved / 100e9, flops / 2e12) / 6e-3)
+    assert result.speedup == 1.0 and result.over_budget <= 1.0 and not result.reason
+
+
+def test_no_speed_over_a_red_result(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(Clock, "rounds", lambda self, prepare, body, cold=True: calls.append(body) or [1.0, 1.0])
+    wrong = lambda workload: lambda tensors, options: tensors["x"].softmax(-1) * 1.01  # noqa: E731
+    entries = dict(providers.providers("softmax"), tileformer=wrong, eager=wrong)
+    monkeypatch.setitem(providers._PROVIDERS, "softmax", entries)
+    bench = Bench(CPU, torch.float32, scale=1)
+    calls.clear()
+    results = list(bench.measure(SOFTMAX, ["tileformer", "eager"], MODES))
+    assert len(results) == 6 and not calls, "a wrong provider was timed"
+    assert all(r.median_ms is None and r.tflops is None and r.failed and r.over_budget > 1.0 for r in results)
+    assert "times its budget" in results[0].reason
+    assert main(["bench", "softmax", "--device", "cpu", "--only", "N 256", "--provider", "tileformer"]) == 1
+    assert "FAILED: error of" in capsys.readouterr().out
+
+
+def test_a_peers_exception_is_reported_and_stops_nothing(monkeypatch, bench):
+    def broken(workload):
+        raise AttributeError("module has no attribute 'attend'")
+
+    monkeypatch.setitem(providers._PROVIDERS, "softmax", dict(providers.providers("softmax"), liger=broken))
+    results = list(bench.measure(SOFTMAX, ["liger", "eager"], ["forward"]))
+    assert results[0].failed and results[0].reason == "AttributeError: module has no attribute 'attend'"
+    assert not results[1].failed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["attention", "--only", "D 63"], "no workload of attention has 'D 63' in its name"),
+        (["softmax", "--provider", "flashinfer"], "unknown provider flashinfer: there are eager, fla"),
+        (["gpu-day", "--sample"], "--sample without --dry"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, said):
+    device = [] if arguments[0] == "gpu-day" else ["--device", "cpu"]
+    assert main(["bench", *arguments, *device]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is one")
+def test_gpu_day_without_a_gpu_says_so(capsys):
+    assert main(["bench", "gpu-day"]) == 2
+    assert "--dry" in capsys.readouterr().err or "cannot use" in capsys.readouterr().err
+
+
+def test_tables_files_and_plots_of_a_small_run(tmp_path, capsys):
+    files = {kind: str(tmp_path / f"out.{kind}") for kind in ("json", "csv")}
+    options = ["--provider", "tileformer", "--provider", "eager", "--only", "N 256", "--device", "cpu"]
+    assert main(["bench", "softmax", *options, "--json", files["json"], "--csv", files["csv"]]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^both +eager +\d", printed, re.M) and "copy GB/s" in printed
+    report = json.loads((tmp_path / "out.json").read_text())
+    with open(files["csv"]) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report["results"]) == 6 and not report["dry"]
+    assert {row["provider"] for row in rows} == {"tileformer", "eager"}
+
+
+def test_plots_draw_every_sweep_and_the_roofline(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    figures = lambda w, mode, n: dict(median_ms=1.0, gbs=500.0 + n, tflops=float(n) if w.flops(mode) else None)  # noqa: E731
+    rows = [
+        dataclasses.asdict(Result(w.op, w.name, name, mode, "bfloat16", w.sizes, **figures(w, mode, n)))
+        for w in WORKLOADS
+        if w.curve in ("D 128 causal", "rows", "classes") or not w.axis
+        for n, name in enumerate(("tileformer", "eager", "sdpa flash"), 100)
+        for mode in w.modes
+    ]  # fmt: skip
+    report = dict(device="synthetic", dry=False, ceilings={"copy GB/s": 2500.0, "matmul TFLOP/s": 700.0}, results=rows)
+    drawn = [os.path.basename(path) for path in plot.plot(report, str(tmp_path))]
+    assert sorted(drawn) == sorted(os.listdir(tmp_path))
+    assert set(drawn) >= {
+        "attention__D_128_causal.png",
+        "layer_norm__rows.png",
+        "cross_entropy__classes.png",
+        "roofline.png",
+    }
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in drawn)
+
+
+def test_the_search_keeps_the_fastest_right_tile(monkeypatch, capsys):
+    shipped, now = tune.FORWARD[90]["plain"], []
+
+    @contextlib.contextmanager
+    def tile(bench, name, feature, size, row):
+        now[:] = [row]
+        yield
+
+    times = {(128, 128, 8, 3): (1.0, ""), (128, 32, 4, 2): (0.5, "error is 7 times its budget")}
+    monkeypatch.setattr(tune, "tile", tile)
+    monkeypatch.setattr(tune, "Trial", lambda bench, workload, mode: lambda: times.get(now[0], (2.0, "")))
+    monkeypatch.setattr(tune.launch, "arch_of", lambda x: 90)
+    bench = SimpleNamespace(clock=SimpleNamespace(dry=False, flush=None), deadline=float("inf"))
+    tried = tune.search(bench, sizes=(64,))
+    printed = capsys.readouterr().out
+    best = f'"plain": {{64: (128, 128, 8, 3), 128: {shipped[128]}, 256: {shipped[256]}}},'
+    assert f"paste into FORWARD[90]:\n        {best}" in printed
+    assert "error is 7 times its budget" in printed
+    assert {t["table"] for t in tried} == set(tune.TABLES) and shipped[64] in [t["row"] for t in tried]
+
+
+@pytest.mark.interprets
+def test_a_change_reaches_the_kernel_or_raises():
+    x = torch.randn(4, 256)
+    with use_backend("interpret"):
+        with tune.changed("_softmax_fwd_kernel", BLOCK_R=2):
+            assert torch.allclose(softmax(x), x.softmax(-1))
+        with (
+            pytest.raises(RuntimeError, match="_softmax_bwd_kernel was not launched"),
+            tune.changed("_softmax_bwd_kernel", BLOCK_R=2),
+        ):
+            softmax(x)
+        with pytest.raises(Exception, match="power of 2"), tune.changed("_softmax_fwd_kernel", BLOCK_R=3):
+            softmax(x)
+
+
+def test_gpu_day_survives_parts_that_fail_or_hang(tmp_path, monkeypatch, capsys):
+    part = gpu_day.Part
+    parts = (
+        part("good", 30, ("platform",)),
+        part("broken", 30, ("tileformer.no_such_module",)),
+        part("hangs", 1, ("timeit", "-n", "1", "import time; time.sleep(60)")),
+    )
+    monkeypatch.setattr(gpu_day, "PARTS", parts)
+    assert main(["bench", "gpu-day", "--dry", "--output", str(tmp_path)]) == 1
+    report = (tmp_path / "report.md").read_text()
+    assert "DRY RUN: NOT MEASURED" in report and "[good](logs/good.log) | done" in report
+    assert "[broken](logs/broken.log) | FAILED (1)" in report and "[hangs](logs/hangs.log) | STOPPED" in report
+    assert "no part left results to draw" in report
+    assert "FAILED: broken, hangs, plots" in capsys.readouterr().out
+
+
+def test_gpu_day_fits_its_25_minutes():
+    assert sum(part.seconds for part in gpu_day.PARTS) <= gpu_day.LIMIT
+    measured = {part.name for part in gpu_day.PARTS}
+    assert measured >= {*OPS, "self-test", "check", "tests", "host", "step", "experiments"}
+    numbers = {int(re.match(r"\d+", e.question)[0]) for e in tune.EXPERIMENTS}
+    assert numbers == set(range(1, 13)) and all(bool(e.variants) != bool(e.reason) for e in tune.EXPERIMENTS)
+
+
+def test_a_dry_run_executes_launches_experiments_and_the_report(tmp_path):
+    """In a process of its own, because it installs the recording driver."""
+    pytest.importorskip("matplotlib", reason="a dry run draws too")
+    code = (
+        "import sys; from tileformer.bench import gpu_day; from tileformer.__main__ import main;"
+        "keep = {'softmax': '9', 'experiments': '4'};"
+        "gpu_day.PARTS = tuple(gpu_day.dataclasses.replace(p, dry=(*p.dry[:-1], keep[p.name])) for p in gpu_day.PARTS if p.name in keep);"
+        "sys.exit(main(['bench', 'gpu-day', '--dry', '--output', sys.argv[1]]))"
+    )
+    path = os.pathsep.join([str(gpu_day.ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "report.md").read_text()
+    assert "No time, rate or share on this page is a measurement" in report and "## Experiments" in report
+    assert not re.search(r"\| \d+\.\d{4} \|", report), "a dry report shows a time"
+    assert json.loads((tmp_path / "softmax.json").read_text())["dry"]
