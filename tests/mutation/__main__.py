@@ -30,7 +30,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy st
     os.environ.setdefault(_variable, "1")
 
 import hypothesis.strategies  # this and the rest: imported once, before the forks
-import mutants  # this folder is the first place that Python looks in
+import mutants  # type: ignore[import-not-found]  # this folder is the first place that Python looks in
 import numpy.testing
 import pytest
 import torch._inductor
@@ -40,8 +40,8 @@ import triton.runtime.interpreter
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
 FIRST = {  # the test files to begin with, for a mutant of each file
-    "kernels/attention/plain": "test_values test_decoder_parity test_attention",
-    "kernels/attention/": "test_values test_attention test_fuzz test_memory",
+    "kernels/attention/plain": "test_decoder_parity test_attention test_values test_attention_variants",
+    "kernels/attention/": "test_fuzz test_attention_variants test_attention test_memory test_values",
     "kernels/layer_norm": "test_layer_norm test_values test_memory",
     "kernels/softmax": "test_softmax test_values test_memory",
     "kernels/cross_entropy": "test_cross_entropy test_values test_memory",
@@ -76,7 +76,7 @@ class Mutant:
             if len(heads) != 1:
                 raise ValueError(f"{self.name}: {len(heads)} definitions of {self.within} instead of one")
             start = heads[0]
-            indent = re.match(" *", text[start:])[0]  # type: ignore[index]
+            indent = re.match(" *", text[start:])[0]
             after = re.search(rf"^{indent}[@\w]", text[text.index("\n", start) :], re.MULTILINE)
             end = text.index("\n", start) + after.start() if after else end
         count = text.count(self.old, start, end)
@@ -263,7 +263,7 @@ def tried(chosen: list[Mutant], trees: list[pathlib.Path]) -> list[Trial]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, metavar="N", help="only N mutants, others each day")
     parser.add_argument("--only", metavar="TEXT", help="only mutants whose name or class holds TEXT")
     parser.add_argument(

@@ -167,7 +167,7 @@ def passes(name: str) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-k", metavar="TEXT", default="", help="only the tests of suite.py that match, as pytest's -k")
     parser.add_argument(
         "--passes", metavar="TEXT", default="", help="only the programs of PASSES whose name holds TEXT; 'none': none"
