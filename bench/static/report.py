@@ -83,8 +83,14 @@ def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
         command, input=json.dumps(job), capture_output=True, text=True, env=os.environ | own, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{job}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
-    rows = json.loads(done.stdout.splitlines()[-1])
+        why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+        if job["provider"] == OURS:
+            raise RuntimeError(f"{job}: {why}")
+        head = {name: job[name] for name in ("provider", "arch", "op")}
+        missing = "uncounted" if job["kind"] == "traffic" else "skipped"
+        rows = [dict(head, workload=name) | {missing: f"its process died: {why}"} for name in job["workloads"]]
+    else:
+        rows = json.loads(done.stdout.splitlines()[-1])
     unfinished = file.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(rows))
     unfinished.replace(file)
