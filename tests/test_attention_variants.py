@@ -22,17 +22,18 @@ TILES = [(16, 32, 16), (32, 16, 16)]  # queries, keys, and the extent of a tile 
 @pytest.fixture(params=TILES, ids=str)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every kernel of attention on each of these tiles."""
-    yield from on_tile(*request.param, monkeypatch)
+    m, n, edge = request.param
+    yield from on_tile(m, n, edge, monkeypatch)
 
 
 @pytest.fixture
 def one_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On the first of them, where bounds are not in question."""
-    yield from on_tile(*TILES[0], monkeypatch)
+    m, n, edge = TILES[0]
+    yield from on_tile(m, n, edge, monkeypatch)
 
 
 def on_tile(m: int, n: int, edge: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-
     def tiles_for(table, *_):
         found = dict(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=1)
         if table is not LAUNCHERS.BACKWARD_BIAS and table is not LAUNCHERS.WEIGHTS:
@@ -262,7 +263,7 @@ def test_weights_in_the_dtype_of_q(one_tile: None) -> None:
     assert out.dtype == weights.dtype == torch.bfloat16 and weights.shape == (1, 5, 6)
 
 
-CASES = {
+CASES: dict[str, dict] = {
     "window": dict(window=(9, 3)),
     "window, bottom right": dict(window=(9, None), causal="bottom_right"),
     "lengths": dict(query_lengths=torch.tensor([40, 7]), key_lengths=torch.tensor([20, 50]), causal="bottom_right"),

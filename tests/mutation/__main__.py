@@ -30,7 +30,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy st
     os.environ.setdefault(_variable, "1")
 
 import hypothesis.strategies  # this and the rest: imported once, before the forks
-import mutants  # type: ignore[import-not-found]  # this folder is the first place that Python looks in
+import mutants  # this folder is the first place that Python looks in
 import numpy.testing
 import pytest
 import torch._inductor
@@ -76,7 +76,7 @@ class Mutant:
             if len(heads) != 1:
                 raise ValueError(f"{self.name}: {len(heads)} definitions of {self.within} instead of one")
             start = heads[0]
-            indent = re.match(" *", text[start:])[0]
+            indent = text[start:][: len(text[start:]) - len(text[start:].lstrip(" "))]
             after = re.search(rf"^{indent}[@\w]", text[text.index("\n", start) :], re.MULTILINE)
             end = text.index("\n", start) + after.start() if after else end
         count = text.count(self.old, start, end)
