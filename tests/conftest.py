@@ -26,7 +26,7 @@ torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-
 # Files that, beside a GPU, run compiled: few enough calls for a cold cache (test_gpu.py counts them). The files of single ops sweep over
 # hundreds of specialisations; they stay interpreted, in a process without the GPU, unless --gpu-full asks for minutes of compilation.
 COMPILED_FILES = ("test_values", "test_attention", "test_gpu")
-EXAMPLES = 40  # of each op that test_fuzz.py draws
+EXAMPLES = 30  # of each op that test_fuzz.py draws
 
 
 def device_for(backend: str) -> torch.device:
