@@ -219,7 +219,7 @@ def attention(
         seed = bits.new_seed(q.device)
     left, right, bottom_right = reference.limits(causal, window, align)
     lens = (cu_seqlens_q, cu_seqlens_k) if packed else (query_lengths, key_lengths)
-    longest = (max_seqlen_q or q.shape[2], max_seqlen_k or k.shape[2])
+    longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
     limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     whole = (*limits, int(bottom_right), int(packed), *longest, int(bias_grad))
