@@ -139,7 +139,7 @@ def counted(provider: str, arch: int, op: str, names: list[str], choices: list[d
 
     found: list[dict[str, Any]] = []
     for workload in workloads([op], provider):
-        if workload.name not in names or not workload.axis:
+        if workload.name not in names or not workload.axis or provider not in available.providers(op):
             continue
         small, counter = _countable(workload), traffic.Counter()
         head: dict[str, Any] = dict(provider=provider, op=op, workload=workload.name, arch=arch)
@@ -150,7 +150,8 @@ def counted(provider: str, arch: int, op: str, names: list[str], choices: list[d
                 raise
             found.append(head | dict(uncounted=" ".join(f"{type(error).__name__}: {error}".split())[:200]))
             continue
-        public = [*done.inputs.values(), *done.outputs]
+        # A gradient may be the tensor that was given (a residual's), or lie in an input's memory: one memory counts once.
+        public = {x.untyped_storage().data_ptr(): x for x in [*done.inputs.values(), *done.outputs]}.values()
         for mode in ("forward", "backward"):
             moved = [(x, *counter.bytes(mode, x)) for x in public]
             # A vector of one row (weights) stays in the caches: each of its bytes counts once, of rows each time.
