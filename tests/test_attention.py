@@ -236,6 +236,22 @@ def test_accumulators_of_the_gradients_are_wider_than_the_input(backend: str, de
             assert rms_ratio(got[name], eager[name], truth[name]) <= 1.0, name
 
 
+@pytest.mark.interprets
+def test_float32_dots_follow_torchs_switch() -> None:
+    """IEEE by default; TF32, which drops 13 bits, where torch's own matmuls use it."""
+    q, k, v = (x.detach() for x in _qkv(h=1))
+    truth = reference.attention(q.double(), k.double(), v.double())
+    switch, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    with use_backend("interpret"):
+        exact = (attention(q, k, v) - truth).abs().max()
+        switch.fp32_precision = "tf32"
+        try:
+            rounded = (attention(q, k, v) - truth).abs().max()
+        finally:
+            switch.fp32_precision = before
+    assert exact < 1e-5 < rounded < 1e-2
+
+
 TILES = [(16, 32), (32, 16)]  # neither the height nor the width alone explains a bound
 
 

@@ -178,6 +178,17 @@ def test_linear_biases(kind: str, one_tile: None) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_slopes_of_any_dtype(dtype: torch.dtype, one_tile: None) -> None:
+    check(drawn(1, 2, 2, 20, 30), causal=True, alibi_slopes=torch.tensor([0.3, 0.7]).to(dtype))
+
+
+@pytest.mark.parametrize("sections", [1, 2, 3])  # key heads whose keys and values fit the cache together: of five
+def test_sections_of_heads(sections: int, one_tile: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LAUNCHERS, "SECTION_BYTES", sections * 40 * (4 + 4) * 4)
+    check(drawn(1, 10, 5, 40, 40), causal=True)
+
+
 @pytest.mark.parametrize(
     "softcap", [0.3, 2.0, 50.0]
 )  # most scores far past the cap; about it; where tanh is nearly linear

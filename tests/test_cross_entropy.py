@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.budget import assert_within_budget, rms_ratio
 from tileformer.kernels import cross_entropy, reference, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.cross_entropy")  # the package's attribute of that name is the op
@@ -87,6 +87,26 @@ def test_more_classes_than_a_tile(rows, classes, options, dtype, device, monkeyp
 def test_torch_backend(rows, classes, options):
     with use_backend("torch"):
         assert_matches_reference(rows, classes, options, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("longest", [None, 64], ids=["whole rows", "tiles of rows"])
+def test_sums_are_wider_than_the_input(longest, dtype, device, backend, monkeypatch):
+    """A maximum would not see a sum that was rounded on its way; the mean square does."""
+    if longest:
+        monkeypatch.setattr(MODULE, "MAX_TILE", longest)
+    logits, target = (2 * draw(64, 300)).to(dtype).double(), targets(64, 300)
+    options = {"reduction": "none", "label_smoothing": 0.2, "weight": weights(300)}
+    got, eager, truth = (
+        results(op, logits, target, d, device, options)
+        for op, d in (
+            (cross_entropy, dtype),
+            (reference.cross_entropy, dtype),
+            (reference.cross_entropy, torch.float64),
+        )
+    )
+    for g, e, t in zip(got, eager, truth, strict=True):
+        assert rms_ratio(g, e, t) <= 0.7
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.budget import assert_within_budget, rms_ratio
 from tileformer.kernels import bits, dropout, reference, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.dropout")  # the package's attribute of that name is the op
@@ -63,6 +63,22 @@ def test_matches_the_reference(shape, residual, dtype, device):
 
 def test_float32_residual_beside_a_bfloat16_input(device):
     assert_matches_reference((3, 7, 40), True, (torch.bfloat16, torch.float32), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_residual_is_added_before_rounding(dtype, device):
+    """A maximum would not see a second rounding; the mean square does."""
+    x, residual, dy = (draw(40, 99, seed=n).to(dtype).double() for n in range(3))
+    got, eager, truth = (
+        results(op, x, residual, dy, (d, d), device, 0.3)[0]
+        for op, d in ((dropout, dtype), (reference.dropout, dtype), (reference.dropout, torch.float64))
+    )
+    assert rms_ratio(got, eager, truth) <= 0.8
+
+
+def test_seeds_differ():
+    seeds = torch.cat([bits.new_seed(torch.device("cpu")) for _ in range(200)])
+    assert len(seeds.unique()) == 200 and seeds.min() >= 0 and seeds.max() > 2**32, "63 bits, not a few"
 
 
 @pytest.mark.parametrize("tile", [8, 64], ids=["tiles of 8 columns", "one tile"])

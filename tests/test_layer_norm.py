@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.budget import assert_within_budget, rms_ratio
 from tileformer.kernels import layer_norm, reference, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.layer_norm")  # the package's attribute of that name is the op
@@ -107,6 +107,24 @@ def test_missing_parameters(parameters, device):
 
 def test_float32_parameters_beside_a_bfloat16_input(device):
     assert_matches_reference(*tensors((9, 40)), torch.bfloat16, torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("longest", [None, 32], ids=["whole rows", "tiles of rows"])
+def test_statistics_and_sums_are_wider_than_the_input(longest, dtype, device, backend, monkeypatch):
+    """A maximum would not see a mean or a sum that was rounded on its way; the mean square does."""
+    if longest:
+        monkeypatch.setattr(MODULE, "MAX_FWD", longest)
+        monkeypatch.setattr(MODULE, "MAX_BWD", longest)
+    leaves, dy = tensors((300, 200))
+    leaves["x"] += 3
+    leaves, dy = {n: t.to(dtype).double() for n, t in leaves.items()}, dy.to(dtype).double()
+    got, eager, truth = (
+        results(op, leaves, dy, (d, d), device)
+        for op, d in ((layer_norm, dtype), (reference.layer_norm, dtype), (reference.layer_norm, torch.float64))
+    )
+    for name in ("y", "dx", "dweight"):
+        assert rms_ratio(got[name], eager[name], truth[name]) <= 0.5, name
 
 
 def test_a_large_mean_costs_no_digits(device):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.budget import assert_within_budget, rms_ratio
 from tileformer.kernels import reference, softmax, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.softmax")  # the package's attribute of that name is the op
@@ -94,6 +94,22 @@ def test_rows_longer_than_a_tile(shape, options, dtype, device, monkeypatch):
 def test_torch_backend(shape, options):
     with use_backend("torch"):
         assert_matches_reference(shape, options, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("longest", [None, 64], ids=["whole rows", "tiles of rows"])
+def test_sums_are_wider_than_the_input(longest, dtype, device, backend, monkeypatch):
+    """A maximum would not see a sum that was rounded on its way; the mean square does."""
+    if longest:
+        monkeypatch.setattr(MODULE, "MAX_FWD", longest)
+        monkeypatch.setattr(MODULE, "MAX_BWD", longest)
+    x, dy = ((2 * draw(64, 300)).to(dtype).double(), (draw(64, 300, seed=3) + 1).to(dtype).double())
+    got, eager, truth = (
+        results(op, x, dy, d, device, {"scale": 0.7})
+        for op, d in ((softmax, dtype), (reference.softmax, dtype), (reference.softmax, torch.float64))
+    )
+    for g, e, t in zip(got, eager, truth, strict=True):
+        assert rms_ratio(g, e, t) <= 0.45
 
 
 def test_a_wide_row(device, backend):
