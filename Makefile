@@ -46,8 +46,8 @@ compat: $(TRITON:%=$(COMPAT)/%/.installed) ## run the tests marked `compat` with
 aot: $(VENV)/.installed ## compile every kernel for every supported GPU, with none present
 	$(BIN)/pytest -q tests -m "aot or aot_full" $(ARGS)
 
-FUZZ ?= 1000
-fuzz: $(VENV)/.installed ## FUZZ=1000 new examples of each op against the error budget; the seed that is shown repeats them
+FUZZ ?= 2500
+fuzz: $(VENV)/.installed ## FUZZ=2500 new examples of each op against the error budget; the seed that is shown repeats them
 	$(BIN)/pytest -q tests/test_fuzz.py --fuzz $(FUZZ) --hypothesis-seed=$(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d " ")) $(ARGS)
 
 mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (about 40 minutes)

@@ -33,6 +33,7 @@ from tileformer.bench.budget import over_budget
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Case, Draw
 from tileformer.bench.cases import CASES, DRAWS, OPS
 from tileformer.bench.memory import FRESH, RED, Memory
+from tileformer.bench.pairs import PAIRS
 from tileformer.bench.report import HEADER, Finding, collect, line, markdown, summary
 from tileformer.kernels import info, launch
 
@@ -228,6 +229,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)"
     )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also attention calls in which every two features meet, and a table of the features",
+    )
     parser.add_argument("--op", action="append", choices=choices["op"], help="only this op (repeatable)")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this call (repeatable)")
     parser.add_argument("--dtype", action="append", choices=choices["dtype"], help="only this dtype (repeatable)")
@@ -250,7 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the table; 1 if a call failed."""
-    everything: list[Any] = [*compiled.MATRIX] if args.compile_only else [*CASES, *DRAWS]
+    everything: list[Any] = [*compiled.MATRIX] if args.compile_only else [*CASES, *DRAWS, *(PAIRS if args.all else ())]
     calls = list(_chosen(everything, args))
     if not calls:
         names = ", ".join(repr(x.name) for x in everything if not args.op or x.op in args.op)
@@ -292,6 +298,8 @@ def main(args: argparse.Namespace) -> int:
         with open(args.report, "w") as file:
             file.write(markdown(report))
     if table:
+        for row in report["features"]:
+            print(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
         print(summary(report))
     return 1 if report["failed"] else 0
 

@@ -26,6 +26,7 @@ BEYOND = 2**31  # a "far" tensor ends after this many elements
 ALLOCATORS = (
     (torch, "empty"),
     (torch, "empty_like"),
+    (torch, "empty_permuted"),
     (torch, "empty_strided"),
     (Tensor, "new_empty"),
     (torch, "zeros"),

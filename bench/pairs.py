@@ -37,8 +37,8 @@ FACTORS: dict[str, dict[str, Level]] = {
     "values": {"": {}, "narrow values": dict(dv=24)},
     "lse": {"": dict(lse=False), "log-sum-exp": dict(lse=True)},
     "shape": {"square": dict(t=(40, 40)), "wide": dict(t=(33, 70)), "tall": dict(t=(70, 33))},
-    "dtype": {"bf16": {}, "fp32": {}, "fp16": {}},
 }
+DTYPES = ("bf16", "fp32", "fp16")
 
 
 def _rows() -> list[dict[str, str]]:
@@ -76,15 +76,43 @@ def _case(number: int, row: dict[str, str]) -> Case:
         levels["mask"] = "additive"
     elif shape:
         levels["bias"] = (2, t_q, t_k) if shape == "full" else (b, 1, 1, t_k)
-    words = [level for name, level in row.items() if level and not level.startswith("no ") and name != "dtype"]
+    words = [level for name, level in row.items() if level and not level.startswith("no ")]
     return Case(
         "attention",
         f"pairs {number}",
         ", ".join(words),
         attention_call((b, 2, h_kv, t_q, t_k, 32), **levels),
-        dtypes=(row["dtype"],),
+        dtypes=DTYPES[number % 3 :] + DTYPES[: number % 3],
         suite=False,
     )
 
 
-PAIRS = [_case(number, row) for number, row in enumerate(_rows(), 1)]
+ROWS = _rows()
+PAIRS = [_case(number, row) for number, row in enumerate(ROWS, 1)]
+RESULTS = ("out", "lse", "dq", "dk", "dv", "dbias")
+
+
+def features(calls: list[dict[str, Any]]) -> list[list[str]]:
+    """A table, its head first: for each feature the worst error over budget of each result, in each dtype, over the pairs among `calls`."""
+    rows = {case.name: row for case, row in zip(PAIRS, ROWS, strict=True)}
+    found = [(rows[call["case"]], call) for call in calls if call["case"] in rows]
+    if not found:
+        return []
+    table = [["error / budget in " + " ".join(DTYPES), *RESULTS]]
+    for factor in FACTORS:
+        for level in FACTORS[factor]:
+            if not level:
+                continue
+            cells = []
+            for result in RESULTS:
+                worst = []
+                for dtype in DTYPES:
+                    figures = [
+                        call["over_budget"][result]
+                        for row, call in found
+                        if row[factor] == level and call["dtype"] == dtype and result in call["over_budget"]
+                    ]
+                    worst.append(f"{max(figures):.2f}" if figures else "-")
+                cells.append(" ".join(worst))
+            table.append([level, *cells])
+    return table

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tileformer.bench.pairs import features
 from tileformer.kernels import info
 
 
@@ -72,6 +73,7 @@ def collect(
         failed=sum(not x.passed for x in findings),
         skipped=sum(bool(x.skipped) for x in findings),
         calls=calls,
+        features=features(calls),
     )
 
 
@@ -89,6 +91,16 @@ def markdown(report: dict[str, Any]) -> str:
     for call in failed:
         lines += ["", f"## {call['op']}, {call['case']}, {call['dtype']}", "", call["verdict"], ""]
         lines += [f"Why this call: {call['reason']}. Repeat it:", "", f"    {call['command']}", ""]
+    if report["features"]:
+        head, *rows = report["features"]
+        lines += [
+            "",
+            "## Attention, feature by feature",
+            "",
+            "The worst over calls in which every two features meet.",
+            "",
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     lines += ["", "## Every call", "", "Error over budget of each output and gradient: at most 1 passes.", ""]
     lines += ["| | op | call | dtype | figures |", "|---|---|---|---|---|"]
     for call in report["calls"]:

@@ -22,15 +22,19 @@ from tileformer.bench.measure import DRY, Bench, Truth, ours, passes
 from tileformer.bench.providers import OURS, providers
 from tileformer.bench.workloads import WORKLOADS, Workload
 from tileformer.kernels import launch
-from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, family, tiles_for
+from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, Row, family, tiles_for
 
 TABLES = {
     "FORWARD": (FORWARD, "_attention_fwd_kernel", "forward"),
     "BACKWARD_DQ": (BACKWARD_DQ, "_attention_bwd_dq_kernel", "backward"),
     "BACKWARD_DKDV": (BACKWARD_DKDV, "_attention_bwd_dkdv_kernel", "backward"),
 }
-CANDIDATES = {
-    "FORWARD": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+CANDIDATES: dict[str, list[Row]] = {
+    "FORWARD": [
+        *itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+        (128, 32, 4, 2, 168),
+        (128, 32, 4, 3, 168),
+    ],
     "BACKWARD_DQ": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
     "BACKWARD_DKDV": list(itertools.product((32, 64), (64, 128), (4, 8), (1, 2, 3))),
 }
@@ -130,15 +134,13 @@ def changed(kernel: str, **change: int) -> Iterator[None]:
         raise RuntimeError(f"{kernel} was not launched: the op has another kernel now")
 
 
-def tile(
-    bench: Bench, name: str, feature: str, size: int, row: tuple[int, int, int, int]
-) -> contextlib.AbstractContextManager[None]:
+def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextlib.AbstractContextManager[None]:
     """Inside, an attention kernel uses this row of its table."""
     table, kernel, _ = TABLES[name]
     with ours(bench.clock.dry):
         arch = launch.arch_of(bench.clock.flush)
     with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
-        return changed(kernel, **tiles_for(table, arch, size, bench.dtype, feature)[0])
+        return changed(kernel, **{"maxnreg": 255} | tiles_for(table, arch, size, bench.dtype, feature)[0])
 
 
 Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
@@ -166,7 +168,7 @@ def _options(kernel: str, name: str, *values: int) -> dict[str, Context]:
     return {f"{name} {x}": lambda bench, x=x: changed(kernel, **{name: x}) for x in values}  # type: ignore[misc]
 
 
-def _tiles(name: str, size: int, *rows: tuple[int, int, int, int]) -> dict[str, Context]:
+def _tiles(name: str, size: int, *rows: Row) -> dict[str, Context]:
     return {str(row): lambda bench, row=row: tile(bench, name, "plain", size, row) for row in rows}  # type: ignore[misc]
 
 

@@ -104,7 +104,7 @@ class Launch:
             _recorded_arch, like.get_device(), *[x.dtype for x in tensors], *[x.data_ptr() % 16 == 0 for x in tensors]
         )  # fmt: skip
         known = self.compiled.get(key)
-        if known and not _observed(self.kernel):
+        if known and (recording() or not selftest_due) and not _observed(self.kernel):
             return known.run(like, self.grid(known.tile), *tensors, *self.scalars)
         known = launch(self.kernel, self.grid, like, (*tensors, *self.scalars), self.flags, self.tiles)
         if known:
@@ -249,7 +249,7 @@ def apply(function: Any, *args: Any) -> Any:
     if (
         torch.compiler.is_compiling()
         or _dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY
-        or torch._C._len_torch_function_stack()
+        or torch._C._has_torch_function(args)  # a mode, or a subclass that listens
         or torch._C._autograd._profiler_enabled()
         or getattr(forward_ad, "_current_level", 0) >= 0
     ):

@@ -38,7 +38,8 @@ def failures(backend: str, device: torch.device) -> list[str]:
             generator = torch.Generator().manual_seed(1)
             draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().to(place, dtype)  # noqa: B023, E731
             leaves = {name: draw(*shape).requires_grad_() for name, shape in shapes.items()}
-            more = {name: x.to(place) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+            # clone: whoever uses the GPU first may do so in inference mode, which is then the mode that this module was imported in
+            more = {name: x.clone().to(place) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
             with kernels.use_backend(backend):
                 out = getattr(namespace, op)(**leaves, **more)
             results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), draw(*out.shape))])

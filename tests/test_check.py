@@ -12,7 +12,7 @@ import torch
 
 from tileformer import __main__ as command
 from tileformer import kernels
-from tileformer.bench import check
+from tileformer.bench import check, pairs
 from tileformer.bench.calls import Case, Draw
 from tileformer.bench.cases import CASES, row_call
 from tileformer.bench.memory import BAND, Memory
@@ -212,6 +212,14 @@ def test_the_reports_can_be_attached_to_a_bug(monkeypatch, capsys, tmp_path):
     assert f"| torch | {torch.__version__} |" in text
 
 
+def test_all_prints_a_table_of_features(capsys):
+    assert run("--op", "attention", "--all", "--case", "pairs 1", "--dtype", "bf16") == 0
+    first, shown = pairs.ROWS[0], capsys.readouterr().out
+    cells = {line[:34].strip(): line[34:].split()[0] for line in shown.splitlines() if len(line) > 80}
+    assert 0.0 < float(cells[first["diagonal"]]) <= 1.0
+    assert cells[next(level for level in pairs.FACTORS["diagonal"] if level != first["diagonal"])] == "-"
+
+
 def test_json_can_take_the_place_of_the_table(capsys):
     assert run("--quick", "--op", "layer_norm", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out)["passed"] == 1
@@ -249,7 +257,7 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from tileformer import kernels
-from tileformer.bench import check
+from tileformer.bench import check, pairs
 from tileformer.bench.calls import DTYPES, Case
 from tileformer.bench.cases import CASES, DRAWS, OPS
 from tileformer.bench.memory import Memory

@@ -188,6 +188,18 @@ def test_a_profiler_and_modes_see_the_ops() -> None:
     assert {"tileformer::softmax_fwd", "tileformer::softmax_bwd"} <= names
 
 
+class _Named(torch.Tensor):
+    pass
+
+
+@pytest.mark.interprets
+def test_a_subclass_stays_one() -> None:
+    x = torch.randn(3, 4)
+    with use_backend("interpret"):
+        assert type(softmax(x.as_subclass(_Named))) is _Named
+        assert type(softmax(torch.nn.Parameter(x))) is torch.Tensor
+
+
 @pytest.mark.interprets
 def test_batched_gradients() -> None:
     x = torch.randn(3, 4, requires_grad=True)

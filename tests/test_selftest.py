@@ -128,6 +128,22 @@ def test_a_launch_on_a_gpu_asks_for_it_unless_it_is_turned_off(runs, monkeypatch
     assert done.stdout.split() == ["False", "False"]
 
 
+def test_the_first_use_may_be_in_inference_mode():
+    code = """if True:
+        import torch
+        from concurrent.futures import ThreadPoolExecutor
+        with torch.inference_mode():
+            from tileformer.kernels import selftest
+        op = "dropout"
+        selftest.CALLS = {op: selftest.CALLS[op]}
+        with ThreadPoolExecutor(1) as pool:
+            print(pool.submit(selftest.failures, "interpret", torch.device("cpu")).result())
+    """
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1] / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 @pytest.mark.gpu
 def test_this_gpu_passes():
     assert selftest.failures("triton", torch.device("cuda")) == []

@@ -20,6 +20,7 @@ No GPU is used. The words before the tables are held by `tests/test_static.py`; 
 
 - **Values.** Every call of `tileformer check` is held to float64 by the definition (`kernels/reference.py`): the kernel may err at most twice as
   much as eager PyTorch in the working dtype, plus a few roundings (`bench/budget.py`). Without a GPU the same kernels are interpreted.
+  [checks.md](checks.md) is the report of `tileformer check --all`: every figure, and attention feature by feature.
 - **Memory.** Fresh memory is NaN and outputs lie between canaries; a sanitizer reads compiled IR for accesses out of bounds and for races.
 - **Tests that bite.** Faults planted in the shipped kernels have to be found by `make test` (`tests/mutation`); `tests/test_fuzz.py` draws calls.
 - **Compilation.** Every default configuration compiles for sm_80, 86, 89, 90, 100 and 120 within shared memory and the allow-list of spills

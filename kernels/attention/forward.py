@@ -188,7 +188,7 @@ def _attention_weights_kernel(
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
-        s, _ = bend(s, rows[:, None], cols[None, :], shift, slope, softcap, SOFTCAP, ALIBI)
+        s = bend(s, rows[:, None], cols[None, :], shift, slope, softcap, SOFTCAP, ALIBI)[0]
         s = hide(s, rows[:, None], cols[None, :], real[None, :] & in_q[:, None], mask_ptr + b * mask_strides[0] + h * mask_strides[1], mask_strides,
                  bias_ptr + b * bias_strides[0] + h * bias_strides[1], bias_strides, row_start, col_start, low + shift, high + shift,
                  LOW, HIGH, MASK, BIAS)  # fmt: skip

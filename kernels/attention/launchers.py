@@ -32,8 +32,8 @@ SECTION_BYTES = 16 << 20
 
 def _heads_last(b: int, h: int, t: int, d: int, like: Tensor, zero: bool = False) -> Tensor:
     """A fresh (B, H, T, D) tensor stored as (B, T, H, D), so that joining the heads afterwards copies nothing."""
-    make = torch.zeros if zero else torch.empty
-    return make((b, t, h, d), dtype=like.dtype, device=like.device).transpose(1, 2)
+    fresh = torch.empty_permuted((b, h, t, d), (0, 2, 1, 3), dtype=like.dtype, device=like.device)
+    return fresh.zero_() if zero else fresh
 
 
 def _bytes(mask: Tensor) -> Tensor:
@@ -107,8 +107,12 @@ class _Call:
             BLOCK_D=pow2(d, 16),
             BLOCK_DV=pow2(dv, 16),
         )
-        dense = mask is not None or bias is not None or slopes is not None or softcap > 0.0
-        self.feature = ("both" if dense else "dropout") if p > 0.0 else "mask" if dense else "plain"
+        dense = mask is not None or bias is not None
+        bent = slopes is not None or softcap > 0.0
+        if p > 0.0:
+            self.feature = "all" if dense and bent else "both" if dense or bent else "dropout"
+        else:
+            self.feature = "mask" if dense or bent else "packed" if packed else "plain"
         size = t_k * (d + dv) * q.element_size()
         fit = max(1, SECTION_BYTES // size) if size and (right != NO_LIMIT or left != NO_LIMIT) else 1
         self.section_kv = min(fit, self.sequences * h_kv)

@@ -9,7 +9,9 @@ import torch
 
 from tileformer.kernels.launch import INTERPRETED, Tile
 
-Row = tuple[int, int, int, int]  # BLOCK_M, BLOCK_N, num_warps, num_stages
+Row = tuple[int, ...]  # the values of these; the last one only where fewer registers let another block in
+_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
+_LIKE = {"packed": "plain", "all": "both"}  # whose row a feature takes that has none of its own
 Table = dict[int, dict[str, dict[int, Row]]]  # family of architectures -> feature -> head size up to -> tile
 
 
@@ -17,25 +19,28 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
     """Tiles to try, best first; the last fits any supported device.
 
     Args:
-        feature: "plain" (with causal and key masks), "mask" (2-D), "dropout" or "both"; float32 has rows of its own.
+        feature: "plain" (with causal, windows and key masks), "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all"
+            (dropout, a mask or bias, and ALiBi or a soft cap); float32 has rows of its own.
 
     EDGE is the extent, along the axis that the kernel loops over, of a tile that crosses the causal diagonal or a padded edge.
     """
+    rows: list[Row]
     if arch == INTERPRETED:
         rows, edge = [(32, 32, 4, 1)], 16
     else:
         bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
         if feature == "plain" and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
-        rows = [table[family(arch)]["fp32" if dtype == torch.float32 else feature][bucket], (16, 16, 4, 1)]
-        edge = 64
-        if table is BACKWARD_DKDV and feature in ("plain", "dropout"):
-            edge = max(16, rows[0][0] // 2)
-    tiles = []
-    for m, n, warps, stages in rows:
-        tiles.append(dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages))
+        held = table[family(arch)]
+        row = held.get(feature, {}).get(bucket) or held[_LIKE.get(feature, feature)][bucket]
+        rows = [held["fp32"][bucket] if dtype == torch.float32 else row, (16, 16, 4, 1)]
+        edge = 32 if feature in ("dropout", "all") else 64
+        if table is BACKWARD_DKDV and feature not in ("mask", "both"):
+            edge = 16 if feature == "all" else max(16, rows[0][0] // 2)
+    tiles = [dict(zip(_OPTIONS, row, strict=False)) for row in rows]
+    for tile in tiles:
         if table is not BACKWARD_BIAS and table is not WEIGHTS:
-            tiles[-1]["EDGE"] = min(m if table is BACKWARD_DKDV else n, edge)
+            tile["EDGE"] = min(tile["BLOCK_M" if table is BACKWARD_DKDV else "BLOCK_N"], edge)
     return tiles
 
 
@@ -47,9 +52,9 @@ def family(arch: int) -> int:
 
 
 # float32 dots are IEEE multiply-adds: no matrix instruction, and operands in registers.
-_FP32_FORWARD = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
-_FP32_DQ = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
-_FP32_DKDV = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+_FP32_FORWARD: dict[int, Row] = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)}
+_FP32_DQ: dict[int, Row] = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+_FP32_DKDV: dict[int, Row] = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 FORWARD: Table = {
     80: {
@@ -60,7 +65,8 @@ FORWARD: Table = {
         "fp32": _FP32_FORWARD,
     },
     90: {
-        "plain": {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+        "plain": {64: (128, 32, 4, 2, 168), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+        "packed": {128: (128, 64, 8, 3)},
         "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
         "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
@@ -143,7 +149,7 @@ BACKWARD_DKDV: Table = {
 }
 
 # Rarely used, and small: one tile fits everywhere.
-_SMALL = {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
-_RARE = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
+_SMALL: dict[int, Row] = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)}
+_RARE: dict[str, dict[int, Row]] = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
 BACKWARD_BIAS: Table = dict.fromkeys((80, 90, 100, 120), _RARE)
 WEIGHTS: Table = dict(BACKWARD_BIAS)
