@@ -14,7 +14,6 @@ import pytest
 
 from tileformer.bench.recording import ARCHITECTURES
 
-
 KERNELS = pathlib.Path(__file__).parents[1] / "kernels"
 
 
