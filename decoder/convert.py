@@ -5,9 +5,7 @@ A module keeps its identity: only its class changes, so parameters, buffers, hoo
 
 from __future__ import annotations
 
-import copyreg
 import dataclasses
-import functools
 from typing import Any
 
 from torch import nn
@@ -121,17 +119,22 @@ def _unfit(module: nn.Module, old: type, base: type[nn.Module]) -> str:
 class _Joined:
     """Of a class that `convert` made: a user's subclass that computes like our twin."""
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
         return _empty, cls.__bases__[1:], self.__dict__
 
 
-@functools.cache
+_made: dict[tuple[type, type], type] = {}
+
+
 def _joined(old: type, twin: type) -> type:
     """A class that is `old`, and `twin` where `old` says nothing."""
-    return type(old.__name__, (_Joined, old, twin), {"__module__": old.__module__, "__qualname__": old.__qualname__})
+    if (old, twin) not in _made:
+        told = {"__module__": old.__module__, "__qualname__": old.__qualname__}
+        _made[old, twin] = type(old.__name__, (_Joined, old, twin), told)
+    return _made[old, twin]
 
 
 def _empty(old: type, twin: type) -> Any:
     """An object of `_joined(old, twin)` without a state, for pickle."""
-    return copyreg.__newobj__(_joined(old, twin))  # type: ignore[attr-defined]
+    return object.__new__(_joined(old, twin))

@@ -10,6 +10,7 @@ or
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -35,11 +36,15 @@ def register(name: str = NAME) -> None:
 
     Both halves are registered: without a mask function, models would hand the attention no mask at all.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    _transformers().AttentionInterface.register(name, attend)
+    _transformers("masking_utils").AttentionMaskInterface.register(name, make_mask)
 
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, make_mask)
+
+def _transformers(module: str = "") -> Any:
+    try:
+        return importlib.import_module(f"transformers.{module}".rstrip("."))
+    except ImportError as error:
+        raise ImportError("this needs transformers 5.0 or newer: pip install 'tileformer[hf]'") from error
 
 
 def use(model: Any) -> Report:
@@ -49,12 +54,11 @@ def use(model: Any) -> Report:
     Returns:
         What was swapped and what was left.
     """
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
+    usual = _transformers("loss.loss_utils").ForCausalLMLoss
     register()
     model.set_attn_implementation(NAME)
     report = convert(model)
-    if getattr(model, "loss_function", None) is ForCausalLMLoss:
+    if getattr(model, "loss_function", None) is usual:
         model.loss_function = causal_lm_loss
         report.swapped["loss_function"] = "transformers' ForCausalLMLoss -> tileformer's causal_lm_loss"
     return report
@@ -68,8 +72,7 @@ def make_mask(
 
     Where the mask is the causal one with padding, it also says so (as an attribute, which no copy has): the kernel then skips what is hidden.
     """
-    from transformers import masking_utils
-
+    masking_utils = _transformers("masking_utils")
     mask_function = mask_function or masking_utils.causal_mask_function
     given = dict(q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask)
     mask = masking_utils.sdpa_mask(batch_size, q_length, kv_length, **given, **options)
@@ -82,7 +85,7 @@ def make_mask(
     ):
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         padding = None if padding is None else padding[:, :kv_length]
-        mask.tileformer_causal = (padding, mask._version)  # type: ignore[attr-defined]
+        mask.tileformer_causal = (padding, mask._version)
     return mask
 
 

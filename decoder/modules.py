@@ -1,7 +1,6 @@
 """LayerNorm, Dropout, Softmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tileformer.kernels import cross_entropy, dropout, layer_norm, softmax
 
@@ -28,11 +27,10 @@ class Softmax(nn.Softmax):
     """``torch.nn.Softmax`` on the fused kernel. Along another axis than the last, the input is copied once."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Softmax along ``dim``; as in torch, a ``dim`` of None warns and picks one."""
-        dim = F._get_softmax_dim("softmax", input.dim(), 4) if self.dim is None else self.dim
-        if input.dim() == 0:
-            return input.softmax(dim)  # one element: there is nothing to fuse
-        return softmax(input.movedim(dim, -1)).movedim(-1, dim)
+        """Softmax along ``dim``. Where that is None, torch warns, picks one and computes it; so it does for a single element."""
+        if self.dim is None or input.dim() == 0:
+            return super().forward(input)
+        return softmax(input.movedim(self.dim, -1)).movedim(-1, self.dim)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -56,8 +54,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             )
         if rows.dim() > 2:
             rows = rows.flatten(0, -2)
-        options = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
         loss = cross_entropy(
-            rows, target.flatten() if target.dim() else target, weight=self.weight, reduction=self.reduction, **options
+            rows,
+            target.flatten() if target.dim() else target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
         )
         return loss.view(target.shape) if self.reduction == "none" else loss
