@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench import compiled
+from tileformer.bench import compiled, models
 from tileformer.bench.budget import over_budget
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Case, Draw
 from tileformer.bench.cases import CASES, DRAWS, OPS
@@ -234,6 +234,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also attention calls in which every two features meet, and a table of the features",
     )
+    parser.add_argument(
+        "--models",
+        action="store_true",
+        help="instead whole models of torch.nn and transformers on our kernels, beside their eager selves",
+    )
     parser.add_argument("--op", action="append", choices=choices["op"], help="only this op (repeatable)")
     parser.add_argument("--case", action="append", metavar="NAME", help="only this call (repeatable)")
     parser.add_argument("--dtype", action="append", choices=choices["dtype"], help="only this dtype (repeatable)")
@@ -256,6 +261,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the table; 1 if a call failed."""
+    if args.models:
+        return models.main(args.backend, info.require_device(args.device), args.report)
     everything: list[Any] = [*compiled.MATRIX] if args.compile_only else [*CASES, *DRAWS, *(PAIRS if args.all else ())]
     calls = list(_chosen(everything, args))
     if not calls:

@@ -2,22 +2,28 @@
 
 from tileformer.decoder.attention import MultiheadAttention
 from tileformer.decoder.cache import KVCache
+from tileformer.decoder.convert import Report, convert, revert
 from tileformer.decoder.generation import generate
 from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
-from tileformer.decoder.modules import LayerNorm
+from tileformer.decoder.modules import CrossEntropyLoss, LayerNorm, Softmax
 from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
 from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
 
 __all__ = [
+    "CrossEntropyLoss",
     "KVCache",
     "LayerNorm",
     "MultiheadAttention",
+    "Report",
     "Seq2Seq",
     "Seq2SeqConfig",
+    "Softmax",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "convert",
     "generate",
+    "revert",
 ]

@@ -1,8 +1,8 @@
-"""LayerNorm and Dropout: torch.nn's modules, computed by our kernels."""
+"""LayerNorm, Dropout, Softmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
 
 from torch import Tensor, nn
 
-from tileformer.kernels import dropout, layer_norm
+from tileformer.kernels import cross_entropy, dropout, layer_norm, softmax
 
 
 class LayerNorm(nn.LayerNorm):
@@ -21,3 +21,45 @@ class Dropout(nn.Dropout):
         if self.training and self.p > 0.0:
             return dropout(input, self.p, residual=residual)
         return input if residual is None else residual + input
+
+
+class Softmax(nn.Softmax):
+    """``torch.nn.Softmax`` on the fused kernel. Along another axis than the last, the input is copied once."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Softmax along ``dim``. Where that is None, torch warns, picks one and computes it; so it does for a single element."""
+        if self.dim is None or input.dim() == 0:
+            return super().forward(input)
+        return softmax(input.movedim(self.dim, -1)).movedim(-1, self.dim)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """``torch.nn.CrossEntropyLoss`` on the fused kernel, for targets that are class indices.
+
+    Targets that are class probabilities are computed by torch's own function: there is no kernel for them.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Loss of logits ``input`` (C), (B, C) or (B, C, d1, ...) for classes ``target`` (), (B) or (B, d1, ...).
+
+        Raises ValueError if the shapes do not fit.
+        """
+        if target.is_floating_point():
+            return super().forward(input, target)
+        rows = input.movedim(1, -1) if input.dim() > 1 else input
+        if rows.shape[:-1] != target.shape:
+            raise ValueError(
+                f"input {tuple(input.shape)} asks for targets {tuple(rows.shape[:-1])}, one class each; "
+                f"target is {tuple(target.shape)}"
+            )
+        if rows.dim() > 2:
+            rows = rows.flatten(0, -2)
+        loss = cross_entropy(
+            rows,
+            target.flatten() if target.dim() else target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+        return loss.view(target.shape) if self.reduction == "none" else loss

@@ -1,0 +1,197 @@
+"""Whole models from torch.nn and Hugging Face transformers on our kernels, beside their eager selves: `tileformer check --models`.
+
+Small ones with random weights: logits and the gradient of every parameter, padding on either side. The truth is the model in float64 with torch's
+attention. (transformers' eager one computes softmax in float32, and gives NaN for a padded row in float64: it is taken only where torch's does not
+serve the model.) Ours may err at most twice as much as the eager model does in float32, plus a few roundings (bench/budget.py). Where a model
+generates, the tokens are the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tileformer.bench.budget import over_budget
+from tileformer.decoder import convert, huggingface
+from tileformer.kernels import use_backend
+
+Given = tuple[dict[str, Any], Tensor | None]  # a forward's arguments; which logits count, None: all
+_SIZE = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+_GROUPED = dict(_SIZE, num_key_value_heads=2)
+_PAIR = dict(
+    vocab_size=61, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+    decoder_ffn_dim=48, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+)  # fmt: skip
+_T5 = dict(
+    vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+)  # fmt: skip
+_OPT = dict(
+    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32
+)
+# name -> transformers' class of the model, of its configuration, options
+TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "GPT-2": ("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    "Llama, grouped heads": ("LlamaForCausalLM", "LlamaConfig", _GROUPED),
+    "Mistral, a window of 4": ("MistralForCausalLM", "MistralConfig", dict(_GROUPED, sliding_window=4)),
+    "Gemma 2, soft cap": (
+        "Gemma2ForCausalLM", "Gemma2Config", dict(_GROUPED, head_dim=8, sliding_window=4, attn_logit_softcapping=5.0),
+    ),
+    "Qwen 2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
+    "OPT": ("OPTForCausalLM", "OPTConfig", _OPT),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SIZE),
+    "BERT": ("BertForMaskedLM", "BertConfig", _SIZE),
+    "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", _SIZE),
+    "ViT": ("ViTForImageClassification", "ViTConfig", dict(_SIZE, image_size=16, patch_size=4, num_labels=9)),
+    "DETR": ("DetrForObjectDetection", "DetrConfig", dict(_PAIR, num_queries=7)),
+    "BART": ("BartForConditionalGeneration", "BartConfig", _PAIR),
+    "Marian": ("MarianMTModel", "MarianConfig", _PAIR),
+    "T5": ("T5ForConditionalGeneration", "T5Config", _T5),
+    "mT5": ("MT5ForConditionalGeneration", "MT5Config", _T5),
+}  # fmt: skip
+TORCH: dict[str, dict[str, Any]] = {
+    "nn.Transformer": {},
+    "nn.Transformer, pre-norm": dict(norm_first=True, activation="gelu"),
+}
+EAGER = ("DETR", "Gemma 2, soft cap")  # torch's attention does not serve these
+SIDES = {name: ("right",) if name == "Gemma 2, soft cap" else ("left", "right") for name in [*TORCH, *TRANSFORMERS]}
+GENERATE = [
+    name
+    for name, (cls, *_) in TRANSFORMERS.items()
+    if any(x in cls for x in ("Causal", "LMHead", "Conditional", "MTModel"))
+]
+
+
+def eager(name: str) -> Any:
+    """The model as its library makes it, in evaluation mode, so without dropout."""
+    torch.manual_seed(0)
+    if name in TORCH:
+        return nn.Transformer(32, 4, 2, 2, 48, batch_first=True, **TORCH[name]).eval()
+    transformers: Any = importlib.import_module("transformers")
+    model, config, options = TRANSFORMERS[name]
+    options = dict(options, attn_implementation="eager")
+    if name == "ViT":
+        del options["vocab_size"]
+    if name == "DETR":
+        del options["vocab_size"]
+        sizes = dict(
+            embedding_size=8,
+            hidden_sizes=[8, 8, 16, 16],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_features=["stage4"],
+        )
+        options |= dict(
+            use_timm_backbone=False,
+            use_pretrained_backbone=False,
+            backbone=None,
+            backbone_config=transformers.ResNetConfig(**sizes),
+        )
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def ours(model: nn.Module) -> tuple[Any, Any]:
+    """A copy of the model that computes with our kernels, and the report of what was swapped."""
+    model = copy.deepcopy(model)
+    return model, (
+        convert(model) if type(model).__module__.startswith(("torch.", "tileformer.")) else huggingface.use(model)
+    )
+
+
+def given(model: Any, side: str) -> Given:
+    """Two rows, of 9 and 6 positions, padded on the `side` "left" or "right"."""
+    draw, kind = torch.Generator().manual_seed(1), type(model).__name__
+    kept = torch.ones(2, 9, dtype=torch.long)
+    kept[1, slice(0, 3) if side == "left" else slice(6, 9)] = 0
+    if kind == "Transformer":
+        source, target = torch.randn(2, 9, 32, generator=draw), torch.randn(2, 7, 32, generator=draw)
+        masks = dict(src_key_padding_mask=kept == 0, memory_key_padding_mask=kept == 0)
+        return dict(src=source, tgt=target, tgt_mask=nn.Transformer.generate_square_subsequent_mask(7), **masks), None
+    if kind.startswith("Detr"):
+        seen = torch.ones(2, 64, 64, dtype=torch.long)
+        seen[1, :, slice(0, 24) if side == "left" else slice(40, 64)] = 0
+        return dict(pixel_values=torch.randn(2, 3, 64, 64, generator=draw), pixel_mask=seen), None
+    if kind.startswith("ViT"):
+        return dict(pixel_values=torch.randn(2, 3, 16, 16, generator=draw)), None
+    found: dict[str, Any] = dict(input_ids=torch.randint(3, 61, (2, 9), generator=draw), attention_mask=kept)
+    if model.config.is_encoder_decoder:
+        found["decoder_input_ids"] = torch.randint(3, 61, (2, 7), generator=draw)
+        return found, None
+    return found, kept.bool()
+
+
+def _computed(model: Any, inputs: Given, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Logits and the gradient of each parameter."""
+    arguments = {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs[0].items()}
+    model = model.to(device, dtype)
+    out = model(**arguments)
+    logits = out if isinstance(out, Tensor) else out.logits
+    if inputs[1] is not None:
+        logits = logits[inputs[1].to(device)]
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    model.zero_grad()
+    (logits * weight).sum().backward()
+    grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    return {"logits": logits.detach()} | grads
+
+
+def judge(name: str, side: str, backend: str | None, device: torch.device) -> dict[str, float]:
+    """Error over budget of the logits and of each parameter's gradient: at most 1 passes."""
+    model = eager(name)
+    inputs = given(model, side)
+    with use_backend(backend or "auto"):
+        got = _computed(ours(model)[0], inputs, torch.float32, device)
+    plain = _computed(copy.deepcopy(model), inputs, torch.float32, device)
+    if name in TRANSFORMERS and name not in EAGER:
+        model.set_attn_implementation("sdpa")
+    truth = _computed(model, inputs, torch.float64, device)
+    if got.keys() != truth.keys():
+        raise AssertionError(f"{name}: gradients of {sorted(got.keys() ^ truth.keys())} on one side only")
+    size: dict[str, float] = {}  # of a module's gradients: that of a key's bias is 0 but for rounding
+    for key, x in truth.items():
+        module = key.rpartition(".")[0]
+        size[module] = max(size.get(module, 0.0), float(x.abs().max()))
+    return {key: over_budget(got[key], plain[key], x, size[key.rpartition(".")[0]]) for key, x in truth.items()}
+
+
+def same_tokens(name: str, beams: int, backend: str | None, device: torch.device) -> bool:
+    """Whether a model and its eager self generate the same tokens, greedily (1 beam) or not, from prompts that are padded on the left."""
+    model = eager(name).to(device)
+    arguments = {key: x.to(device) for key, x in given(model, "left")[0].items() if key != "decoder_input_ids"}
+    options = dict(max_new_tokens=8, num_beams=beams, do_sample=False, pad_token_id=1, eos_token_id=2)
+    with use_backend(backend or "auto"):
+        got = ours(model)[0].generate(**arguments, **options)
+    return torch.equal(got, model.generate(**arguments, **options))
+
+
+def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
+    """A table, its head first."""
+    yield ["model", "swapped", "left", "logits", "gradients", "worst gradient", "greedy", "beams"]
+    for name in [*TORCH, *TRANSFORMERS]:
+        report = ours(eager(name))[1]
+        found = [judge(name, side, backend, device) for side in SIDES[name]]
+        logits = max(x.pop("logits") for x in found)
+        worst, key = max((ratio, key) for x in found for key, ratio in x.items())
+        tokens = [str(same_tokens(name, n, backend, device)) if name in GENERATE else "" for n in (1, 3)]
+        tokens = [{"True": "the same", "False": "OTHERS"}.get(x, "-") for x in tokens]
+        yield [name, str(len(report.swapped)), str(len(report.left)), f"{logits:.2f}", f"{worst:.2f}", key, *tokens]
+
+
+def main(backend: str | None, device: torch.device, file: str | None) -> int:
+    """Print the table, also to a Markdown `file`; 1 if something is over its budget or generates other tokens."""
+    table = []
+    for row in rows(backend, device):
+        table.append(row)
+        print(f"{row[0]:<26}", *(f"{cell:<10}" for cell in [*row[1:5], *row[6:]]), row[5], flush=True)
+    if file:
+        with open(file, "w") as out:
+            out.write("# Whole models\n\nWritten by `tileformer check --models --report docs/models.md`")
+            out.write(
+                f" ({backend or 'auto'} on {device.type}, torch {torch.__version__.split('+')[0]}). {' '.join(__doc__.split())}\n\n"
+            )
+            out.writelines("| " + " | ".join(row) + " |\n" for row in (table[0], ["---"] * len(table[0]), *table[1:]))
+    return int(any(float(row[3]) > 1 or float(row[4]) > 1 or "OTHERS" in row for row in table[1:]))

@@ -1,0 +1,157 @@
+"""convert swaps classes and nothing else; revert gives them back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tileformer import decoder
+from tileformer.decoder import convert, revert
+
+
+def model(**options) -> nn.Transformer:
+    torch.manual_seed(0)
+    return nn.Transformer(16, 2, 2, 2, 32, batch_first=True, **options).eval()
+
+
+def run(net: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    source, target = torch.randn(2, 7, 16, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    return net(source, target, tgt_mask=causal, src_key_padding_mask=torch.arange(7).expand(2, 7) > 4)
+
+
+def test_a_whole_model_and_back() -> None:
+    net = model()
+    expected = run(net)
+    before = {name: (id(x), x.requires_grad) for name, x in net.named_parameters()}
+    classes = {name: type(x) for name, x in net.named_modules()}
+    net.decoder.layers[0].linear1.weight.requires_grad_(False)
+    before["decoder.layers.0.linear1.weight"] = (id(net.decoder.layers[0].linear1.weight), False)
+    seen = []
+    net.encoder.layers[1].norm1.register_forward_hook(lambda *_: seen.append(1))
+    report = convert(net)
+    assert len(report.swapped) == 39 and not report.left, str(report)
+    assert type(net) is decoder.Transformer and type(net.encoder.layers[0].self_attn) is decoder.MultiheadAttention
+    assert {name: (id(x), x.requires_grad) for name, x in net.named_parameters()} == before
+    torch.testing.assert_close(run(net), expected)
+    assert seen == [1] and not net.training and not convert(net).swapped
+    assert len(revert(net).swapped) == 39
+    assert {name: type(x) for name, x in net.named_modules()} == classes
+    torch.testing.assert_close(run(net), expected)
+
+
+def test_what_we_built_becomes_torchs() -> None:
+    torch.manual_seed(0)
+    net = decoder.Transformer(16, 2, 2, 2, 32, activation="gelu", batch_first=True).eval()
+    expected = run(net)
+    revert(net)
+    assert type(net.encoder.layers[0]) is nn.TransformerEncoderLayer
+    assert net.encoder.layers[0].activation_relu_or_gelu == 2
+    torch.testing.assert_close(run(net), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(run(net), expected)
+
+
+class _Own(nn.MultiheadAttention):
+    """Computes something else."""
+
+    def forward(self, query, *args, **kwargs):
+        return query, None
+
+
+class _Named(nn.LayerNorm):
+    """Computes nothing of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.note = "kept"
+
+    def doubled(self, x):
+        return 2 * self(x)
+
+
+class _Layer(nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return x
+
+
+def test_subclasses_keep_what_they_override() -> None:
+    net = nn.ModuleDict(
+        dict(own=_Own(8, 2), named=_Named(8), layer=_Layer(8, 2, 16), drop=nn.Dropout(0.1, inplace=True))
+    )
+    net["patched"] = nn.LayerNorm(8)
+    net["patched"].forward = lambda x: x
+    report = convert(net)
+    assert set(report.left) == {"own", "layer", "drop", "patched"}
+    assert "_Own has its own forward" in report.left["own"] and "_ff_block" in report.left["layer"]
+    assert "in place" in report.left["drop"] and "replaced" in report.left["patched"]
+    assert type(net["layer"].self_attn) is decoder.MultiheadAttention  # its children are not its own
+    named = net["named"]
+    assert isinstance(named, _Named) and isinstance(named, decoder.LayerNorm) and type(named).__name__ == "_Named"
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(named.doubled(x), 2 * nn.functional.layer_norm(x, (8,)))
+    for again in (copy.deepcopy(named), pickle.loads(pickle.dumps(named))):
+        assert type(again) is type(named) and again.note == "kept" and torch.equal(again(x), named(x))
+    revert(net)
+    assert type(named) is _Named and type(net["own"]) is _Own
+
+
+def test_parametrised_and_shared_modules() -> None:
+    norm = nn.LayerNorm(8)
+    net = nn.Sequential(norm, nn.Sequential(norm), nn.MultiheadAttention(8, 2, batch_first=True))
+    nn.utils.parametrizations.weight_norm(net[2], "in_proj_weight")
+    x = torch.randn(2, 3, 8)
+    expected = net[2](x, x, x)[0]
+    report = convert(net)
+    assert set(report.swapped) == {"0", "2"} and net[1][0] is norm
+    assert isinstance(net[2], decoder.MultiheadAttention)
+    torch.testing.assert_close(net[2](x, x, x)[0], expected)
+    revert(net)
+    assert type(net[2]).__mro__[1] is nn.MultiheadAttention
+    convert(net)
+    nn.utils.parametrize.remove_parametrizations(net[2], "in_proj_weight")
+    assert type(net[2]) is decoder.MultiheadAttention
+    torch.testing.assert_close(net[2](x, x, x)[0], expected)
+
+
+def test_compiled_models() -> None:
+    net = torch.compile(nn.Sequential(nn.LayerNorm(8), nn.Softmax(-1)), backend="eager", fullgraph=True)
+    x = torch.randn(3, 8)
+    expected = net(x)
+    assert len(convert(net).swapped) == 2
+    torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension")
+@pytest.mark.parametrize("dim", [None, 0, 1, -1])
+def test_softmax(dim) -> None:
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    for y in (x, x[0], x[0, 0]):
+        if dim is None or dim < y.dim():
+            torch.testing.assert_close(decoder.Softmax(dim)(y), nn.Softmax(dim)(y))
+    assert decoder.Softmax(-1)(torch.tensor(3.0)) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (3, 5, 2), (3, 5, 2, 4), (0, 5)])
+def test_cross_entropy(shape, reduction) -> None:
+    weight = torch.rand(5)
+    logits = torch.randn(shape, requires_grad=True)
+    classes = () if len(shape) == 1 else (shape[0], *shape[2:])
+    target = torch.randint(0, 5, classes)
+    for options in ({}, dict(weight=weight, label_smoothing=0.1, ignore_index=2)):
+        ours, theirs = (
+            cls(reduction=reduction, **options)(logits, target)
+            for cls in (decoder.CrossEntropyLoss, nn.CrossEntropyLoss)
+        )
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    if len(shape) > 1:
+        with pytest.raises(ValueError, match="asks for targets"):
+            decoder.CrossEntropyLoss()(logits, torch.zeros(7, dtype=torch.long))
+    shares = torch.randn(shape).softmax(0)
+    torch.testing.assert_close(
+        decoder.CrossEntropyLoss()(logits, shares), nn.CrossEntropyLoss()(logits, shares), equal_nan=True
+    )

@@ -1,0 +1,102 @@
+"""Models of Hugging Face transformers with our attention, norms and loss: what their eager selves compute, padding on either side."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tileformer.bench import models  # noqa: E402
+from tileformer.decoder import huggingface  # noqa: E402
+from tileformer.kernels import use_backend  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name, side", [(name, side) for name, sides in models.SIDES.items() for side in sides])
+def test_logits_and_gradients(name: str, side: str) -> None:
+    ratios = models.judge(name, side, "torch", CPU)
+    assert max(ratios.values()) <= 1.0, {key: x for key, x in ratios.items() if x > 1.0}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", models.GENERATE)
+def test_generated_tokens(name: str, beams: int) -> None:
+    assert models.same_tokens(name, beams, "torch", CPU)
+
+
+def build(name: str):
+    eager = models.eager(name)
+    return eager, *models.ours(eager)
+
+
+@pytest.mark.interprets
+def test_the_kernels_serve_a_model() -> None:
+    eager, ours, _ = build("GPT-2")
+    given, kept = models.given(eager, "right")
+    with use_backend("interpret"), torch.no_grad():
+        torch.testing.assert_close(
+            ours(**given).logits[kept.bool()], eager(**given).logits[kept.bool()], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_loss_of_a_language_model() -> None:
+    eager, ours, report = build("GPT-2")
+    given, kept = models.given(eager, "right")
+    labels = given["input_ids"].masked_fill(kept == 0, -100)
+    for options in ({}, dict(num_items_in_batch=torch.tensor(11))):
+        torch.testing.assert_close(
+            ours(**given, labels=labels, **options).loss, eager(**given, labels=labels, **options).loss
+        )
+    assert "loss_function" in report.swapped
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        huggingface.attend(torch.nn.Module(), q, q, q, None, s_aux=torch.ones(2))
+
+
+def test_weights_on_demand() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    out, weights = huggingface.attend(torch.nn.Module(), q, q, q, None, output_attentions=True)
+    torch.testing.assert_close(out, (weights @ q).transpose(1, 2))
+
+
+def test_a_mask_that_says_that_it_is_causal_is_dense_as_well() -> None:
+    padding = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
+    mask = huggingface.make_mask(2, 3, 5, q_offset=2, attention_mask=padding)
+    q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8)
+    kept = huggingface._masks(mask, 5, q.dtype)
+    assert set(kept) == {"causal", "key_mask"}
+    dense = huggingface._masks(mask.clone(), 5, q.dtype)
+    assert set(dense) == {"mask"}
+    changed = huggingface.make_mask(2, 3, 5, q_offset=2, attention_mask=padding)
+    changed &= False
+    assert "mask" in huggingface._masks(changed, 5, q.dtype)
+    a, b = (huggingface.attention(q, k, k, **options) for options in (kept, dense))
+    torch.testing.assert_close(a, b)
+
+
+def test_lora_on_our_layers() -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["self_attn", "multihead_attn", "linear1", "linear2"]
+    found = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+        if convert:
+            huggingface.convert(net)
+        net = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).double()
+        torch.manual_seed(1)
+        for name, x in net.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(x, std=0.3)
+        source, target = torch.randn(2, 5, 16).double(), torch.randn(2, 4, 16).double()
+        out = net(source, target)
+        (out * torch.randn(out.shape)).sum().backward()
+        found.append((out.detach(), {name: x.grad for name, x in net.named_parameters() if x.requires_grad}))
+    (out, grads), (our_out, our_grads) = found
+    torch.testing.assert_close(our_out, out)
+    assert len(grads) == 20 and all(x is not None and x.any() for x in our_grads.values())
+    torch.testing.assert_close(our_grads, grads)
