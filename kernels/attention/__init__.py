@@ -258,18 +258,16 @@ def scaled_dot_product_attention(
     """`attention` with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
-        query, key, value: (..., H, T, D); leading axes are folded into the batch. (T, D) and (H, T, D) are taken as one batch.
+        query, key, value: (..., H, T, D); leading axes broadcast and are folded into the batch. (T, D) and (H, T, D) are taken as one batch.
         attn_mask: broadcastable to (..., H, T_q, T_k), True = may attend, or added.
         is_causal: top-left aligned, as in torch; combines with attn_mask.
         enable_gqa: allow fewer key heads than query heads.
 
     Raises:
-        ValueError: as `attention`, and for unequal head counts without enable_gqa.
+        ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
-    if query.dim() >= 3 and not enable_gqa and query.shape[-3] != key.shape[-3]:
-        raise ValueError(
-            f"scaled_dot_product_attention: {query.shape[-3]} query heads and {key.shape[-3]} key heads: pass enable_gqa=True"
-        )
+    if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
+        query, key, value = _broadcast(query, key, value, enable_gqa)
     lead = query.shape[:-3]
 
     def fold(x: Tensor) -> Tensor:
@@ -281,3 +279,21 @@ def scaled_dot_product_attention(
         fold(query), fold(key), fold(value), mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p
     )
     return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The three with the same leading axes, and as many heads: views."""
+    heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value)]
+    if not enable_gqa and len({*heads} - {1}) > 1:
+        raise ValueError(
+            f"scaled_dot_product_attention: {heads[0]} query heads, {heads[1]} key heads and {heads[2]} value heads: pass enable_gqa=True"
+        )
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise ValueError(f"scaled_dot_product_attention: the leading axes of {shapes} do not broadcast") from None
+    if not enable_gqa:
+        heads = [max(heads), max(heads[1:]), max(heads[1:])]
+    query, key, value = (x.expand(*lead, h, *x.shape[-2:]) for x, h in zip((query, key, value), heads, strict=True))
+    return query, key, value

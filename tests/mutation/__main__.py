@@ -41,6 +41,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
 FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/attention/plain": "test_decoder_parity test_attention test_values test_attention_variants",
+    "kernels/attention/__init__": "test_autograd test_fuzz test_attention_variants test_attention",
     "kernels/attention/": "test_fuzz test_attention_variants test_attention test_memory test_values",
     "kernels/layer_norm": "test_layer_norm test_values test_memory",
     "kernels/softmax": "test_softmax test_values test_memory",
@@ -51,6 +52,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/": "test_attention test_dropout test_softmax test_autograd",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
 }
+FAR = ("int64", "padding", "stride")  # kinds that memory which may not be touched shows soonest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +118,12 @@ def copy_tree(target: pathlib.Path) -> None:
             shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
 
 
-def test_files(path: str) -> tuple[list[str], list[str]]:
-    """The test files most likely to notice a change of `path`, and all of them."""
+def test_files(path: str, kind: str) -> tuple[list[str], list[str]]:
+    """The test files most likely to notice a fault of a kind in `path`, and all of them."""
     every = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
     hint = next((files for start, files in FIRST.items() if path.startswith(start)), "").split()
-    return [f"tests/{name}.py" for name in hint if f"tests/{name}.py" in every], every
+    hint = [*["test_memory"] * (kind in FAR), *hint]
+    return [f"tests/{name}.py" for name in dict.fromkeys(hint) if f"tests/{name}.py" in every], every
 
 
 class Run:
@@ -187,7 +190,7 @@ class Trial:
         self.began, self.tree, self.file = time.monotonic(), tree, tree / self.mutant.path
         self.text = self.file.read_text()
         _write(self.file, self.mutant.applied(self.text))
-        likely, self.rest = test_files(self.mutant.path)
+        likely, self.rest = test_files(self.mutant.path, self.mutant.kind)
         self.run = Run(tree, likely or self.rest)
         if not likely:
             self.rest = []
