@@ -120,7 +120,7 @@ BACKWARD_DQ: Table = {
 BACKWARD_DKDV: Table = {
     80: {
         "plain": {64: (32, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)},
-        "mask": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "mask": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
         "dropout": {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
         "both": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 16, 8, 1)},
         "fp32": _FP32_DKDV,
@@ -148,8 +148,9 @@ BACKWARD_DKDV: Table = {
     },
 }
 
-# Rarely used, and small: one tile fits everywhere.
+# Rarely used, and small: 64 rows where matrix instructions want them.
 _SMALL: dict[int, Row] = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)}
 _RARE: dict[str, dict[int, Row]] = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
-BACKWARD_BIAS: Table = dict.fromkeys((80, 90, 100, 120), _RARE)
+_FLAT: dict[str, dict[int, Row]] = dict(dict.fromkeys(_RARE, _SMALL | {128: (32, 64, 8, 1)}), fp32=_FP32_DQ)
+BACKWARD_BIAS: Table = {80: _FLAT, 90: _RARE, 100: _RARE, 120: _FLAT}
 WEIGHTS: Table = dict(BACKWARD_BIAS)
