@@ -421,3 +421,22 @@ def test_a_backend_that_cannot_serve_raises() -> None:
         attention(_Q, _K, _K)
     with pytest.raises(ValueError, match="unknown backend 'cuda'"), use_backend("cuda"):
         pass
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 1), (4, 4, 1), (4, 1, 4), (1, 4, 1), (1, 1, 1)])
+@pytest.mark.parametrize("lead", [((2,), (2,), (2,)), ((1,), (2,), (2,)), ((3, 1), (1, 2), (2,)), ((2,), (), (1,))])
+def test_leading_axes_and_single_heads_broadcast(lead, heads):
+    shapes = [(*b, h, t, 8) for b, h, t in zip(lead, heads, (5, 6, 6), strict=True)]
+    given = [
+        torch.randn(s, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n, s in enumerate(shapes)
+    ]
+    expected = torch.nn.functional.scaled_dot_product_attention(*given)
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            torch.testing.assert_close(scaled_dot_product_attention(*given), expected)
+
+
+def test_leading_axes_that_do_not_broadcast_are_named():
+    q, k = torch.randn(5, 1, 5, 8), torch.randn(2, 1, 6, 8)
+    with pytest.raises(ValueError, match=r"\(5, 1, 5, 8\), \(2, 1, 6, 8\), \(2, 1, 6, 8\) do not broadcast"):
+        scaled_dot_product_attention(q, k, k)
