@@ -14,7 +14,7 @@ from tileformer.kernels import use_backend
 
 SERVERS = [  # backend, share of the samples: interpreting all takes minutes
     pytest.param("torch", 1, id="torch"),
-    pytest.param("interpret", 10, id="interpret", marks=pytest.mark.interprets),
+    pytest.param("interpret", 25, id="interpret", marks=pytest.mark.interprets),
     pytest.param("interpret", 1, id="interpret-all", marks=[pytest.mark.interprets, pytest.mark.slow]),
 ]
 served = pytest.mark.parametrize("server, share", SERVERS)
