@@ -50,7 +50,7 @@ FUZZ ?= 2500
 fuzz: $(VENV)/.installed ## FUZZ=2500 new examples of each op against the error budget; the seed that is shown repeats them
 	$(BIN)/pytest -q tests/test_fuzz.py --fuzz $(FUZZ) --hypothesis-seed=$(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d " ")) $(ARGS)
 
-mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (about 40 minutes)
+mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (hours; --sample N takes some)
 	$(BIN)/python tests/mutation $(ARGS)
 
 sanitize: $(COMPAT)/ttsem/.installed ## run the kernels' compiled IR with every address checked; validate the compiler's passes
