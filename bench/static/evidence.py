@@ -13,7 +13,7 @@ COMMAND = "tileformer bench static --against liger,flag_gems,fla --goals --evide
 
 _HEAD = f"""# Evidence
 
-Written by `{COMMAND}` (with `--json FILE` for every figure).
+Written by `{COMMAND}` (`--json FILE` for every figure, `--arch` for some architectures).
 No GPU is used. The words before the tables are held by `tests/test_static.py`; the tables are those of the run that wrote this file.
 
 ## What is proven, and how
@@ -66,9 +66,10 @@ def _ops() -> str:
 
 def page(rows: list[dict[str, Any]], goals: list[dict[str, Any]], versions: dict[str, str]) -> str:
     """The whole page."""
+    archs = ", ".join(f"sm_{arch}" for arch in sorted({row["arch"] for row in rows}))
     parts = [
         words(),
-        "## Tables\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".\n",
+        f"## Tables\n\nThis run: {archs}; {', '.join(f'{name} {version}' for name, version in versions.items())}.\n",
         _ops(),
     ]
     for title, columns, of in reversed(table.sections(rows, goals)):

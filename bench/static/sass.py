@@ -134,12 +134,12 @@ class Code:
         for block in order:
             for head in follow[block]:
                 if head in dominators[block]:
-                    body, todo = {head}, [block]
-                    while todo:
-                        x = todo.pop()
+                    body, waiting = {head}, [block]
+                    while waiting:
+                        x = waiting.pop()
                         if x not in body:
                             body.add(x)
-                            todo += [y for y in before[x] if y in seen]
+                            waiting += [y for y in before[x] if y in seen]
                     found.setdefault(head, set()).update(body)
         loops = [(head, {k for block in body for k in range(block, end[block])}) for head, body in found.items()]
         return sorted(loops, key=lambda loop: (len(loop[1]), loop[0]))
