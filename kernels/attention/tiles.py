@@ -29,7 +29,7 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
         rows, edge = [(32, 32, 4, 1)], 16
     else:
         bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-        if feature == "plain" and head_dim & (head_dim - 1):
+        if feature in ("plain", "packed") and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
         held = table[family(arch)]
         row = held.get(feature, {}).get(bucket) or held[_LIKE.get(feature, feature)][bucket]
