@@ -111,7 +111,7 @@ def attend(
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         kept["causal"] = bool(causal) and query.shape[2] > 1
     else:
-        kept |= _masks(attention_mask, key.shape[2], query.dtype)
+        kept |= _masks(attention_mask, key, query.dtype)
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]].to(query.dtype)
         if "mask" in kept and kept["mask"].is_floating_point():
@@ -123,8 +123,9 @@ def attend(
     return out.transpose(1, 2), weights
 
 
-def _masks(given: Tensor, keys: int, dtype: torch.dtype) -> dict[str, Any]:
+def _masks(given: Tensor, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """A mask of transformers, (B, 1 or H, T_q, T_k or more), as arguments of our attention: ranges of keys where it says or shows that it is one."""
+    batch, keys = key.shape[0], key.shape[2]
     padding, version = getattr(given, "tileformer_causal", (None, -1))
     if version == given._version and given.shape[-1] == keys:
         return dict(causal="bottom_right", key_mask=padding)
@@ -134,7 +135,7 @@ def _masks(given: Tensor, keys: int, dtype: torch.dtype) -> dict[str, Any]:
     if mask.dim() == 4 and all(
         size == 1 or step == 0 for size, step in zip(mask.shape[1:3], mask.stride()[1:3], strict=True)
     ):
-        return dict(key_mask=mask[:, 0, 0])
+        return dict(key_mask=mask[:, 0, 0].expand(batch, keys))
     return dict(mask=mask)
 
 

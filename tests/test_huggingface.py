@@ -63,17 +63,25 @@ def test_weights_on_demand() -> None:
     torch.testing.assert_close(out, (weights @ q).transpose(1, 2))
 
 
+def test_one_row_of_padding_serves_the_whole_batch() -> None:
+    q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8)
+    kept = torch.tensor([True, True, False, True, True])[None, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, kept).transpose(1, 2)
+    for mask in (kept, kept.expand(2, 1, 3, 5)):
+        torch.testing.assert_close(huggingface.attend(torch.nn.Module(), q, k, k, mask)[0], expected)
+
+
 def test_a_mask_that_says_that_it_is_causal_is_dense_as_well() -> None:
     padding = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
     mask = huggingface.make_mask(2, 3, 5, q_offset=2, attention_mask=padding)
     q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8)
-    kept = huggingface._masks(mask, 5, q.dtype)
+    kept = huggingface._masks(mask, k, q.dtype)
     assert set(kept) == {"causal", "key_mask"}
-    dense = huggingface._masks(mask.clone(), 5, q.dtype)
+    dense = huggingface._masks(mask.clone(), k, q.dtype)
     assert set(dense) == {"mask"}
     changed = huggingface.make_mask(2, 3, 5, q_offset=2, attention_mask=padding)
     changed &= False
-    assert "mask" in huggingface._masks(changed, 5, q.dtype)
+    assert "mask" in huggingface._masks(changed, k, q.dtype)
     a, b = (huggingface.attention(q, k, k, **options) for options in (kept, dense))
     torch.testing.assert_close(a, b)
 
