@@ -1,4 +1,4 @@
-"""Whole models from torch.nn and Hugging Face transformers on our kernels, beside their eager selves: `tileformer check --models`.
+"""Whole models from torch.nn, transformers and DeepTab on our kernels, beside their eager selves: `tileformer check --models`.
 
 Small ones with random weights: logits and the gradient of every parameter, padding on either side. The truth is the model in float64 with torch's
 attention. (transformers' eager one computes softmax in float32, and gives NaN for a padded row in float64: it is taken only where torch's does not
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,8 +60,15 @@ TORCH: dict[str, dict[str, Any]] = {
     "nn.Transformer": {},
     "nn.Transformer, pre-norm": dict(norm_first=True, activation="gelu"),
 }
+# Packages with subclasses of torch's encoder layer: one overrides `forward` around torch's own, one the attention block.
+DEEPTAB = {
+    "DeepTab's layer": "CustomTransformerEncoderLayer",
+    "DeepTab's rotary layer": "RotaryTransformerEncoderLayer",
+}
 EAGER = ("DETR", "Gemma 2, soft cap")  # torch's attention does not serve these
-SIDES = {name: ("right",) if name == "Gemma 2, soft cap" else ("left", "right") for name in [*TORCH, *TRANSFORMERS]}
+SIDES = {
+    name: ("right",) if name == "Gemma 2, soft cap" else ("left", "right") for name in [*TORCH, *DEEPTAB, *TRANSFORMERS]
+}
 GENERATE = [
     name
     for name, (cls, *_) in TRANSFORMERS.items()
@@ -71,6 +81,12 @@ def eager(name: str) -> Any:
     torch.manual_seed(0)
     if name in TORCH:
         return nn.Transformer(32, 4, 2, 2, 48, batch_first=True, **TORCH[name]).eval()
+    if name in DEEPTAB:
+        cls = getattr(_deeptab(), DEEPTAB[name])
+        sizes = dict(d_model=32, n_heads=4, transformer_dim_feedforward=48)
+        plain = "Custom" in cls.__name__
+        layer = cls(types.SimpleNamespace(**sizes)) if plain else cls(32, 4, 48, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     transformers: Any = importlib.import_module("transformers")
     model, config, options = TRANSFORMERS[name]
     options = dict(options, attn_implementation="eager")
@@ -94,6 +110,25 @@ def eager(name: str) -> Any:
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
 
 
+def _deeptab() -> Any:
+    """DeepTab's layers, without its own __init__ files: these load a training framework that the layers do not need."""
+    file = "deeptab.nn.blocks.transformer"
+    if file in sys.modules:
+        return sys.modules[file]
+    spec = importlib.util.find_spec("deeptab")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("deeptab is not installed: pip install --no-deps deeptab einops rotary-embedding-torch")
+    folders = "deeptab", "deeptab.nn", "deeptab.nn.blocks"
+    for name in folders:
+        folder = sys.modules[name] = types.ModuleType(name)
+        folder.__path__ = ["/".join([spec.submodule_search_locations[0], *name.split(".")[1:]])]
+    try:
+        return importlib.import_module(file)
+    finally:
+        for name in folders:
+            del sys.modules[name]
+
+
 def ours(model: nn.Module) -> tuple[Any, Any]:
     """A copy of the model that computes with our kernels, and the report of what was swapped."""
     model = copy.deepcopy(model)
@@ -111,6 +146,8 @@ def given(model: Any, side: str) -> Given:
         source, target = torch.randn(2, 9, 32, generator=draw), torch.randn(2, 7, 32, generator=draw)
         masks = dict(src_key_padding_mask=kept == 0, memory_key_padding_mask=kept == 0)
         return dict(src=source, tgt=target, tgt_mask=nn.Transformer.generate_square_subsequent_mask(7), **masks), None
+    if kind == "TransformerEncoder":
+        return dict(src=torch.randn(2, 9, 32, generator=draw), src_key_padding_mask=kept == 0), kept.bool()
     if kind.startswith("Detr"):
         seen = torch.ones(2, 64, 64, dtype=torch.long)
         seen[1, :, slice(0, 24) if side == "left" else slice(40, 64)] = 0
@@ -171,7 +208,8 @@ def same_tokens(name: str, beams: int, backend: str | None, device: torch.device
 def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
     """A table, its head first."""
     yield ["model", "swapped", "left", "logits", "gradients", "worst gradient", "greedy", "beams"]
-    for name in [*TORCH, *TRANSFORMERS]:
+    absent = importlib.util.find_spec("deeptab") is None
+    for name in [*TORCH, *([] if absent else DEEPTAB), *TRANSFORMERS]:
         report = ours(eager(name))[1]
         found = [judge(name, side, backend, device) for side in SIDES[name]]
         logits = max(x.pop("logits") for x in found)

@@ -323,7 +323,7 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    autocast = torch.is_autocast_enabled(logits.device.type)
+    autocast = logits.device.type != "meta" and torch.is_autocast_enabled(logits.device.type)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
     if backend == "torch":
         ignored = (target == ignore_index).unsqueeze(-1)

@@ -50,7 +50,10 @@ def torch_attention(
     unmasked = left == NO_LIMIT and right == NO_LIMIT
     dense = any(x is not None for x in (mask, bias, key_mask, q_lens, k_lens, slopes)) or softcap > 0.0
     square = unmasked or (causal and t_q == t_k)
-    if not dense and p == 0.0 and not return_lse and not return_weights and square and t_k >= FUSED_FROM:
+    # An exported program is to serve every length, and other runtimes: no choice by length, no operator but the usual ones.
+    exporting = torch.compiler.is_exporting()
+    bare = not dense and p == 0.0 and not return_lse and not return_weights and square
+    if bare and not exporting and t_k >= FUSED_FROM:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
     place = _Places(q, k, q_lens, k_lens, bool(align), bool(packed))
@@ -76,7 +79,7 @@ def torch_attention(
     always = seen == [] or (causal and not dense and (t_q <= t_k or not align) and t_k > 0)
     bias_, empty = _bias(seen, key_mask, additive, always, _wide(q))
     keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, _wide(q))
-    if return_lse or return_weights or softcap > 0.0 or (bias is not None and bias.requires_grad):
+    if exporting or return_lse or return_weights or softcap > 0.0 or (bias is not None and bias.requires_grad):
         out, lse, weights = _definition(q, k, v, key_mask, bias_, empty, keep, scale, softcap)
         results = [out, lse] if return_lse else [out]
         if return_weights:

@@ -1,0 +1,180 @@
+"""What people do to modules besides calling them: save, cast, compile, export, checkpoint, map, share among threads."""
+
+import copy
+import io
+import threading
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tileformer.decoder import TransformerDecoderLayer, TransformerEncoderLayer, convert
+from tileformer.kernels import use_backend
+
+B, T_Q, T_K, C = 2, 4, 6, 8
+TARGET, MEMORY = (torch.randn(B, T, C, generator=torch.Generator().manual_seed(T)) for T in (T_Q, T_K))
+CAUSAL = torch.ones(T_Q, T_Q, dtype=torch.bool).triu(1)
+PADDING = torch.tensor([[False] * T_K, [False] * 4 + [True] * 2])
+
+
+def layer(dropout: float = 0.0) -> TransformerDecoderLayer:
+    torch.manual_seed(0)
+    return TransformerDecoderLayer(C, 2, 16, dropout, batch_first=True)
+
+
+def call(net: Any, target: Tensor = TARGET, memory: Tensor = MEMORY) -> Tensor:
+    """The layer with its three masks."""
+    causal, padding = CAUSAL.to(target.device), PADDING.to(target.device)
+    return net(target, memory, tgt_mask=causal, memory_key_padding_mask=padding, tgt_is_causal=True)
+
+
+def test_saved_weights_and_saved_modules(tmp_path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    net, file = layer(), io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    other = TransformerDecoderLayer(C, 2, 16, 0.0, batch_first=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(call(other), call(net))
+    safetensors.save_model(net, str(tmp_path / "layer.safetensors"))
+    theirs = nn.TransformerDecoderLayer(C, 2, 16, 0.0, batch_first=True)  # a file of ours is a file of torch's
+    safetensors.load_model(theirs, str(tmp_path / "layer.safetensors"))
+    torch.testing.assert_close(call(theirs), call(net))
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    assert torch.equal(call(torch.load(file, weights_only=False)), call(net))
+
+
+def test_a_converted_model_is_copied_and_saved() -> None:
+    class Wide(nn.TransformerDecoderLayer):
+        """A subclass that changes nothing of the computation."""
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Wide(C, 2, 16, 0.0, batch_first=True))
+    convert(net)
+    assert isinstance(net[0], Wide)
+    assert torch.equal(call(copy.deepcopy(net)[0]), call(net[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_casts(dtype) -> None:
+    net = layer().to(dtype)
+    out = call(net, TARGET.to(dtype), MEMORY.to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), call(layer()), rtol=0.05, atol=0.05)
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in net.parameters())
+
+
+def test_built_without_memory_and_given_weights() -> None:
+    with torch.device("meta"):
+        net = TransformerDecoderLayer(C, 2, 16, 0.0, batch_first=True)
+    assert call(net, TARGET.to("meta"), MEMORY.to("meta")).shape == TARGET.shape
+    net = net.to_empty(device="cpu")
+    net.load_state_dict(layer().state_dict())
+    assert torch.equal(call(net), call(layer()))
+
+
+def test_checkpointed_activations_replay_the_same_dropout() -> None:
+    def gradients(through: Any) -> list[Tensor]:
+        net = layer(dropout=0.3).train()
+        torch.manual_seed(5)
+        x = TARGET.clone().requires_grad_()
+        through(net, x).square().sum().backward()
+        return [x.grad, *(p.grad for p in net.parameters())]
+
+    plain = gradients(call)
+    for reentrant in (False, True):
+        torch.testing.assert_close(gradients(partial(checkpoint, call, use_reentrant=reentrant)), plain)
+
+
+def test_functional_call_and_vmap() -> None:
+    net = layer().eval()
+    others = [layer() for _ in range(3)]
+    for i, other in enumerate(others):
+        nn.init.normal_(other.linear1.weight, std=0.1 + i)
+    stacked, buffers = torch.func.stack_module_state(others)  # type: ignore[arg-type]
+    masks = dict(tgt_mask=CAUSAL, tgt_is_causal=True)
+
+    def one(parameters: Any, target: Tensor) -> Tensor:
+        return torch.func.functional_call(net, (parameters, buffers), (target, MEMORY), masks)
+
+    mapped = torch.vmap(one, in_dims=(0, None))(stacked, TARGET)
+    expected = torch.stack([other(TARGET, MEMORY, **masks) for other in others])
+    torch.testing.assert_close(mapped, expected)
+    per_item = torch.vmap(torch.func.grad(lambda p, x: one(p, x).sum()), in_dims=(0, None))(stacked, TARGET)
+    for i, other in enumerate(others):
+        expected = torch.autograd.grad(other(TARGET, MEMORY, **masks).sum(), other.linear1.weight)[0]
+        torch.testing.assert_close(per_item["linear1.weight"][i], expected)
+
+
+def test_threads_share_a_layer() -> None:
+    net, found = layer().eval(), {}
+
+    def work(i: int) -> None:
+        with use_backend("reference" if i % 2 else "torch"), torch.no_grad():
+            found[i] = [call(net, TARGET + i) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.no_grad():
+        for i in range(6):
+            torch.testing.assert_close(found[i], [call(net, TARGET + i)] * 5)
+
+
+class Masked(nn.Module):
+    """The layer with its masks inside, as exporters want it: tensors in, one tensor out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = layer().eval()
+
+    def forward(self, target: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+        causal = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool).triu(1)
+        return self.layer(target, memory, tgt_mask=causal, memory_key_padding_mask=padding, tgt_is_causal=True)
+
+
+def test_an_exported_layer_takes_other_lengths() -> None:
+    batch, t_q, t_k = (torch.export.Dim(name, min=2, max=64) for name in ("B", "T_q", "T_k"))
+    shapes = {"target": {0: batch, 1: t_q}, "memory": {0: batch, 1: t_k}, "padding": {0: batch, 1: t_k}}
+    program = torch.export.export(Masked(), (TARGET, MEMORY, PADDING), dynamic_shapes=shapes)
+    longer = torch.randn(3, 9, C), torch.randn(3, 11, C), torch.rand(3, 11) > 0.7
+    for given in ((TARGET, MEMORY, PADDING), longer):
+        torch.testing.assert_close(program.module()(*given), Masked()(*given))
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx_of_a_decoder_layer(tmp_path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    file = str(tmp_path / "layer.onnx")
+    with use_backend("torch"):
+        torch.onnx.export(
+            Masked(),
+            (TARGET, MEMORY, PADDING),
+            file,
+            dynamo=True,
+            input_names=["target", "memory", "padding"],
+            verbose=False,
+        )
+    session = runtime.InferenceSession(file)
+    given = {"target": TARGET.numpy(), "memory": MEMORY.numpy(), "padding": PADDING.numpy()}
+    (out,) = session.run(None, given)
+    torch.testing.assert_close(torch.from_numpy(out), Masked()(TARGET, MEMORY, PADDING), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_hooks_on_every_module() -> None:
+    net = nn.TransformerEncoder(TransformerEncoderLayer(C, 2, 16, 0.0, batch_first=True), 2, enable_nested_tensor=False)
+    convert(net)
+    seen: list[str] = []
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+    net.eval()(TARGET)
+    assert set(seen) == {name for name, module in net.named_modules() if not isinstance(module, nn.ModuleList)}
