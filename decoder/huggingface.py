@@ -56,12 +56,30 @@ def use(model: Any) -> Report:
     """
     usual = _transformers("loss.loss_utils").ForCausalLMLoss
     register()
+    before = ", ".join(sorted(set(_attention_of(model).values())))
     model.set_attn_implementation(NAME)
     report = convert(model)
+    found = {part: x for part, x in _attention_of(model).items() if x != NAME}
+    if found:
+        said = ", ".join(f"{part or 'the model'} keeps {x!r}" for part, x in found.items())
+        report.left["attention"] = f"{type(model).__name__} computes attention in its own code: {said}"
+    else:
+        report.swapped["attention"] = f"transformers' {before} -> tileformer's"
     if getattr(model, "loss_function", None) is usual:
         model.loss_function = causal_lm_loss
         report.swapped["loss_function"] = "transformers' ForCausalLMLoss -> tileformer's causal_lm_loss"
     return report
+
+
+def _attention_of(model: Any) -> dict[str, str]:
+    """The attention implementation of a model, and of the parts that have a configuration of their own."""
+    config = model.config
+    parts = {"": config} | {
+        key: getattr(config, key)
+        for key in getattr(config, "sub_configs", {})
+        if getattr(config, key, None) is not None
+    }
+    return {part: str(x._attn_implementation) for part, x in parts.items()}
 
 
 def make_mask(

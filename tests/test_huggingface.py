@@ -115,3 +115,10 @@ def test_lora_on_our_layers() -> None:
     torch.testing.assert_close(our_out, out)
     assert len(grads) == 20 and all(x is not None and x.any() for x in our_grads.values())
     torch.testing.assert_close(our_grads, grads)
+
+
+def test_attention_in_a_model_of_its_own_code_is_reported() -> None:
+    sizes = dict(vocab_size=61, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=2)
+    report = huggingface.use(transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)))
+    assert "GPTJForCausalLM computes attention in its own code" in report.left["attention"]
+    assert report.swapped["transformer.ln_f"].endswith("LayerNorm")
