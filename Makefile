@@ -22,8 +22,10 @@ demo: $(VENV)/.installed ## train a small model on this machine, check the kerne
 	@echo && echo "The trained model is in runs/demo. Use it:"
 	@echo "  $(BIN)/tileformer generate --checkpoint runs/demo hello tileformer"
 
-test: $(VENV)/.installed ## run the tests (about 10 minutes on 2 cores)
-	$(BIN)/pytest -q $(ARGS)
+# One process with a GPU: its tests count what they compile, and share its memory.
+WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
+test: $(VENV)/.installed ## run the tests (about 10 minutes on 2 cores; WORKERS=2 processes)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed ## style, format, types
 	$(BIN)/ruff check .

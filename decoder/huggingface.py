@@ -65,6 +65,13 @@ def use(model: Any) -> Report:
         report.left["attention"] = f"{type(model).__name__} computes attention in its own code: {said}"
     else:
         report.swapped["attention"] = f"transformers' {before} -> tileformer's"
+    for name, module in model.named_modules():
+        if (
+            "Norm" in type(module).__name__
+            and type(module).__module__.startswith("transformers.")
+            and name not in report.swapped
+        ):
+            report.left[name] = f"{type(module).__name__} is no layer norm of torch"
     if getattr(model, "loss_function", None) is usual:
         model.loss_function = causal_lm_loss
         report.swapped["loss_function"] = "transformers' ForCausalLMLoss -> tileformer's causal_lm_loss"
