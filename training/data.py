@@ -8,7 +8,7 @@ PackedBatches     documents, for a language model     end to end, without paddin
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,10 +17,25 @@ from torch import Tensor
 Pair = tuple[Sequence[int], Sequence[int]]
 Augment = Callable[[list[int], random.Random], list[int]]
 B = TypeVar("B")
+M = TypeVar("M", bound="Movable")
 
 
 @dataclass(frozen=True)
-class Batch:
+class Movable:
+    """What every kind of batch can do: go to a device."""
+
+    source: Tensor
+
+    def to(self: M, device: torch.device) -> M:
+        """The same batch on `device`; itself when it is there already."""
+        if self.source.device == device:
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Batch(Movable):
     """One step's input.
 
     source (B, T_s), target (B, T_t) and labels (B, T_t) are int64, padded on the right. `target` starts with bos and is
@@ -28,7 +43,6 @@ class Batch:
     out, and stand on the host so that counting never waits for a device.
     """
 
-    source: Tensor
     target: Tensor
     labels: Tensor
     source_tokens: int
@@ -39,23 +53,15 @@ class Batch:
         """Source symbols plus predicted symbols (eos too), without padding: the unit of every budget and speed here."""
         return self.source_tokens + self.label_tokens
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; itself when it is there already."""
-        if self.source.device == device:
-            return self
-        source, target, labels = (x.to(device, non_blocking=True) for x in (self.source, self.target, self.labels))
-        return Batch(source, target, labels, self.source_tokens, self.label_tokens)
-
 
 @dataclass(frozen=True)
-class LabelledBatch:
+class LabelledBatch(Movable):
     """Rows with one label each: source (B, T) int64, padded on the right; labels (B,) int64.
 
     weights: (B,) float32, what each row counts in the loss; None: all the same. rows: the rows' numbers in the data, on
     the host, so that a prediction finds its text again.
     """
 
-    source: Tensor
     labels: Tensor
     weights: Tensor | None
     rows: tuple[int, ...]
@@ -71,24 +77,15 @@ class LabelledBatch:
         """Source symbols without padding. A label costs no position of its own, so it does not count."""
         return self.source_tokens
 
-    def to(self, device: torch.device) -> "LabelledBatch":
-        """The same batch on `device`; itself when it is there already."""
-        if self.source.device == device:
-            return self
-        source, labels = self.source.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
-        return LabelledBatch(source, labels, weights, self.rows, self.source_tokens)
-
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(Movable):
     """Documents end to end: source and labels (1, total) int64, cu_seqlens (N + 1,) int32, the `longest` one's places.
 
     Document i is `source[0, cu_seqlens[i] : cu_seqlens[i + 1]]`: bos and its ids, its positions counted from 0; its
     labels are its ids and eos. So the last place of a document predicts eos, and never the next one's first id.
     """
 
-    source: Tensor
     labels: Tensor
     cu_seqlens: Tensor
     longest: int
@@ -104,13 +101,6 @@ class PackedBatch:
     def tokens(self) -> int:
         """Places in the batch. Each is read and predicted in one step of one decoder, so it counts once."""
         return self.source_tokens
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on `device`; itself when it is there already."""
-        if self.source.device == device:
-            return self
-        tensors = (x.to(device, non_blocking=True) for x in (self.source, self.labels, self.cu_seqlens))
-        return PackedBatch(*tensors, self.longest)
 
 
 class Resumable(Generic[B]):
@@ -258,13 +248,11 @@ class LabelledBatches(Bucketed[LabelledBatch]):
     def _collate(self, entry: list[int]) -> LabelledBatch:
         rows = [list(self.rows[number]) for number in entry]
         if self.augment is not None:
-            rows = [self.augment(row, self._random(number)) for row, number in zip(rows, entry, strict=True)]
+            draws = (random.Random(f"{self.seed}/{self.epoch}/row {number}") for number in entry)
+            rows = [self.augment(row, draw) for row, draw in zip(rows, draws, strict=True)]
         weights = None if self.weights is None else torch.tensor([float(self.weights[number]) for number in entry])
         labels = torch.tensor([self.labels[number] for number in entry])
         return LabelledBatch(pad(rows, self.pad_id), labels, weights, tuple(entry), sum(map(len, rows)))
-
-    def _random(self, number: int) -> random.Random:
-        return random.Random(f"{self.seed}/{self.epoch}/row {number}")
 
 
 class PackedBatches(Resumable[PackedBatch]):
@@ -346,9 +334,11 @@ def pack(rows: Iterable[Sequence[int]], bos_id: int = 1, eos_id: int = 2) -> Pac
 
 
 def pieces(row: Sequence[int], longest: int | None) -> list[Sequence[int]]:
-    """`row` cut into runs of at most `longest` ids; None: itself alone."""
-    longest = longest or len(row)
-    return [row[at : at + longest] for at in range(0, len(row), longest)]
+    """`row` cut into runs of at most `longest` ids; None: itself alone. An empty row has none."""
+    if longest is not None and longest < 1:
+        raise ValueError(f"longest must be at least 1, got {longest}")
+    size = longest or max(1, len(row))
+    return [row[at : at + size] for at in range(0, len(row), size)]
 
 
 def check_fits(row: Sequence[int], batch_tokens: int, name: str) -> None:

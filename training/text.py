@@ -9,7 +9,6 @@ import html
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,7 @@ def decode(content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8"
         start = error.start
     else:
         if "\0" not in text:
-            return text.removeprefix("\ufeff")
+            return text if at else text.removeprefix("\ufeff")
         start = content.index(b"\0")
     number = line + content.count(b"\n", 0, start)
     found = f"{path}:{number}: byte 0x{content[start]:02x} at offset {at + start:,} is not {encoding} text"
@@ -137,29 +136,24 @@ def decode(content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8"
 def deduplicate(labelled: Labelled) -> tuple[Labelled, dict[str, int]]:
     """One text for each key, the first; none for a key under 2 characters, or one that stands under several labels.
 
-    The counts say where the lines went: "lines" = "kept" + "short" + "conflicting" + "repeated", and "conflicts" is the
-    number of keys (not lines) that were dropped for their labels.
+    The counts say where the "lines" went: "short", "conflicting", "repeated", "kept".
     """
     keys = [key(text) for text in labelled.texts]
     labels: dict[str, set[int]] = {}
     for word, label in zip(keys, labelled.labels, strict=True):
         labels.setdefault(word, set()).add(label)
-    counts: Counter[str] = Counter(lines=len(keys), kept=0, short=0, conflicting=0, repeated=0, conflicts=0)
-    kept: list[int] = []
-    seen: set[str] = set()
+    counts = {"lines": len(keys), "short": 0, "conflicting": 0, "repeated": 0}
+    kept: dict[str, int] = {}
     for number, word in enumerate(keys):
         if len(word) < 2:
             counts["short"] += 1
         elif len(labels[word]) > 1:
             counts["conflicting"] += 1
-            counts["conflicts"] += word not in seen
-        elif word in seen:
+        elif word in kept:
             counts["repeated"] += 1
         else:
-            kept.append(number)
-        seen.add(word)
-    counts["kept"] = len(kept)
-    return labelled.pick(kept), dict(counts)
+            kept[word] = number
+    return labelled.pick(kept.values()), counts | {"kept": len(kept)}
 
 
 def split(labelled: Labelled, test: int = 10, valid: int = 5) -> dict[str, Labelled]:
@@ -189,26 +183,22 @@ def split(labelled: Labelled, test: int = 10, valid: int = 5) -> dict[str, Label
 def subset(labelled: Labelled, n: int, seed: int) -> Labelled:
     """`n` texts, their labels in the proportions of all, at least one each; in their order in `labelled`.
 
-    Within a label the texts are taken in the order of sha256(seed, key), so another order of lines gives the same ones.
-    Raises ValueError when there are fewer than `n` texts, or more labels than `n`.
+    Within a label texts are taken in the order of sha256(seed, key): another order of lines gives the same texts, and a
+    smaller subset of the same seed is part of a larger one. Raises ValueError for `n` below the labels or above all.
     """
+    order = [place(f"{seed}/{key(text)}", 1 << 64) for text in labelled.texts]
     groups: dict[int, list[int]] = {}
-    for number, label in enumerate(labelled.labels):
-        groups.setdefault(label, []).append(number)
+    for number in sorted(range(len(order)), key=order.__getitem__):
+        groups.setdefault(labelled.labels[number], []).append(number)
     if not len(groups) <= n <= len(labelled):
         raise ValueError(f"a subset must have {len(groups)} to {len(labelled):,} texts (labels to all), got {n:,}")
-    # Largest remainders: whole shares first, then one more each to the largest rest, until there are n.
-    shares = {label: n * len(rows) / len(labelled) for label, rows in groups.items()}
-    sizes = {label: max(1, int(share)) for label, share in shares.items()}
-    while (missing := n - sum(sizes.values())) != 0:
-        step = 1 if missing > 0 else -1
-        free = [label for label in groups if 1 <= sizes[label] + step <= len(groups[label])]
-        sizes[max(free, key=lambda label: (step * (shares[label] - sizes[label]), -label))] += step
-    order = {number: place(f"{seed}/{key(text)}", 1 << 64) for number, text in enumerate(labelled.texts)}
-    chosen = [
-        number for label, rows in groups.items() for number in sorted(rows, key=order.__getitem__)[: sizes[label]]
+    # How much of its label is used up by each text: the n smallest shares are n texts in the proportions of all.
+    shares = [
+        ((rank + 0.5) / len(group) if rank else 0.0, number)
+        for group in groups.values()
+        for rank, number in enumerate(group)
     ]
-    return labelled.pick(sorted(chosen))
+    return labelled.pick(sorted(number for _, number in sorted(shares)[:n]))
 
 
 def _encoding_of(content: bytes) -> str | None:
