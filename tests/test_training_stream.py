@@ -121,6 +121,12 @@ def test_lines_are_prepared_and_empty_ones_left_out(tmp_path, tokenizer):
     assert batch.cu_seqlens.tolist() == [0, 2, 5]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
+    (tmp_path / "d.txt").write_bytes("\ufeff好\n\ufeff\n好好\n".encode())  # two files joined: the second mark stays
+    rows = StreamedRows(iter([tmp_path / "d.txt"]), tokenizer)
+    assert list(rows) == [tokenizer.encode(line) for line in ("好", "\ufeff", "好好")]
+
+
 def test_bad_files_are_named_with_the_line(tmp_path, tokenizer):
     def error(content, **options):
         (tmp_path / "bad.txt").write_bytes(content)
@@ -151,6 +157,7 @@ def test_other_data_than_the_checkpoints_are_refused(paths, tokenizer):
     others = Tokenizer.train(LINES, minimum=2)
     for rows, size in (
         (StreamedRows(paths[:1], tokenizer, seed=3), 30),
+        (StreamedRows(paths[::-1], tokenizer, seed=3), 30),
         (StreamedRows(paths, tokenizer, seed=4), 30),
         (StreamedRows(paths, others, seed=3), 30),
         (StreamedRows(paths, tokenizer, seed=3), 31),

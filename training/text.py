@@ -4,6 +4,7 @@ A text's place is decided by the hash of its key (its letters, ideographs and di
 and spacing), so the same text never stands on both sides of a split, whatever the order or the number of lines.
 """
 
+import contextlib
 import hashlib
 import html
 import os
@@ -97,7 +98,7 @@ def read_labelled(
             found.append(label)
     if faults:
         (number, fault), *others = faults
-        more = f"; {len(others):,} more such lines, the next is {others[0][0]}" if others else ""
+        more = f"; {len(others):,} more bad lines, the next is {others[0][0]}" if others else ""
         raise ValueError(f"{path}:{number}: {fault}{more}")
     if not texts:
         raise ValueError(f"{path}: expected lines of label<TAB>text, the file holds none")
@@ -105,9 +106,7 @@ def read_labelled(
     if len(set(found)) == 1:
         raise ValueError(f"{path}: expected two labels or more, all {len(texts):,} lines have {_shown(found[0])}")
     if len(known) > max(20, len(texts) // 2):
-        raise ValueError(
-            f"{path}: {len(known):,} labels in {len(texts):,} lines; is it text<TAB>label? Swap the columns"
-        )
+        raise ValueError(f"{path}: {len(known):,} labels in {len(texts):,} lines; swap columns that are text<TAB>label")
     ids = {name: number for number, name in enumerate(known)}
     return Labelled(tuple(texts), tuple(ids[label] for label in found), known)
 
@@ -174,9 +173,8 @@ def split(labelled: Labelled, test: int = 10, valid: int = 5) -> dict[str, Label
             found = f"{len(part):,} texts of {len(labels)} label{'s' * (len(labels) != 1)}"
             raise ValueError(f"the {name} part has {found}, two are needed; give more texts than {len(labelled):,}")
         if unknown := sorted(labels - trained):
-            raise ValueError(
-                f"label {labelled.names[unknown[0]]!r} stands in {name} but never in train; give more texts"
-            )
+            label = labelled.names[unknown[0]]
+            raise ValueError(f"label {label!r} stands in {name} but never in train; give more texts of it")
     return parts
 
 
@@ -193,11 +191,9 @@ def subset(labelled: Labelled, n: int, seed: int) -> Labelled:
     if not len(groups) <= n <= len(labelled):
         raise ValueError(f"a subset must have {len(groups)} to {len(labelled):,} texts (labels to all), got {n:,}")
     # How much of its label is used up by each text: the n smallest shares are n texts in the proportions of all.
-    shares = [
-        ((rank + 0.5) / len(group) if rank else 0.0, number)
-        for group in groups.values()
-        for rank, number in enumerate(group)
-    ]
+    shares: list[tuple[float, int]] = []
+    for group in groups.values():
+        shares += [((rank + 0.5) / len(group) if rank else 0.0, number) for rank, number in enumerate(group)]
     return labelled.pick(sorted(number for _, number in sorted(shares)[:n]))
 
 
@@ -205,14 +201,13 @@ def _encoding_of(content: bytes) -> str | None:
     """The usual encoding that reads all of `content`. None when none does."""
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
-    if b"\0" in content:
-        return "utf-16-le" if content.index(b"\0") % 2 else "utf-16-be"
+    for encoding, end in (("utf-16-le", b"\n\0"), ("utf-16-be", b"\0\n")):
+        if end in content:
+            return encoding
     for encoding in ("utf-8", "gb18030", "big5", "cp1252"):
-        try:
-            content.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        return encoding
+        with contextlib.suppress(UnicodeDecodeError):
+            if "\0" not in content.decode(encoding):
+                return encoding
     return None
 
 
