@@ -59,6 +59,19 @@ def test_the_order_follows_from_the_seed(paths, tokenizer):
     assert sum(abs(a - b) for a, b in zip(places, places[1:], strict=False)) / 119 > 20  # a random order has 40
 
 
+def test_small_files_have_another_order_each_epoch_too(paths, tokenizer):
+    rows = StreamedRows(paths[:1], tokenizer, seed=1)  # one block: only its lines can be shuffled
+    assert len(rows.blocks) == 1 and list(rows) != list(rows)
+
+
+def test_blocks_know_where_they_stand(paths, tokenizer):
+    for block in StreamedRows(paths, tokenizer, buffer=BUFFER).blocks:
+        content = block.path.read_bytes()
+        lines = content[block.start :][: block.size].decode().splitlines()
+        assert block.line == 1 + content[: block.start].count(b"\n")
+        assert block.count == sum(bool(line.strip()) for line in lines)
+
+
 def test_one_group_is_held_at_a_time(paths, tokenizer, monkeypatch):
     rows, held = StreamedRows(paths, tokenizer, seed=0, buffer=BUFFER), []
     read = StreamedRows.read

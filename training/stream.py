@@ -168,7 +168,7 @@ def _blocks(path: Path, size: int, encoding: str, longest_line: int) -> Iterator
             line = file.readline(longest_line + 1)
             if len(line) > longest_line:
                 raise ValueError(f"{path}:{number}: a line of over {longest_line:,} bytes; give a file with line ends")
-            if at > start and (not line or at - start >= size):
+            if not line or at - start >= size:
                 yield Block(path, start, at - start, first + 1, count)
                 start, first, count = at, number - 1, 0
             if not line:
