@@ -3,10 +3,11 @@
 from tileformer.decoder.attention import MultiheadAttention
 from tileformer.decoder.cache import KVCache
 from tileformer.decoder.convert import Report, convert, revert
-from tileformer.decoder.generation import generate
+from tileformer.decoder.generation import generate, stream
 from tileformer.decoder.heads import Classifier, Tagger
 from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.lm import DecoderLM, DecoderLMConfig
+from tileformer.decoder.loading import LoadReport, common_rows, load_matching
 from tileformer.decoder.modules import CrossEntropyLoss, LayerNorm, Softmax
 from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
 from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
@@ -17,6 +18,7 @@ __all__ = [
     "DecoderLM",
     "DecoderLMConfig",
     "KVCache",
+    "LoadReport",
     "LayerNorm",
     "MultiheadAttention",
     "Report",
@@ -29,7 +31,10 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "common_rows",
     "convert",
     "generate",
+    "load_matching",
     "revert",
+    "stream",
 ]

@@ -1,5 +1,7 @@
 """MultiheadAttention: torch.nn's module on the fused attention kernel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,9 +93,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         p = self.dropout if self.training else 0.0
         asked: bool | str = ("average" if average_attn_weights else True) if need_weights else False
-        ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens} if packed else {}
-        ends |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen} if packed else {}
-        out = attention(q, k, v, mask=mask, key_mask=key_mask, causal=causal, dropout_p=p, return_weights=asked, **ends)
+        # A bound without sequences is the kernel's error to name.
+        bounds = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        options: dict[str, Any] = {"causal": causal, "dropout_p": p, "return_weights": asked, **ends, **bounds}
+        out = attention(q, k, v, mask=mask, key_mask=key_mask, **options)
         weights = None
         if asked:
             out, weights = out
