@@ -19,13 +19,18 @@ def sequence_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) ->
 def classification_loss(
     model: nn.Module, batch: Any, label_smoothing: float = 0.0, class_weights: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy of the class in nats, shape (). Class 0 is a class; a label of -100 counts for nothing.
+    """Mean cross-entropy of the class in nats. Shape (). Every id from 0 is a class.
 
-    batch: a `LabelledBatch`; model(source) gives logits (B, classes). class_weights (classes,) makes it a weighted mean.
+    batch: a `LabelledBatch`; model(source) gives logits (B, classes). class_weights (classes,): a mean weighted by class.
+    Where the batch has `weights` (B,), a row's loss counts so many times in the mean over rows, so that a batch of doubtful
+    rows moves the model less than one of sure ones.
     """
     logits = model(batch.source)
     weight = None if class_weights is None else class_weights.to(logits.device)
-    return cross_entropy(logits, batch.labels, weight=weight, label_smoothing=label_smoothing)
+    if batch.weights is None:
+        return cross_entropy(logits, batch.labels, weight=weight, label_smoothing=label_smoothing)
+    losses = cross_entropy(logits, batch.labels, weight=weight, label_smoothing=label_smoothing, reduction="none")
+    return (losses * batch.weights).mean()
 
 
 def language_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
