@@ -1,6 +1,7 @@
 """Hyper-parameters by grid or random search (optuna), and scores on few data by k-fold validation (scikit-learn)."""
 
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -31,14 +32,14 @@ def grid_search(
     again. Raises ValueError when optuna is missing or a name has no values.
     """
     lists = {name: list(values) for name, values in space.items()}
-    total = math.prod(map(len, lists.values()))
-    if not space or not total:
+    points = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    if not space or not points:
         raise ValueError(f"expected names with at least one value each to try, got {space}")
     optuna = _optuna()
-    sampler = optuna.samplers.GridSampler(lists, seed=0)
     study = _study(optuna, f"grid {lists}", storage)
-    while len(_finished(study)) < total:
-        _try(optuna, study, sampler, objective, lists)
+    while left := [point for point in points if point not in [trial.params for trial in _finished(study)]]:
+        study.enqueue_trial(left[0])
+        _try(optuna, study, 0, objective, lists)
     return _ranked(study)
 
 
@@ -58,8 +59,7 @@ def random_search(
     optuna = _optuna()
     study = _study(optuna, f"random {space} {seed}", storage)
     while (number := len(_finished(study))) < trials:
-        sampler = optuna.samplers.RandomSampler(random.Random(f"{seed}/{number}").getrandbits(32))
-        _try(optuna, study, sampler, objective, space)
+        _try(optuna, study, random.Random(f"{seed}/{number}").getrandbits(32), objective, space)
     return _ranked(study)
 
 
@@ -105,9 +105,12 @@ def _finished(study: Any) -> list[Any]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
 
-def _try(optuna: Any, study: Any, sampler: Any, objective: Objective, space: dict[str, Sequence[Any]]) -> None:
-    """One trial. An error or a kill leaves it unfinished, and the next search takes its place."""
-    study.sampler = sampler
+def _try(optuna: Any, study: Any, seed: int, objective: Objective, space: dict[str, Sequence[Any]]) -> None:
+    """One trial. An error or a kill leaves it unfinished, and the next search takes its place.
+
+    optuna's GridSampler is of no use here: it wants to stop a loop of optuna's own, where an error finishes a trial.
+    """
+    study.sampler = optuna.samplers.RandomSampler(seed)
     trial = study.ask()
     parameters: dict[str, Any] = {}
     for name, values in space.items():
