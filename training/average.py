@@ -1,6 +1,7 @@
 """Two ways to use several checkpoints: one model with their mean weights, or the mean opinion of all (bagging)."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tileformer.decoder import KVCache
-from tileformer.kernels import log_softmax
 from tileformer.training import checkpoint
 
 
@@ -99,5 +99,5 @@ class Ensemble(nn.Module):
 
 def _log_mean(logits: list[Tensor]) -> Tensor:
     """Log of the mean of softmax over the last axis."""
-    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
-    return torch.stack([log_softmax(x, dim=-1) for x in wide]).logsumexp(dim=0) - torch.tensor(len(wide)).log()
+    wide = [x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(dim=-1) for x in logits]
+    return torch.stack(wide).logsumexp(dim=0) - math.log(len(wide))
