@@ -41,7 +41,7 @@ def generate(
     Args:
         src: int64 (B, T_s), padded with ``pad_id`` behind each row. A Seq2Seq's source; a DecoderLM's prompts, with
             ``bos_id`` where it was trained with one, each at least one token long and of any lengths together.
-        max_length: new tokens of a row at most; default: what the model has room for.
+        max_length: new tokens of a row at most; default: what the model has room for behind each.
         use_cache: False computes everything again at each step: the same tokens, for comparison.
         temperature: sample from the softmax of logits / temperature; None takes the most probable token.
         top_k, top_p: sample only among the k most probable tokens; and only among the fewest of these whose
@@ -52,7 +52,7 @@ def generate(
             best one scores no lower than it.
         n_best: return the best n of the beams, with their scores.
 
-    Returns int64 (B, T), T <= ``max_length``: the tokens after the row's own, each row up to and with its ``eos_id`` if
+    Returns int64 (B, T): the tokens after the row's own, each row up to and with its ``eos_id`` if
     it came to one, then ``pad_id``, which is never chosen as a token. With ``n_best``: (B, n, T) and the scores (B, n)
     float32, -inf where a row has no further continuation.
 
@@ -154,13 +154,15 @@ class _Rows:
         if not self.conditioned and self.first < 1:
             raise ValueError("a prompt is all padding: begin each with a token, such as bos_id")
         room = config.max_length - self.longest + 1  # the last token is never read
-        self.steps = room if max_length is None else max_length
-        if not 1 <= self.steps <= room:
+        steps = room if max_length is None else max_length
+        if not 1 <= steps <= room:
             raise ValueError(
                 f"max_length must be between 1 and the model's {room}"
-                f"{'' if self.conditioned else f' after {self.longest} tokens of prompt'}, got {self.steps}"
+                f"{'' if self.conditioned else f' after {self.longest} tokens of prompt'}, got {steps}"
             )
-        self.tokens = own.new_full((len(own), self.longest + self.steps), config.pad_id)
+        width = self.longest + steps
+        self.limits = torch.full_like(self.lengths, width) if max_length is None else self.lengths + steps
+        self.tokens = own.new_full((len(own), width), config.pad_id)
         self.tokens[:, : self.longest] = own[:, : self.longest]
         layers = config.num_decoder_layers if self.conditioned else config.num_layers
         self.cache = KVCache(layers, self.tokens.shape[1] - 1) if use_cache else None
@@ -183,8 +185,11 @@ class _Rows:
 
     def new(self, tokens: Tensor) -> Tensor:
         """What ``tokens`` (B, n, width) hold behind each row's own, (B, n, T), T the longest."""
-        places = self.lengths[:: self.beams, None, None] + torch.arange(self.steps, device=tokens.device)
-        new = tokens.gather(2, places.expand(-1, tokens.shape[1], -1))
+        B, n, width = tokens.shape
+        lengths, limits = (x[:: self.beams, None, None] for x in (self.lengths, self.limits))
+        places = lengths + torch.arange(width - self.first, device=tokens.device)
+        new = tokens.gather(2, places.clamp(max=width - 1).expand(B, n, -1))
+        new = new.masked_fill(places >= limits, self.config.pad_id)
         # One last look: the steps that ran after the last row had ended left only padding.
         return new[..., : int((new != self.config.pad_id).sum(-1).max()) if new.numel() else 0]
 
@@ -239,7 +244,7 @@ def _search(rows: _Rows, length_penalty: float) -> tuple[Tensor, Tensor]:
         if rows.cache is not None:
             rows.cache.reorder(flat)
         ended, inside = ended.gather(1, parent), inside.gather(1, parent)
-        ended = ended | ~inside & ((token == rows.config.eos_id) | (new >= rows.steps))
+        ended = ended | ~inside & ((token == rows.config.eos_id) | (at + 1 >= rows.limits.view(-1, K)))
         if rows.all_ended(ended, at, _STEPS_BETWEEN_CHECKS):
             break
     scores, order = (total / new.clamp(min=1) ** length_penalty).sort(dim=1, descending=True, stable=True)

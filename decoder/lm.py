@@ -87,11 +87,11 @@ class DecoderLM(nn.Module):
 
     def states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> list[Tensor]:
         """What the embedding and then each layer give, the last one after the final norm: num_layers + 1 of (B, T, C)."""
-        self._check(tokens, cu_seqlens, cache)
+        longest = self._check(tokens, cu_seqlens, cache)
         T, options = tokens.shape[1], {}
         if cu_seqlens is not None:
             places = self.position(self._places(T, cu_seqlens))
-            options = {"is_causal": True, "cu_seqlens": cu_seqlens, "max_seqlen": min(T, self.config.max_length)}
+            options = {"is_causal": True, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
         else:
             start = 0 if cache is None else cache.length
             places = self.position.weight[start : start + T]
@@ -114,7 +114,8 @@ class DecoderLM(nn.Module):
         at = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
         return at - cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
 
-    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> None:
+    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> int:
+        """A bound of the documents' lengths."""
         if tokens.dtype != torch.int64:
             raise TypeError(f"tokens must be token ids (int64), got {tokens.dtype}")
         if tokens.dim() != 2:
@@ -128,10 +129,13 @@ class DecoderLM(nn.Module):
                 "packed tokens are (1, total) with cu_seqlens (N + 1,) and no cache, "
                 f"got {tuple(tokens.shape)} and {tuple(cu_seqlens.shape)}"
             )
+        elif cu_seqlens.device.type == "cpu":
+            longest = int(cu_seqlens.diff().max())
         else:  # a GPU is not waited for: there an index outside the positions stops the program
-            longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" else 0
+            longest = min(tokens.shape[1], self.config.max_length)
         if longest > self.config.max_length:
             raise ValueError(
                 f"tokens reach {longest} in one document, this model was built for max_length "
                 f"{self.config.max_length}: shorten it or build a longer model"
             )
+        return longest
