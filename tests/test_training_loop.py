@@ -269,10 +269,11 @@ def test_groups_reach_the_optimizer():
 
 
 def test_l1_leaves_only_the_weights_that_matter():
-    model, batches = linear(), RowBatches(30)
+    model, batches = linear(), RowBatches(300)
     for batch in batches.items:
         batch.labels.copy_((batch.source[:, 0] > 0).long())
-    fit(model, batches, Settings(9_000, lr=0.1, l1=0.05, optimizer="sgd", weight_decay=0.0), classification_loss)
+    settings = Settings(60_000, lr=0.5, l1=0.05, optimizer="sgd", momentum=0.0, weight_decay=0.0)
+    fit(model, batches, settings, classification_loss)
     assert (model.weight[:, 1:] == 0).all() and model.weight[:, 0].abs().min() > 0.1
 
 
