@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def _finished(study: Any) -> list[Any]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
 
-def _try(optuna: Any, study: Any, seed: int, objective: Objective, space: dict[str, Sequence[Any]]) -> None:
+def _try(optuna: Any, study: Any, seed: int, objective: Objective, space: Mapping[str, Sequence[Any]]) -> None:
     """One trial. An error or a kill leaves it unfinished, and the next search takes its place.
 
     optuna's GridSampler is of no use here: it wants to stop a loop of optuna's own, where an error finishes a trial.

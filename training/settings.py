@@ -22,7 +22,7 @@ class Settings:
     `betas` belong to AdamW; their second also averages RMSprop's squares. `momentum` belongs to SGD and RMSprop.
     `weight_decay` is decoupled in AdamW and an L2 penalty in the other two. `l1` moves every decayed weight towards 0 by
     lr x l1 a step and not past it: a proximal step behind the optimiser's, so the reported loss holds no penalty, and
-    weights that SGD does not need become exactly 0 (adaptive steps are larger, and keep theirs moving).
+    weights that plain SGD moves by less become exactly 0 (momentum and adaptive steps move them further).
     A step adds up `accumulate` batches, weighted by their labels; the last step of an epoch takes what is left.
 
     Precision "auto" is `resolve_precision`; "fp16" scales the loss and skips the steps whose gradients overflow.
