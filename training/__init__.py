@@ -5,7 +5,7 @@ Needs the `train` extra (`pip install "tileformer[train]"`).
 """
 
 from tileformer.training.checkpoint import CheckpointError, latest, load_weights, read_state
-from tileformer.training.data import Batch, Batches
+from tileformer.training.data import Batch, Batches, LabelledBatch, LabelledBatches, PackedBatch, PackedBatches
 from tileformer.training.loop import Report, evaluate, fit, resolve_precision
 from tileformer.training.losses import classification_loss, language_loss, sequence_loss
 from tileformer.training.optimizers import initialise, learning_rate_factor, make_optimizer, parameter_groups
@@ -15,6 +15,10 @@ __all__ = [
     "Batch",
     "Batches",
     "CheckpointError",
+    "LabelledBatch",
+    "LabelledBatches",
+    "PackedBatch",
+    "PackedBatches",
     "Report",
     "Settings",
     "classification_loss",

@@ -129,7 +129,7 @@ def evaluate(model: nn.Module, batches: AnyBatches, loss_fn: LossFunction, *, pr
     place = batches.state_dict()
     total, labels = torch.zeros((), device=device), 0
     model.eval()
-    batches.load_state_dict(place | {"index": 0})
+    batches.load_state_dict(place | {"index": 0, "piece": 0})  # where an epoch starts; only a stream cuts into pieces
     try:
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), _cast(device, precision):

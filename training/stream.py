@@ -61,12 +61,13 @@ class StreamedRows(Resumable[list[int]]):
             self.blocks += _blocks(path, max(1, buffer // GROUP), encoding, longest_line)
         if not any(block.count for block in self.blocks):
             raise ValueError(f"no text in {', '.join(map(str, self.paths)) or 'no files'}")
+        # Asked for at every step of a run, and the blocks of a large corpus are many.
+        lines, size = (sum(getattr(block, name) for block in self.blocks) for name in ("count", "size"))
+        order = {"buffer": buffer, "seed": seed, "tokenizer": tokenizer.fingerprint}
+        self.facts = {"files": [path.name for path in self.paths], "lines": lines, "bytes": size, **order}
 
     def _identity(self) -> dict[str, Any]:
-        lines, size = (sum(getattr(block, name) for block in self.blocks) for name in ("count", "size"))
-        files = [path.name for path in self.paths]
-        order = {"buffer": self.buffer, "seed": self.seed, "tokenizer": self.tokenizer.fingerprint}
-        return {"files": files, "lines": lines, "bytes": size, **order}
+        return self.facts
 
     def _plan(self, epoch: int) -> "_Epoch":
         return _Epoch(self, epoch)
