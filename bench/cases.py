@@ -158,6 +158,13 @@ def _softmax_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Tensor
     return dict(dx=abs(options.get("scale", 1.0)) * y * (given + (y * given).sum(-1, keepdim=True)))
 
 
+def _log_softmax_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Tensors:
+    y, given = truth["out"], truth["given out"].abs()
+    scale = abs(options.get("scale", 1.0))
+    scores = (scale * tensors["x"]).abs().nan_to_num(0.0, 0.0, 0.0)  # minus a sum of about their size
+    return dict(out=2 * _top(scores) + y.abs().nan_to_num(0.0, 0.0, 0.0), dx=scale * (given + y.exp() * given.sum(-1, keepdim=True)))
+
+
 def class_call(rows: int, classes: int, *, weighted: bool = False, ignored: int = 0, **options: Any) -> Build:
     """A cross-entropy call; the first `ignored` rows are."""
 
@@ -186,6 +193,7 @@ OPS = {
     "attention": Op(_attention_sizes, _attention_draw),
     "layer_norm": Op(_layer_norm_sizes),
     "softmax": Op(_softmax_sizes),
+    "log_softmax": Op(_log_softmax_sizes),
     "cross_entropy": Op(lambda tensors, options, truth: dict(out=_top(truth["out"]) + _top(tensors["logits"]))),
     "dropout": Op(draw=_dropout_draw),
 }
@@ -222,6 +230,7 @@ _layer_norm = _table(
     "layer_norm", lambda *shape, axes=1, **more: row_call(*shape, normalized_shape=shape[-axes:], **more)
 )
 _softmax = _table("softmax", row_call)
+_log_softmax = _table("log_softmax", row_call)
 _cross_entropy = _table("cross_entropy", class_call)
 _dropout = _table("dropout", row_call)
 AFFINE = ("weight", "bias")
@@ -381,6 +390,18 @@ CASES = [
     _softmax("transposed mask", "its last axis is not contiguous", 2, 3, 20, 37, mask="additive", layouts=dict(mask="transposed"), dtypes=BF,
         suite=False),
     _softmax("far rows", "offsets beyond 2^31 elements", 20, 64, layouts=dict(x="far", out="far"), dtypes=BF, suite=False),
+    _log_softmax("plain", "a power of two", 30, 64, quick=True),
+    _log_softmax("causal ragged", "T_q != T_k", 2, 3, 20, 37, causal=True, scale=0.2),
+    _log_softmax("boolean mask", "an empty row: -inf, no gradient", 2, 3, 20, 37, mask="boolean", dtypes=TWO),
+    _log_softmax("additive mask", "broadcast over the first axes", 2, 3, 20, 37, mask="additive", dtypes=TWO),
+    _log_softmax("very wide", "the backward reads its rows twice", 2, 17001, dtypes=TWO, suite=False),
+    _log_softmax("widest", "the forward keeps a running maximum", 2, 33000, edit=lambda t, o: t["x"][:, -1].add_(30), dtypes=TWO, suite=False),
+    _log_softmax("one column", "all zeros, no gradient", 30, 1, dtypes=BF, suite=False),
+    _log_softmax("no column", "rows of nothing", 3, 0, dtypes=BF),
+    _log_softmax("extreme", "far below what a softmax can hold", 30, 64, edit=lambda t, o: t["x"].mul_(1000)),
+    _log_softmax("row of -inf", "in x itself: -inf, not NaN", 30, 64, edit=lambda t, o: t["x"][4].fill_(-INF), dtypes=TWO,
+        not_torch="it hands the gradient of -inf on, as torch does"),
+    _log_softmax("odd strides", "a slice of wider rows", 30, 64, layouts=dict(x="padded", out="padded"), dtypes=BF, suite=False),
 
     _cross_entropy("mean", "ragged, ignored rows", 33, 41, ignored=5, quick=True),
     _cross_entropy("all options", "smoothing, class weights", 33, 41, ignored=5, weighted=True, label_smoothing=0.1),

@@ -72,7 +72,8 @@ def _row_matrix() -> Iterator[Case]:
             quick=width == 1024,
             dtypes=both[: 1 if width == 1024 else 2],
         )
-        yield Case("softmax", f"N {width}", "warps table", row_call(64, width), quick=width == 1024, dtypes=("bf16",))
+        for op in ("softmax", "log_softmax"):
+            yield Case(op, f"N {width}", "warps table", row_call(64, width), quick=width == 1024, dtypes=("bf16",))
         yield Case(
             "dropout", f"N {width}", "warps table", row_call(64, width, params=("residual",), p=0.1), dtypes=("bf16",)
         )

@@ -314,6 +314,14 @@ def _eager_softmax(t: Tensors, o: Options) -> Tensor:
     return x.softmax(-1)
 
 
+def _flag_gems_log_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y = package.log_softmax(x, -1)
+        return y, (y,)
+
+    return _Pair.apply(forward, lambda dy, y: (package.log_softmax_backward(dy, y, -1, y.dtype),), t["x"])
+
+
 def _flag_gems_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
     def forward(x: Tensor) -> Any:
         y = package.softmax(x, -1)
@@ -439,6 +447,8 @@ _PROVIDERS: dict[str, dict[str, Build]] = {
         "flag_gems": _peer("flag_gems", _flag_gems_softmax, _PLAIN),
         "fla": _peer("fla.ops.utils.softmax", _fla_softmax, _PLAIN),
     },
+    "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1))
+    | {"flag_gems": _peer("flag_gems", _flag_gems_log_softmax, _PLAIN)},
     "cross_entropy": _torch(_eager_cross_entropy)
     | {
         "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),

@@ -180,7 +180,7 @@ class Workload:
             forward, backward = everything + numel["x"], 3 * numel["x"] + 3 * s["N"]
         elif self.op == "dropout":  # x, residual -> y;  dy -> dx (the residual's gradient is dy itself)
             forward, backward = 3 * numel["x"], 2 * numel["x"]
-        elif self.op == "softmax":  # what is hidden need not be read, but is written
+        elif self.op in ("softmax", "log_softmax"):  # what is hidden need not be read, but is written
             seen = numel["x"] if "N" in s else self.pairs()
             forward, backward = seen + numel["x"], 2 * seen + numel["x"]
         else:  # decoder layer: inputs and parameters -> y;  these and dy -> their gradients
@@ -226,6 +226,8 @@ def _row_workloads() -> list[Workload]:
     found.append(
         Workload("softmax", "causal scores", dict(B=2, H=16, T_q=1024, T_k=1024), dict(causal=True, scale=0.125))
     )
+    for v in (4096, 32768):
+        found.append(Workload("log_softmax", f"rows N {v}", dict(R=2**26 // v, N=v), axis="N"))
     for v in (4096, 32000, 50257, 131072):
         found.append(Workload("cross_entropy", f"classes V {v}", dict(R=2**27 // v // 8 * 8, V=v), axis="V"))
     found.append(Workload("cross_entropy", "smoothed", dict(R=4096, V=32000), dict(label_smoothing=0.1)))

@@ -8,7 +8,7 @@ from tileformer.decoder.heads import Classifier, Tagger
 from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.lm import DecoderLM, DecoderLMConfig
 from tileformer.decoder.loading import LoadReport, common_rows, load_matching
-from tileformer.decoder.modules import CrossEntropyLoss, LayerNorm, Softmax
+from tileformer.decoder.modules import CrossEntropyLoss, LayerNorm, LogSoftmax, Softmax
 from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
 from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
 
@@ -20,6 +20,7 @@ __all__ = [
     "KVCache",
     "LoadReport",
     "LayerNorm",
+    "LogSoftmax",
     "MultiheadAttention",
     "Report",
     "Seq2Seq",

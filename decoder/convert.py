@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from tileformer.decoder.attention import MultiheadAttention
 from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
-from tileformer.decoder.modules import CrossEntropyLoss, Dropout, LayerNorm, Softmax
+from tileformer.decoder.modules import CrossEntropyLoss, Dropout, LayerNorm, LogSoftmax, Softmax
 from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
@@ -27,6 +27,7 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LayerNorm,
     nn.Dropout: Dropout,
     nn.Softmax: Softmax,
+    nn.LogSoftmax: LogSoftmax,
     nn.CrossEntropyLoss: CrossEntropyLoss,
 }
 
@@ -47,7 +48,7 @@ class Report:
 
 def convert(model: nn.Module) -> Report:
     """Swap every module of ``model`` that we have a twin of, in place: attention, encoder and decoder (layers), Transformer, LayerNorm, Dropout,
-    Softmax, CrossEntropyLoss.
+    Softmax, LogSoftmax, CrossEntropyLoss.
 
     A subclass is swapped if it overrides nothing that its twin computes; it stays an instance of its own class too.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tileformer.decoder.cache import KVCache
 from tileformer.decoder.lm import DecoderLM
 from tileformer.decoder.seq2seq import Seq2Seq
-from tileformer.kernels import softmax
+from tileformer.kernels import log_softmax, softmax
 
 # On an accelerator, asking whether all rows have ended waits for it; a few steps too many cost less.
 _STEPS_BETWEEN_CHECKS = 8
@@ -219,7 +219,7 @@ def _search(rows: _Rows, length_penalty: float) -> tuple[Tensor, Tensor]:
     ended = torch.zeros_like(total, dtype=torch.bool)
     greedy = torch.zeros_like(start)  # which of a source's rows is the greedy one
     for at in range(rows.first, rows.tokens.shape[1]):
-        logp = rows.logits(at).float().log_softmax(-1)
+        logp = log_softmax(rows.logits(at).float())
         V = logp.shape[1]
         inside = (at < rows.lengths).view(-1, K)
         # A row that ended, or whose own tokens are not over, has one continuation, at no cost.

@@ -1,8 +1,8 @@
-"""LayerNorm, Dropout, Softmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
+"""LayerNorm, Dropout, Softmax, LogSoftmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
 
 from torch import Tensor, nn
 
-from tileformer.kernels import cross_entropy, dropout, layer_norm, softmax
+from tileformer.kernels import cross_entropy, dropout, layer_norm, log_softmax, softmax
 
 
 class LayerNorm(nn.LayerNorm):
@@ -31,6 +31,16 @@ class Softmax(nn.Softmax):
         if self.dim is None or input.dim() == 0:
             return super().forward(input)
         return softmax(input.movedim(self.dim, -1)).movedim(-1, self.dim)
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """``torch.nn.LogSoftmax`` on the fused kernel; as `Softmax` along other axes and without a ``dim``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Log-softmax along ``dim``."""
+        if self.dim is None or input.dim() == 0:
+            return super().forward(input)
+        return log_softmax(input.movedim(self.dim, -1)).movedim(-1, self.dim)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

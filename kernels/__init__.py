@@ -11,7 +11,7 @@ from tileformer.kernels.bits import dropout_keep
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
 from tileformer.kernels.layer_norm import layer_norm
-from tileformer.kernels.softmax import softmax
+from tileformer.kernels.softmax import log_softmax, softmax
 
 __all__ = [
     "attention",
@@ -20,6 +20,7 @@ __all__ = [
     "dropout",
     "dropout_keep",
     "layer_norm",
+    "log_softmax",
     "reference",
     "scaled_dot_product_attention",
     "softmax",

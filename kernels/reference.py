@@ -71,13 +71,27 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
     """softmax(scale * x + mask) over the last axis of x (..., T_q, T_k)."""
+    return _softmax(_scores(x, scale, mask, causal))[0]
+
+
+def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
+    """log(softmax(scale * x + mask)) over the last axis of x (..., T_q, T_k).
+
+    An element that is -inf, by the masks or by itself, stays -inf and is a constant: no gradient comes from it or goes to it.
+    """
+    scores = _scores(x, scale, mask, causal)
+    hidden = scores == -math.inf
+    total = _softmax(scores)[1].unsqueeze(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    return (scores.masked_fill(hidden, 0.0) - total).masked_fill(hidden, -math.inf)
+
+
+def _scores(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
+    """scale * x + mask, -inf where hidden."""
     scores = x * scale
     hidden = _excluded(causal, mask, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1], x.device)
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask.to(scores.dtype)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -math.inf)
-    return _softmax(scores)[0]
+    return scores if hidden is None else scores.masked_fill(hidden, -math.inf)
 
 
 def attention(

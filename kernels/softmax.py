@@ -1,4 +1,7 @@
-"""Softmax over the last axis, with a scale and masks: y = softmax(scale x + mask), and dx = scale y (dy - sum(y dy)).
+"""Softmax and its logarithm over the last axis, with a scale and masks, s = scale x + mask:
+
+    y = softmax(s)                        dx = scale y (dy - sum(y dy))
+    y = s - log(sum(exp(s)))              dx = scale (dy - exp(y) sum(dy))
 
 A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: a running
 maximum and sum first (Milakov and Gimelshein, arXiv:1805.02867), then, from the end that is still in the cache, the
@@ -54,13 +57,19 @@ def _inverse_sum(total):
     return 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
+@triton.jit
+def _log_sum(total):
+    """log(total), and 0 where nothing is seen."""
+    return tl.log(tl.where(total == 0.0, 1.0, total))
+
+
 @triton.jit(do_not_specialize=["R", "H", "T_q", "causal_shift"])
 def _softmax_fwd_kernel(
     x_ptr, mask_ptr, y_ptr, x_stride, mask_strides, R, H, T_q, T_k, causal_shift, scale,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOG: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_R of the R = B H T_q rows. WHOLE: a tile spans the row."""
+    """One program: BLOCK_R of the R = B H T_q rows. WHOLE: a tile spans the row. LOG: the logarithm of the softmax."""
     T_k = T_k // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -76,8 +85,12 @@ def _softmax_fwd_kernel(
     if WHOLE:
         # [BLOCK_R, BLOCK_N]
         s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, cols, scale, T_k, CAUSAL, MASK, ACC)
-        p = tl.exp(s - _finite_max(tl.max(s, 1))[:, None])
-        y = p * _inverse_sum(tl.sum(p, 1))[:, None]
+        top = _finite_max(tl.max(s, 1))
+        p = tl.exp(s - top[:, None])
+        if LOG:
+            y = s - (top + _log_sum(tl.sum(p, 1)))[:, None]
+        else:
+            y = p * _inverse_sum(tl.sum(p, 1))[:, None]
         tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < T_k))
     else:
         m = tl.full([BLOCK_R], float("-inf"), ACC)
@@ -92,21 +105,26 @@ def _softmax_fwd_kernel(
             m = m_new
         top = _finite_max(m)
         inverse = _inverse_sum(total)
+        log_sum = top + _log_sum(total)
         last = (T_k - 1) // BLOCK_N * BLOCK_N
         for back in range(0, T_k, BLOCK_N):  # backwards: the last tiles are still in the cache
             near = last - back + cols
             # [BLOCK_R, BLOCK_N]
             s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, near, scale, T_k, CAUSAL, MASK, ACC)
-            y = tl.exp(s - top[:, None]) * inverse[:, None]
+            if LOG:
+                y = s - log_sum[:, None]
+            else:
+                y = tl.exp(s - top[:, None]) * inverse[:, None]
             tl.store(y_ptrs + near, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (near < T_k))
 
 
 @triton.jit(do_not_specialize=["R"])
 def _softmax_bwd_kernel(
     dy_ptr, y_ptr, dx_ptr, dy_stride, y_stride, R, N, scale,
-    WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOG: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_R rows."""
+    """One program: BLOCK_R rows. LOG: y is a logarithm, and what is -inf neither gives nor takes a gradient."""
     N = N // ALIGN * ALIGN
     dy_stride = dy_stride // ALIGN * ALIGN
     y_stride = y_stride // ALIGN * ALIGN
@@ -120,7 +138,11 @@ def _softmax_bwd_kernel(
         # [BLOCK_R, BLOCK_N]
         dy = tl.load(dy_ptrs + cols, mask=in_rows & (cols < N), other=0.0).to(ACC)
         y = tl.load(y_ptrs + cols, mask=in_rows & (cols < N), other=0.0).to(ACC)
-        dx = y * (dy - tl.sum(y * dy, 1)[:, None]) * scale
+        if LOG:
+            dy = tl.where(y == float("-inf"), 0.0, dy)
+            dx = (dy - tl.exp(y) * tl.sum(dy, 1)[:, None]) * scale
+        else:
+            dx = y * (dy - tl.sum(y * dy, 1)[:, None]) * scale
         tl.store(dx_ptrs + cols, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (cols < N))
     else:
         total = tl.zeros([BLOCK_R], ACC)
@@ -129,14 +151,20 @@ def _softmax_bwd_kernel(
             # [BLOCK_R, BLOCK_N]
             dy = tl.load(dy_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
             y = tl.load(y_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
-            total += tl.sum(y * dy, 1)
+            if LOG:
+                total += tl.sum(tl.where(y == float("-inf"), 0.0, dy), 1)
+            else:
+                total += tl.sum(y * dy, 1)
         last = (N - 1) // BLOCK_N * BLOCK_N
         for back in range(0, N, BLOCK_N):
             near = last - back + cols
             # [BLOCK_R, BLOCK_N]
             dy = tl.load(dy_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
             y = tl.load(y_ptrs + near, mask=in_rows & (near < N), other=0.0).to(ACC)
-            dx = y * (dy - total[:, None]) * scale
+            if LOG:
+                dx = (tl.where(y == float("-inf"), 0.0, dy) - tl.exp(y) * total[:, None]) * scale
+            else:
+                dx = y * (dy - total[:, None]) * scale
             tl.store(dx_ptrs + near, dx.to(dx_ptr.dtype.element_ty), mask=in_rows & (near < N))
 
 
@@ -148,6 +176,7 @@ def _fwd_launch(
     mask_kind: int,
     causal_shift: int | None,
     scale: float,
+    log: bool,
     dtype: torch.dtype,
 ) -> Launch:
     h, t_q, t_k = (1, 1, 1, *shape)[-3:]
@@ -156,51 +185,59 @@ def _fwd_launch(
         _softmax_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]),),
         (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale),
-        dict(CAUSAL=causal_shift is not None, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(dtype, t_k, stride)),
+        dict(
+            LOG=log,
+            CAUSAL=causal_shift is not None,
+            MASK=mask_kind,
+            WHOLE=t_k <= MAX_FWD,
+            **row_flags(dtype, t_k, stride),
+        ),
         [row_tile(t_k, MAX_FWD, 2048, 16)],
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _bwd_launch(shape: tuple[int, ...], dy_stride: int, y_stride: int, scale: float, dtype: torch.dtype) -> Launch:
+def _bwd_launch(
+    shape: tuple[int, ...], dy_stride: int, y_stride: int, scale: float, log: bool, dtype: torch.dtype
+) -> Launch:
     n = shape[-1]
     r = math.prod(shape[:-1]) if n else 0
     return Launch(
         _softmax_bwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]),),
         (dy_stride, y_stride, r, n, scale),
-        dict(WHOLE=n <= MAX_BWD, **row_flags(dtype, n, dy_stride, y_stride)),
+        dict(LOG=log, WHOLE=n <= MAX_BWD, **row_flags(dtype, n, dy_stride, y_stride)),
         [row_tile(n, MAX_BWD, 2048, 16)],
     )
 
 
-def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float) -> Tensor:
-    """softmax(scale x + mask) over the last axis of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k), usually expanded."""
-    y = _softmax_fwd_fake(x, mask, causal_shift, scale)
+def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
+    """softmax(scale x + mask), or its logarithm, over the last axis of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k), usually expanded."""
+    y = _softmax_fwd_fake(x, mask, causal_shift, scale, log)
     rows, stride = rows_of(x, x.shape[-1])
     if mask is None:
-        _fwd_launch(x.shape, stride, (0, 0, 0, 0), 0, causal_shift, scale, x.dtype)(rows, rows, y)
+        _fwd_launch(x.shape, stride, (0, 0, 0, 0), 0, causal_shift, scale, log, x.dtype)(rows, rows, y)
     else:
         boolean = mask.dtype == torch.bool
-        run = _fwd_launch(x.shape, stride, mask.stride(), 1 if boolean else 2, causal_shift, scale, x.dtype)
+        run = _fwd_launch(x.shape, stride, mask.stride(), 1 if boolean else 2, causal_shift, scale, log, x.dtype)
         run(rows, mask.view(torch.uint8) if boolean else mask, y)
     return y
 
 
-def _softmax_fwd_fake(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float) -> Tensor:
+def _softmax_fwd_fake(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def softmax_bwd(dy: Tensor, y: Tensor, scale: float) -> Tensor:
-    """scale y (dy - sum(y dy)) over the last axis."""
-    dx = _softmax_bwd_fake(dy, y, scale)
+def softmax_bwd(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
+    """scale y (dy - sum(y dy)) over the last axis; of the logarithm, scale (dy - exp(y) sum(dy))."""
+    dx = _softmax_bwd_fake(dy, y, scale, log)
     n = y.shape[-1]
     (dy_rows, dy_stride), (y_rows, y_stride) = rows_of(dy, n), rows_of(y, n)
-    _bwd_launch(y.shape, dy_stride, y_stride, scale, y.dtype)(dy_rows, y_rows, dx)
+    _bwd_launch(y.shape, dy_stride, y_stride, scale, log, y.dtype)(dy_rows, y_rows, dx)
     return dx
 
 
-def _softmax_bwd_fake(dy: Tensor, y: Tensor, scale: float) -> Tensor:
+def _softmax_bwd_fake(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
@@ -215,18 +252,18 @@ class _Softmax(torch.autograd.Function):
     launcher = staticmethod(softmax_fwd)
 
     @staticmethod
-    def forward(x, mask, causal_shift, scale):
-        return _fwd(x, mask, causal_shift, scale)
+    def forward(x, mask, causal_shift, scale, log):
+        return _fwd(x, mask, causal_shift, scale, log)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.scale = inputs[3]
+        ctx.scale, ctx.log = inputs[3:]
         ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return apply(_SoftmaxBackward, dy, y, ctx.scale), None, None, None
+        return apply(_SoftmaxBackward, dy, y, ctx.scale, ctx.log), None, None, None, None
 
 
 class _SoftmaxBackward(torch.autograd.Function):
@@ -236,12 +273,12 @@ class _SoftmaxBackward(torch.autograd.Function):
     launcher = staticmethod(softmax_bwd)
 
     @staticmethod
-    def forward(dy, y, scale):
-        return _bwd(dy, y, scale)
+    def forward(dy, y, scale, log):
+        return _bwd(dy, y, scale, log)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, y, ctx.scale = inputs
+        dy, y, ctx.scale, ctx.log = inputs
         ctx.save_for_backward(dy, y)
 
     @staticmethod
@@ -250,8 +287,14 @@ class _SoftmaxBackward(torch.autograd.Function):
         wide = torch.promote_types(y.dtype, torch.float32)
         u, g, p = ddx.to(wide), dy.to(wide), y.to(wide)
         along = lambda a, b: (a * b).sum(-1, keepdim=True)  # noqa: E731
+        if ctx.log:
+            hidden = y == -torch.inf
+            g, p = g.masked_fill(hidden, 0.0), p.exp()
+            grad_dy = ctx.scale * (u - along(p, u)).masked_fill(hidden, 0.0)
+            grad_y = -ctx.scale * p * u * g.sum(-1, keepdim=True)
+            return grad_dy.to(dy.dtype), grad_y.to(y.dtype), None, None
         grad_y = ctx.scale * (u * (g - along(p, g)) - g * along(p, u))
-        return apply(_SoftmaxBackward, ddx, y, ctx.scale), grad_y.to(y.dtype), None
+        return apply(_SoftmaxBackward, ddx, y, ctx.scale, False), grad_y.to(y.dtype), None, None
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
@@ -275,27 +318,45 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
     Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is itself -inf throughout is 0
     too, except on the torch backend, where it is NaN as in torch: looking for it would cost a pass.
     """
+    return _softmax("softmax", x, scale, mask, causal)
+
+
+def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
+    """The logarithm of `softmax`, with its arguments and errors: exact where the softmax itself would round to 0.
+
+    Returns:
+        A tensor like x, in x's dtype (also under autocast). What mask and causal hide is -inf, and neither gives nor
+        takes a gradient; so is a row that they hide entirely.
+
+    Source: `tileformer.kernels.reference.log_softmax` is the definition. An element of x that is itself -inf is as
+    hidden, except on the torch backend, which hands its gradient on as torch does.
+    """
+    return _softmax("log_softmax", x, scale, mask, causal)
+
+
+def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
     if not x.is_floating_point():
-        checks.floating("softmax", x=x)
+        checks.floating(name, x=x)
     if mask is not None:
-        checks.mask("softmax", x.shape, x, mask)
-    checks.causal("softmax", causal)
+        checks.mask(name, x.shape, x, mask)
+    checks.causal(name, causal)
     if x.dim() < (2 if causal else 1):
-        raise ValueError(f"softmax: x has shape {tuple(x.shape)}: it needs a last axis, and two axes for causal")
-    backend = choose("softmax", x)
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}: it needs a last axis, and two axes for causal")
+    backend = choose(name, x)
+    log = name == "log_softmax"
     if backend == "reference":
-        return reference.softmax(x, scale=scale, mask=mask, causal=causal)
+        return (reference.log_softmax if log else reference.softmax)(x, scale=scale, mask=mask, causal=causal)
     if backend == "torch":
-        return _torch_softmax(x, scale, mask, causal)
+        return _torch_softmax(x, scale, mask, causal, log)
     if mask is not None:
-        checks.no_mask_gradient("softmax", mask, backend)
+        checks.no_mask_gradient(name, mask, backend)
         four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
         mask = mask.expand(x.shape).reshape(four)
     shift = reference.causal_shift(causal, x.shape[-2], x.shape[-1]) if causal else None
-    return apply(_Softmax, x, mask, shift, float(scale))
+    return apply(_Softmax, x, mask, shift, float(scale), log)
 
 
-def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
+def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str, log: bool) -> Tensor:
     scores = x if scale == 1.0 else x * scale
     hidden = []
     if causal:
@@ -311,7 +372,10 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | 
         hidden.append(mask == -torch.inf)
         scores = scores + mask.masked_fill(hidden[-1], 0.0).to(x.dtype)
     if not hidden:
-        return scores.softmax(-1).to(x.dtype)  # autocast may have made it float32
+        return (scores.log_softmax(-1) if log else scores.softmax(-1)).to(x.dtype)  # autocast may have made it float32
     hide = functools.reduce(torch.bitwise_or, hidden)
     empty = hide.all(-1, keepdim=True)  # 0 for now: a softmax of -inf alone is NaN, and so is its gradient
-    return scores.masked_fill(hide, -torch.inf).masked_fill(empty, 0.0).softmax(-1).to(x.dtype).masked_fill(empty, 0.0)
+    scores = scores.masked_fill(hide, -torch.inf).masked_fill(empty, 0.0)
+    if log:
+        return scores.log_softmax(-1).to(x.dtype).masked_fill(hide, -torch.inf)
+    return scores.softmax(-1).to(x.dtype).masked_fill(empty, 0.0)

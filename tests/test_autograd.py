@@ -62,6 +62,7 @@ def _ops() -> dict[str, Op]:
             dict(x=draw(2, 3, 4, 6)),
             dict(scale=0.7, causal="bottom_right", mask=torch.rand(4, 6, generator=g) > 0.2),
         ),
+        "log_softmax": Op("log_softmax", dict(x=draw(2, 3, 4, 6)), dict(scale=0.7, mask=draw(4, 6))),
         "cross_entropy": Op(
             "cross_entropy", dict(logits=draw(4, 6)), dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1)
         ),

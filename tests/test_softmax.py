@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from tileformer import kernels
 from tileformer.bench.budget import assert_within_budget, rms_ratio
-from tileformer.kernels import reference, softmax, use_backend
+from tileformer.kernels import log_softmax, reference, softmax, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.softmax")  # the package's attribute of that name is the op
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -63,15 +64,21 @@ def results(op, x, dy, dtype, device, options):
     return y.detach(), torch.autograd.grad(y, x, dy.to(y))[0]
 
 
-def assert_matches_reference(shape, options, dtype, device):
+def assert_matches_reference(shape, options, dtype, device, name="softmax"):
     x, dy = (t.to(dtype).double() for t in (3 * draw(*shape), draw(*shape, seed=3)))
     mask = options.get("mask")
     if mask is not None and mask.is_floating_point():
         options = options | {"mask": mask.to(dtype)}
-    truth = results(reference.softmax, x, dy, torch.float64, device, options)
-    eager = results(reference.softmax, x, dy, dtype, device, options)
-    got = results(softmax, x, dy, dtype, device, options)
-    sizes = 1.0, 2 * abs(options.get("scale", 1.0)) * float(dy.abs().max())
+    op, definition = getattr(kernels, name), getattr(reference, name)
+    truth = results(definition, x, dy, torch.float64, device, options)
+    if name == "log_softmax":
+        dy = dy.masked_fill(truth[0].cpu() == -torch.inf, 0.0)
+    eager = results(definition, x, dy, dtype, device, options)
+    got = results(op, x, dy, dtype, device, options)
+    scale = abs(options.get("scale", 1.0))
+    sizes = 1.0, 2 * scale * float(dy.abs().max())
+    if name == "log_softmax":  # the difference of a score and a sum that is about as large; a gradient that sums a row
+        sizes = 2 * scale * float(x.abs().max()) + 3.0, scale * float(dy.abs().sum(-1).max())
     for name, g, e, t, size in zip(("y", "dx"), got, eager, truth, sizes, strict=True):
         assert g.dtype == dtype
         assert_within_budget(name, g, e, t, size)
@@ -95,6 +102,46 @@ def test_rows_longer_than_a_tile(shape, options, dtype, device, monkeypatch):
 def test_torch_backend(shape, options):
     with use_backend("torch"):
         assert_matches_reference(shape, options, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("longest", [None, 8], ids=["whole rows", "tiles of rows"])
+@pytest.mark.parametrize("shape, options", CALLS.values(), ids=CALLS)
+def test_log_softmax_matches_the_reference(shape, options, longest, dtype, device, backend, monkeypatch):
+    if longest:
+        monkeypatch.setattr(MODULE, "MAX_FWD", longest)
+        monkeypatch.setattr(MODULE, "MAX_BWD", longest)
+    assert_matches_reference(shape, options, dtype, device, "log_softmax")
+
+
+@pytest.mark.parametrize("shape, options", CALLS.values(), ids=CALLS)
+def test_log_softmax_on_the_torch_backend(shape, options):
+    with use_backend("torch"):
+        assert_matches_reference(shape, options, torch.float32, CPU, "log_softmax")
+
+
+@pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
+def test_log_softmax_holds_what_a_softmax_rounds_to_zero(name):
+    x = torch.tensor([[0.0, -200.0, -1e4], [3.0, 3.0, -torch.inf]], requires_grad=True)
+    with use_backend(name):
+        y = log_softmax(x, mask=x.detach() > -torch.inf)
+        (y[:, :2] * torch.tensor([1.0, 2.0])).sum().backward()
+    expected = torch.tensor([[0.0, -200.0, -1e4], [-0.6931472, -0.6931472, -torch.inf]])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, torch.tensor([[-2.0, 2.0, 0.0], [-0.5, 0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("name", ["interpret", "reference"])
+def test_what_log_softmax_hides_gives_and_takes_no_gradient(name):
+    x, kept = torch.randn(3, 4, requires_grad=True), torch.tensor([True, False, True, True])
+    with use_backend(name):
+        y = log_softmax(x, mask=kept.expand(3, 4) & torch.tensor([[True], [True], [False]]))
+        (dx,) = torch.autograd.grad(y, x, torch.full((3, 4), 5.0))
+    visible = torch.log_softmax(x[:2][:, kept], -1)
+    torch.testing.assert_close(y[:2][:, kept], visible)
+    (expected,) = torch.autograd.grad(visible, x, torch.full((2, 3), 5.0))
+    torch.testing.assert_close(dx, expected)
+    assert (y[:, 1] == -torch.inf).all() and (y[2] == -torch.inf).all() and not dx[2].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

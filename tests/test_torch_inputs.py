@@ -64,6 +64,7 @@ FUNCTIONS = {
     "nn.functional.scaled_dot_product_attention": kernels.scaled_dot_product_attention,
     "nn.functional.layer_norm": kernels.layer_norm,
     "softmax": lambda x, dim, dtype=None: decoder.Softmax(dim)(x if dtype is None else x.to(dtype)),
+    "log_softmax": lambda x, dim, dtype=None: decoder.LogSoftmax(dim)(x if dtype is None else x.to(dtype)),
     "nn.functional.cross_entropy": lambda x, target, **options: decoder.CrossEntropyLoss(**options)(x, target),
 }
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tileformer.decoder import KVCache
+from tileformer.kernels import log_softmax
 from tileformer.training import checkpoint
 
 
@@ -99,5 +100,5 @@ class Ensemble(nn.Module):
 
 def _log_mean(logits: list[Tensor]) -> Tensor:
     """Log of the mean of softmax over the last axis."""
-    wide = [x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(dim=-1) for x in logits]
+    wide = [log_softmax(x.to(torch.promote_types(x.dtype, torch.float32))) for x in logits]
     return torch.stack(wide).logsumexp(dim=0) - math.log(len(wide))
