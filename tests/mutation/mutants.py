@@ -1175,12 +1175,13 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "a time-first output is joined as batch-first",
          "x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)",
          "x.transpose(1, 2)"),
-        ("module", "the causal hint is taken without its mask", "if is_causal and attn_mask is None and cache is None:", "if False:"),
+        ("module", "the causal hint is taken without its mask", "if is_causal and attn_mask is None and cache is None and not packed:", "if False:"),
         ("module", "weights are not averaged", '("average" if average_attn_weights else True)', "True"),
-        ("module", "weights are of another call without dropout", "dropout_p=p, return_weights=asked", "dropout_p=0.0, return_weights=asked"),
+        ("module", "weights are of another call without dropout", '"dropout_p": p, "return_weights": asked', '"dropout_p": 0.0, "return_weights": asked'),
         ("module", "the padding mask is not passed on",
          "out = attention(q, k, v, mask=mask, key_mask=key_mask,",
          "out = attention(q, k, v, mask=mask,"),
+        ("module", "packed sequences see each other", '"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}', "}"),
     ],
     "decoder/layer.py": [
         ("module", "the residual is lost", "return dropout(branch, residual)", "return dropout(branch)"),
@@ -1194,7 +1195,16 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "pre-norm leaves out a norm",
          "x = _add_block(self._mha_block, x, self.norm2(x), *mha, **mha_cache)",
          "x = _add_block(self._mha_block, x, x, *mha, **mha_cache)"),
-        ("module", "the cross-attention writes the cache of the self-attention", '{"cache": cache.cross_attn}', '{"cache": cache.self_attn}'),
+        ("module", "the cross-attention writes the cache of the self-attention", "None if cache is None else cache.cross_attn", "None if cache is None else cache.self_attn"),
+    ],
+    "decoder/lm.py": [
+        ("module", "packed positions do not start again", "return at - cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]", "return at"),
+        ("module", "positions of a language model do not follow the cache", "start = 0 if cache is None else cache.length", "start = 0"),
+        ("causal", "a language model sees what follows", '{"is_causal": True, "src_mask": causal}', '{"src_mask": causal & False}'),
+    ],
+    "decoder/heads.py": [
+        ("module", "padding is pooled", ".masked_fill(~real[..., None], 0.0)", ""),
+        ("module", "the mean counts padding", "states.sum(1) / real.sum(1, keepdim=True).clamp(min=1)", "states.mean(1)"),
     ],
     "decoder/modules.py": [
         ("module", "dropout in evaluation", "if self.training and self.p > 0.0:", "if self.p > 0.0:"),
@@ -1216,8 +1226,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("causal", "a target sees itself being predicted", ".triu(1)", ".triu(2)"),
     ],
     "decoder/generation.py": [
-        ("module", "an ended row goes on", "masked_fill(ended, config.pad_id)", "masked_fill(ended & False, config.pad_id)"),
-        ("module", "padding may be chosen", 'logits[:, config.pad_id] = float("-inf")', "pass"),
+        ("module", "an ended row goes on", "masked_fill(ended, rows.config.pad_id)", "masked_fill(ended & False, config.pad_id)"),
+        ("module", "padding may be chosen", 'logits[:, self.config.pad_id] = float("-inf")', "pass"),
     ],
     "decoder/transformer.py": [
         ("module", "the final norm is left out", "return output if self.norm is None else self.norm(output)", "return output", "TransformerDecoder"),
