@@ -1,5 +1,7 @@
 """MultiheadAttention: torch.nn's module on the fused attention kernel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,6 +49,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         cache: AttentionCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``; see ``torch.nn.MultiheadAttention.forward``.
 
@@ -54,18 +58,29 @@ class MultiheadAttention(nn.MultiheadAttention):
         three 2-D without a batch. ``key_padding_mask`` (B, T_k), ``attn_mask`` (T_q, T_k) or (B * H, T_q, T_k), each
         boolean (True = masked out) or floating (added to the scores). ``cache`` holds earlier keys and values.
 
+        ``cu_seqlens`` int32 or int64 (N + 1,), ascending from 0: the one row of a batch of 1 is N sequences behind each
+        other, and attention stays inside each; ``is_causal`` then needs no mask, and there are no weights.
+        ``max_seqlen`` bounds their length: a GPU is spared work that finds nothing to do.
+
         Returns the output, shaped as query, and the weights (B, T_q, T_k), (B, H, T_q, T_k) without averaging, or None.
 
         Raises ValueError on shapes that do not fit, TypeError on a mask that is neither boolean nor floating or on
         nested tensors, RuntimeError on ``is_causal`` without a mask (as torch), all before any computation.
         """
         self._check(query, key, value, attn_mask, key_padding_mask, cache)
-        if is_causal and attn_mask is None and cache is None:
+        packed = cu_seqlens is not None
+        if packed and (query is not key or key is not value or cache is not None):
+            raise ValueError("cu_seqlens packs self-attention: pass one tensor as query, key and value, and no cache")
+        if is_causal and attn_mask is None and cache is None and not packed:
             raise RuntimeError(
                 "is_causal=True says that attn_mask is the causal mask, but attn_mask is None: pass it as well, "
                 "e.g. Transformer.generate_square_subsequent_mask(T)"
             )
         appends = self.bias_k is not None or self.add_zero_attn
+        if packed and appends:
+            raise NotImplementedError(
+                "cu_seqlens does not serve add_bias_kv or add_zero_attn: they belong to no sequence"
+            )
 
         q, k, v = self._project(query, key, value, cache)
         causal: bool | str = is_causal and not appends  # every query sees appended keys: only the mask says so
@@ -78,7 +93,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         p = self.dropout if self.training else 0.0
         asked: bool | str = ("average" if average_attn_weights else True) if need_weights else False
-        out = attention(q, k, v, mask=mask, key_mask=key_mask, causal=causal, dropout_p=p, return_weights=asked)
+        # A bound without sequences is the kernel's error to name.
+        bounds = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        options: dict[str, Any] = {"causal": causal, "dropout_p": p, "return_weights": asked, **ends, **bounds}
+        out = attention(q, k, v, mask=mask, key_mask=key_mask, **options)
         weights = None
         if asked:
             out, weights = out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.attention import MultiheadAttention, check_heads
-from tileformer.decoder.cache import LayerCache
+from tileformer.decoder.cache import AttentionCache, LayerCache
 from tileformer.decoder.modules import Dropout, LayerNorm
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -48,9 +48,13 @@ def _add_block(block: Callable[..., Tensor], residual: Tensor, *args, **kwargs) 
     return residual + block(*args, **kwargs)
 
 
-def _attend(attn: nn.Module, x: Tensor, memory: Tensor, attn_mask, key_padding_mask, is_causal, cache=None) -> Tensor:
-    """Output of ``attn``. The cache is only named where there is one: ``attn`` may be a user's module."""
-    options = {} if cache is None else {"cache": cache}
+def _given(**options) -> dict:
+    """The options that are not None: what is not asked for is not named, so that a user's module needs not know it."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _attend(attn: nn.Module, x: Tensor, memory: Tensor, attn_mask, key_padding_mask, is_causal, **options) -> Tensor:
+    """Output of ``attn``; ``options`` as cache, named only where there is one."""
     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
     return attn(x, memory, memory, need_weights=False, **masks, **options)[0]
 
@@ -90,19 +94,27 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        cache: AttentionCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
-        """Encode ``src`` (B, T, C) or (T, B, C), or (T, C); masks as in ``MultiheadAttention.forward``."""
+        """Encode ``src`` (B, T, C) or (T, B, C), or (T, C); masks as in ``MultiheadAttention.forward``.
+
+        For a decoder without memory: with ``cache``, src holds only tokens that the cache has not seen, and attention
+        is causal. ``cu_seqlens`` and ``max_seqlen`` say that src is packed.
+        """
         x = src
         masks = (src_mask, src_key_padding_mask)
+        options = _given(cache=cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if self.norm_first:
-            x = _add_block(self._sa_block, x, self.norm1(x), *masks, is_causal=is_causal)
+            x = _add_block(self._sa_block, x, self.norm1(x), *masks, is_causal=is_causal, **options)
             return _add_block(self._ff_block, x, self.norm2(x))
-        x = self.norm1(_add_block(self._sa_block, x, x, *masks, is_causal=is_causal))
+        x = self.norm1(_add_block(self._sa_block, x, x, *masks, is_causal=is_causal, **options))
         return self.norm2(_add_block(self._ff_block, x, x))
 
     @_adds_residual
-    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, residual=None) -> Tensor:
-        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal)
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, residual=None, **options) -> Tensor:
+        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, **options)
         return _drop_and_add(self.dropout1, branch, residual)
 
     @_adds_residual
@@ -152,8 +164,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         x = tgt
         sa = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         mha = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
-        sa_cache = {} if cache is None else {"cache": cache.self_attn}
-        mha_cache = {} if cache is None else {"cache": cache.cross_attn}
+        sa_cache = _given(cache=None if cache is None else cache.self_attn)
+        mha_cache = _given(cache=None if cache is None else cache.cross_attn)
         if self.norm_first:
             x = _add_block(self._sa_block, x, self.norm1(x), *sa, **sa_cache)
             x = _add_block(self._mha_block, x, self.norm2(x), *mha, **mha_cache)
@@ -163,13 +175,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return self.norm3(_add_block(self._ff_block, x, x))
 
     @_adds_residual
-    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, cache=None, residual=None) -> Tensor:
-        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, cache)
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, residual=None, **options) -> Tensor:
+        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, **options)
         return _drop_and_add(self.dropout1, branch, residual)
 
     @_adds_residual
-    def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, *, cache=None, residual=None) -> Tensor:
-        branch = _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, cache)
+    def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, *, residual=None, **options) -> Tensor:
+        branch = _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, **options)
         return _drop_and_add(self.dropout2, branch, residual)
 
     @_adds_residual

@@ -98,6 +98,18 @@ class Seq2Seq(nn.Module):
         x = self._embed(src, self.src_embedding, self.src_position, 0)
         return self.transformer.encoder(x, src_key_padding_mask=src_padding), src_padding
 
+    def states(self, src: Tensor) -> list[Tensor]:
+        """What the source's embedding and then each encoder layer give, the last one after the final norm.
+
+        num_encoder_layers + 1 of (B, T_s, C); the last is the memory of ``encode``.
+        """
+        self._check(src, "src", 0)
+        states = [self._embed(src, self.src_embedding, self.src_position, 0)]
+        encoder = self.transformer.encoder
+        for layer in encoder.layers:
+            states.append(layer(states[-1], src_key_padding_mask=src == self.config.pad_id))
+        return states if encoder.norm is None else [*states[:-1], encoder.norm(states[-1])]
+
     def decode(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T_t, V) for the token after each of ``tgt`` (B, T_t); with ``cache``, tgt is only its new part."""
         start = 0 if cache is None else cache.length

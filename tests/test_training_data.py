@@ -1,9 +1,14 @@
 """Batches: every example once an epoch, the same order for the same seed, resumable at any batch."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 
 from tileformer.training import Batches
+from tileformer.training.augment import token_dropout
+from tileformer.training.data import LabelledBatches, PackedBatches
 
 # Lengths 1..9 and 0..6, 103 examples: ragged in both sequences, and no multiple of the batch size.
 PAIRS = [([3 + i % 5] * (1 + i % 9), [100 + i] * (1 + i % 7)) for i in range(103)]
@@ -77,3 +82,141 @@ def test_other_data_than_the_checkpoints_are_refused():
 def test_unusable_input_is_refused(pairs, size, message):
     with pytest.raises(ValueError, match=message):
         Batches(pairs, size)
+
+
+ROWS = [[3 + i % 5] * (1 + i % 9) for i in range(103)]
+half_dropped = partial(token_dropout, rate=0.5)
+
+
+def test_labelled_rows_keep_their_labels_and_weights():
+    batches = LabelledBatches(ROWS, [i % 4 for i in range(103)], 8, seed=1, pool=3, weights=[i / 2 for i in range(103)])
+    seen = []
+    for batch in batches:
+        assert batch.labels.tolist() == [row % 4 for row in batch.rows]
+        assert batch.weights.tolist() == [row / 2 for row in batch.rows]
+        width = max(len(ROWS[row]) for row in batch.rows)
+        assert batch.source.tolist() == [ROWS[row] + [0] * (width - len(ROWS[row])) for row in batch.rows]
+        assert batch.tokens == batch.source_tokens == sum(len(ROWS[row]) for row in batch.rows)
+        assert batch.label_tokens == len(batch.rows)
+        assert (batch.source.dtype, batch.labels.dtype, batch.weights.dtype) == (
+            torch.int64,
+            torch.int64,
+            torch.float32,
+        )
+        seen += batch.rows
+    assert sorted(seen) == list(range(103))
+
+
+def test_labelled_rows_come_in_the_order_of_pairs():
+    pairs = Batches([(row, [100 + i]) for i, row in enumerate(ROWS)], 8, seed=4, pool=3)
+    rows = [list(batch.rows) for batch in LabelledBatches(ROWS, [0] * 103, 8, seed=4, pool=3)]
+    assert rows == [[number - 100 for number in batch] for batch in identities(pairs)]
+
+
+@pytest.mark.parametrize("stop", [0, 5, 13, 20])
+def test_augmented_rows_are_others_each_epoch_and_the_same_after_a_resume(stop):
+    def batches():
+        return LabelledBatches([[*range(3, 23)]] * 40, [0] * 40, 6, seed=2, augment=half_dropped)
+
+    def take(source, count):
+        stream = itertools.chain.from_iterable(itertools.repeat(source))
+        return [batch.source.tolist() for batch in itertools.islice(stream, count)]
+
+    whole = take(batches(), 21)  # three epochs
+    assert len({str(row) for batch in whole for row in batch}) > 100
+    stopped, resumed = batches(), batches()
+    head = take(stopped, stop)
+    resumed.load_state_dict(stopped.state_dict())
+    assert head + take(resumed, 21 - stop) == whole
+
+
+@pytest.mark.parametrize(
+    "labels, options, message",
+    [
+        ([0] * 102, {}, "103 rows need as many labels, got 102"),
+        ([0] * 103, {"weights": [1.0]}, "103 rows need as many weights, got 1"),
+        ([0] * 102 + [-1], {}, "labels must be 0 or more, got -1"),
+        ([0] * 103, {"weights": [-0.5] * 103}, "weights must be 0 or more, got -0.5"),
+        ([0] * 103, {"augment": token_dropout}, "augment needs a seed"),
+    ],
+)
+def test_unusable_labels_are_refused(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        LabelledBatches(ROWS, labels, 8, **options)
+    with pytest.raises(ValueError, match="1 of 2 examples have an empty source"):
+        LabelledBatches([[3], []], [0, 1], 8)
+
+
+def test_packed_documents_stand_end_to_end_and_predict_themselves_alone():
+    first, second = PackedBatches([[5, 6], [7], [8, 9, 5]], 6)
+    assert first.source.tolist() == [[1, 5, 6, 1, 7]] and first.labels.tolist() == [[5, 6, 2, 7, 2]]
+    assert second.source.tolist() == [[1, 8, 9, 5]] and second.labels.tolist() == [[8, 9, 5, 2]]
+    assert first.cu_seqlens.tolist() == [0, 3, 5] and first.cu_seqlens.dtype == torch.int32
+    assert (first.tokens, first.source_tokens, first.label_tokens, first.longest, second.longest) == (5, 5, 5, 3, 4)
+    assert first.source.dtype == first.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_every_document_is_packed_once_an_epoch(seed):
+    documents = [[100 + i] * (1 + i % 9) for i in range(103)]
+    batches = PackedBatches(iter(documents), 16, seed=seed)  # a generator will do: the ids are copied
+    epochs = []
+    for _ in range(2):
+        count = len(batches)
+        found = list(batches)
+        assert len(found) == count and all(batch.tokens <= 16 for batch in found)
+        ends = [(batch, *place) for batch in found for place in itertools.pairwise(batch.cu_seqlens)]
+        epochs.append([batch.source[0, a + 1 : b].tolist() for batch, a, b in ends])
+        assert sum(batch.tokens for batch in found) / (16 * count) > 0.8
+    assert all(sorted(epoch) == documents for epoch in epochs)
+    assert (epochs[0] == documents and epochs[1] == documents) is (seed is None)
+    assert (epochs[0] == epochs[1]) is (seed is None)
+
+
+def test_long_documents_are_cut_into_documents():
+    (batch,) = PackedBatches([[4, 5, 6, 7, 8], [9]], 20, longest=2)
+    assert batch.source.tolist() == [[1, 4, 5, 1, 6, 7, 1, 8, 1, 9]]
+    assert batch.labels.tolist() == [[4, 5, 2, 6, 7, 2, 8, 2, 9, 2]]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 30, 70])
+def test_packed_batches_resume_at_the_exact_batch(stop):
+    def take(source, count):
+        stream = itertools.chain.from_iterable(itertools.repeat(source))
+        return [batch.source.tolist() for batch in itertools.islice(stream, count)]
+
+    whole = take(PackedBatches(ROWS, 16, seed=3), 100)
+    stopped, resumed = PackedBatches(ROWS, 16, seed=3), PackedBatches(ROWS, 16, seed=3)
+    head = take(stopped, stop)
+    resumed.load_state_dict(stopped.state_dict())
+    assert head + take(resumed, 100 - stop) == whole
+    for other in (PackedBatches(ROWS[1:], 16, seed=3), PackedBatches(ROWS, 17, seed=3), PackedBatches(ROWS, 16)):
+        with pytest.raises(ValueError, match="the data differ"):
+            other.load_state_dict(stopped.state_dict())
+
+
+@pytest.mark.parametrize(
+    "documents, options, message",
+    [
+        ([], {}, "no documents to pack"),
+        ([[3], []], {}, "document 1 is empty"),
+        ([[3], [4] * 16], {}, "document 1: 16 ids and bos exceed batch_tokens 16; give `longest`"),
+        ([[3]], {"longest": 0}, "longest must be at least 1, got 0"),
+    ],
+)
+def test_unusable_documents_are_refused(documents, options, message):
+    with pytest.raises(ValueError, match=message):
+        PackedBatches(documents, 16, **options)
+
+
+@pytest.mark.parametrize(
+    "batches", [Batches(PAIRS, 2), LabelledBatches(ROWS, [0] * 103, 2, weights=[1] * 103), PackedBatches(ROWS, 16)]
+)
+def test_a_batch_moves_whole(batches):
+    batch = next(iter(batches))
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    for name, value in vars(batch).items():
+        now = getattr(moved, name)
+        assert now.device.type == "meta" if isinstance(value, torch.Tensor) else now == value
+    assert (moved.tokens, moved.label_tokens) == (batch.tokens, batch.label_tokens)

@@ -1,24 +1,27 @@
-"""The step loop: schedule, groups, precision, learning, evaluation, what it writes down, and what it refuses."""
+"""The step loop: precision, accumulation, learning, validation that steers, what it writes down, and what it refuses."""
 
+import itertools
 import json
 import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig
 from tileformer.training import (
     Batches,
+    CheckpointError,
     Settings,
+    checkpoint,
+    classification_loss,
     evaluate,
     fit,
-    learning_rate_factor,
-    make_optimizer,
-    parameter_groups,
+    language_loss,
     resolve_precision,
     sequence_loss,
 )
@@ -32,39 +35,6 @@ PAIRS = [(row, row[::-1]) for row in ROWS]
 def tiny(dropout=0.0):
     torch.manual_seed(0)
     return Seq2Seq(Seq2SeqConfig(8, 8, 32, 2, 1, 1, 64, dropout=dropout, max_length=8))
-
-
-@pytest.mark.parametrize(
-    "progress, cosine, wsd",
-    [(0, 0, 0), (0.05, 0.5, 0.5), (0.1, 1, 1), (0.55, 0.55, 1), (0.7, 0.325, 1), (1, 0.1, 0.1), (1.2, 0.1, 0.1)],
-)
-def test_schedule_values(progress, cosine, wsd):
-    """Linear warm-up over 10 %, floor 0.1; cosine: half way down at the middle; wsd: the last 30 % linear."""
-    values = {name: learning_rate_factor(progress, Settings(1, schedule=name, floor=0.1)) for name in ("cosine", "wsd")}
-    assert values == pytest.approx({"cosine": cosine, "wsd": wsd})
-
-
-def test_only_matrices_decay():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(5, 4)
-            self.norm = nn.LayerNorm((2, 4))  # two axes, and still a norm
-            self.linear = nn.Linear(4, 5)
-            self.linear.weight = self.embedding.weight  # tied: once in a group
-            self.position_bias = nn.Parameter(torch.zeros(3, 4))
-            self.gain = nn.Parameter(torch.zeros(4))
-            self.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
-
-    model = Model()
-    decayed, plain = parameter_groups(model, 0.01)
-    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0.0
-    assert [id(p) for p in decayed["params"]] == [id(model.embedding.weight)]
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert sorted(names[id(p)] for p in plain["params"]) == [
-        "gain", "linear.bias", "norm.bias", "norm.weight", "position_bias",
-    ]  # fmt: skip
-    assert make_optimizer(model, Settings(1)).defaults["fused"]
 
 
 @pytest.mark.parametrize("flags, expected", [("avx512f amx_bf16 amx_tile", "bf16"), ("avx512f avx512_bf16", "fp32")])
@@ -132,9 +102,261 @@ def test_label_smoothing_and_padding_reach_the_loss():
     torch.testing.assert_close(partial(sequence_loss, label_smoothing=0.1)(model, batch), expected)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A batch of another kind than `Batch`: (B, 3) numbers and what to say of each."""
+
+    source: Tensor
+    labels: Tensor
+    weights: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def label_tokens(self) -> int:
+        return len(self.labels)
+
+    tokens = label_tokens
+
+    def to(self, device):
+        return self
+
+
+class RowBatches:
+    """The least that `fit` asks for: batches of these sizes, in order, again and again."""
+
+    def __init__(self, *sizes):
+        torch.manual_seed(1)
+        rows = torch.randn(sum(sizes), 3)
+        labels = (rows.sum(1) > 0).long()
+        self.items = [Rows(*pair) for pair in zip(rows.split(sizes), labels.split(sizes), strict=True)]
+        self.next = 0
+
+    def __iter__(self):
+        while self.next < len(self.items):
+            self.next += 1
+            yield self.items[self.next - 1]
+        self.next = 0
+
+    def state_dict(self):
+        return {"index": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["index"]
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def scripted(values):
+    """A loss that trains as `classification_loss`, and whose validations come out as `values`, one after the other."""
+    rest = iter(values)
+    return lambda model, batch: classification_loss(model, batch) if model.training else torch.tensor(next(rest))
+
+
+def rates(folder):
+    return [json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optimizer, lr", [("adamw", 0.05), ("sgd", 0.05), ("rmsprop", 0.01)])
+def test_every_optimizer_learns(optimizer, lr):
+    settings = Settings(6_000, lr=lr, optimizer=optimizer, weight_decay=0.0, precision="fp32")
+    assert fit(linear(), RowBatches(30, 30), settings, classification_loss).loss < 0.3 < math.log(2)
+
+
+def test_accumulated_batches_make_the_step_of_one_batch():
+    """Batches of 6 and 2 count by their labels, not each the same."""
+    settings = Settings(64, lr=0.1, optimizer="sgd", precision="fp32")
+    whole, parts = linear(), linear()
+    one = fit(whole, RowBatches(8), settings, classification_loss)
+    two = fit(parts, RowBatches(6, 2), replace(settings, accumulate=2), classification_loss)
+    torch.testing.assert_close(parts.weight, whole.weight)
+    assert (one.steps, one.tokens) == (two.steps, two.tokens) == (8, 64) and one.loss == pytest.approx(two.loss)
+
+
+def test_a_step_ends_with_its_epoch():
+    batches = RowBatches(2, 2, 2, 2, 2)
+    assert (
+        fit(linear(), batches, Settings(22, accumulate=2), classification_loss).steps == 7
+    )  # 4 + 4 + 2, and again, + 2
+    assert batches.next == 2  # the look ahead is given back
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(ValueError, match="there are no batches to train on"):
+        fit(linear(), RowBatches(), Settings(8), classification_loss)
+
+
+@pytest.mark.parametrize("every, at", [("epoch", [3, 6, 9, 10]), (4, [4, 8, 10]), ("save", [5, 10])], ids=str)
+def test_validation_comes_when_it_was_asked_for(every, at, tmp_path):
+    settings = Settings(20, valid_every=every, save_every=5)
+    fit(linear(), RowBatches(2, 2, 2), settings, classification_loss, folder=tmp_path, valid=RowBatches(4))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "valid_loss" in line] == at
+
+
+STEERED = Settings(200, precision="fp32", log_every=1, valid_every=2)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
+    loss = scripted([0.9, 0.7, 0.8, 0.7, 0.75, 0.1])
+    report = fit(
+        linear(), RowBatches(2), replace(STEERED, patience=3), loss, folder=tmp_path, valid=RowBatches(2)
+    )  # an equal loss is no improvement
+    assert (report.steps, report.valid_loss) == (10, pytest.approx(0.7))
+    assert report.checkpoint is not None and checkpoint.read_state(report.checkpoint)["step"] == 10
+
+
+def test_a_plateau_lowers_the_rate_down_to_the_floor(tmp_path):
+    settings = replace(STEERED, schedule="plateau", warmup=0.0, lr=1.0, plateau_wait=2, plateau_factor=0.5, floor=0.3)
+    losses = [0.5, 0.6, 0.6, 0.4, 0.5, 0.5, 0.5, 0.5] + [1.0] * 99  # cut behind the third and the sixth: steps 6, 12
+    fit(linear(), RowBatches(2), replace(settings, tokens=36), scripted(losses), folder=tmp_path, valid=RowBatches(2))
+    assert rates(tmp_path) == [1.0] * 6 + [0.5] * 6 + [0.3] * 6
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_best_weights_are_kept_and_given_back(on_disk, tmp_path):
+    settings = replace(STEERED, tokens=24, keep_best=True, save_every=100)
+    seen = []
+
+    def loss(model, batch):
+        if not model.training:
+            seen.append(model.weight.detach().clone())
+        return script(model, batch)
+
+    script, model = scripted([0.9, 0.5, 0.7, math.nan, 0.8, 0.6]), linear()
+    report = fit(model, RowBatches(2), settings, loss, folder=tmp_path if on_disk else None, valid=RowBatches(2))
+    assert (report.steps, report.valid_loss) == (12, 0.5)
+    assert torch.equal(model.weight, seen[1]) and not torch.equal(model.weight, seen[-1])
+    if on_disk:
+        assert [path.name for path in checkpoint.steps_in(tmp_path)] == ["step-00000004", "step-00000012"]
+        assert checkpoint.best(tmp_path).name == "step-00000004" and checkpoint.latest(tmp_path) == report.checkpoint
+    else:
+        assert report.checkpoint is None
+
+
+def test_the_best_of_a_run_that_keeps_none_is_its_newest(tmp_path):
+    report = fit(linear(), RowBatches(2), Settings(20, save_every=3), classification_loss, folder=tmp_path)
+    assert checkpoint.best(tmp_path) == report.checkpoint
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.best(tmp_path / "elsewhere")
+
+
+def test_a_method_may_run_forward_and_backward_its_own_way():
+    """Twice half of each gradient is the gradient; under fp16 both halves carry the loss scale."""
+
+    def halves(model, batch, loss_fn, scale):
+        for _ in range(2):
+            loss = loss_fn(model, batch)
+            (loss * scale * 0.5).backward()
+        return loss
+
+    for precision in ("fp32", "fp16"):
+        settings = Settings(64, lr=0.1, optimizer="sgd", precision=precision)
+        plain, other = linear(), linear()
+        first = fit(plain, RowBatches(8), settings, classification_loss)
+        second = fit(other, RowBatches(8), settings, classification_loss, backward=halves)
+        torch.testing.assert_close(plain.weight, other.weight)
+        assert first.loss == pytest.approx(second.loss)
+
+
+def test_groups_reach_the_optimizer():
+    model, start = linear(), linear()
+    groups = [{"params": [model.weight], "lr_scale": 0.0}]
+    fit(model, RowBatches(8), Settings(64), classification_loss, groups=groups)
+    assert torch.equal(model.weight, start.weight) and not torch.equal(model.bias, start.bias)
+
+
+def test_l1_leaves_only_the_weights_that_matter():
+    model, batches = linear(), RowBatches(300)
+    for batch in batches.items:
+        batch.labels.copy_((batch.source[:, 0] > 0).long())
+    settings = Settings(60_000, lr=0.5, l1=0.05, optimizer="sgd", momentum=0.0, weight_decay=0.0)
+    fit(model, batches, settings, classification_loss)
+    assert (model.weight[:, 1:] == 0).all() and model.weight[:, 0].abs().min() > 0.1
+
+
+def overflow(at):
+    """A backward whose gradients leave the range of fp16 in the steps `at`."""
+    calls = itertools.count(1)
+
+    def backward(model, batch, loss_fn, scale):
+        loss = loss_fn(model, batch)
+        (loss * scale * (math.inf if next(calls) in at else 1)).backward()
+        return loss
+
+    return backward
+
+
+def test_a_whole_model_learns_in_fp16():
+    model = tiny()
+    report = fit(model, Batches(PAIRS, 16, seed=0), Settings(5_000, lr=5e-3, precision="fp16"))
+    assert report.loss < 1.4 < math.log(5) and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_fp16_skips_a_step_that_overflows_and_says_so(tmp_path):
+    settings = Settings(40, precision="fp16", log_every=1)
+    model = linear()
+    report = fit(model, RowBatches(4), settings, classification_loss, folder=tmp_path, backward=overflow({1, 4}))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+    norms = [line["gradient_norm"] for line in lines]  # without the loss scale, as they are clipped
+    assert [norm is None or norm < 2 for norm in norms] == [True] * 10 and norms.index(None) == 0 and norms[3] is None
+    assert (report.steps, report.skipped, lines[-1]["loss_scale"]) == (10, 2, 2.0**14) and model.weight.isfinite().all()
+
+
+def test_fp16_that_always_overflows_has_diverged(tmp_path):
+    settings = Settings(400, precision="fp16", log_every=1)
+    with pytest.raises(FloatingPointError, match=r"step 17: loss 0\.\d+, gradient norm (inf|nan)"):
+        fit(linear(), RowBatches(4), settings, classification_loss, backward=overflow(range(999)))
+
+
+def test_classification_loss_is_torchs_and_counts_rows_by_their_weight():
+    torch.manual_seed(0)
+    model, source, labels = linear(), torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    class_weights, weights = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.0, 0.3, 1.0, 1.0])
+    logits = model(source)
+    expected = nn.functional.cross_entropy(logits, labels, class_weights, label_smoothing=0.1)
+    torch.testing.assert_close(classification_loss(model, Rows(source, labels), 0.1, class_weights), expected)
+    each = nn.functional.cross_entropy(logits, labels, class_weights, label_smoothing=0.1, reduction="none")
+    found = classification_loss(model, Rows(source, labels, weights), 0.1, class_weights)
+    torch.testing.assert_close(found, (each * weights).sum() / 5)
+
+
+def test_language_loss_counts_places_that_have_a_next_token():
+    logits = torch.randn(1, 6, 7, requires_grad=True)
+    batch = Rows(torch.randint(7, (1, 6)), torch.tensor([[3, 4, 2, 0, 6, 2]]), cu_seqlens=torch.tensor([0, 4, 6]))
+    seen = {}
+
+    def model(source, *, cu_seqlens):
+        seen.update(source=source, cu_seqlens=cu_seqlens)
+        return logits
+
+    kept = batch.labels[0] != 0
+    expected = nn.functional.cross_entropy(logits[0, kept], batch.labels[0, kept])
+    torch.testing.assert_close(language_loss(model, batch), expected)
+    assert seen["source"] is batch.source and seen["cu_seqlens"] is batch.cu_seqlens
+
+
+@pytest.mark.parametrize("steer", [{"patience": 1}, {"keep_best": True}, {"schedule": "plateau"}], ids=str)
+def test_a_steered_run_needs_a_validation_loss_of_its_own_rhythm(steer):
+    with pytest.raises(
+        ValueError, match="valid_every must be 'epoch' or a number of steps with .*" + next(iter(steer))
+    ):
+        Settings(1, **steer)
+    with pytest.raises(ValueError, match=f"{next(iter(steer))}.* needs a validation loss: pass valid="):
+        fit(linear(), RowBatches(2), Settings(1, valid_every=1, **steer), classification_loss)
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"schedule": "step"}, {"precision": "int8"}, {"lr": 0}, {"tokens": -1}, {"warmup": 1.0}, {"decay": 0.0}],
+    [
+        *({"schedule": "step"}, {"precision": "int8"}, {"optimizer": "adam"}, {"lr": 0}, {"tokens": -1}),
+        *({"warmup": 1.0}, {"warmup": 0.0, "schedule": "inverse_sqrt"}, {"decay": 0.0}, {"accumulate": 0}, {"l1": -1}),
+        *({"momentum": -0.1}, {"patience": -1}, {"plateau_wait": 0}, {"plateau_factor": 1.0}),
+        *({"valid_every": 0}, {"valid_every": "step"}),
+    ],
     ids=str,
 )
 def test_settings_that_make_no_sense_are_refused(wrong):

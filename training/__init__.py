@@ -6,17 +6,10 @@ Needs the `train` extra (`pip install "tileformer[train]"`).
 
 from tileformer.training.checkpoint import CheckpointError, latest, load_weights, read_state
 from tileformer.training.data import Batch, Batches
-from tileformer.training.loop import (
-    Report,
-    Settings,
-    evaluate,
-    fit,
-    learning_rate_factor,
-    make_optimizer,
-    parameter_groups,
-    resolve_precision,
-    sequence_loss,
-)
+from tileformer.training.loop import Report, evaluate, fit, resolve_precision
+from tileformer.training.losses import classification_loss, language_loss, sequence_loss
+from tileformer.training.optimizers import initialise, learning_rate_factor, make_optimizer, parameter_groups
+from tileformer.training.settings import Settings
 
 __all__ = [
     "Batch",
@@ -24,8 +17,11 @@ __all__ = [
     "CheckpointError",
     "Report",
     "Settings",
+    "classification_loss",
     "evaluate",
     "fit",
+    "initialise",
+    "language_loss",
     "latest",
     "learning_rate_factor",
     "load_weights",

@@ -39,6 +39,14 @@ def latest(path: str | os.PathLike[str]) -> Path:
     return steps[-1]
 
 
+def best(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint of a run with the lowest validation loss, where its settings kept it; else what `latest` says."""
+    newest = latest(path)
+    step = read_state(newest).get("best_step")
+    kept = newest.with_name(_name(step)) if step is not None else newest
+    return kept if (kept / STATE).is_file() else newest
+
+
 def steps_in(folder: str | os.PathLike[str]) -> list[Path]:
     """Every checkpoint of a run folder, oldest first."""
     return sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
@@ -99,8 +107,9 @@ def save(
     state: dict[str, Any],
     *,
     keep: int = 1,
+    best: int | None = None,
 ) -> Path:
-    """Write `folder/step-<state["step"]>`, then drop all but the newest `keep`. Returns its path.
+    """Write `folder/step-<state["step"]>`, then drop all but the newest `keep` and that of step `best`. Returns its path.
 
     Raises OSError when the disk refuses; whatever was in `folder` is then still there, whole.
     """
@@ -108,7 +117,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*-step-*"):  # of a run that was killed while writing or removing
         shutil.rmtree(leftover)
-    final = folder / f"step-{state['step']:08d}"
+    final = folder / _name(state["step"])
     partial = folder / f".partial-{final.name}"
     partial.mkdir()
     try:
@@ -125,7 +134,8 @@ def save(
             raise OSError(f"{partial}: {_one_line(error)}") from None
         raise
     for old in steps_in(folder)[:-keep]:
-        discard(old)
+        if best is None or old.name != _name(best):
+            discard(old)
     return final
 
 
@@ -134,6 +144,10 @@ def discard(path: Path) -> None:
     hidden = path.with_name(f".discarded-{path.name}")
     os.replace(path, hidden)
     shutil.rmtree(hidden)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

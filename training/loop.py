@@ -1,4 +1,4 @@
-"""The one step loop: AdamW, a schedule over the token budget, clipping, autocast, log lines, checkpoints, resume."""
+"""The one step loop: accumulation, clipping, mixed precision, validation that may steer, log, checkpoints, resume."""
 
 import itertools
 import json
@@ -6,62 +6,53 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint
-from tileformer.training.data import Batch, Batches
 from tileformer.training.log import open_log
+from tileformer.training.losses import sequence_loss
+from tileformer.training.optimizers import learning_rate_factor, make_optimizer, shrink
+from tileformer.training.settings import Settings
 
-LossFunction = Callable[[nn.Module, Batch], Tensor]
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+class AnyBatch(Protocol):
+    """What `fit` asks of a batch; the loss function knows the rest."""
+
+    @property
+    def tokens(self) -> int: ...  # in the unit of the budget
+    @property
+    def label_tokens(self) -> int: ...  # what a mean loss is a mean of
+    def to(self, device: torch.device) -> "AnyBatch": ...
+
+
+class AnyBatches(Protocol):
+    """What `fit` asks of its data: a `for` loop is (what is left of) one epoch, the state is the exact place in it."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Backward = Callable[[nn.Module, Any, LossFunction, Tensor], Tensor]
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What may change between a run and its continuation: these decide when something is written, never a weight.
 CADENCE = ("log_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to learn. The budget is counted in tokens (`Batch.tokens`): it means the same at every batch size and speed.
-
-    The learning rate rises linearly over the first `warmup` of the budget. Then "cosine" falls to `floor` x `lr` at its
-    end; "wsd" (warm-up, stable, decay) stays flat and falls linearly over the last `decay` of it. Precision "auto" is
-    `resolve_precision`. Raises ValueError for what makes no sense.
-    """
-
-    tokens: int
-    lr: float = 1.5e-3
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    decay: float = 0.3
-    floor: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    precision: str = "auto"
-    log_every: int = 100
-    save_every: int = 500
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        for name, choices in (("schedule", ("cosine", "wsd")), ("precision", ("auto", "fp32", "bf16"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("tokens", "lr", "clip", "log_every", "save_every", "keep"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not (0 <= self.warmup < 1 and 0 < self.decay <= 1):
-            raise ValueError(f"warmup must be in [0, 1) and decay in (0, 1], got {self.warmup} and {self.decay}")
-
-
-@dataclass(frozen=True)
 class Report:
-    """What `fit` did, the part before a resume counted too. `core_seconds`: CPU time of all threads of the process."""
+    """What `fit` did, the part before a resume counted too. `core_seconds`: CPU time of all threads of the process.
+
+    `loss` is the mean of the last interval, `valid_loss` the lowest one measured, `skipped` the steps that fp16
+    overflowed, `checkpoint` the newest.
+    """
 
     steps: int
     tokens: int
@@ -69,44 +60,41 @@ class Report:
     core_seconds: float
     wall_seconds: float
     checkpoint: Path | None
+    valid_loss: float | None = None
+    skipped: int = 0
 
 
-def learning_rate_factor(progress: float, settings: Settings) -> float:
-    """The learning rate as a share of `settings.lr`, at `progress` (0 to 1) of the budget."""
-    if progress < settings.warmup:
-        return progress / settings.warmup
-    if settings.schedule == "wsd":
-        share = max(0.0, progress - (1 - settings.decay)) / settings.decay
-        fall = 1 - min(1.0, share)
-    else:
-        share = (min(1.0, progress) - settings.warmup) / (1 - settings.warmup)
-        fall = 0.5 * (1 + math.cos(math.pi * share))
-    return settings.floor + (1 - settings.floor) * fall
+@dataclass
+class _Place:
+    """Where a run stands: what its checkpoint holds beside weights, optimiser, random states and the place in the data.
 
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: decayed, and not: norms, biases, anything with fewer than two axes.
-
-    Embeddings are decayed: an embedding tied to the output layer is a projection like any other, and decay pulls back
-    the rows of symbols that are rarely seen.
+    stale: validations since the lowest loss, `best`, was measured at `best_step`; cut: what the plateau rule has left of
+    the learning rate.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                exempt = parameter.ndim < 2 or name.endswith("bias") or isinstance(module, NORMS)
-                (plain if exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
+    step: int = 0
+    tokens: int = 0
+    core_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    last: dict[str, Any] = field(default_factory=lambda: {"loss": math.nan})
+    skipped: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    cut: float = 1.0
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; one fused update where torch has it (CPU and CUDA)."""
-    groups = parameter_groups(model, settings.weight_decay)
-    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
+    def judge(self, valid_loss: float, settings: Settings) -> bool:
+        """Take in one validation. Whether it was the lowest so far."""
+        if valid_loss < (math.inf if self.best is None else self.best):
+            self.best, self.best_step, self.stale = valid_loss, self.step, 0
+            return True
+        self.stale += 1
+        if settings.schedule == "plateau" and self.stale % settings.plateau_wait == 0:
+            self.cut = max(self.cut * settings.plateau_factor, settings.floor)
+        return False
+
+    def ended(self, settings: Settings) -> bool:
+        return self.tokens >= settings.tokens or 0 < settings.patience <= self.stale
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -124,14 +112,15 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "fp32"
 
 
-def sequence_loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the next symbol in nats, over labels that are not padding (id 0). Shape ()."""
-    logits = model(batch.source, batch.target)  # (B, T_t, V)
-    return cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=0, label_smoothing=label_smoothing)
+def backward_once(model: nn.Module, batch: Any, loss_fn: LossFunction, scale: Tensor) -> Tensor:
+    """Forward and backward of one batch, the gradients times `scale`. Returns the loss without it."""
+    loss = loss_fn(model, batch)
+    (loss * scale).backward()
+    return loss
 
 
-def evaluate(model: nn.Module, batches: Batches, loss_fn: LossFunction, *, precision: str = "fp32") -> float:
-    """Mean of `loss_fn` per label over one epoch of `batches`, in eval mode and without gradients.
+def evaluate(model: nn.Module, batches: AnyBatches, loss_fn: LossFunction, *, precision: str = "fp32") -> float:
+    """Mean of `loss_fn` per label over one whole epoch of `batches`, in eval mode and without gradients.
 
     Leaves every module's training flag, torch's random states, and the place in `batches` as they were.
     """
@@ -140,7 +129,7 @@ def evaluate(model: nn.Module, batches: Batches, loss_fn: LossFunction, *, preci
     place = batches.state_dict()
     total, labels = torch.zeros((), device=device), 0
     model.eval()
-    batches.index = 0
+    batches.load_state_dict(place | {"index": 0})
     try:
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), _cast(device, precision):
@@ -156,104 +145,167 @@ def evaluate(model: nn.Module, batches: Batches, loss_fn: LossFunction, *, preci
 
 def fit(
     model: nn.Module,
-    batches: Batches,
+    batches: AnyBatches,
     settings: Settings,
     loss_fn: LossFunction = sequence_loss,
     *,
     folder: str | os.PathLike[str] | None = None,
-    valid: Batches | None = None,
+    valid: AnyBatches | None = None,
     resume: bool = False,
     meta: dict[str, Any] | None = None,
+    groups: Sequence[dict[str, Any]] | None = None,
+    backward: Backward = backward_once,
 ) -> Report:
-    """Train `model` where it stands, until `settings.tokens` are spent.
+    """Train `model` where it stands, until `settings.tokens` are spent or `settings.patience` is at an end.
 
-    batches: endless by repetition; valid: evaluated at every checkpoint. folder: where `log.jsonl` and checkpoints go
-    (None: nowhere). meta: JSON-able facts stored with each checkpoint (the model's configuration, the vocabulary). With
-    `resume` the newest checkpoint in `folder` is continued, and on a CPU with the same thread count the final weights
-    are, bit for bit, those of a run that never stopped.
+    batches: endless by repetition; valid: evaluated as `settings.valid_every` says. folder: where `log.jsonl` and
+    checkpoints go (None: nowhere). meta: JSON-able facts stored with each checkpoint (the model's configuration, the
+    vocabulary). groups: learning rates by layer, see `make_optimizer`. backward: runs forward and backward of one batch
+    as `backward_once` does, for methods that need more than one of each. With `resume` the newest checkpoint in `folder`
+    is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run that never
+    stopped.
 
-    Raises CheckpointError: nothing to resume, a damaged checkpoint, other settings, data or `meta` than the
-    checkpoint's, or, without `resume`, a folder that already holds one; FloatingPointError when the loss or the
-    gradient is not finite (nothing is saved then); OSError when a checkpoint cannot be written. The last good
-    checkpoint stays in each case.
+    Raises ValueError: the settings steer by a validation loss and there is no `valid`, or nothing is trainable;
+    CheckpointError: nothing to resume, a damaged checkpoint, other settings, data or `meta` than the checkpoint's, or,
+    without `resume`, a folder that already holds one; FloatingPointError when the loss or the gradient is not finite
+    (nothing is saved then); OSError when a checkpoint cannot be written. The last good checkpoint stays in each case.
     """
+    if settings.steered and valid is None:
+        raise ValueError(f"{settings.steered} needs a validation loss: pass valid=")
     device = next(model.parameters()).device
     precision = resolve_precision(settings.precision, device)
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, settings, groups)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     # Through JSON, so that it compares equal to what a checkpoint says (JSON has no tuples).
     run = json.loads(json.dumps({"settings": asdict(settings) | {"precision": precision}, "meta": meta or {}}))
-    step = tokens = 0
-    core_before = wall_before = 0.0
-    saved: Path | None = None
-    last: dict[str, Any] = {"loss": math.nan}
+    place, saved = _Place(), None
     if resume:
         if folder is None:
             raise ValueError("resume needs the folder of the run")
         saved = checkpoint.latest(folder)
-        state = _restore(saved, model, optimizer, batches, run)
-        step, tokens, last = state["step"], state["tokens"], state["last"]
-        core_before, wall_before = state["core_seconds"], state["wall_seconds"]
+        place = _restore(saved, model, optimizer, scaler, batches, run)
     elif folder is not None and (found := checkpoint.steps_in(folder)):
         raise checkpoint.CheckpointError(f"{found[-1]}: a run is already here; resume it or choose another folder")
 
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    stream = itertools.chain.from_iterable(itertools.repeat(batches))
-    loss_sum, window_steps, window_tokens = torch.zeros((), device=device), 0, 0
-    core_start, wall_start = time.process_time(), time.perf_counter()
-    window_start = core_start
-    model.train()
-    with open_log(folder, step, settings.tokens) as record:
-        while tokens < settings.tokens:
-            batch = next(stream).to(device)
-            # A step's rate is that of its middle: neither the first nor the last one is wasted on a rate of 0.
-            rate = settings.lr * learning_rate_factor((tokens + batch.tokens / 2) / settings.tokens, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with _cast(device, precision):
-                loss = loss_fn(model, batch)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step, tokens = step + 1, tokens + batch.tokens
-            loss_sum += loss.detach()
-            window_steps, window_tokens = window_steps + 1, window_tokens + batch.tokens
+    def cast_loss(model: nn.Module, batch: Any) -> Tensor:
+        with _cast(device, precision):
+            return loss_fn(model, batch)
 
-            saving = step % settings.save_every == 0 or tokens >= settings.tokens
-            if not saving and step % settings.log_every:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    best_weights: dict[str, Tensor] = {}
+    loss_sum, skipped = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    core_start, wall_start = time.process_time() - place.core_seconds, time.perf_counter() - place.wall_seconds
+    window_step, window_tokens, window_start = place.step, place.tokens, time.process_time()
+    steps, data = _steps(batches, settings.accumulate), batches.state_dict()
+    model.train()
+    with open_log(folder, place.step, settings.tokens) as record:
+        while not place.ended(settings):
+            taken, data, epoch_ends = next(steps)
+            tokens, labels = sum(batch.tokens for batch in taken), sum(batch.label_tokens for batch in taken)
+            # A step's rate is that of its middle: neither the first nor the last one is wasted on a rate of 0.
+            rate = settings.lr * learning_rate_factor((place.tokens + tokens / 2) / settings.tokens, settings)
+            rate *= place.cut
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            for batch in taken:
+                share = torch.full((), batch.label_tokens / labels, device=device)
+                loss = backward(model, batch.to(device), cast_loss, scaler.scale(share))
+                loss_sum += loss.detach() * share
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            if settings.l1:
+                shrink(optimizer, settings.l1)
+            if scaler.is_enabled():
+                skipped += norm.isfinite().logical_not()
+            optimizer.zero_grad(set_to_none=True)
+            place.step, place.tokens = place.step + 1, place.tokens + tokens
+
+            ended, every = place.ended(settings), settings.valid_every
+            saving = ended or place.step % settings.save_every == 0
+            due = place.step % every == 0 if isinstance(every, int) else epoch_ends if every == "epoch" else saving
+            validating = valid is not None and (due or ended)
+            if not (saving or validating or place.step % settings.log_every == 0):
                 continue
-            mean, gradient = loss_sum.item() / window_steps, norm.item()  # all that is ever read from the device
-            if not (math.isfinite(mean) and math.isfinite(gradient)):
-                raise FloatingPointError(f"step {step}: loss {mean}, gradient norm {gradient}; try a lower lr or clip")
+            # All that is ever read from the device.
+            mean, gradient = loss_sum.item() / (place.step - window_step), norm.item()
+            _check_finite(place.step, mean, gradient, scaler)
             now = time.process_time()
-            last = {"step": step, "tokens": tokens, "loss": mean, "lr": rate, "gradient_norm": gradient}
-            last["tokens_per_core_second"] = round(window_tokens / max(now - window_start, 1e-9))
-            if saving and valid is not None:
-                last["valid_loss"] = evaluate(model, valid, loss_fn, precision=precision)
-            core, wall = core_before + time.process_time() - core_start, wall_before + time.perf_counter() - wall_start
-            record(last | {"core_seconds": round(core, 2)})
+            place.last = {"step": place.step, "tokens": place.tokens, "loss": mean, "lr": rate}
+            place.last["gradient_norm"] = gradient if math.isfinite(gradient) else None
+            place.last["tokens_per_core_second"] = round((place.tokens - window_tokens) / max(now - window_start, 1e-9))
+            if scaler.is_enabled():
+                place.skipped += int(skipped.item())
+                place.last |= {"skipped": place.skipped, "loss_scale": scaler.get_scale()}
+            if validating and valid is not None:
+                place.last["valid_loss"] = evaluate(model, valid, loss_fn, precision=precision)
+                improved = place.judge(place.last["valid_loss"], settings)
+                saving = saving or place.ended(settings) or improved and settings.keep_best
+                if improved and settings.keep_best and folder is None:
+                    best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            place.core_seconds, place.wall_seconds = time.process_time() - core_start, time.perf_counter() - wall_start
+            record(place.last | {"core_seconds": round(place.core_seconds, 2)})
             if saving and folder is not None:
-                place = {"step": step, "tokens": tokens, "core_seconds": core, "wall_seconds": wall, "last": last}
-                place |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "data": batches.state_dict()}
-                saved = checkpoint.save(folder, model, optimizer, place | run, keep=settings.keep)
+                state = asdict(place) | {"scaler": scaler.state_dict(), "data": data} | run
+                state |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+                best = place.best_step if settings.keep_best else None
+                saved = checkpoint.save(folder, model, optimizer, state, keep=settings.keep, best=best)
             loss_sum.zero_()
-            window_steps, window_tokens, window_start = 0, 0, time.process_time()
-    core, wall = core_before + time.process_time() - core_start, wall_before + time.perf_counter() - wall_start
-    return Report(step, tokens, last["loss"], core, wall, saved)
+            skipped.zero_()
+            window_step, window_tokens, window_start = place.step, place.tokens, time.process_time()
+    batches.load_state_dict(data)  # `steps` looks one step ahead
+    if settings.keep_best and folder is not None:
+        checkpoint.load_weights(checkpoint.best(folder), model)
+    elif best_weights:
+        model.load_state_dict(best_weights)
+    core, wall = time.process_time() - core_start, time.perf_counter() - wall_start
+    return Report(place.step, place.tokens, place.last["loss"], core, wall, saved, place.best, place.skipped)
 
 
 def _cast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, dtype=HALVES.get(precision), enabled=precision in HALVES)
+
+
+def _steps(batches: AnyBatches, accumulate: int) -> Iterator[tuple[list[Any], dict[str, Any], bool]]:
+    """For ever: the batches of one step, the place in the data behind them, and whether an epoch ends with them.
+
+    Looks one step ahead, because only an iterator that stops says that an epoch is over.
+    """
+    for empty in itertools.count():  # a run that stopped at the very end of an epoch resumes with an empty one
+        iterator = iter(batches)
+        taken = list(itertools.islice(iterator, accumulate))
+        if not taken and empty:
+            raise ValueError("there are no batches to train on")
+        while taken:
+            place = batches.state_dict()
+            ahead = list(itertools.islice(iterator, accumulate))
+            yield taken, place, not ahead
+            taken = ahead
+
+
+def _check_finite(step: int, loss: float, gradient: float, scaler: torch.amp.GradScaler) -> None:
+    """FloatingPointError for a run that has diverged. An overflow that fp16 skipped is none, until no scale avoids it."""
+    overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+    if not (math.isfinite(loss) and (math.isfinite(gradient) or overflow)):
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {gradient}; try a lower lr or clip")
 
 
 def _restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, run: dict[str, Any]
-) -> dict[str, Any]:
-    """Put a checkpoint back into every object that has state; returns its state.json."""
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: AnyBatches,
+    run: dict[str, Any],
+) -> _Place:
+    """Put a checkpoint back into every object that has state; returns its place."""
     state = checkpoint.read_state(path)
+    # A checkpoint older than a setting, or than a part of the place, was written with what is now the default.
+    defaults = {"settings": {setting.name: setting.default for setting in fields(Settings)}, "meta": {}}
     for part, now in run.items():
         for name, value in now.items():
-            before = state[part].get(name)
+            before = state[part].get(name, defaults[part].get(name))
             if name not in CADENCE and before != value:
                 found = f"a run with {part} {name}={before!r}; asked to resume with {value!r}"
                 raise checkpoint.CheckpointError(f"{path}: {found}")
@@ -263,10 +315,12 @@ def _restore(
         raise checkpoint.CheckpointError(f"{path}: {error}") from None
     checkpoint.load_weights(path, model)
     checkpoint.load_training(path, model, optimizer)
+    if scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
     if state["threads"] != torch.get_num_threads():
         warnings.warn(
             f"{path} was trained with {state['threads']} threads, this process has {torch.get_num_threads()}: "
             "the last bits of the result may differ from the uninterrupted run's",
             stacklevel=3,
         )
-    return state
+    return _Place(**{part.name: state[part.name] for part in fields(_Place) if part.name in state})

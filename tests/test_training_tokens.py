@@ -1,0 +1,119 @@
+"""Tokenizers: the four special ids, one file, text back as it was, and nothing of a text taken for a special id."""
+
+import json
+
+import pytest
+
+pytest.importorskip("tokenizers", reason="the finetune extra is not installed")
+
+from tileformer.training.tokens import KINDS, Tokenizer
+
+TEXTS = ["今天天气很好，我们去公园。 very good <eos> 12", "今天 我们 very ok", "天气好　good\n"] * 2
+
+
+def train(kind, **options):
+    if kind == "words":
+        pytest.importorskip("rjieba", reason="the finetune extra is not installed")
+    return Tokenizer.train(TEXTS, kind, **{"minimum": 1, "vocabulary": 300} | options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_text_comes_back_as_it_was(kind):
+    tokenizer = train(kind)
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_all(TEXTS)] == TEXTS
+    assert tokenizer.encode_all(TEXTS[:2]) == [tokenizer.encode(text) for text in TEXTS[:2]]
+    assert tokenizer.encode("") == [] and tokenizer.encode_all([]) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_ids_come_first_and_from_no_text(kind):
+    tokenizer = train(kind)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2, 3)
+    ids = [number for text in ("<pad><bos><eos><unk>", *TEXTS) for number in tokenizer.encode(text)]
+    assert set(ids) <= set(range(3, tokenizer.size))
+    assert tokenizer.encode("龘") == [3] and tokenizer.decode([1, *tokenizer.encode("很龘"), 2, 0]).endswith("<unk>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_file_holds_all_of_it(kind, tmp_path):
+    tokenizer = train(kind)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.kind, loaded.size, loaded.fingerprint) == (kind, tokenizer.size, tokenizer.fingerprint)
+    texts = [*TEXTS, "<eos> 新"]
+    assert loaded.encode_all(texts) == tokenizer.encode_all(texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_texts_give_the_same_ids(kind):
+    assert train(kind).fingerprint == train(kind).fingerprint != train(kind, vocabulary=20).fingerprint
+
+
+def test_the_kinds_are_what_they_say():
+    characters, bpe, words = (train(kind) for kind in KINDS)
+    assert [characters.decode([i]) for i in characters.encode("今天天气")] == ["今", "天", "天", "气"]
+    assert [words.decode([i]) for i in words.encode("今天天气很好")] == ["今天天气", "很", "好"]
+    pieces = [bpe.decode([i]) for i in bpe.encode("今天我们,12")]
+    assert "我们" in pieces and pieces[-2:] == ["1", "2"]  # digits and punctuation stand alone
+
+
+def test_limits():
+    assert train("characters", vocabulary=10).size == train("words", vocabulary=10).size == 10
+    assert train("characters", minimum=3).encode("ｘ公天")[0] == 3
+    small = train("bpe", vocabulary=24)
+    assert small.size == 24 and any(len(small.decode([i])) > 1 for i in range(4, 24))  # not characters alone
+    assert train("characters").encode(TEXTS[0], max_length=3) == train("characters").encode(TEXTS[0])[:3]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kind": "letters"}, "kind must be one of characters, bpe, words, got 'letters'"),
+        ({"vocabulary": 4}, "vocabulary must be above 4 .* got vocabulary 4 and minimum 2"),
+        ({"minimum": 0}, "minimum at least 1, got vocabulary 8000 and minimum 0"),
+        ({"minimum": 99}, "the texts hold nothing 99 times"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.train(TEXTS, **options)
+    with pytest.raises(ValueError, match="the texts hold nothing 2 times; give more texts"):
+        Tokenizer.train([])
+
+
+def test_ids_of_another_vocabulary_are_refused():
+    tokenizer = train("characters")
+    for wrong in (tokenizer.size, -1):
+        with pytest.raises(ValueError, match=f"are 0 to {tokenizer.size - 1}, got {wrong}"):
+            tokenizer.decode([4, wrong])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", r"damaged or truncated; expected JSON"),
+        ("[]", r"expected format 'tileformer tokenizer 1', found None"),
+        ('{"format": "tileformer tokenizer 1", "kind": "letters"}', r"expected format"),
+        ('{"format": "tileformer tokenizer 1", "kind": "bpe"}', r"damaged; .*'tokenizer'"),
+        (
+            '{"format": "tileformer tokenizer 1", "kind": "bpe", "tokenizer": {}}',
+            r"damaged; the tokenizers library says",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    train("characters").save(tmp_path / "tokenizer.json")
+    changed = json.loads((tmp_path / "tokenizer.json").read_text("utf-8")) | {"kind": "words"}
+    (tmp_path / "words.json").write_text(json.dumps(changed))
+    monkeypatch.setitem(__import__("sys").modules, "rjieba", None)
+    with pytest.raises(ValueError, match=r'rjieba package is not installed: pip install "tileformer\[finetune\]"'):
+        Tokenizer.load(tmp_path / "words.json")

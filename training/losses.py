@@ -1,0 +1,42 @@
+"""Losses by kind of batch: sequence to sequence, classification, language modelling. All maths is the kernels'."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tileformer.kernels import cross_entropy
+
+
+def sequence_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of the next symbol in nats, over labels that are not padding (id 0). Shape ().
+
+    batch: a `Batch`; model(source, target) gives logits (B, T_t, V).
+    """
+    logits = model(batch.source, batch.target)
+    return cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=0, label_smoothing=label_smoothing)
+
+
+def classification_loss(
+    model: nn.Module, batch: Any, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of the class in nats. Shape (). Every id from 0 is a class.
+
+    batch: a `LabelledBatch`; model(source) gives logits (B, classes). class_weights (classes,): a mean weighted by class.
+    Where the batch has `weights` (B,), a row's loss counts so many times in the mean over rows, so that a batch of doubtful
+    rows moves the model less than one of sure ones.
+    """
+    logits = model(batch.source)
+    weight = None if class_weights is None else class_weights.to(logits.device)
+    if batch.weights is None:
+        return cross_entropy(logits, batch.labels, weight=weight, label_smoothing=label_smoothing)
+    losses = cross_entropy(logits, batch.labels, weight=weight, label_smoothing=label_smoothing, reduction="none")
+    return (losses * batch.weights).mean()
+
+
+def language_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of the next token in nats, over places that have one (label above 0). Shape ().
+
+    batch: a `PackedBatch`; model(source (1, total), cu_seqlens=...) gives logits (1, total, V).
+    """
+    logits = model(batch.source, cu_seqlens=batch.cu_seqlens)
+    return cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=0, label_smoothing=label_smoothing)

@@ -1,0 +1,135 @@
+"""Hyper-parameters by grid or random search (optuna), and scores on few data by k-fold validation (scikit-learn)."""
+
+import hashlib
+import itertools
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Objective = Callable[[dict[str, Any]], float]
+EXTRA = 'is not installed: pip install "tileformer[finetune]"'
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One choice of parameters and what the objective made of it: lower is better, infinite when training diverged."""
+
+    parameters: dict[str, Any]
+    value: float
+
+
+def grid_search(
+    objective: Objective, space: dict[str, Sequence[Any]], *, storage: str | os.PathLike[str] | None = None
+) -> list[Trial]:
+    """Try every combination of the values that `space` lists for each name; returns the trials, best first.
+
+    objective: parameters to a loss (train, then return the valid loss); one that diverges counts as infinite. storage:
+    an SQLite file that keeps every trial; a search that was stopped goes on from it, and finished trials do not run
+    again. Raises ValueError when optuna is missing or a name has no values.
+    """
+    lists = {name: list(values) for name, values in space.items()}
+    points = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    if not space or not points:
+        raise ValueError(f"expected names with at least one value each to try, got {space}")
+    optuna = _optuna()
+    study = _study(optuna, f"grid {lists}", storage)
+    while left := [point for point in points if point not in [trial.params for trial in _finished(study)]]:
+        study.enqueue_trial(left[0])
+        _try(optuna, study, 0, objective, lists)
+    return _ranked(study)
+
+
+def random_search(
+    objective: Objective,
+    space: dict[str, Sequence[Any]],
+    trials: int,
+    *,
+    seed: int = 0,
+    storage: str | os.PathLike[str] | None = None,
+) -> list[Trial]:
+    """Try `trials` random choices (Bergstra and Bengio 2012); the rest as `grid_search`.
+
+    space: by name a list of values, or a range as a tuple: (low, high) of two ints or floats, both included, or
+    (low, high, "log") to draw evenly in the logarithm. The n-th choice follows from `seed` and n alone.
+    """
+    optuna = _optuna()
+    study = _study(optuna, f"random {space} {seed}", storage)
+    while (number := len(_finished(study))) < trials:
+        _try(optuna, study, random.Random(f"{seed}/{number}").getrandbits(32), objective, space)
+    return _ranked(study)
+
+
+def cross_validate(
+    score: Callable[[Sequence[int], Sequence[int]], float], labels: Sequence[Any], k: int = 5, *, seed: int = 0
+) -> tuple[float, ...]:
+    """The scores of k folds: train on all rows but a fold, test on that; every class is spread evenly over the folds.
+
+    score: (row numbers to train on, row numbers to test on) to a figure. labels: the class of each row.
+    Raises ValueError when scikit-learn is missing, k < 2, there is one class only, or one has fewer than k rows.
+    """
+    try:
+        from sklearn.model_selection import StratifiedKFold
+    except ImportError:
+        raise ValueError(f"scikit-learn {EXTRA}") from None
+    counts = Counter(labels)
+    if k < 2 or len(counts) < 2:
+        raise ValueError(f"expected at least 2 folds and 2 classes, got k={k} and classes {sorted(counts)}")
+    rarest, rows = counts.most_common()[-1]
+    if rows < k:
+        raise ValueError(f"class {rarest!r} has {rows} rows, fewer than the {k} folds: lower k")
+    splits = StratifiedKFold(k, shuffle=True, random_state=seed).split(labels, labels)
+    return tuple(score(train.tolist(), test.tolist()) for train, test in splits)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError(f"optuna {EXTRA}") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _study(optuna: Any, what: str, storage: str | os.PathLike[str] | None) -> Any:
+    """The study of exactly this search, new or continued: one file can hold several."""
+    url = None if storage is None else f"sqlite:///{os.fspath(storage)}"
+    name = hashlib.sha256(what.encode()).hexdigest()[:16]
+    return optuna.create_study(storage=url, study_name=name, load_if_exists=True, direction="minimize")
+
+
+def _finished(study: Any) -> list[Any]:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+
+
+def _try(optuna: Any, study: Any, seed: int, objective: Objective, space: Mapping[str, Sequence[Any]]) -> None:
+    """One trial. An error or a kill leaves it unfinished, and the next search takes its place.
+
+    optuna's GridSampler is of no use here: it wants to stop a loop of optuna's own, where an error finishes a trial.
+    """
+    study.sampler = optuna.samplers.RandomSampler(seed)
+    trial = study.ask()
+    parameters: dict[str, Any] = {}
+    for name, values in space.items():
+        if isinstance(values, list):
+            parameters[name] = trial.suggest_categorical(name, values)
+        else:
+            low, high, *log = values
+            suggest = trial.suggest_int if isinstance(low, int) and isinstance(high, int) else trial.suggest_float
+            parameters[name] = suggest(name, low, high, log=log == ["log"])
+    try:
+        value = objective(parameters)
+    except FloatingPointError:
+        value = math.nan
+    if math.isfinite(value):
+        study.tell(trial, value)
+    else:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def _ranked(study: Any) -> list[Trial]:
+    found = [Trial(trial.params, math.inf if trial.value is None else trial.value) for trial in _finished(study)]
+    return sorted(found, key=lambda trial: trial.value)

@@ -1,0 +1,177 @@
+"""Text files larger than memory: lines as id sequences, shuffled, resumable at the exact line, packed into batches.
+
+One pass at the start notes where blocks of whole lines begin and checks that every line is text. An epoch shuffles the
+blocks, reads GROUP of them at a time and shuffles their lines: that group is all the text ever held. The order follows
+from the seed and the epoch alone, so a place is two numbers, and to resume is to read one group.
+"""
+
+import itertools
+import os
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tileformer.training.data import PackedBatch, Resumable, check_fits, pack, pieces
+from tileformer.training.text import decode
+from tileformer.training.tokens import Tokenizer
+
+GROUP = 16  # blocks whose lines are shuffled together: neighbours come from as many places of the corpus
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of one file: `size` bytes from byte `start`, the first one line `line`; `count` are not blank."""
+
+    path: Path
+    start: int
+    size: int
+    line: int
+    count: int
+
+
+class StreamedRows(Resumable[list[int]]):
+    """The ids of each line of text files, one epoch in one `for` loop; blank lines are skipped.
+
+    With a `seed` every epoch has another order, without the lines keep theirs. buffer: bytes of text held at once.
+    prepare: what is done to a line before it becomes ids (`text.clean`); what it leaves empty is an empty row.
+
+    Raises ValueError, one line that names file:line, for bytes that are not text in `encoding` (one in which a line end
+    is a byte of its own: not utf-16), a line over `longest_line` bytes, files without text, and a file that changed
+    after it was opened.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        tokenizer: Tokenizer,
+        *,
+        seed: int | None = None,
+        buffer: int = 4 << 20,
+        encoding: str = "utf-8",
+        longest_line: int = 1 << 20,
+        prepare: Callable[[str], str] = str.strip,
+    ) -> None:
+        self.tokenizer, self.seed, self.buffer, self.encoding, self.prepare = tokenizer, seed, buffer, encoding, prepare
+        self.blocks: list[Block] = []
+        self.paths = [Path(path) for path in paths]
+        for path in self.paths:
+            self.blocks += _blocks(path, max(1, buffer // GROUP), encoding, longest_line)
+        if not any(block.count for block in self.blocks):
+            raise ValueError(f"no text in {', '.join(map(str, self.paths)) or 'no files'}")
+
+    def _identity(self) -> dict[str, Any]:
+        lines, size = (sum(getattr(block, name) for block in self.blocks) for name in ("count", "size"))
+        files = [path.name for path in self.paths]
+        order = {"buffer": self.buffer, "seed": self.seed, "tokenizer": self.tokenizer.fingerprint}
+        return {"files": files, "lines": lines, "bytes": size, **order}
+
+    def _plan(self, epoch: int) -> "_Epoch":
+        return _Epoch(self, epoch)
+
+    def _collate(self, entry: list[int]) -> list[int]:
+        return entry
+
+    def read(self, block: Block) -> list[list[int]]:
+        """The rows of one block, in the file's order."""
+        with block.path.open("rb") as file:
+            file.seek(block.start)
+            content = file.read(block.size)
+        lines = decode(content, block.path, self.encoding, line=block.line, at=block.start).split("\n")
+        lines = [line for line in lines if line.strip()]
+        if len(lines) != block.count:
+            found = f"{len(lines)} lines from byte {block.start:,} on, {block.count} when it was opened"
+            raise ValueError(f"{block.path}:{block.line}: the file changed while it was read: {found}")
+        return self.tokenizer.encode_all(map(self.prepare, lines))
+
+
+class _Epoch(Sequence[list[int]]):
+    """The rows of one epoch by their place in it; the group that holds the last one asked for stays in memory."""
+
+    def __init__(self, rows: StreamedRows, epoch: int) -> None:
+        self.rows, self.epoch, self.loaded = rows, epoch, -1
+        blocks = list(rows.blocks)
+        if rows.seed is not None:
+            random.Random(f"{rows.seed}/{epoch}").shuffle(blocks)
+        self.groups = [blocks[at : at + GROUP] for at in range(0, len(blocks), GROUP)]
+        self.ends = list(itertools.accumulate(sum(block.count for block in group) for group in self.groups))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, place: Any) -> Any:
+        group = bisect_right(self.ends, place)
+        if group != self.loaded:
+            self.held = [row for block in self.groups[group] for row in self.rows.read(block)]
+            if self.rows.seed is not None:
+                random.Random(f"{self.rows.seed}/{self.epoch}/{group}").shuffle(self.held)
+            self.loaded = group
+        return self.held[place - self.ends[group]]
+
+
+class StreamedBatches(Resumable[PackedBatch]):
+    """Batches of the documents of `rows` end to end, as `PackedBatches` makes them of documents in memory.
+
+    batch_tokens and longest as there; a batch takes whole lines in the order of `rows`, and a line that is cut may go on
+    in the next one. The place is (epoch, line in it, piece of the line). Iterating moves `rows`, which belong to the
+    batches. Raises ValueError for a line that fits no batch, when its turn comes.
+    """
+
+    def __init__(self, rows: StreamedRows, batch_tokens: int, *, longest: int | None = None) -> None:
+        self.rows, self.batch_tokens, self.longest, self.piece = rows, batch_tokens, longest, 0
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        rows, piece = self.rows, self.piece
+        rows.epoch, rows.index = self.epoch, self.index
+        held: list[Sequence[int]] = []
+        free = self.batch_tokens
+        for row in rows:
+            parts = pieces(row, self.longest)
+            while piece < len(parts):
+                check_fits(parts[piece], self.batch_tokens, f"line {rows.index} of epoch {rows.epoch}")
+                if len(parts[piece]) < free:
+                    held.append(parts[piece])
+                    free -= len(parts[piece]) + 1
+                    piece += 1
+                else:
+                    self.epoch, self.index, self.piece = rows.epoch, rows.index - 1, piece  # what comes next
+                    yield pack(held)
+                    held, free = [], self.batch_tokens
+            piece = 0
+        self.epoch, self.index, self.piece = rows.epoch, 0, 0
+        if held:
+            yield pack(held)
+
+    def __len__(self) -> int:
+        raise TypeError("the number of batches is known when the epoch has been read; len(rows) is the number of lines")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch handed out, and what must be the same for it to mean the same data."""
+        return {**super().state_dict(), "piece": self.piece}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. Raises ValueError when the data or the order are not the same."""
+        super().load_state_dict(state)
+        self.piece = state["piece"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.rows._identity(), "batch_tokens": self.batch_tokens, "longest": self.longest}
+
+
+def _blocks(path: Path, size: int, encoding: str, longest_line: int) -> Iterator[Block]:
+    """`path` as blocks of whole lines, each of `size` bytes or, by its last line, a little more."""
+    start = at = first = count = 0
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(longest_line + 1)
+            if len(line) > longest_line:
+                raise ValueError(f"{path}:{number}: a line of over {longest_line:,} bytes; give a file with line ends")
+            if not line or at - start >= size:
+                yield Block(path, start, at - start, first + 1, count)
+                start, first, count = at, number - 1, 0
+            if not line:
+                return
+            count += bool(decode(line, path, encoding, line=number, at=at).strip())
+            at += len(line)

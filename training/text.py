@@ -1,0 +1,216 @@
+"""Labelled texts: cleaning, the `label<TAB>text` file, duplicates, and splits that follow from the texts alone.
+
+A text's place is decided by the hash of its key (its letters, ideographs and digits, without case, width, punctuation
+and spacing), so the same text never stands on both sides of a split, whatever the order or the number of lines.
+"""
+
+import contextlib
+import hashlib
+import html
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HIDDEN = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
+# Tags that end a line of text are a space; the others (<b>, <span>) stand inside words of Chinese, and leave nothing.
+BREAK = re.compile(r"</?(?:br|p|div|li|ul|ol|t[dhr]|table|h[1-6]|hr|blockquote)\b[^<>]*>", re.IGNORECASE)
+TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9:-]*(?:\s[^<>]*)?/?>")  # not <PRADA的恶魔>, which is the title of a book
+LONGEST = 20_000  # characters of one text; a longer line is most often a file whose lines lost their ends
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts and their labels: `labels[i]` is the place in `names` of what `texts[i]` is."""
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def pick(self, places: Iterable[int]) -> "Labelled":
+        """The texts at `places`, in that order, under the same names."""
+        places = list(places)
+        return Labelled(tuple(self.texts[i] for i in places), tuple(self.labels[i] for i in places), self.names)
+
+
+def clean(text: str, *, markup: bool = True, width: bool = True, case: bool = False) -> str:
+    """`text` on one line: white space in runs of one space, without control and zero-width characters.
+
+    markup: drop tags, comments and scripts, and decode entities (`&amp;`). width: NFKC, so that full-width letters,
+    digits and punctuation become half-width, and half-width kana full. case: lower the case of letters.
+    """
+    if markup:
+        text = html.unescape(TAG.sub("", BREAK.sub(" ", HIDDEN.sub(" ", text))))
+    if width:
+        text = unicodedata.normalize("NFKC", text)
+    # Cc: control, Cf: zero-width, direction and byte-order marks, Cs: halves of characters, which no file can hold.
+    kept = (c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    text = " ".join("".join(kept).split())
+    return text.lower() if case else text
+
+
+def key(text: str) -> str:
+    """What two copies of a text share: NFKC, word characters only (letters, ideographs, digits), lower case."""
+    return re.sub(r"\W", "", unicodedata.normalize("NFKC", text)).lower()
+
+
+def place(key: str, modulo: int = 100) -> int:
+    """Where a key falls, 0 to `modulo` - 1: the first 8 bytes of its sha256, big-endian, modulo that."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % modulo
+
+
+def read_labelled(
+    path: str | os.PathLike[str],
+    *,
+    encoding: str = "utf-8",
+    names: Sequence[str] | None = None,
+    longest: int = LONGEST,
+) -> Labelled:
+    """A file of `label<TAB>text` lines; blank lines are skipped, and tabs after the first belong to the text.
+
+    names: the labels that may occur and their order (those of the training file); without, the labels found, sorted.
+    Raises ValueError, one line that names `file:line`, for a wrong encoding, a line without a tab, label or text, a
+    text over `longest` characters, a label not in `names`, a file without texts or with a single label, and for what
+    looks like `text<TAB>label`; OSError when the file cannot be read.
+    """
+    texts: list[str] = []
+    found: list[str] = []
+    faults: list[tuple[int, str]] = []
+    for number, line in enumerate(decode(Path(path).read_bytes(), path, encoding).split("\n"), 1):
+        label, tab, text = (part.strip(" \r\u3000") for part in line.partition("\t"))
+        if not line.strip():
+            continue
+        if not tab:
+            faults.append((number, f"expected label<TAB>text, found no tab in {_shown(line)}"))
+        elif not (label and text.strip()):
+            faults.append((number, f"expected label<TAB>text, found no {'text' if label else 'label'}"))
+        elif len(text) > longest:
+            faults.append((number, f"a text of {len(text):,} characters, over {longest:,}; cut it or raise `longest`"))
+        elif names is not None and label not in names:
+            faults.append((number, f"unknown label {_shown(label)}; there is: {_shown(', '.join(names), 100)}"))
+        else:
+            texts.append(text)
+            found.append(label)
+    if faults:
+        (number, fault), *others = faults
+        more = f"; {len(others):,} more bad lines, the next is {others[0][0]}" if others else ""
+        raise ValueError(f"{path}:{number}: {fault}{more}")
+    if not texts:
+        raise ValueError(f"{path}: expected lines of label<TAB>text, the file holds none")
+    known = tuple(sorted(set(found)) if names is None else names)
+    if len(set(found)) == 1:
+        raise ValueError(f"{path}: expected two labels or more, all {len(texts):,} lines have {_shown(found[0])}")
+    if len(known) > max(20, len(texts) // 2):
+        raise ValueError(f"{path}: {len(known):,} labels in {len(texts):,} lines; swap columns that are text<TAB>label")
+    ids = {name: number for number, name in enumerate(known)}
+    return Labelled(tuple(texts), tuple(ids[label] for label in found), known)
+
+
+def decode(content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8", *, line: int = 1, at: int = 0) -> str:
+    """`content`, which stands at byte `at`, in line `line`, of the file `path`, as text without a byte-order mark.
+
+    Raises ValueError that names file:line, the byte and its offset, and the encoding that would fit, if one does.
+    """
+    try:
+        text = content.decode(encoding)
+    except LookupError:
+        raise ValueError(f"{path}: Python knows no encoding {encoding!r}; try utf-8 or gb18030") from None
+    except UnicodeDecodeError as error:
+        start = error.start
+    else:
+        if "\0" not in text:
+            return text if at else text.removeprefix("\ufeff")
+        start = content.index(b"\0")
+    number = line + content.count(b"\n", 0, start)
+    found = f"{path}:{number}: byte 0x{content[start]:02x} at offset {at + start:,} is not {encoding} text"
+    fits = _encoding_of(content)
+    raise ValueError(f"{found}; {f'it reads as {fits}: give that encoding' if fits else 'no usual encoding fits'}")
+
+
+def deduplicate(labelled: Labelled) -> tuple[Labelled, dict[str, int]]:
+    """One text for each key, the first; none for a key under 2 characters, or one that stands under several labels.
+
+    The counts say where the "lines" went: "short", "conflicting", "repeated", "kept".
+    """
+    keys = [key(text) for text in labelled.texts]
+    labels: dict[str, set[int]] = {}
+    for word, label in zip(keys, labelled.labels, strict=True):
+        labels.setdefault(word, set()).add(label)
+    counts = {"lines": len(keys), "short": 0, "conflicting": 0, "repeated": 0}
+    kept: dict[str, int] = {}
+    for number, word in enumerate(keys):
+        if len(word) < 2:
+            counts["short"] += 1
+        elif len(labels[word]) > 1:
+            counts["conflicting"] += 1
+        elif word in kept:
+            counts["repeated"] += 1
+        else:
+            kept[word] = number
+    return labelled.pick(kept.values()), counts | {"kept": len(kept)}
+
+
+def split(labelled: Labelled, test: int = 10, valid: int = 5) -> dict[str, Labelled]:
+    """Parts "train", "valid" and "test" by the place of each text's key: below `test` %, the next `valid` %, the rest.
+
+    Raises ValueError for a part with fewer than two labels, and for a label of valid or test that train does not have.
+    """
+    if not (test > 0 and valid > 0 and test + valid < 100):
+        raise ValueError(f"test and valid must be above 0 and leave train something, got {test} % and {valid} %")
+    rows: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
+    for number, text in enumerate(labelled.texts):
+        where = place(key(text))
+        rows["test" if where < test else "valid" if where < test + valid else "train"].append(number)
+    parts = {name: labelled.pick(chosen) for name, chosen in rows.items()}
+    trained = set(parts["train"].labels)
+    for name, part in parts.items():
+        if len(labels := set(part.labels)) < 2:
+            found = f"{len(part):,} texts of {len(labels)} label{'s' * (len(labels) != 1)}"
+            raise ValueError(f"the {name} part has {found}, two are needed; give more texts than {len(labelled):,}")
+        if unknown := sorted(labels - trained):
+            label = labelled.names[unknown[0]]
+            raise ValueError(f"label {label!r} stands in {name} but never in train; give more texts of it")
+    return parts
+
+
+def subset(labelled: Labelled, n: int, seed: int) -> Labelled:
+    """`n` texts, their labels in the proportions of all, at least one each; in their order in `labelled`.
+
+    Within a label texts are taken in the order of sha256(seed, key): another order of lines gives the same texts, and a
+    smaller subset of the same seed is part of a larger one. Raises ValueError for `n` below the labels or above all.
+    """
+    order = [place(f"{seed}/{key(text)}", 1 << 64) for text in labelled.texts]
+    groups: dict[int, list[int]] = {}
+    for number in sorted(range(len(order)), key=order.__getitem__):
+        groups.setdefault(labelled.labels[number], []).append(number)
+    if not len(groups) <= n <= len(labelled):
+        raise ValueError(f"a subset must have {len(groups)} to {len(labelled):,} texts (labels to all), got {n:,}")
+    # How much of its label is used up by each text: the n smallest shares are n texts in the proportions of all.
+    shares: list[tuple[float, int]] = []
+    for group in groups.values():
+        shares += [((rank + 0.5) / len(group) if rank else 0.0, number) for rank, number in enumerate(group)]
+    return labelled.pick(sorted(number for _, number in sorted(shares)[:n]))
+
+
+def _encoding_of(content: bytes) -> str | None:
+    """The usual encoding that reads all of `content`. None when none does."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    for encoding, end in (("utf-16-le", b"\n\0"), ("utf-16-be", b"\0\n")):
+        if end in content:
+            return encoding
+    for encoding in ("utf-8", "gb18030", "big5", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            if "\0" not in content.decode(encoding):
+                return encoding
+    return None
+
+
+def _shown(text: str, most: int = 40) -> str:
+    """`text` quoted on one line, its end left out when it is long."""
+    return repr(text if len(text) <= most else text[:most] + "...")
