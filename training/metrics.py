@@ -111,7 +111,7 @@ def _accuracy(true: numpy.ndarray, predicted: numpy.ndarray, axis: int = -1) -> 
 
 def _macro_f1(true: numpy.ndarray, predicted: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
     """scikit-learn's macro F1 (zero_division=0) for many resamples at once; classes in neither row do not count."""
-    total, classes = 0.0, 0
+    total = classes = numpy.zeros(true.shape[:-1])
     for label in range(max(true.max(), predicted.max()) + 1):
         hits = ((true == label) & (predicted == label)).sum(axis)
         members = (true == label).sum(axis) + (predicted == label).sum(axis)
