@@ -13,6 +13,7 @@ VERBS = {
     "check": "tileformer.bench.check",
     "bench": "tileformer.bench.run",
     "train": "tileformer.training.train",
+    "finetune": "tileformer.training.finetune",
     "generate": "tileformer.training.generate",
 }
 ABOUT = """Fused Triton kernels for Transformers: look at this machine, check the kernels on it, train and use a model.

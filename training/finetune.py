@@ -1,0 +1,140 @@
+"""Fine-tune a pretrained model to classify texts, by any method, beside the TF-IDF baseline on the same split.
+
+Examples:
+    tileformer finetune --list
+    tileformer train reviews                                   the pretrained model, once
+    tileformer finetune reviews --method lora --labels 1000
+    tileformer finetune reviews --data FILE --method full      your own texts, one label<TAB>text a line
+    tileformer finetune reviews --table --workers 2            every method x 100, 1000, all labels x 3 seeds
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tileformer finetune`."""
+    add = parser.add_argument
+    add("recipe", nargs="?", help="what to fine-tune: reviews")
+    add("--list", action="store_true", help="list the methods and stop")
+    add("--method", metavar="M", help="how; --list names them (default full; with --table all, or several: a,b)")
+    add("--labels", default="all", metavar="N", help="texts of the train part whose label is used (default all)")
+    add("--data", type=Path, metavar="FILE", help="your own label<TAB>text instead of the recipe's texts")
+    add("--checkpoint", type=Path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
+    add("--output", type=Path, metavar="DIR", help="default runs/RECIPE-METHOD-N-SEED, with --table runs/RECIPE-table")
+    add("--seed", type=int, default=0, metavar="N", help="which labels, new weights, order, dropout (default 0)")
+    add("--table", action="store_true", help="all methods and sizes; goes on where it was stopped")
+    add("--seeds", type=int, default=3, metavar="N", help="of --table (default 3)")
+    add("--workers", type=int, default=1, metavar="N", help="processes of --table (default 1)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads of a process (default 1)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
+
+
+def main(args: argparse.Namespace) -> int:
+    """One run, or the table. ValueError: wrong arguments or input."""
+    import torch
+
+    from tileformer.training import cells
+    from tileformer.training.methods import METHODS
+
+    if args.list:
+        width = max(map(len, METHODS))
+        for method in METHODS.values():
+            print(f"{method.name:<{width}}  {method.about}")
+        return 0
+    _check(args, torch.cuda.is_available())
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.checkpoint = args.checkpoint or Path("runs") / args.recipe
+    if args.table:
+        return cells.table(args)
+    args.method = args.method or "full"
+    args.output = args.output or Path("runs") / f"{args.recipe}-{args.method}-{args.labels}-{args.seed}"
+    if (args.output / "scores.json").exists():
+        raise ValueError(f"{args.output}: a run is already here; choose another --output")
+    _single(args)
+    return 0
+
+
+def _single(args: argparse.Namespace) -> None:
+    """One method beside the baseline, with everything to look at in the output folder."""
+    from tileformer.training import cells, checkpoint, metrics, plots
+    from tileformer.training.methods import probabilities
+
+    for name in ("sklearn", "scipy", "matplotlib"):  # said before the training, not after it
+        metrics.library(name)
+    task = cells.load_task(args.recipe, args.data, args.checkpoint)
+    test = task.parts["test"]
+    stages = args.output / "stages"
+    probability, spent, model = cells.predict(args, task, args.method, args.labels, args.seed, stages)
+    scores = {args.method: cells.score(task, probability) | {"core_seconds": spent}}
+    other, seconds, _ = cells.predict(args, task, cells.BASELINE, args.labels, args.seed)
+    scores[cells.BASELINE] = cells.score(task, other) | {"core_seconds": seconds}
+
+    valid = task.parts["valid"]
+    guessed = probabilities(model, task.recipe.to_rows(task.tokenizer, valid.texts)).argmax(1)
+    chosen_by = metrics.classification(valid.labels, guessed.numpy(), valid.names)["accuracy"]
+    predicted = probability.argmax(1)
+    counts = metrics.confusion(test.labels, predicted, len(test.names))
+    plots.confusion(counts, test.names, args.output / "confusion.png")
+    for log in sorted(stages.glob("*/log.jsonl")):
+        plots.learning_curves(log, args.output / f"curves-{log.parent.name}.png")
+        for step in checkpoint.steps_in(log.parent):  # the end of a stage is only the start of the next one
+            checkpoint.discard(step)
+    shown = test.texts[0][:30]
+    (row,) = task.recipe.to_rows(task.tokenizer, [shown])
+    letters = ["begin", *(task.tokenizer.decode([number]) for number in row[1:])]
+    plots.attention(attention_weights(model, row), letters, args.output / "attention.png")
+    wrong = metrics.errors_csv(
+        args.output / "errors.csv", test.texts, test.labels, predicted, probability.max(1), test.names
+    )
+    task.recipe.save_classifier(args.output, model, args.method, test.names, task.tokenizer, task.config)
+    cells.write(args.output / "scores.json", json.dumps(scores, indent=1))
+    print(f"test, {len(test):,} texts never seen; {args.labels} labels, seed {args.seed}:")
+    for name, found in scores.items():
+        low, high = found["accuracy_interval"]
+        figures = f"accuracy {found['accuracy']:.2%} ({low:.1%} to {high:.1%}), macro F1 {found['macro']['f1']:.2%}"
+        print(f"  {name:<9} {figures}, {found['core_seconds']:.1f} core-seconds")
+    print(f"valid, {len(valid):,} texts, by which to choose between methods: {args.method} {chosen_by:.2%}")
+    print(f"{wrong} errors in {args.output}/errors.csv; plots beside it")
+    print(f"use it: tileformer generate --checkpoint {args.output} TEXT ...")
+
+
+def attention_weights(model: Any, row: Sequence[int]) -> Any:
+    """Weights (H, T, T) of the last layer's attention for one row of ids, of a pre-norm model in eval mode."""
+    import torch
+
+    backbone = model.backbone
+    device = next(model.parameters()).device
+    tokens = torch.tensor([list(row)], device=device)
+    layer, causal = backbone.layers[-1], torch.ones(len(row), len(row), dtype=torch.bool, device=device).triu(1)
+    with torch.no_grad():
+        x = layer.norm1(backbone.states(tokens)[-2])
+        return layer.self_attn(x, x, x, attn_mask=causal, is_causal=True, average_attn_weights=False)[1][0]
+
+
+def _check(args: argparse.Namespace, has_cuda: bool) -> None:
+    from tileformer.training.cells import BASELINE
+    from tileformer.training.methods import METHODS
+    from tileformer.training.recipes import FINETUNED
+
+    if args.recipe not in FINETUNED:
+        found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
+        raise ValueError(f"{found}; to fine-tune there is: {', '.join(FINETUNED)}")
+    method = args.method or "full"
+    names = method.split(",") if args.table else [method]
+    known = {*METHODS, BASELINE} if args.table else {*METHODS}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no method {unknown[0]!r}; there is: {', '.join(METHODS)}")
+    if args.labels != "all" and not (args.labels.isdecimal() and int(args.labels) > 1):
+        raise ValueError(f"--labels must be a number above 1 or all, got {args.labels!r}")
+    if args.labels == "all" and not args.table and METHODS[method].unlabelled:
+        raise ValueError(f"{method} needs texts without labels: give --labels N")
+    if args.device == "cuda" and not has_cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    for name in ("threads", "seeds", "workers"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -1,0 +1,352 @@
+"""Fine-tuning methods: each a few lines over the one `fit`, from the same pretrained language model to a classifier.
+
+    METHODS["lora"].run(context)        a trained `Classifier`
+
+A method says what its model is made of (`build`) and how it is trained (`recipe`); `Context` holds what they share.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadReport, load_matching
+from tileformer.training.adversarial import Gan, fgm_backward, gan_backward, gan_loss
+from tileformer.training.data import LabelledBatches, PackedBatches
+from tileformer.training.loop import fit
+from tileformer.training.losses import classification_loss, language_loss
+from tileformer.training.metrics import library
+from tileformer.training.ngrams import JointClassifier, joint_loss
+from tileformer.training.settings import Settings
+
+Rows = Sequence[Sequence[int]]
+Model = Any  # a Classifier on a DecoderLM; its parts are modules, which no type checker can know
+# What one cell of a table may cost: more unlabelled texts than these are not used.
+UNLABELLED, CONTINUED = 3000, 150_000  # texts; tokens
+FROZEN_LR = 4.0  # times the learning rate, where few weights learn and the others hold still
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every method is given. Rows are ids with begin first; labels are numbers below `classes`.
+
+    weights: tensors of the pretrained language model by name, or None (everything starts at random). unlabelled: texts
+    of the train part without a label. epochs: how often the labelled rows are read. folder: where logs and checkpoints
+    of each stage go (None: nowhere).
+    """
+
+    config: DecoderLMConfig
+    weights: Mapping[str, Tensor] | None
+    rows: Rows
+    labels: Sequence[int]
+    unlabelled: Rows
+    classes: int
+    epochs: float
+    batch_size: int = 32
+    lr: float = 1e-3
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "auto"
+    folder: Path | None = None
+
+    def some_unlabelled(self) -> Rows:
+        """At most `UNLABELLED` of the unlabelled rows, chosen by the seed. ValueError when there is none."""
+        if not self.unlabelled:
+            raise ValueError("this method needs texts without labels: give --labels fewer than there are")
+        return random.Random(self.seed).sample(list(self.unlabelled), min(UNLABELLED, len(self.unlabelled)))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make a classifier.
+
+    build(backbone, classes) makes the model, also to load what was saved; recipe(context, model) trains it and returns
+    it. unlabelled: it has nothing to learn from when every text has its label.
+    """
+
+    name: str
+    about: str
+    recipe: Callable[[Context, Model], Classifier]
+    build: Callable[[DecoderLM, int], Classifier] = Classifier
+    pretrained: bool = True
+    share_layers: bool = False
+    unlabelled: bool = False
+
+    def make(self, config: DecoderLMConfig, classes: int) -> Classifier:
+        """The method's model, all weights at random."""
+        return self.build(DecoderLM(replace(config, share_layers=self.share_layers)), classes)
+
+    def start(self, context: Context) -> tuple[Classifier, LoadReport | None]:
+        """The model before its training, and what came of the pretrained weights (None: from scratch).
+
+        ValueError when the method needs pretrained weights and there are none.
+        """
+        if self.pretrained and context.weights is None:
+            raise ValueError(f"{self.name} starts from a pretrained model, and there is none: tileformer train reviews")
+        torch.manual_seed(context.seed)
+        backbone = DecoderLM(replace(context.config, share_layers=self.share_layers))
+        report = load_matching(backbone, context.weights or {}) if self.pretrained else None
+        return self.build(backbone, context.classes).to(context.device), report
+
+    def run(self, context: Context) -> Classifier:
+        """The trained model, in eval mode. ValueError: no pretrained weights, or no unlabelled texts, where needed."""
+        return self.recipe(context, self.start(context)[0]).eval()
+
+
+def train(
+    context: Context,
+    model: nn.Module,
+    rows: Rows | None = None,
+    labels: Sequence[int] | None = None,
+    *,
+    loss_fn: Callable[[Any, Any], Tensor] = classification_loss,
+    weights: Sequence[float] | None = None,
+    lr: float = 1.0,
+    epochs: float | None = None,
+    stage: str = "train",
+    **options: Any,
+) -> Any:
+    """`fit` on labelled rows (the context's, unless given), with a linear schedule; returns `model`.
+
+    lr: times the context's. Frozen weights stay. `options` are `fit`'s (groups, backward).
+    """
+    rows, labels = (context.rows, context.labels) if rows is None or labels is None else (rows, labels)
+    batches = LabelledBatches(rows, labels, context.batch_size, seed=context.seed, weights=weights)
+    tokens = max(1, round((context.epochs if epochs is None else epochs) * sum(map(len, rows))))
+    _fit(context, model, batches, tokens, context.lr * lr, loss_fn, stage, **options)
+    return model
+
+
+def only(model: nn.Module, *parts: nn.Module) -> None:
+    """Freeze `model` but for `parts`."""
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+
+
+@torch.no_grad()
+def over(function: Callable[[Tensor], Tensor], model: nn.Module, rows: Rows, batch_size: int = 256) -> Tensor:
+    """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, is in eval mode."""
+    device = next(model.parameters()).device
+    training = model.training
+    found: dict[int, Tensor] = {}
+    model.eval()
+    for batch in LabelledBatches(rows, [0] * len(rows), batch_size):
+        found |= dict(zip(batch.rows, function(batch.to(device).source).float().cpu(), strict=True))
+    model.train(training)
+    return torch.stack([found[number] for number in range(len(rows))])
+
+
+def probabilities(model: nn.Module, rows: Rows) -> Tensor:
+    """Class probabilities (N, classes) of each row, on the CPU."""
+    return over(lambda tokens: model(tokens).float().softmax(1), model, rows)
+
+
+def _everything(context: Context, model: Model) -> Classifier:
+    return train(context, model)
+
+
+def _head(context: Context, model: Model) -> Classifier:
+    only(model, model.head)
+    return train(context, model, lr=FROZEN_LR)
+
+
+def _partial(context: Context, model: Model, layers: int = 1) -> Classifier:
+    only(model, model.head, model.backbone.norm, *list(model.backbone.layers)[-layers:])
+    return train(context, model, lr=FROZEN_LR / 2)
+
+
+def _gradual(context: Context, model: Model) -> Classifier:
+    """Head first, then one layer more from the top, at last everything: an equal share of the epochs each."""
+    layers = list(model.backbone.layers)
+    for free in range(len(layers) + 1):
+        only(model, model.head, model.backbone.norm, *layers[len(layers) - free :])
+        if free == len(layers):
+            model.requires_grad_(True)
+        train(context, model, epochs=context.epochs / (len(layers) + 1), stage=f"free-{free}")
+    return model
+
+
+def _decay(context: Context, model: Model, factor: float = 0.6) -> Classifier:
+    """Each layer learns `factor` times as fast as the one above it; the embeddings are below the first."""
+    backbone = model.backbone
+    stack = [nn.ModuleList([backbone.embedding, backbone.position]), *backbone.layers]
+    groups = [
+        {"params": list(part.parameters()), "lr_scale": factor ** (len(stack) - place)}
+        for place, part in enumerate(stack)
+    ]
+    return train(context, model, groups=groups)
+
+
+def _lora(context: Context, model: Model, rank: int = 8) -> Classifier:
+    """peft's LoRA beside every projection (q, k and v packed in one, out, both of the feed-forward), then merged."""
+    peft = library("peft")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["self_attn", "linear1", "linear2"])
+    model.backbone.requires_grad_(False)
+    tuner = peft.LoraModel(model.backbone, config, "default")  # puts its layers into the backbone
+    train(context, model, lr=FROZEN_LR / 2)
+    model.backbone = tuner.merge_and_unload()
+    return model
+
+
+def _mixed(backbone: DecoderLM, classes: int) -> Classifier:
+    return Classifier(backbone, classes, mix=True)
+
+
+class Bottleneck(nn.Module):
+    """x + up(gelu(down(x))), of width `size` between; it starts as the identity (Houlsby et al. 2019)."""
+
+    def __init__(self, width: int, size: int = 32) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(nn.functional.gelu(self.down(x)))
+
+
+def _with_bottlenecks(backbone: DecoderLM, classes: int) -> Classifier:
+    """A classifier with a bottleneck behind attention and one behind the feed-forward of every layer.
+
+    A module of our own: peft has no bottleneck adapters, and its (IA)3 cannot reach packed q, k and v.
+    """
+    model: Model = Classifier(backbone, classes)
+    width = backbone.config.d_model
+    for layer in model.backbone.layers:
+        layer.self_attn.out_proj = nn.Sequential(layer.self_attn.out_proj, Bottleneck(width))
+        layer.linear2 = nn.Sequential(layer.linear2, Bottleneck(width))
+    return model
+
+
+def _adapters(context: Context, model: Model) -> Classifier:
+    only(model, model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm)))
+    return train(context, model, lr=FROZEN_LR / 2)
+
+
+def _pseudo(context: Context, model: Model, rounds: int = 2, threshold: float = 0.9) -> Classifier:
+    """Learn the labels; then `rounds` times: label the unlabelled, keep the sure ones, start again with both.
+
+    Of each class so many are kept, the surest first, that the classes stay in the proportions of the labels (Lee 2013;
+    class balance as in Zou et al. 2018).
+    """
+    start, some = copy.deepcopy(model), context.some_unlabelled()
+    train(context, model, stage="round-0")
+    known = torch.tensor(context.labels).bincount(minlength=context.classes)
+    for number in range(rounds):
+        sure, guesses = probabilities(model, some).max(1)
+        found = guesses[sure >= threshold].bincount(minlength=context.classes)
+        share = (found / known)[known > 0].min()
+        chosen: list[int] = []
+        for label, count in enumerate((share * known).int().tolist()):
+            chosen += (sure * (guesses == label)).argsort(descending=True)[:count].tolist()
+        rows = [*context.rows, *(some[place] for place in chosen)]
+        labels = [*context.labels, *guesses[chosen].tolist()]
+        epochs = context.epochs * len(context.rows) / len(rows)  # a round takes as long as the first one
+        model = train(context, copy.deepcopy(start), rows, labels, epochs=epochs, stage=f"round-{number + 1}")
+    return model
+
+
+def _gan(context: Context, model: Model) -> Classifier:
+    """Labelled rows and as many unlabelled again, so that a batch has both (Croce et al. 2020)."""
+    some = context.some_unlabelled()
+    copies = max(1, len(some) // len(context.rows))
+    rows = [*list(context.rows) * copies, *some]
+    labels = [*list(context.labels) * copies, *[0] * len(some)]
+    weights = [1.0] * (len(rows) - len(some)) + [0.0] * len(some)
+    epochs = 2 * context.epochs * len(context.rows) / len(rows)  # every other row has no label
+    gan = Gan(model).to(context.device)
+    options: dict[str, Any] = {"loss_fn": gan_loss, "backward": gan_backward, "weights": weights, "epochs": epochs}
+    return train(context, gan, rows, labels, **options).classifier
+
+
+def _fgm(context: Context, model: Model) -> Classifier:
+    return train(context, model, backward=fgm_backward)
+
+
+def _continued(context: Context, model: Model) -> Classifier:
+    """More language modelling on the target's texts, labelled or not, before the labels (Gururangan et al. 2020)."""
+    texts = [row[1:] for row in (*context.rows, *context.unlabelled) if len(row) > 1]
+    batches = PackedBatches(texts, 512, seed=context.seed, longest=context.config.max_length - 1)
+    tokens = min(CONTINUED, sum(map(len, texts)))
+    _fit(context, model.backbone, batches, tokens, context.lr, language_loss, "language")
+    return train(context, model)
+
+
+def _clusters(context: Context, model: Model, clusters: int = 20) -> Classifier:
+    """k-means on the pooled states of texts without their labels, learn the cluster of each text, then the labels."""
+    rows = [*context.rows, *context.unlabelled]
+    rows = random.Random(context.seed).sample(rows, min(UNLABELLED, len(rows)))
+    states = over(model.features, model, rows)
+    means = library("sklearn.cluster").KMeans(min(clusters, len(rows)), n_init=3, random_state=context.seed)
+    found = means.fit_predict(states.numpy()).tolist()
+    guesser = Classifier(model.backbone, clusters).to(context.device)
+    train(context, guesser, rows, found, epochs=1, stage="clusters")
+    return train(context, model)
+
+
+def _joint(context: Context, model: Model) -> Classifier:
+    """The table of n-grams starts at zero and each row is seen rarely, so it learns faster than the transformer."""
+    model.ngrams.count([*context.rows, *context.unlabelled])
+    groups = [{"params": list(model.ngrams.parameters()), "lr_scale": 10.0}]
+    return train(context, model, groups=groups, loss_fn=joint_loss)
+
+
+def _fit(
+    context: Context,
+    model: nn.Module,
+    batches: Any,
+    tokens: int,
+    lr: float,
+    loss_fn: Callable[[Any, Any], Tensor],
+    stage: str,
+    **options: Any,
+) -> None:
+    settings = Settings(tokens, lr=lr, schedule="linear", precision=context.precision, log_every=20, save_every=10**9)
+    fit(model, batches, settings, loss_fn, folder=context.folder and context.folder / stage, **options)
+
+
+_ALL = (
+    Method("scratch", "no pretraining: the whole model learns from the labels alone", _everything, pretrained=False),
+    Method("full", "every weight of the pretrained model learns", _everything),
+    Method("head", "the pretrained model is frozen, only the new head learns", _head),
+    Method("partial", "the last layer, the final norm and the head learn", _partial),
+    Method("gradual", "unfreezing from the head down, a layer a stage (Howard and Ruder 2018)", _gradual),
+    Method("mix", "the head reads a learned mix of all layers (ELMo); everything learns", _everything, _mixed),
+    Method("decay", "a lower layer learns 0.6 times as fast as the one above it", _decay),
+    Method(
+        "shared",
+        "one layer's weights serve all layers (ALBERT), the first one's to begin with",
+        _everything,
+        share_layers=True,
+    ),
+    Method("lora", "low-rank updates of every projection (peft), merged at the end", _lora),
+    Method(
+        "adapters",
+        "bottlenecks behind attention and feed-forward (Houlsby et al. 2019), norms and head learn",
+        _adapters,
+        _with_bottlenecks,
+    ),
+    Method(
+        "pseudo",
+        "sure guesses on unlabelled texts become labels, two rounds, balanced classes",
+        _pseudo,
+        unlabelled=True,
+    ),
+    Method(
+        "gan",
+        "features from a generator are one class more (GAN-BERT), unlabelled texts are real",
+        _gan,
+        unlabelled=True,
+    ),
+    Method("fgm", "each step also learns under an adversarial shift of the embeddings (Miyato et al. 2017)", _fgm),
+    Method("continued", "language modelling on the target's texts first, then everything learns", _continued),
+    Method("clusters", "learn the k-means clusters of unlabelled texts first, then the labels", _clusters),
+    Method("joint", "hashed character 1- to 3-grams add their logits to the transformer's", _joint, JointClassifier),
+)
+METHODS = {method.name: method for method in _ALL}

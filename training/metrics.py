@@ -1,0 +1,130 @@
+"""Scores of a classifier and of a language model, with intervals: scikit-learn and scipy compute, this file names.
+
+Needs the `finetune` extra (`pip install "tileformer[finetune]"`). Classes are numbers 0 to K - 1; `names` says what
+they are called, in that order.
+"""
+
+import csv
+import importlib
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+Interval = tuple[float, float]
+
+
+def library(name: str) -> Any:
+    """The module `name` of an optional library. ValueError that names the extra when it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error.name} is not installed: pip install "tileformer[finetune]"') from None
+
+
+def classification(true: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """Accuracy; precision, recall and F1 as `macro` (mean of classes), `micro` (all decisions) and by class name.
+
+    A class that is never predicted has precision 0, one without examples recall 0. `support`: examples of the class.
+    Raises ValueError when the two lengths differ, nothing is given, or a number has no name.
+    """
+    _check(true, predicted, len(names))
+    score = library("sklearn.metrics").precision_recall_fscore_support
+    options: dict[str, Any] = {"labels": range(len(names)), "zero_division": 0}
+    result: dict[str, Any] = {"accuracy": float(numpy.equal(true, predicted).mean()), "examples": len(true)}
+    for average in ("macro", "micro"):
+        values = score(true, predicted, average=average, **options)[:3]
+        result[average] = dict(zip(("precision", "recall", "f1"), map(float, values), strict=True))
+    columns = [column.tolist() for column in score(true, predicted, average=None, **options)]
+    rows = zip(*columns, strict=True)
+    keys = ("precision", "recall", "f1", "support")
+    result["classes"] = {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
+    return result
+
+
+def confusion(true: Sequence[int], predicted: Sequence[int], classes: int) -> numpy.ndarray:
+    """Counts (K, K) int64: row = true class, column = predicted class."""
+    _check(true, predicted, classes)
+    return library("sklearn.metrics").confusion_matrix(true, predicted, labels=range(classes))
+
+
+def perplexity(nats: float) -> float:
+    """exp of a mean cross-entropy in nats a token; inf where that overflows."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
+def bootstrap(
+    true: Sequence[int], predicted: Sequence[int], metric: str = "accuracy", resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """95 % percentile interval of "accuracy" or "macro_f1", over paired resamples of the examples.
+
+    It says how far the figure would move with other test texts, not with another training seed (`over_seeds`).
+    Raises ValueError for an unknown metric, fewer than two examples, or lengths that differ.
+    """
+    if metric not in _STATISTICS:
+        raise ValueError(f"metric must be one of {', '.join(_STATISTICS)}, got {metric!r}")
+    _check(true, predicted, 1 + max(*true, *predicted) if len(true) else 1)
+    if len(true) < 2:
+        raise ValueError(f"an interval needs at least 2 examples, got {len(true)}")
+    pair = (numpy.asarray(true), numpy.asarray(predicted))
+    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "batch": 100}
+    found = library("scipy.stats").bootstrap(pair, _STATISTICS[metric], n_resamples=resamples, rng=seed, **options)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of runs that differ in their seed, and the half width of its 95 % Student interval (nan for one run)."""
+    mean = float(numpy.mean(values))
+    if len(values) < 2:
+        return mean, math.nan
+    error = float(numpy.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, float(library("scipy.stats").t.ppf(0.975, len(values) - 1)) * error
+
+
+def errors_csv(
+    path: str | os.PathLike[str],
+    texts: Sequence[str],
+    true: Sequence[int],
+    predicted: Sequence[int],
+    probability: Sequence[float],
+    names: Sequence[str],
+) -> int:
+    """Write every wrong prediction as `true,predicted,probability,text`, the most confident first; returns how many.
+
+    UTF-8 with a byte order mark, by which spreadsheets know it.
+    """
+    _check(true, predicted, len(names))
+    rows = [row for row in zip(true, predicted, probability, texts, strict=True) if row[0] != row[1]]
+    rows.sort(key=lambda row: -row[2])
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("true", "predicted", "probability", "text"))
+        writer.writerows((names[a], names[b], f"{share:.4f}", text) for a, b, share, text in rows)
+    return len(rows)
+
+
+def _accuracy(true: numpy.ndarray, predicted: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
+    return (true == predicted).mean(axis)
+
+
+def _macro_f1(true: numpy.ndarray, predicted: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
+    """scikit-learn's macro F1 (zero_division=0) for many resamples at once; classes in neither row do not count."""
+    total = classes = numpy.zeros(true.shape[:-1])
+    for label in range(max(true.max(), predicted.max()) + 1):
+        hits = ((true == label) & (predicted == label)).sum(axis)
+        members = (true == label).sum(axis) + (predicted == label).sum(axis)
+        total, classes = total + 2 * hits / numpy.maximum(members, 1), classes + (members > 0)
+    return total / classes
+
+
+_STATISTICS = {"accuracy": _accuracy, "macro_f1": _macro_f1}
+
+
+def _check(true: Sequence[int], predicted: Sequence[int], classes: int) -> None:
+    if len(true) != len(predicted) or not len(true):
+        raise ValueError(f"expected one prediction for each example, got {len(predicted)} for {len(true)}")
+    low, high = min(*true, *predicted), max(*true, *predicted)
+    if low < 0 or high >= classes:
+        raise ValueError(f"class numbers must be in 0..{classes - 1}, found {low} to {high}")

@@ -1,0 +1,127 @@
+"""PNGs of a run: learning curves, a confusion matrix, attention maps. Needs matplotlib, draws without a display.
+
+Where no installed font has a character (Chinese on a bare server), its code point stands instead: U+597D.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from tileformer.training.metrics import library
+
+PathLike = str | os.PathLike[str]
+CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
+FONTS = ("DejaVu Sans", *CJK, "Microsoft YaHei", "PingFang SC", "Droid Sans Fallback", "AR PL UMing CN")
+
+
+def learning_curves(log: PathLike, png: PathLike) -> Path:
+    """Loss of training and validation, and the learning rate, over the tokens of a run's `log.jsonl`.
+
+    Raises ValueError when the log holds no whole record.
+    """
+    records = []
+    for line in Path(log).read_text("utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the half line of a killed run
+            continue
+    if not records:
+        raise ValueError(f"{log}: no record of a run in it")
+    figure, (losses, rates) = _figure(2, 1, (7, 6), sharex=True, height_ratios=(3, 1))
+    for key, name in (("loss", "training"), ("valid_loss", "validation")):
+        points = [(record["tokens"], record[key]) for record in records if key in record]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=name, marker=None if key == "loss" else "o", markersize=3)
+    losses.set_ylabel("loss, nats a label")
+    losses.legend(frameon=False)
+    rates.plot([record["tokens"] for record in records], [record["lr"] for record in records], color="grey")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("tokens")
+    for panel in (losses, rates):
+        panel.grid(alpha=0.3)
+    return _save(figure, png)
+
+
+def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Path:
+    """Counts (K, K), row = true class; a cell is coloured by its share of its row."""
+    if counts.shape != (len(names), len(names)):
+        raise ValueError(f"counts {counts.shape} must be ({len(names)}, {len(names)}), one row and column a class")
+    size = 2.5 + 0.7 * len(names)
+    figure, panel = _figure(1, 1, (size, size))
+    shares = counts / numpy.maximum(counts.sum(1, keepdims=True), 1)
+    panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in numpy.ndenumerate(shares):
+        shown = f"{counts[row, column]}\n{share:.1%}"
+        panel.text(column, row, shown, ha="center", va="center", color="white" if share > 0.5 else "black")
+    labels = _drawable(names)
+    panel.set_xticks(range(len(names)), labels, rotation=45, ha="right")
+    panel.set_yticks(range(len(names)), labels)
+    panel.set_xlabel("predicted")
+    panel.set_ylabel("true")
+    return _save(figure, png)
+
+
+def attention(weights: Any, tokens: Sequence[str], png: PathLike, keys: Sequence[str] | None = None) -> Path:
+    """Maps of attention weights (H, T_q, T_k), one panel a head; or (T_q, T_k). Tensor or array.
+
+    tokens: what stands at each query; keys: at each key (default: the same).
+    """
+    maps = numpy.asarray(weights.detach().float().cpu() if hasattr(weights, "detach") else weights, dtype=float)
+    maps = maps[None] if maps.ndim == 2 else maps
+    keys = tokens if keys is None else keys
+    if maps.ndim != 3 or maps.shape[1:] != (len(tokens), len(keys)):
+        raise ValueError(f"weights {maps.shape} must be (H, {len(tokens)}, {len(keys)}): queries by keys")
+    columns = min(4, len(maps))
+    size = 1.0 + 0.22 * max(len(tokens), len(keys))
+    rows = -(-len(maps) // columns)
+    figure, panels = _figure(rows, columns, (columns * size, rows * size), squeeze=False)
+    for head, panel in enumerate(panels.flat):
+        if head >= len(maps):
+            panel.set_axis_off()
+            continue
+        panel.imshow(maps[head], cmap="viridis", vmin=0)
+        panel.set_title(f"head {head}", fontsize=9)
+        panel.set_xticks(range(len(keys)), _drawable(keys), rotation=90, fontsize=7)
+        panel.set_yticks(range(len(tokens)), _drawable(tokens), fontsize=7)
+    return _save(figure, png)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure that no window system and no global state of pyplot knows about."""
+    figure = library("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    library("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _drawable(texts: Iterable[str]) -> list[str]:
+    """The texts with characters that no installed font of `FONTS` has as code points."""
+    known = _characters(_fonts())
+    return ["".join(c if ord(c) in known else f"U+{ord(c):04X}" for c in text) for text in texts]
+
+
+def _fonts() -> list[str]:
+    installed = {font.name for font in library("matplotlib.font_manager").fontManager.ttflist}
+    return [name for name in FONTS if name in installed]
+
+
+def _characters(fonts: Sequence[str]) -> set[int]:
+    """Code points that the fonts have together."""
+    manager = library("matplotlib.font_manager")
+    found: set[int] = set()
+    for name in fonts:
+        found |= manager.get_font(manager.findfont(name)).get_charmap().keys()
+    return found
+
+
+def _save(figure: Any, png: PathLike) -> Path:
+    path = Path(png)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(library("matplotlib.text").Text):
+        text.set_fontfamily(_fonts())
+        text.set_parse_math(False)  # a token `$` is a dollar
+    figure.savefig(path, format="png", dpi=110)
+    return path

