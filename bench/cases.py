@@ -162,7 +162,10 @@ def _log_softmax_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Te
     y, given = truth["out"], truth["given out"].abs()
     scale = abs(options.get("scale", 1.0))
     scores = (scale * tensors["x"]).abs().nan_to_num(0.0, 0.0, 0.0)  # minus a sum of about their size
-    return dict(out=2 * _top(scores) + y.abs().nan_to_num(0.0, 0.0, 0.0), dx=scale * (given + y.exp() * given.sum(-1, keepdim=True)))
+    return dict(
+        out=2 * _top(scores) + y.abs().nan_to_num(0.0, 0.0, 0.0),
+        dx=scale * (given + y.exp() * given.sum(-1, keepdim=True)),
+    )
 
 
 def class_call(rows: int, classes: int, *, weighted: bool = False, ignored: int = 0, **options: Any) -> Build:

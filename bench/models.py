@@ -83,9 +83,8 @@ def eager(name: str) -> Any:
         return nn.Transformer(32, 4, 2, 2, 48, batch_first=True, **TORCH[name]).eval()
     if name in DEEPTAB:
         cls = getattr(_deeptab(), DEEPTAB[name])
-        sizes = dict(d_model=32, n_heads=4, transformer_dim_feedforward=48)
-        plain = "Custom" in cls.__name__
-        layer = cls(types.SimpleNamespace(**sizes)) if plain else cls(32, 4, 48, batch_first=True)
+        shape = types.SimpleNamespace(d_model=32, n_heads=4, transformer_dim_feedforward=48)
+        layer = cls(shape) if "Custom" in cls.__name__ else cls(32, 4, 48, batch_first=True)
         return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     transformers: Any = importlib.import_module("transformers")
     model, config, options = TRANSFORMERS[name]

@@ -28,7 +28,7 @@ Losses = list[float]
 def converted(rank: int = 0, world: int = 1, wrap: Callable[[nn.Module], nn.Module] = lambda net: net) -> Losses:
     """The mean loss of each step of a converted nn.Transformer, over all processes; each has its share of the rows."""
     torch.manual_seed(0)
-    net = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+    net: nn.Module = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
     convert(net)
     net = wrap(net)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)

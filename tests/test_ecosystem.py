@@ -80,7 +80,7 @@ def test_built_without_memory_and_given_weights() -> None:
 
 
 def test_checkpointed_activations_replay_the_same_dropout() -> None:
-    def gradients(through: Any) -> list[Tensor]:
+    def gradients(through: Any) -> list[Any]:
         net = layer(dropout=0.3).train()
         torch.manual_seed(5)
         x = TARGET.clone().requires_grad_()
@@ -97,7 +97,7 @@ def test_functional_call_and_vmap() -> None:
     others = [layer() for _ in range(3)]
     for i, other in enumerate(others):
         nn.init.normal_(other.linear1.weight, std=0.1 + i)
-    stacked, buffers = torch.func.stack_module_state(others)  # type: ignore[arg-type]
+    stacked, buffers = torch.func.stack_module_state(others)
     masks = dict(tgt_mask=CAUSAL, tgt_is_causal=True)
 
     def one(parameters: Any, target: Tensor) -> Tensor:

@@ -191,6 +191,11 @@ def misaligned(x: Tensor) -> Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
+def heads_last(x: Tensor) -> Tensor:
+    """The same values, B, T, H, D in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def spread(x: Tensor) -> Tensor:
     """The same values, every second element of their memory."""
     return torch.stack([x, x], -1).flatten(-2)[..., ::2]
@@ -223,7 +228,7 @@ CASES: dict[str, Case] = {
     # memory
     "expanded keys": Case(changed(lambda q, k, v: (q, k[:1].expand_as(k), v))),
     "an expanded batch of queries": Case(changed(lambda q, k, v: (q[:, :1].expand_as(q), k, v))),
-    "a (B, T, H, D) layout": Case(changed(lambda q, k, v: tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)))),
+    "a (B, T, H, D) layout": Case(changed(lambda q, k, v: (heads_last(q), heads_last(k), heads_last(v)))),
     "flipped keys": Case(changed(lambda q, k, v: (q, k.flip(2), v.flip(2)))),
     "memory that is not aligned": Case(changed(lambda q, k, v: (misaligned(q), misaligned(k), misaligned(v)))),
     "every second element": Case(changed(lambda q, k, v: (spread(q), spread(k), spread(v)))),

@@ -76,7 +76,7 @@ def _single(args: argparse.Namespace) -> None:
 
     valid = task.parts["valid"]
     guessed = probabilities(model, task.recipe.to_rows(task.tokenizer, valid.texts)).argmax(1)
-    chosen_by = metrics.classification(valid.labels, guessed.numpy(), valid.names)["accuracy"]
+    chosen_by = metrics.classification(valid.labels, guessed.tolist(), valid.names)["accuracy"]
     predicted = probability.argmax(1)
     counts = metrics.confusion(test.labels, predicted, len(test.names))
     plots.confusion(counts, test.names, args.output / "confusion.png")
