@@ -117,8 +117,8 @@ def table(args: argparse.Namespace) -> int:
     sizes = [size for size in SIZES if size == "all" or int(size) < texts]
     jobs = [
         (args, name, size, seed)
+        for size in sizes  # the cheap ones first: a table that is stopped has whole columns
         for seed in range(args.seeds)
-        for size in sizes
         for name in names
         if not (size == "all" and name in METHODS and METHODS[name].unlabelled)
     ]
