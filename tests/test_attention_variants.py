@@ -296,6 +296,39 @@ def test_torch_backend(name: str) -> None:
             check(drawn(2, 4, 2, 40, 50, bias=(4, 1, 50)), **{n: o for n, o in CASES[name].items() if n != "bias"})
 
 
+ALONE = {
+    "whole": [0, 13, 27, 40],
+    "one empty, a rest": [0, 9, 9, 20, 33],
+    "shorter than the bound": [0, 5, 12, 30, 40],
+}
+
+
+@pytest.mark.parametrize("starts", ALONE)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_torch_backend_takes_packed_sequences_apart(starts: str, dtype: torch.dtype, monkeypatch) -> None:
+    """What bounds the lengths saves the scores between sequences; NaN past the last one reaches nothing."""
+    plain, taken = importlib.import_module("tileformer.kernels.attention.plain"), []
+    apart = plain._each_alone
+    monkeypatch.setattr(plain, "_each_alone", lambda *given: taken.append(1) or apart(*given))
+    at = torch.tensor(ALONE[starts], dtype=dtype)
+    longest = int(at.diff().max())
+    leaves = drawn(1, 4, 2, 40, 40, 4, 6)
+    for options in (dict(causal=True), dict(window=(4, 2)), dict(softcap=2.0), dict(causal=True, return_lse=True)):
+        with use_backend("torch"):
+            check(leaves, **options, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest, max_seqlen_k=longest)
+    assert len(taken) == 4
+    options = dict(causal=True, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest, max_seqlen_k=longest)
+    end = ALONE[starts][-1]
+    with use_backend("torch"):
+        good = results(attention, leaves, options, torch.float32)
+        for x in leaves.values():
+            x[:, :, end:] = torch.nan
+        assert all(
+            torch.equal(a, b) for a, b in zip(results(attention, leaves, options, torch.float32), good, strict=True)
+        )
+    assert not good[0][:, :, end:].any()
+
+
 @pytest.mark.parametrize("starts", PACKED)
 def test_torch_backend_packed(starts: str) -> None:
     given = {f"cu_seqlens_{n}": torch.tensor(x) for n, x in zip("qk", PACKED[starts], strict=True)}

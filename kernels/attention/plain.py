@@ -40,7 +40,7 @@ def torch_attention(
     torch's fused attention is used only where it has nothing to mask but a square triangle.
     """
     mask, bias, key_mask, q_lens, k_lens, slopes, seed = sides
-    left, right, align, packed, *_ = whole
+    left, right, align, packed, longest_q, longest_k, *_ = whole
     scale, softcap, p = real
     (b, h, t_q, _), t_k = q.shape, k.shape[2]
     group = h // k.shape[1]
@@ -56,6 +56,11 @@ def torch_attention(
     if bare and not exporting and t_k >= FUSED_FROM:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
 
+    if packed and q_lens is not None and q_lens is k_lens and p == 0.0 and not return_weights:
+        alone = all(x is None for x in (mask, bias, key_mask, slopes))
+        longest = max(longest_q, longest_k)
+        if alone and (len(q_lens) - 1) * longest**2 < t_q * t_k:
+            return _each_alone(q, k, v, q_lens, longest, whole, real, return_lse)
     place = _Places(q, k, q_lens, k_lens, bool(align), bool(packed))
     seen = [] if mask is None else [mask]
     if place.real_q is not None:  # NaN in a padded query must not reach a gradient
@@ -86,6 +91,35 @@ def torch_attention(
             results.append(weights.mean(1) if return_weights == "average" else weights)
         return tuple(results) if len(results) > 1 else out
     return _Plain.apply(q, k, v, key_mask, bias_, empty, keep, scale)[0]
+
+
+def _each_alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    whole: Sequence[int],
+    real: Sequence[float],
+    return_lse: bool,
+) -> Any:
+    """Packed sequences as rows of a padded batch: N longest^2 scores instead of total^2, which are nearly all hidden."""
+    total, n = q.shape[2], len(starts) - 1
+    lengths = starts.diff()
+    at = torch.arange(total, device=q.device)
+    row = (torch.searchsorted(starts, at, right=True) - 1).clamp(max=n - 1)
+    place = at - starts[row]
+    inside = (place < lengths[row]).view(1, 1, total, 1)
+    source = (starts[:-1, None] + torch.arange(longest, device=q.device)).clamp(max=total - 1).flatten()
+    rows = [x[0].index_select(1, source).unflatten(1, (n, longest)).transpose(0, 1) for x in (q, k, v)]
+    left, right, align, *_ = whole
+    sides = (None, None, None, lengths, lengths, None, None)
+    found = torch_attention(*rows, sides, (left, right, align, 0, longest, longest, 0), real, return_lse, False)
+    back = (row * longest + place).clamp(max=n * longest - 1)
+    pack = lambda x, fill: x.transpose(0, 1).flatten(1, 2).index_select(1, back)[None].where(inside, fill)  # noqa: E731
+    if not return_lse:
+        return pack(found, 0.0)
+    return pack(found[0], 0.0), pack(found[1][..., None], -math.inf)[..., 0]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -62,7 +62,7 @@ class Plan:
 
 QUICK = Plan(tokens=1_200_000, step=512, d_model=128, nhead=4, num_layers=3)
 FULL = Plan(tokens=12_000_000, step=2048, d_model=192, nhead=6, num_layers=4)
-PIECE = 512  # on a CPU packed attention costs batch x batch: a step is made of pieces of so many tokens there
+SCORED = 2048  # tokens scored at once
 
 
 def lines_of(poem: corpora.Poem) -> Lines | None:
@@ -141,7 +141,7 @@ def perplexity(model: DecoderLM, rows: Sequence[list[int]]) -> float:
     device = next(model.parameters()).device
     nats = torch.zeros((), device=device)
     with torch.no_grad():
-        for batch in PackedBatches(rows, PIECE):
+        for batch in PackedBatches(rows, SCORED):
             batch = batch.to(device)
             labels = batch.labels.masked_fill((batch.labels >= SPECIAL) & (batch.labels < FIRST), 0)  # the forms
             logits = model(batch.source, cu_seqlens=batch.cu_seqlens)
@@ -197,16 +197,13 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     print(f"{len(regular):,} regular poems; distinct, of {len(characters):,} characters, split by sha256: {sizes}")
 
     plan = FULL if options.full else QUICK
-    pieces = max(1, plan.step // PIECE) if device.type == "cpu" else 1
     torch.manual_seed(options.seed)
     config = DecoderLMConfig(
         vocabulary.size, plan.d_model, plan.nhead, plan.num_layers, 4 * plan.d_model, dropout=0.0, max_length=LONGEST
     )
     model = DecoderLM(config).to(device)
     tokens = options.tokens or plan.tokens
-    settings = Settings(
-        tokens, schedule="wsd", decay=0.5, precision=options.precision, accumulate=pieces, save_every=1000
-    )
+    settings = Settings(tokens, schedule="wsd", decay=0.5, precision=options.precision, save_every=1000)
     meta: dict[str, Any] = {"recipe": "poems", "model": asdict(config), "characters": characters, "seed": options.seed}
     size = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -216,11 +213,11 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     )
     report = fit(
         model,
-        PackedBatches(rows["train"], plan.step // pieces, seed=options.seed),
+        PackedBatches(rows["train"], plan.step, seed=options.seed),
         settings,
         language_loss,
         folder=output,
-        valid=PackedBatches(rows["valid"], PIECE),
+        valid=PackedBatches(rows["valid"], SCORED),
         resume=options.resume,
         meta=meta,
     )

@@ -32,8 +32,6 @@ LONGEST = 128  # tokens of a text that a model reads, begin included; 18 % of th
 TOKENIZER = "tokenizer.json"  # beside the checkpoints of the run
 QUICK, FULL = 2_400_000, 12_000_000  # tokens
 STEP = 1024  # tokens of one step: short budgets want many steps
-# On a CPU packed attention costs batch x batch, so a step is made of small batches there.
-BATCH = {"cpu": 512}
 SHOWN = "这个酒店", "书的内容", "总书记"
 
 
@@ -138,7 +136,6 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     torch.manual_seed(options.seed)
     config = make_config(tokenizer, dropout=0.0)  # two epochs: nothing is seen often enough to be learned by heart
     model = DecoderLM(config).to(device)
-    batch = BATCH.get(device.type, STEP)
     settings = Settings(
         options.tokens or (FULL if options.full else QUICK),
         lr=2e-3,
@@ -146,7 +143,6 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
         decay=0.5,
         warmup=0.05,
         precision=options.precision,
-        accumulate=STEP // batch,
         save_every=1000,
     )
     meta: dict[str, Any] = {"recipe": "reviews", "model": asdict(config), "tokenizer": tokenizer.fingerprint}
@@ -161,11 +157,11 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     valid = tokenizer.encode_all(found["valid"].texts)
     report = fit(
         model,
-        PackedBatches(documents, batch, seed=options.seed, longest=LONGEST - 1),
+        PackedBatches(documents, STEP, seed=options.seed, longest=LONGEST - 1),
         settings,
         language_loss,
         folder=output,
-        valid=PackedBatches(valid, batch, longest=LONGEST - 1),
+        valid=PackedBatches(valid, STEP, longest=LONGEST - 1),
         resume=options.resume,
         meta=meta | {"seed": options.seed},
     )
