@@ -21,6 +21,7 @@ ABOUT = """Fused Triton kernels for Transformers: look at this machine, check th
   tileformer check --quick                           compare the kernels with their definitions, on this machine
   tileformer train g2p                               learn English pronunciation, a few minutes on a CPU
   tileformer generate --checkpoint PATH hello world  pronounce two words with what was learned
+  tileformer finetune --list                         ways to make a classifier of a pretrained model
 
 Exit status: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted."""
 
