@@ -153,6 +153,19 @@ def _layer_norm_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Ten
     )
 
 
+def _rms_norm_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Tensors:
+    x, given = tensors["x"].abs(), truth["given out"].abs()
+    axes = tuple(range(-len(options["normalized_shape"]), 0))
+    xhat = x * (x.square().mean(axes, keepdim=True) + options["eps"]).rsqrt()
+    g = given * tensors["weight"].abs() if "weight" in tensors else given
+    rstd = (x.square().mean(axes, keepdim=True) + options["eps"]).rsqrt()
+    return dict(
+        out=xhat * tensors["weight"].abs() if "weight" in tensors else xhat,
+        dx=rstd * (g + xhat * (g * xhat).mean(axes, keepdim=True)),
+        dweight=(given * xhat).sum(tuple(range(x.dim() + axes[0]))),
+    )
+
+
 def _softmax_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Tensors:
     y, given = truth["out"], truth["given out"].abs()
     return dict(dx=abs(options.get("scale", 1.0)) * y * (given + (y * given).sum(-1, keepdim=True)))
@@ -194,6 +207,7 @@ def _dropout_draw(
 OPS = {
     "attention": Op(_attention_sizes, _attention_draw),
     "layer_norm": Op(_layer_norm_sizes),
+    "rms_norm": Op(_rms_norm_sizes),
     "softmax": Op(_softmax_sizes),
     "log_softmax": Op(_log_softmax_sizes),
     "cross_entropy": Op(lambda tensors, options, truth: dict(out=_top(truth["out"]) + _top(tensors["logits"]))),
@@ -231,6 +245,7 @@ _attention = _table("attention", attention_call)
 _layer_norm = _table(
     "layer_norm", lambda *shape, axes=1, **more: row_call(*shape, normalized_shape=shape[-axes:], **more)
 )
+_rms_norm = _table("rms_norm", lambda *shape, **more: row_call(*shape, normalized_shape=shape[-1:], eps=1e-6, **more))
 _softmax = _table("softmax", row_call)
 _log_softmax = _table("log_softmax", row_call)
 _cross_entropy = _table("cross_entropy", class_call)
@@ -361,6 +376,17 @@ CASES = [
     _layer_norm("far rows", "offsets beyond 2^31 elements", 20, 128, params=AFFINE, dtypes=BF, suite=False,
                 layouts=dict(x="far", out="far")),
 
+    _rms_norm("model width", "a power of two", 37, 128, params=("weight",)),
+    _rms_norm("ragged", "not a multiple of 8; no weight", 3, 5, 99, dtypes=TWO, suite=False),
+    _rms_norm("very wide", "the backward takes its sum from a kernel of its own", 2, 9001, params=("weight",), dtypes=TWO, suite=False),
+    _rms_norm("widest", "the forward reads its rows twice", 2, 20000, params=("weight",), dtypes=TWO, suite=False),
+    _rms_norm("one column", "the sign alone", 20, 1, params=("weight",), dtypes=TWO, suite=False),
+    _rms_norm("no row", "dweight is 0, though nothing runs", 0, 128, params=("weight",), dtypes=BF, suite=False),
+    _rms_norm("far from zero", "the mean stays", 37, 128, params=("weight",), edit=lambda t, o: t["x"].add_(1000), dtypes=TWO, suite=False),
+    _rms_norm("large", "squares beyond half precision", 37, 128, params=("weight",), edit=lambda t, o: t["x"].mul_(5000), suite=False),
+    _rms_norm("float32 weight", "beside 16-bit rows", 37, 128, params=("weight",), fp32=("weight",), dtypes=HALF, suite=False),
+    _rms_norm("odd strides", "a slice of wider rows", 37, 128, params=("weight",), dtypes=BF, suite=False,
+        layouts=dict(x="padded", out="padded")),
     _softmax("plain", "a power of two", 30, 64, quick=True),
     _softmax("causal ragged", "T_q != T_k", 2, 3, 20, 37, causal=True, scale=0.2),
     _softmax("boolean mask", "an empty row", 2, 3, 20, 37, mask="boolean", dtypes=("fp32", "bf16")),

@@ -72,6 +72,8 @@ def _row_matrix() -> Iterator[Case]:
             quick=width == 1024,
             dtypes=both[: 1 if width == 1024 else 2],
         )
+        affine = row_call(64, width, params=("weight",), normalized_shape=(width,), eps=1e-6)
+        yield Case("rms_norm", f"N {width}", "warps and rows table", affine, quick=width == 1024, dtypes=("bf16",))
         for op in ("softmax", "log_softmax"):
             yield Case(op, f"N {width}", "warps table", row_call(64, width), quick=width == 1024, dtypes=("bf16",))
         yield Case(

@@ -439,6 +439,13 @@ _PROVIDERS: dict[str, dict[str, Build]] = {
             lambda package, t, o: package.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"]),
         ),
     },
+    "rms_norm": _torch(lambda t, o: F.rms_norm(t["x"], o["normalized_shape"], t["weight"], o["eps"]))
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.rms_norm",
+            lambda package, t, o: package.LigerRMSNormFunction.apply(t["x"], t["weight"], o["eps"], 0.0, "llama", False),
+        ),
+    },
     "softmax": _torch(_eager_softmax)
     | {
         "liger": _peer(

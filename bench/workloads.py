@@ -126,6 +126,8 @@ class Workload:
         rows = (s["R"], s["N"]) if "N" in s else (s["B"], s["H"], s["T_q"], s["T_k"])
         if self.op == "layer_norm":
             return dict(x=rows, weight=rows[-1:], bias=rows[-1:])
+        if self.op == "rms_norm":
+            return dict(x=rows, weight=rows[-1:])
         return dict(x=rows, residual=rows) if self.op == "dropout" else dict(x=rows)
 
     def pairs(self) -> int:
@@ -176,6 +178,8 @@ class Workload:
             sides = {"boolean": s["T_q"] * s["T_k"], "bias": item * s["H"] * s["T_q"] * s["T_k"]}.get(
                 self.masks.get("mask", ""), 0
             ) + (s["B"] * s["T_k"] if "key_mask" in self.masks else 0)
+        elif self.op == "rms_norm":  # x, weight -> y;  x, dy, weight -> dx, dweight
+            forward, backward = everything + numel["x"], 3 * numel["x"] + 2 * s["N"]
         elif self.op == "layer_norm":  # x, weight, bias -> y;  x, dy, weight -> dx, dweight, dbias
             forward, backward = everything + numel["x"], 3 * numel["x"] + 3 * s["N"]
         elif self.op == "dropout":  # x, residual -> y;  dy -> dx (the residual's gradient is dy itself)
@@ -221,6 +225,9 @@ def _row_workloads() -> list[Workload]:
     for n in (256, 1024, 4096, 8192, 16384):
         sizes = dict(R=2**26 // n, N=n)
         found.append(Workload("layer_norm", f"rows N {n}", sizes, dict(normalized_shape=(n,), eps=1e-5), axis="N"))
+    for n in (1024, 4096, 8192):
+        sizes = dict(R=2**26 // n, N=n)
+        found.append(Workload("rms_norm", f"rows N {n}", sizes, dict(normalized_shape=(n,), eps=1e-6), axis="N"))
     for n in (256, 1024, 4096, 8192, 32768):
         found.append(Workload("softmax", f"rows N {n}", dict(R=2**26 // n, N=n), axis="N"))
     found.append(

@@ -8,7 +8,7 @@ from tileformer.decoder.heads import Classifier, Tagger
 from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.lm import DecoderLM, DecoderLMConfig
 from tileformer.decoder.loading import LoadReport, common_rows, load_matching
-from tileformer.decoder.modules import CrossEntropyLoss, LayerNorm, LogSoftmax, Softmax
+from tileformer.decoder.modules import CrossEntropyLoss, LayerNorm, LogSoftmax, RMSNorm, Softmax
 from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
 from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
 
@@ -22,6 +22,7 @@ __all__ = [
     "LayerNorm",
     "LogSoftmax",
     "MultiheadAttention",
+    "RMSNorm",
     "Report",
     "Seq2Seq",
     "Seq2SeqConfig",

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from tileformer.decoder.attention import MultiheadAttention
 from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
-from tileformer.decoder.modules import CrossEntropyLoss, Dropout, LayerNorm, LogSoftmax, Softmax
+from tileformer.decoder.modules import CrossEntropyLoss, Dropout, LayerNorm, LogSoftmax, RMSNorm, Softmax
 from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
@@ -25,6 +25,7 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerDecoder: TransformerDecoder,
     nn.Transformer: Transformer,
     nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
     nn.Dropout: Dropout,
     nn.Softmax: Softmax,
     nn.LogSoftmax: LogSoftmax,
@@ -47,8 +48,8 @@ class Report:
 
 
 def convert(model: nn.Module) -> Report:
-    """Swap every module of ``model`` that we have a twin of, in place: attention, encoder and decoder (layers), Transformer, LayerNorm, Dropout,
-    Softmax, LogSoftmax, CrossEntropyLoss.
+    """Swap every module of ``model`` that we have a twin of, in place: attention, encoder and decoder (layers), Transformer,
+    LayerNorm, RMSNorm, Dropout, Softmax, LogSoftmax, CrossEntropyLoss.
 
     A subclass is swapped if it overrides nothing that its twin computes; it stays an instance of its own class too.
 
@@ -75,6 +76,10 @@ def revert(model: nn.Module) -> Report:
     report = Report()
     for name, module in model.named_modules():
         new = _plain(module)
+        if getattr(vars(module).get("forward"), "tileformer_swapped", False):
+            del module.forward
+            report.swapped[name] = f"tileformer's forward -> {_title(new)}"
+            continue
         if issubclass(new, _Joined):
             old: Any = new.__bases__[1]
         else:

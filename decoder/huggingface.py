@@ -11,6 +11,7 @@ or
 from __future__ import annotations
 
 import importlib
+import types
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.convert import Report, convert
-from tileformer.kernels import attention, cross_entropy
+from tileformer.kernels import attention, cross_entropy, rms_norm
 
 NAME = "tileformer"
 _UNSUPPORTED = (
@@ -65,17 +66,57 @@ def use(model: Any) -> Report:
         report.left["attention"] = f"{type(model).__name__} computes attention in its own code: {said}"
     else:
         report.swapped["attention"] = f"transformers' {before} -> tileformer's"
-    for name, module in model.named_modules():
-        if (
-            "Norm" in type(module).__name__
-            and type(module).__module__.startswith("transformers.")
-            and name not in report.swapped
-        ):
-            report.left[name] = f"{type(module).__name__} is no layer norm of torch"
+    swap_norms(model, report)
     if getattr(model, "loss_function", None) is usual:
         model.loss_function = causal_lm_loss
         report.swapped["loss_function"] = "transformers' ForCausalLMLoss -> tileformer's causal_lm_loss"
     return report
+
+
+def swap_norms(model: nn.Module, report: Report) -> None:
+    """Let the norms of transformers' own classes (LlamaRMSNorm, T5LayerNorm, Gemma's) compute by `rms_norm`, if they say the same of random rows."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "Norm" not in kind or not type(module).__module__.startswith("transformers.") or "forward" in vars(module):
+            continue
+        forward = _rms_norm_of(module)
+        if forward is None:
+            report.left[name] = f"{kind}: it computes something else than layer_norm and rms_norm"
+            continue
+        module.forward = types.MethodType(forward, module)
+        report.swapped[name] = f"transformers' {kind} -> tileformer's rms_norm"
+
+
+def _rms_norm_of(module: Any) -> Any:
+    """The one of our two forwards that computes what a norm computes, None if neither does."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.is_meta or _eps(module) is None:
+        return None
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    close = dict(rtol=1e-4, atol=1e-5) if weight.dtype.itemsize > 2 else dict(rtol=0.05, atol=0.02)
+    with torch.no_grad():
+        try:
+            expected = type(module).forward(module, x)
+        except Exception:  # it wants other arguments: another kind of norm
+            return None
+        return next(
+            (f for f in (_rms_norm, _rms_norm_plus_one) if torch.allclose(f(module, x), expected, **close)), None
+        )
+
+
+def _eps(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, self.weight.shape, self.weight, _eps(self))
+
+
+def _rms_norm_plus_one(self: Any, hidden_states: Tensor) -> Tensor:  # as Gemma keeps its weight
+    return rms_norm(hidden_states, self.weight.shape, 1 + self.weight, _eps(self))
+
+
+_rms_norm.tileformer_swapped = _rms_norm_plus_one.tileformer_swapped = True  # type: ignore[attr-defined]  # `revert` knows them by this
 
 
 def _attention_of(model: Any) -> dict[str, str]:

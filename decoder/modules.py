@@ -1,8 +1,8 @@
-"""LayerNorm, Dropout, Softmax, LogSoftmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
+"""LayerNorm, RMSNorm, Dropout, Softmax, LogSoftmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
 
 from torch import Tensor, nn
 
-from tileformer.kernels import cross_entropy, dropout, layer_norm, log_softmax, softmax
+from tileformer.kernels import cross_entropy, dropout, layer_norm, log_softmax, rms_norm, softmax
 
 
 class LayerNorm(nn.LayerNorm):
@@ -11,6 +11,14 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise the last ``len(normalized_shape)`` axes of ``input`` (..., C); the dtype stays."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm`` on the fused kernel: same arguments, parameters and state_dict keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last ``len(normalized_shape)`` axes of ``x`` (..., C); the dtype stays."""
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class Dropout(nn.Dropout):

@@ -10,7 +10,7 @@ from tileformer.kernels.backend import current_backend, use_backend
 from tileformer.kernels.bits import dropout_keep
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
-from tileformer.kernels.layer_norm import layer_norm
+from tileformer.kernels.layer_norm import layer_norm, rms_norm
 from tileformer.kernels.softmax import log_softmax, softmax
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "layer_norm",
     "log_softmax",
     "reference",
+    "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
     "use_backend",

@@ -1,4 +1,4 @@
-"""Layer normalisation over the trailing axes (Ba et al., arXiv:1607.06450).
+"""Layer normalisation over the trailing axes (Ba et al., arXiv:1607.06450), and RMS normalisation (Zhang and Sennrich, arXiv:1910.07467).
 
 For a row x of N elements, with means over the row:
 
@@ -7,6 +7,8 @@ For a row x of N elements, with means over the row:
 and in the backward, with g = weight dy:
 
     dx = rstd (g - mean(g) - xhat mean(g xhat))    dweight = sum over rows of dy xhat    dbias = sum over rows of dy
+
+RMS normalisation is the same without CENTRE: mean and mean(g) are 0, and there is no bias.
 
 A row of up to MAX_FWD (MAX_BWD) elements stays in registers and is read once. A longer one is read twice: the forward
 merges the statistics of its tiles (Chan et al., 1979); the backward takes mean(g) and mean(g xhat) from a kernel of
@@ -39,8 +41,8 @@ MAX_BWD = 8192
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, x_stride, R, N, eps,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_R rows, and their mean and rstd to stats (2, R). WHOLE: a tile spans the row."""
     N = N // ALIGN * ALIGN
@@ -53,7 +55,7 @@ def _layer_norm_fwd_kernel(
     if WHOLE:
         # [BLOCK_R, BLOCK_N]
         x = tl.load(x_ptrs + cols, mask=in_rows[:, None] & (cols < N), other=0.0).to(ACC)
-        mean = tl.sum(x, 1) / N
+        mean = tl.sum(x, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)
         centred = tl.where(cols < N, x - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
         y = _scaled_and_shifted(centred * rstd[:, None], weight_ptr, bias_ptr, cols, N, WEIGHT, BIAS)
@@ -66,7 +68,7 @@ def _layer_norm_fwd_kernel(
             # [BLOCK_R, BLOCK_N]
             x = tl.load(x_ptrs + near, mask=in_rows[:, None] & (near < N), other=0.0).to(ACC)
             count = tl.minimum(N - start, BLOCK_N)
-            tile_mean = tl.sum(x, 1) / count
+            tile_mean = tl.sum(x, 1) / count if CENTRE else tl.zeros([BLOCK_R], ACC)
             centred = tl.where(near < N, x - tile_mean[:, None], 0.0)
             apart = tile_mean - mean
             share = apart * (count / (start + count))
@@ -120,7 +122,8 @@ def _load_backward(dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, ro
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_sums_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, sums_ptr, dy_stride, x_stride, R, N,
-    WEIGHT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: sum(g) / N and sum(g xhat) / N of BLOCK_R rows, to sums (2, R)."""
     N = N // ALIGN * ALIGN
@@ -134,7 +137,8 @@ def _layer_norm_sums_kernel(
         dy, xhat, g, rstd = _load_backward(
             dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
         )
-        sum_g += tl.sum(g, 1)
+        if CENTRE:
+            sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(g * xhat, 1)
     tl.store(sums_ptr + rows, sum_g / N, mask=rows < R)
     tl.store(sums_ptr + R + rows, sum_gx / N, mask=rows < R)
@@ -143,8 +147,8 @@ def _layer_norm_sums_kernel(
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, sums_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, R, N,
-    WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tile j of the columns, in every G-th block of rows from the i-th.
 
@@ -164,7 +168,7 @@ def _layer_norm_bwd_kernel(
             dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
         )
         if WHOLE:
-            mean_g = tl.sum(g, 1) / N
+            mean_g = tl.sum(g, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)
             mean_gx = tl.sum(g * xhat, 1) / N
         else:
             # [BLOCK_R]
@@ -219,12 +223,14 @@ def _programs(x: Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _fwd_launch(r: int, n: int, stride: int, weight: bool, bias: bool, eps: float, dtype: torch.dtype) -> Launch:
+def _fwd_launch(
+    r: int, n: int, stride: int, centre: bool, weight: bool, bias: bool, eps: float, dtype: torch.dtype
+) -> Launch:
     return Launch(
         _layer_norm_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,),
         (stride, r, n, eps),
-        dict(WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, **row_flags(dtype, n, stride)),
+        dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, **row_flags(dtype, n, stride)),
         [row_tile(n, MAX_FWD, 4096, 32)],
     )
 
@@ -235,6 +241,7 @@ def _bwd_launches(
     n: int,
     dy_stride: int,
     x_stride: int,
+    centre: bool,
     weight: bool,
     need_dweight: bool,
     need_dbias: bool,
@@ -245,7 +252,7 @@ def _bwd_launches(
     tiles = [row_tile(n, MAX_BWD, 4096, 16)]
     columns, whole, partial = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD, need_dweight or need_dbias
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
-    flags = dict(WEIGHT=weight, **row_flags(dtype, n, x_stride, dy_stride))
+    flags = dict(CENTRE=centre, WEIGHT=weight, **row_flags(dtype, n, x_stride, dy_stride))
     scalars = (dy_stride, x_stride, r, n)
     sums = Launch(_layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), scalars, flags, tiles)
     main = Launch(
@@ -270,13 +277,13 @@ def _row_length(x: Tensor, axes: int) -> int:
 
 
 def layer_norm_fwd(
-    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> tuple[Tensor, Tensor]:
-    """y like x, normalised over its last `axes` axes; mean and rstd of each row (2, R)."""
-    y, stats = _layer_norm_fwd_fake(x, axes, weight, bias, eps)
+    """y like x, normalised over its last `axes` axes; mean (0 without `centre`) and rstd of each row (2, R)."""
+    y, stats = _layer_norm_fwd_fake(x, axes, weight, bias, eps, centre)
     r, n = stats.shape[1], _row_length(x, axes)
     rows, stride = rows_of(x, n)
-    run = _fwd_launch(r, n, stride, weight is not None, bias is not None, eps, x.dtype)
+    run = _fwd_launch(r, n, stride, centre, weight is not None, bias is not None, eps, x.dtype)
     run(
         rows,
         rows if weight is None else weight.contiguous(),
@@ -288,7 +295,7 @@ def layer_norm_fwd(
 
 
 def _layer_norm_fwd_fake(
-    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> tuple[Tensor, Tensor]:
     stats = torch.empty((2, math.prod(x.shape[:-axes])), dtype=wider(x.dtype), device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stats
@@ -304,13 +311,14 @@ def layer_norm_bwd(
     need_dweight: bool,
     need_dbias: bool,
     eps: float,
+    centre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias; the last two are empty where not needed. eps is for the second derivative alone."""
-    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps)
+    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre)
     r, n = stats.shape[1], _row_length(x, axes)
     (x, x_stride), (dy, dy_stride) = rows_of(x, n), rows_of(dy, n)
     programs, sum_up, run, add_up = _bwd_launches(
-        r, n, dy_stride, x_stride, weight is not None, need_dweight, need_dbias, _programs(x), x.dtype
+        r, n, dy_stride, x_stride, centre, weight is not None, need_dweight, need_dbias, _programs(x), x.dtype
     )
     weight = x if weight is None else weight.contiguous()
     sums = parts = stats  # stand-ins that are not read
@@ -335,6 +343,7 @@ def _layer_norm_bwd_fake(
     need_dweight: bool,
     need_dbias: bool,
     eps: float,
+    centre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(p: Tensor | None, needed: bool) -> Tensor:
         if needed and p is not None:
@@ -356,12 +365,12 @@ class _LayerNorm(torch.autograd.Function):
     launcher = staticmethod(layer_norm_fwd)
 
     @staticmethod
-    def forward(x, axes, weight, bias, eps):
-        return _fwd(x, axes, weight, bias, eps)
+    def forward(x, axes, weight, bias, eps, centre):
+        return _fwd(x, axes, weight, bias, eps, centre)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.axes, weight, bias, ctx.eps = inputs
+        x, ctx.axes, weight, bias, ctx.eps, ctx.centre = inputs
         ctx.save_for_backward(x, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -369,13 +378,12 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _):
         if dy is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         x, weight, bias, stats = ctx.saved_tensors
-        _, _, need_dweight, need_dbias, _ = ctx.needs_input_grad
-        dx, dweight, dbias = apply(
-            _LayerNormBackward, dy, x, ctx.axes, weight, bias, stats, need_dweight, need_dbias, ctx.eps
-        )
-        return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None
+        _, _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        how = need_dweight, need_dbias, ctx.eps, ctx.centre
+        dx, dweight, dbias = apply(_LayerNormBackward, dy, x, ctx.axes, weight, bias, stats, *how)
+        return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 
 class _LayerNormBackward(torch.autograd.Function):
@@ -385,12 +393,12 @@ class _LayerNormBackward(torch.autograd.Function):
     launcher = staticmethod(layer_norm_bwd)
 
     @staticmethod
-    def forward(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps):
-        return _bwd(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps)
+    def forward(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
+        return _bwd(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, x, ctx.axes, weight, bias, _, ctx.need_dweight, ctx.need_dbias, ctx.eps = inputs
+        dy, x, ctx.axes, weight, bias, _, ctx.need_dweight, ctx.need_dbias, ctx.eps, ctx.centre = inputs
         ctx.save_for_backward(dy, x, weight, bias)
         ctx.set_materialize_grads(False)
 
@@ -406,12 +414,13 @@ class _LayerNormBackward(torch.autograd.Function):
 
         def outputs(*primals):
             named = dict(zip(given, primals, strict=True))
-            return (reference.layer_norm(named.pop("x"), x.shape[-ctx.axes :], eps=ctx.eps, **named),)
+            definition = reference.layer_norm if ctx.centre else reference.rms_norm
+            return (definition(named.pop("x"), x.shape[-ctx.axes :], eps=ctx.eps, **named),)
 
         primals, tangents = zip(*given.values(), strict=True)
         first, (second,) = second_derivative(outputs, primals, (dy,), tangents)
         named = dict(zip(given, first, strict=True))
-        return second, named["x"], None, named.get("weight"), None, None, None, None, None
+        return second, named["x"], None, named.get("weight"), None, None, None, None, None, None
 
 
 def layer_norm(
@@ -438,29 +447,51 @@ def layer_norm(
 
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
     """
-    shape = tuple(normalized_shape)
+    return _norm("layer_norm", x, tuple(normalized_shape), weight, bias, eps)
+
+
+def rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last len(normalized_shape) axes of x.
+
+    Arguments, result and errors as of `layer_norm`; eps None is the machine epsilon of x's dtype, as in torch. All is computed in float32 or wider
+    and rounded once (torch rounds to x's dtype before it multiplies by the weight).
+
+    Source: Zhang and Sennrich, arXiv:1910.07467; `tileformer.kernels.reference.rms_norm` is the definition.
+    """
+    eps = torch.finfo(x.dtype).eps if eps is None and x.is_floating_point() else eps
+    return _norm("rms_norm", x, tuple(normalized_shape), weight, None, eps or 0.0)
+
+
+def _norm(
+    name: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     if not x.is_floating_point():
-        checks.floating("layer_norm", x=x)
+        checks.floating(name, x=x)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
-            f"layer_norm: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
+            f"{name}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
         )
-    checks.fits("layer_norm", "weight", weight, x, shape)
-    checks.fits("layer_norm", "bias", bias, x, shape)
-    backend = choose("layer_norm", x)
+    checks.fits(name, "weight", weight, x, shape)
+    checks.fits(name, "bias", bias, x, shape)
+    backend, centre = choose(name, x), name == "layer_norm"
     if backend == "reference":
-        return reference.layer_norm(x, shape, weight, bias, eps)
+        return (
+            reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
+        )
     if backend == "torch":
-        return _torch_layer_norm(x, shape, weight, bias, eps)
-    return apply(_LayerNorm, x, len(shape), weight, bias, float(eps))[0]
+        return _torch_norm(x, shape, weight, bias, eps, centre)
+    return apply(_LayerNorm, x, len(shape), weight, bias, float(eps), centre)[0]
 
 
-def _torch_layer_norm(
-    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+def _torch_norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> Tensor:
     given = [p for p in (x, weight, bias) if p is not None]
-    if any(p.dtype != x.dtype for p in given):  # torch wants one dtype: the widest
-        wide = functools.reduce(torch.promote_types, [p.dtype for p in given])
-        weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
-        return F.layer_norm(x.to(wide), shape, weight, bias, eps).to(x.dtype)
-    return F.layer_norm(x, shape, weight, bias, eps).to(x.dtype)  # autocast may have made it float32
+    # torch wants one dtype: the widest. Its RMS norm rounds too often in half precision.
+    wide = functools.reduce(torch.promote_types, [p.dtype for p in given])
+    wide = wide if centre else torch.promote_types(wide, torch.float32)
+    wider_x, weight, bias = (None if p is None else p.to(wide) for p in (x, weight, bias))
+    y = F.layer_norm(wider_x, shape, weight, bias, eps) if centre else F.rms_norm(wider_x, shape, weight, eps)
+    return y.to(x.dtype)  # autocast may have made it float32

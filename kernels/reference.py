@@ -215,6 +215,13 @@ def layer_norm(
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last len(normalized_shape) axes (arXiv:1910.07467)."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    y = x * torch.rsqrt((x * x).mean(axes, keepdim=True) + eps)
+    return y if weight is None else y * weight.to(y.dtype)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

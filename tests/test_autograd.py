@@ -57,6 +57,7 @@ def _ops() -> dict[str, Op]:
         "layer_norm": Op(
             "layer_norm", dict(x=draw(3, 5, 6), weight=draw(6), bias=draw(6)), dict(normalized_shape=(6,))
         ),
+        "rms_norm": Op("rms_norm", dict(x=draw(3, 5, 6), weight=draw(6)), dict(normalized_shape=(6,), eps=1e-6)),
         "softmax": Op(
             "softmax",
             dict(x=draw(2, 3, 4, 6)),

@@ -216,8 +216,8 @@ def test_registered_ops_with_two_dtypes(device, backend):
     x, dy = (torch.randn(5, 12, device=device, dtype=torch.bfloat16) for _ in range(2))
     w, b, stats = torch.randn(12, device=device), torch.randn(12, device=device), torch.randn(2, 5, device=device)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.tileformer.layer_norm_fwd.default, (x, 1, w, None, 1e-5), test_utils=checks)
-    backward = (dy, x, 1, w, b, stats, False, True, 1e-5)
+    torch.library.opcheck(torch.ops.tileformer.layer_norm_fwd.default, (x, 1, w, None, 1e-5, True), test_utils=checks)
+    backward = (dy, x, 1, w, b, stats, False, True, 1e-5, True)
     _, _, dbias = torch.ops.tileformer.layer_norm_bwd.default(*backward)
     assert dbias.dtype == torch.float32, "autograd would widen it again, without the digits"
     torch.library.opcheck(torch.ops.tileformer.layer_norm_bwd.default, backward, test_utils=checks)

@@ -27,7 +27,7 @@ from tileformer.bench.static import capture, evidence, goals, table
 from tileformer.bench.static.capture import OURS, PEERS
 from tileformer.bench.static.rates import RATES
 
-OPS = ("attention", "layer_norm", "softmax", "log_softmax", "cross_entropy", "dropout")
+OPS = ("attention", "layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "dropout")
 BENCH = Path(__file__).resolve().parents[1]
 
 

@@ -43,13 +43,16 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/attention/plain": "test_decoder_parity test_attention test_values test_attention_variants",
     "kernels/attention/__init__": "test_autograd test_fuzz test_attention_variants test_attention",
     "kernels/attention/": "test_fuzz test_attention_variants test_attention test_memory test_values",
-    "kernels/layer_norm": "test_layer_norm test_values test_memory",
+    "kernels/layer_norm": "test_layer_norm test_rms_norm test_values test_memory",
     "kernels/softmax": "test_softmax test_values test_memory",
     "kernels/cross_entropy": "test_cross_entropy test_values test_memory",
     "kernels/dropout": "test_dropout test_values test_memory",
     "kernels/bits": "test_dropout test_attention",
     "kernels/rows": "test_layer_norm test_softmax test_cross_entropy test_dropout test_memory",
     "kernels/": "test_attention test_dropout test_softmax test_autograd",
+    "decoder/lm": "test_decoder_lm test_decoder_heads test_decoder_generation",
+    "decoder/heads": "test_decoder_heads",
+    "decoder/generation": "test_decoder_generation test_decoder_seq2seq",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
 }
 FAR = ("int64", "padding", "stride")  # kinds that memory which may not be touched shows soonest

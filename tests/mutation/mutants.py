@@ -725,6 +725,11 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("mask", "the linear bias replaces the bias", "additive = linear if bias is None else bias.to(_wide(q)) + linear", "additive = linear"),
     ],
     "kernels/layer_norm.py": [
+        ("statistics", "an RMS norm takes the mean away", "mean = tl.sum(x, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)\n        centred", "mean = tl.sum(x, 1) / N\n        centred"),
+        ("statistics", "an RMS norm of a long row takes the mean away", "tl.sum(x, 1) / count if CENTRE else tl.zeros([BLOCK_R], ACC)", "tl.sum(x, 1) / count"),
+        ("backward", "an RMS norm's gradient is centred", "mean_g = tl.sum(g, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)", "mean_g = tl.sum(g, 1) / N"),
+        ("backward", "an RMS norm's gradient of a long row is centred", "if CENTRE:\n            sum_g +=", "if True:\n            sum_g +="),
+        ("host", "an RMS norm's second derivative is a layer norm's", "reference.layer_norm if ctx.centre else reference.rms_norm", "reference.layer_norm"),
         ("tail mask", "columns past the end take part in the variance",
          "centred = tl.where(cols < N, x - mean[:, None], 0.0)",
          "centred = x - mean[:, None]"),
