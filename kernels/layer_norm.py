@@ -140,7 +140,8 @@ def _layer_norm_sums_kernel(
         if CENTRE:
             sum_g += tl.sum(g, 1)
         sum_gx += tl.sum(g * xhat, 1)
-    tl.store(sums_ptr + rows, sum_g / N, mask=rows < R)
+    if CENTRE:
+        tl.store(sums_ptr + rows, sum_g / N, mask=rows < R)
     tl.store(sums_ptr + R + rows, sum_gx / N, mask=rows < R)
 
 
@@ -172,7 +173,7 @@ def _layer_norm_bwd_kernel(
             mean_gx = tl.sum(g * xhat, 1) / N
         else:
             # [BLOCK_R]
-            mean_g = tl.load(sums_ptr + rows, mask=rows < R, other=0.0)
+            mean_g = tl.load(sums_ptr + rows, mask=rows < R, other=0.0) if CENTRE else tl.zeros([BLOCK_R], ACC)
             mean_gx = tl.load(sums_ptr + R + rows, mask=rows < R, other=0.0)
         dx = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
         inside = (rows < R)[:, None] & (cols < N)
