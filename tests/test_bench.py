@@ -67,7 +67,9 @@ def test_bytes_are_those_of_the_tensors(workload):
     saved = {  # what the backward reads besides the output's gradient
         "attention": inputs + out.numel() * item - unread,
         "layer_norm": sizes.get("x", 0) + sizes.get("weight", 0),
+        "rms_norm": sizes.get("x", 0) + sizes.get("weight", 0),
         "softmax": out.numel() * item - unread,
+        "log_softmax": out.numel() * item,
         "cross_entropy": inputs,
         "dropout": 0,
     }[workload.op]
@@ -127,7 +129,8 @@ def test_every_provider_agrees_with_the_reference(workload, monkeypatch):
 def test_names_are_unique_and_every_op_is_there():
     names = [(w.op, w.name) for w in WORKLOADS]
     assert len(set(names)) == len(names)
-    assert set(OPS) == {"attention", "layer_norm", "softmax", "cross_entropy", "dropout", "decoder_layer"}
+    rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "dropout"}
+    assert set(OPS) == {"attention", "decoder_layer"} | rows
     assert all(next(iter(providers.providers(op))) == providers.OURS for op in OPS)
 
 

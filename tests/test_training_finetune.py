@@ -125,7 +125,7 @@ def test_a_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsy
     with pytest.raises(KeyboardInterrupt):
         run(data, tmp_path, *arguments)
     assert run(data, tmp_path, *arguments) == 0
-    cells = [(method, size, seed) for seed in (0, 1) for size in ("100", "all") for method in ("tfidf", "scratch")]
+    cells = [(method, size, seed) for size in ("100", "all") for seed in (0, 1) for method in ("tfidf", "scratch")]
     assert asked == cells[:4] + cells[3:]  # 1,000 labels are more than there are; the fourth was asked for again
     table = (output / "table.md").read_text()
     assert table in capsys.readouterr().out
