@@ -93,14 +93,14 @@ def _rms_norm_of(module: Any) -> Any:
     if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.is_meta or _eps(module) is None:
         return None
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    close = dict(rtol=1e-4, atol=1e-5) if weight.dtype.itemsize > 2 else dict(rtol=0.05, atol=0.02)
+    rtol, atol = (1e-4, 1e-5) if weight.dtype.itemsize > 2 else (0.05, 0.02)
     with torch.no_grad():
         try:
             expected = type(module).forward(module, x)
         except Exception:  # it wants other arguments: another kind of norm
             return None
         return next(
-            (f for f in (_rms_norm, _rms_norm_plus_one) if torch.allclose(f(module, x), expected, **close)), None
+            (f for f in (_rms_norm, _rms_norm_plus_one) if torch.allclose(f(module, x), expected, rtol, atol)), None
         )
 
 

@@ -493,6 +493,6 @@ def _torch_norm(
     # torch wants one dtype: the widest. Its RMS norm rounds too often in half precision.
     wide = functools.reduce(torch.promote_types, [p.dtype for p in given])
     wide = wide if centre else torch.promote_types(wide, torch.float32)
-    wider_x, weight, bias = (None if p is None else p.to(wide) for p in (x, weight, bias))
-    y = F.layer_norm(wider_x, shape, weight, bias, eps) if centre else F.rms_norm(wider_x, shape, weight, eps)
+    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    y = F.layer_norm(x.to(wide), shape, weight, bias, eps) if centre else F.rms_norm(x.to(wide), shape, weight, eps)
     return y.to(x.dtype)  # autocast may have made it float32

@@ -307,9 +307,14 @@ ALONE = {
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_torch_backend_takes_packed_sequences_apart(starts: str, dtype: torch.dtype, monkeypatch) -> None:
     """What bounds the lengths saves the scores between sequences; NaN past the last one reaches nothing."""
-    plain, taken = importlib.import_module("tileformer.kernels.attention.plain"), []
-    apart = plain._each_alone
-    monkeypatch.setattr(plain, "_each_alone", lambda *given: taken.append(1) or apart(*given))
+    plain = importlib.import_module("tileformer.kernels.attention.plain")
+    apart, taken = plain._each_alone, []
+
+    def counted(*given):
+        taken.append(1)
+        return apart(*given)
+
+    monkeypatch.setattr(plain, "_each_alone", counted)
     at = torch.tensor(ALONE[starts], dtype=dtype)
     longest = int(at.diff().max())
     leaves = drawn(1, 4, 2, 40, 40, 4, 6)
@@ -317,14 +322,14 @@ def test_torch_backend_takes_packed_sequences_apart(starts: str, dtype: torch.dt
         with use_backend("torch"):
             check(leaves, **options, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest, max_seqlen_k=longest)
     assert len(taken) == 4
-    options = dict(causal=True, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest, max_seqlen_k=longest)
+    bounded = dict(causal=True, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest, max_seqlen_k=longest)
     end = ALONE[starts][-1]
     with use_backend("torch"):
-        good = results(attention, leaves, options, torch.float32)
+        good = results(attention, leaves, bounded, torch.float32)
         for x in leaves.values():
             x[:, :, end:] = torch.nan
         assert all(
-            torch.equal(a, b) for a, b in zip(results(attention, leaves, options, torch.float32), good, strict=True)
+            torch.equal(a, b) for a, b in zip(results(attention, leaves, bounded, torch.float32), good, strict=True)
         )
     assert not good[0][:, :, end:].any()
 

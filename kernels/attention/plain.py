@@ -111,10 +111,10 @@ def _each_alone(
     place = at - starts[row]
     inside = (place < lengths[row]).view(1, 1, total, 1)
     source = (starts[:-1, None] + torch.arange(longest, device=q.device)).clamp(max=total - 1).flatten()
-    rows = [x[0].index_select(1, source).unflatten(1, (n, longest)).transpose(0, 1) for x in (q, k, v)]
+    q, k, v = (x[0].index_select(1, source).unflatten(1, (n, longest)).transpose(0, 1) for x in (q, k, v))
     left, right, align, *_ = whole
     sides = (None, None, None, lengths, lengths, None, None)
-    found = torch_attention(*rows, sides, (left, right, align, 0, longest, longest, 0), real, return_lse, False)
+    found = torch_attention(q, k, v, sides, (left, right, align, 0, longest, longest, 0), real, return_lse, False)
     back = (row * longest + place).clamp(max=n * longest - 1)
     pack = lambda x, fill: x.transpose(0, 1).flatten(1, 2).index_select(1, back)[None].where(inside, fill)  # noqa: E731
     if not return_lse:
