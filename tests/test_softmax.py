@@ -131,8 +131,12 @@ def test_log_softmax_holds_what_a_softmax_rounds_to_zero(name):
     torch.testing.assert_close(x.grad, torch.tensor([[-2.0, 2.0, 0.0], [-0.5, 0.5, 0.0]]))
 
 
+@pytest.mark.parametrize("longest", [None, 2], ids=["whole rows", "tiles of rows"])
 @pytest.mark.parametrize("name", ["interpret", "reference"])
-def test_what_log_softmax_hides_gives_and_takes_no_gradient(name):
+def test_what_log_softmax_hides_gives_and_takes_no_gradient(name, longest, monkeypatch):
+    if longest:
+        monkeypatch.setattr(MODULE, "MAX_FWD", longest)
+        monkeypatch.setattr(MODULE, "MAX_BWD", longest)
     x, kept = torch.randn(3, 4, requires_grad=True), torch.tensor([True, False, True, True])
     with use_backend(name):
         y = log_softmax(x, mask=kept.expand(3, 4) & torch.tensor([[True], [True], [False]]))
