@@ -241,3 +241,15 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
         raise ValueError(
             f"a width of {embed_dim} cannot be split into {num_heads} heads: the number of heads must divide it"
         )
+
+
+def check_config(config: Any, sizes: tuple[str, ...]) -> None:
+    """Raise ValueError where a model's configuration makes no sense; ``sizes`` names its fields that count something."""
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    check_heads(config.d_model, config.nhead)
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
+    if config.activation not in ("relu", "gelu"):
+        raise ValueError(f"activation must be 'relu' or 'gelu', got {config.activation!r}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.attention import check_heads
+from tileformer.decoder.attention import check_config
 from tileformer.decoder.cache import KVCache
 from tileformer.decoder.layer import TransformerEncoderLayer
 from tileformer.decoder.modules import Dropout, LayerNorm
@@ -32,14 +32,7 @@ class DecoderLMConfig:
     eos_id: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "num_layers", "dim_feedforward", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_heads(self.d_model, self.nhead)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.activation not in ("relu", "gelu"):
-            raise ValueError(f"activation must be 'relu' or 'gelu', got {self.activation!r}")
+        check_config(self, ("vocab", "num_layers", "dim_feedforward", "max_length"))
         ids = (self.pad_id, self.bos_id, self.eos_id)
         if len(set(ids)) < 3 or not all(0 <= i < self.vocab for i in ids):
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.attention import check_heads
+from tileformer.decoder.attention import check_config
 from tileformer.decoder.cache import KVCache
 from tileformer.decoder.modules import Dropout
 from tileformer.decoder.transformer import Transformer
@@ -33,14 +33,7 @@ class Seq2SeqConfig:
 
     def __post_init__(self) -> None:
         sizes = ("src_vocab", "tgt_vocab", "num_encoder_layers", "num_decoder_layers", "dim_feedforward", "max_length")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_heads(self.d_model, self.nhead)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.activation not in ("relu", "gelu"):
-            raise ValueError(f"activation must be 'relu' or 'gelu', got {self.activation!r}")
+        check_config(self, sizes)
         ids = (self.pad_id, self.bos_id, self.eos_id)
         if len(set(ids)) < 3 or not all(0 <= i < self.tgt_vocab for i in ids) or self.pad_id >= self.src_vocab:
             raise ValueError(
