@@ -1,6 +1,7 @@
 """The reviews recipe: a split without leakage, a language model of packed text, a checkpoint that says what it is."""
 
 import argparse
+import copy
 import importlib.util
 import json
 import random
@@ -8,10 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tileformer.bench.budget import assert_within_budget
+from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, revert
+from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint, corpora, generate, train
-from tileformer.training.data import PackedBatches
+from tileformer.training.data import LabelledBatches, PackedBatches
+from tileformer.training.loop import fit
 from tileformer.training.recipes import reviews
+from tileformer.training.settings import Settings
 from tileformer.training.text import Labelled
 
 pytest.importorskip("tokenizers")
@@ -54,6 +61,31 @@ def test_split_sizes_of_the_real_reviews(capsys):
     assert {name: len(part) for name, part in parts.items()} == {"train": 14_694, "valid": 872, "test": 1_753}
     assert "35,123 lines, 17,319 distinct texts" in capsys.readouterr().out
     assert not set(parts["train"].texts) & set(parts["test"].texts)
+
+
+def test_its_loss_curve_is_that_of_torch_nn():
+    """Without dropout, from the same weights: two epochs of our layers, of torch's, and of torch's in float64."""
+    texts = small_reviews()
+    rows = reviews.to_rows(reviews.make_tokenizer(texts.texts), texts.texts)
+    torch.manual_seed(0)
+    ours = Classifier(DecoderLM(DecoderLMConfig(64, dropout=0.0)), 2, dropout=0.0)
+    theirs = copy.deepcopy(ours)
+    assert len(revert(theirs).swapped) > 20
+
+    def curve(model, cross_entropy):
+        losses = []
+
+        def loss_fn(model, batch):
+            losses.append(cross_entropy(model(batch.source), batch.labels))
+            return losses[-1]
+
+        settings = Settings(2 * sum(map(len, rows)), lr=1e-3, precision="fp32")
+        fit(model, LabelledBatches(rows, texts.labels, 16), settings, loss_fn)
+        return torch.stack(losses).detach()
+
+    truth = curve(copy.deepcopy(theirs).double(), F.cross_entropy)
+    assert len(truth) == 38 and truth[-10:].mean() < 0.8 * truth[0]
+    assert_within_budget("loss curve", curve(ours, cross_entropy), curve(theirs, F.cross_entropy), truth)
 
 
 def test_train_resume_and_generate(small, tmp_path, capsys):
