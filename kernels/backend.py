@@ -43,6 +43,9 @@ def current_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Serve the public ops called inside (in this thread) with one backend.
 
+    A backward runs what its forward chose. But torch runs the backward of CUDA tensors in a thread of its own, and there
+    `torch.utils.checkpoint` calls a forward again: set TILEFORMER_BACKEND, which all threads follow, to use both.
+
     Args:
         name: "auto", "triton" (CUDA tensors), "interpret" (the Triton kernels, interpreted, CPU tensors), "torch" or "reference".
 

@@ -28,12 +28,13 @@ def _dropout_fwd_kernel(
     x_ptr, residual_ptr, seed_ptr, y_ptr, x_stride, residual_stride, R, N, threshold, keep_scale,
     RESIDUAL: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): BLOCK_R rows and BLOCK_N columns."""
+    """A program: BLOCK_R rows and BLOCK_N columns. One axis of programs: the others end at 65,535."""
     N = N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
     residual_stride = residual_stride // ALIGN * ALIGN
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    col_start = tl.program_id(1) * BLOCK_N
+    n_cols = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // n_cols * BLOCK_R + tl.arange(0, BLOCK_R)
+    col_start = tl.program_id(0) % n_cols * BLOCK_N
     cols = col_start + tl.arange(0, BLOCK_N)
     inside = (rows < R)[:, None] & (cols < N)
     wide = rows.to(tl.int64)[:, None]
@@ -53,7 +54,7 @@ def _launch(r: int, n: int, stride: int, residual_stride: int, residual: bool, p
     tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
     return Launch(
         _dropout_fwd_kernel,
-        lambda tile: (cdiv(r, tile["BLOCK_R"]), cdiv(n, tile["BLOCK_N"])),
+        lambda tile: (cdiv(r, tile["BLOCK_R"]) * cdiv(n, tile["BLOCK_N"]),),
         (stride, residual_stride, r, n, bits.threshold(p), bits.keep_scale(p)),
         dict(RESIDUAL=residual, **row_flags(dtype, n, stride, residual_stride)),
         [tile],

@@ -24,6 +24,7 @@ from tileformer.kernels import interpreter
 
 Tile = dict[str, int]
 
+OPTIONS = {"enable_fp_fusion": True}  # Triton 3.9 warns of a default that will change
 INTERPRETED = 0  # the "architecture" of CPU tensors, so that a tile table can have a row for the interpreter
 selftest_due = os.environ.get("TILEFORMER_SELFTEST", "1") != "0"  # until this GPU has passed it
 _recorded_arch: int | None = None
@@ -171,9 +172,9 @@ def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[An
 
             selftest.run_once(like.device)
         with torch.cuda.device(like.device):
-            return kernel[programs](*args, **constexprs)
+            return kernel[programs](*args, **constexprs, **OPTIONS)
     if recording():
-        return kernel[programs](*args, **constexprs)
+        return kernel[programs](*args, **constexprs, **OPTIONS)
     return interpreter.run(kernel, programs, args, constexprs)
 
 

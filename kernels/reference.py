@@ -26,6 +26,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tileformer.kernels import bits
@@ -125,7 +126,7 @@ def attention(
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         return _packed(
             q, k, v, cu_seqlens_q, cu_seqlens_k, mask=mask, bias=bias, causal=causal, window=window, align=align, alibi_slopes=alibi_slopes,
-            softcap=softcap, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
+            softcap=softcap, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=return_lse, most=(max_seqlen_q, max_seqlen_k),
         )  # fmt: skip
     if mask is not None and mask.dtype != torch.bool:
         mask, bias = None, mask
@@ -172,26 +173,26 @@ def attention(
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, **options: Any) -> Any:
-    """Each sequence of a packed batch by itself. Rows of q and k that belong to no sequence come last."""
+    """Each sequence of a packed batch by itself. Rows of q and k past the last, or past the longest that one may be, belong to none."""
     (_, heads, t_q, _), p = q.shape, options["dropout_p"]
+    most_q, most_k = (x.shape[2] if most is None else most for x, most in zip((q, k), options.pop("most"), strict=True))
     ends_q, ends_k = starts_q.tolist(), starts_k.tolist()
     longest_q, longest_k = (max((b - a for a, b in pairwise(x)), default=0) for x in (ends_q, ends_k))
     drawn = (len(ends_q) - 1, heads, longest_q, longest_k)
     keep = dropout_keep(options["seed"], drawn, p) if p > 0.0 and all(drawn) else None
     bits_of = lambda n, rows, cols: {} if keep is None else dict(seed=keep[n : n + 1, :, :rows, :cols])  # noqa: E731
     slopes, out, lse = options.pop("alibi_slopes"), [], []
-    for n, ((a, b), (c, d)) in enumerate(zip(pairwise(ends_q), pairwise(ends_k), strict=True)):
+    for n, ((a, end), (c, d)) in enumerate(zip(pairwise(ends_q), pairwise(ends_k), strict=True)):
+        b, d = min(end, a + most_q), min(d, c + most_k)
         part = lambda x, cut, at: x if x is None or x.shape[at] == 1 else x.narrow(at, *cut)  # noqa: E731
         masks = {name: part(part(_four(options[name]), (a, b - a), 2), (c, d - c), 3) for name in ("mask", "bias")}
         one = attention(
             q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], **(options | masks | bits_of(n, b - a, d - c) | dict(return_lse=True)),
             alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[n],
         )  # fmt: skip
-        out.append(one[0])
-        lse.append(one[1])
-    rest = t_q - ends_q[-1]
-    out.append(q.new_zeros(1, heads, rest, v.shape[3]))
-    lse.append(q.new_full((1, heads, rest), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32)))
+        rest = (t_q if n == len(ends_q) - 2 else end) - b  # rows that belong to no sequence
+        out.append(F.pad(one[0], (0, 0, 0, rest)))
+        lse.append(F.pad(one[1], (0, rest), value=-math.inf))
     return (torch.cat(out, 2), torch.cat(lse, 2)) if options["return_lse"] else torch.cat(out, 2)
 
 

@@ -218,6 +218,8 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale:
     if mask is None:
         _fwd_launch(x.shape, stride, (0, 0, 0, 0), 0, causal_shift, scale, log, x.dtype)(rows, rows, y)
     else:
+        if mask.stride(-1) * mask.shape[-1] >= 2**31:  # the kernel counts columns in 32 bits
+            mask = mask.contiguous()
         boolean = mask.dtype == torch.bool
         run = _fwd_launch(x.shape, stride, mask.stride(), 1 if boolean else 2, causal_shift, scale, log, x.dtype)
         run(rows, mask.view(torch.uint8) if boolean else mask, y)

@@ -20,6 +20,8 @@ KERNELS = pathlib.Path(__file__).parents[1] / "kernels"
 def _compile(arch: int, *options: str) -> list[dict]:
     command = [
         sys.executable,
+        "-W",
+        "error::UserWarning",
         "-m",
         "tileformer",
         "check",

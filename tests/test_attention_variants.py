@@ -161,6 +161,8 @@ def test_packed_sequences(starts: str, options: dict, tile: None) -> None:
         f"max_seqlen_{n}": max(b - a for a, b in itertools.pairwise(x)) for n, x in (("q", starts_q), ("k", starts_k))
     }
     check(drawn(1, 4, 2, 40, 50, 4, 6), **options, **longest)
+    too_short = {name: most - 7 for name, most in longest.items()}
+    check(drawn(1, 4, 2, 40, 50, 4, 6), **options, **too_short, return_lse=True)
 
 
 @pytest.mark.parametrize("kind", ["heads", "sequences", "packed"])
@@ -321,7 +323,10 @@ def test_torch_backend_takes_packed_sequences_apart(starts: str, dtype: torch.dt
     for options in (dict(causal=True), dict(window=(4, 2)), dict(softcap=2.0), dict(causal=True, return_lse=True)):
         with use_backend("torch"):
             check(leaves, **options, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest, max_seqlen_k=longest)
-    assert len(taken) == 4
+            check(
+                leaves, **options, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest - 5, max_seqlen_k=longest - 2
+            )
+    assert len(taken) == 8
     bounded = dict(causal=True, cu_seqlens_q=at, cu_seqlens_k=at, max_seqlen_q=longest, max_seqlen_k=longest)
     end = ALONE[starts][-1]
     with use_backend("torch"):
@@ -342,6 +347,7 @@ def test_torch_backend_packed(starts: str) -> None:
             dict(causal="bottom_right"),
             dict(window=(9, 5)),
             dict(alibi_slopes=torch.rand(len(PACKED[starts][0]) - 1, 4)),
+            dict(causal="bottom_right", max_seqlen_q=11, max_seqlen_k=16),
         ):
             check(drawn(1, 4, 2, 40, 50), **given, **options)
 

@@ -88,6 +88,12 @@ def test_bits_do_not_depend_on_the_tile(tile, device, backend, monkeypatch):
     assert torch.equal(kept, reference.dropout_keep(seed_on(device), (9, 37), 0.4))
 
 
+def test_a_long_row_needs_one_axis_of_programs():
+    """CUDA's others end at 65,535."""
+    run = MODULE._launch(3, 2**28, 2**28, 2**28, False, 0.1, torch.float32)
+    assert run.grid(run.tiles[0]) == (3 * 2**28 // run.tiles[0]["BLOCK_N"],)
+
+
 @pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_rate_and_scale(p, name):

@@ -33,7 +33,8 @@ def _step(op: str, device: str) -> tuple[Callable[[], list[Tensor]], list[Tensor
     def run() -> list[Tensor]:
         out = getattr(kernels, op)(**leaves, **options)
         out = out[0] if isinstance(out, tuple) else out
-        return [out, *torch.autograd.grad(out.sum(), list(leaves.values()))]
+        grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+        return [out.detach(), *grads]  # a graph that lives on would bring its own stream into the next run's backward
 
     return run, list(leaves.values())
 

@@ -228,6 +228,16 @@ def test_a_mask_is_read_through_its_strides(device, backend):
     assert torch.equal(softmax(x, mask=mask.T), softmax(x, mask=mask.T.contiguous()))
 
 
+def test_a_mask_whose_columns_lie_far_apart(device, backend):
+    """The last element is past 2**31: an offset of 32 bits would be outside."""
+    x, kept = torch.randn(2, 3000, device=device), some(1, 3000)[0].to(device)
+    mask = torch.empty(3000 * 800_000, dtype=torch.bool, device=device)[
+        ::800_000
+    ]  # on a CPU, pages that nobody reads are not there
+    mask.copy_(kept)
+    assert torch.equal(softmax(x, mask=mask), softmax(x, mask=kept))
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (3, 0)])
 def test_nothing_to_do(shape, device, backend):
     x = torch.ones(shape, device=device, requires_grad=True)

@@ -133,12 +133,12 @@ class _Weights(torch.autograd.Function):
 
 def _reference_options(mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real) -> dict[str, Any]:
     """What the registered ops are told, in the words of `reference.attention`."""
-    left, right, align, packed, *_ = whole
+    left, right, align, packed, *most = whole[:6]
     names = ("cu_seqlens_q", "cu_seqlens_k") if packed else ("query_lengths", "key_lengths")
     return dict(
         mask=mask, bias=bias, key_mask=key_mask, alibi_slopes=slopes, seed=seed, **dict(zip(names, (q_lens, k_lens), strict=True)),
         window=tuple(None if side == NO_LIMIT else side for side in (left, right)), align="bottom_right" if align else None,
-        scale=real[0], softcap=real[1], dropout_p=real[2],
+        scale=real[0], softcap=real[1], dropout_p=real[2], max_seqlen_q=most[0], max_seqlen_k=most[1],
     )  # fmt: skip
 
 
@@ -179,7 +179,8 @@ def attention(
         query_lengths, key_lengths: integers (B,): what lies past them is padding, as in `key_mask`; such a query's row is 0.
         cu_seqlens_q, cu_seqlens_k: packed sequences: B is 1, and sequence n has queries cu_seqlens_q[n] to cu_seqlens_q[n + 1], and so its keys.
             int32 or int64 (sequences + 1,), ascending from 0. Rows past the last belong to none and are 0.
-        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths (T_q and T_k when None, which costs idle programs). Queries past it get 0.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths (T_q and T_k when None, which costs idle programs). A sequence that is longer
+            ends there: what lies past it belongs to none.
         causal: False, True or "top_left" (row i sees keys j <= i), or "bottom_right" (j <= i + T_k - T_q, of each sequence where it has lengths).
         window: (left, right), how many keys row i sees before and after its diagonal; None is no limit, one number means both.
         align: where the diagonal of `window` and `alibi_slopes` lies, "top_left" or "bottom_right"; a named `causal` says it too.

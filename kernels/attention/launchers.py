@@ -143,7 +143,8 @@ def _bounds(sides: Sequence[Tensor | None], whole: Sequence[int], q: Tensor, t_k
             PACKED=bool(packed),
             ALIGN=bool(align),
         )
-        args = (key_mask_, *lens, table, q.shape[2], t_k)
+        most = whole[4:6] if packed else (q.shape[2], t_k)
+        args = (key_mask_, *lens, table, *most)
         launch(_attention_bounds_kernel, lambda _: (table.shape[0],), q, args, flags, [dict(BLOCK=1024, num_warps=4)])
     return table
 

@@ -61,7 +61,7 @@ def torch_attention(
         longest = max(longest_q, longest_k)
         if alone and (len(q_lens) - 1) * longest**2 < t_q * t_k:
             return _each_alone(q, k, v, q_lens, longest, whole, real, return_lse)
-    place = _Places(q, k, q_lens, k_lens, bool(align), bool(packed))
+    place = _Places(q, k, q_lens, k_lens, bool(align), (longest_q, longest_k) if packed else None)
     seen = [] if mask is None else [mask]
     if place.real_q is not None:  # NaN in a padded query must not reach a gradient
         q = q.masked_fill(~place.real_q, 0.0)
@@ -105,15 +105,15 @@ def _each_alone(
 ) -> Any:
     """Packed sequences as rows of a padded batch: N longest^2 scores instead of total^2, which are nearly all hidden."""
     total, n = q.shape[2], len(starts) - 1
-    lengths = starts.diff()
+    lengths = [starts.diff().clamp(0, most) for most in whole[4:6]]
     at = torch.arange(total, device=q.device)
     row = (torch.searchsorted(starts, at, right=True) - 1).clamp(max=n - 1)
     place = at - starts[row]
-    inside = (place < lengths[row]).view(1, 1, total, 1)
+    inside = (place < lengths[0][row]).view(1, 1, total, 1)
     source = (starts[:-1, None] + torch.arange(longest, device=q.device)).clamp(max=total - 1).flatten()
     q, k, v = (x[0].index_select(1, source).unflatten(1, (n, longest)).transpose(0, 1) for x in (q, k, v))
     left, right, align, *_ = whole
-    sides = (None, None, None, lengths, lengths, None, None)
+    sides = (None, None, None, *lengths, None, None)
     found = torch_attention(q, k, v, sides, (left, right, align, 0, longest, longest, 0), real, return_lse, False)
     back = (row * longest + place).clamp(max=n * longest - 1)
     pack = lambda x, fill: x.transpose(0, 1).flatten(1, 2).index_select(1, back)[None].where(inside, fill)  # noqa: E731
@@ -130,24 +130,28 @@ class _Places:
     """Where each query and key lies in its sequence, broadcastable to (B, H, T_q, T_k); None where there is nothing to say."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, q_lens: Tensor | None, k_lens: Tensor | None, align: bool, packed: bool
-    ) -> None:
+        self, q: Tensor, k: Tensor, q_lens: Tensor | None, k_lens: Tensor | None, align: bool, most: tuple[int, int] | None
+    ) -> None:  # fmt: skip
+        """most: the longest that packed sequences may be; None where q_lens and k_lens are counts."""
         t_q, t_k = q.shape[2], k.shape[2]
         rows, self.cols = torch.arange(t_q, device=q.device)[:, None], torch.arange(t_k, device=q.device)[None]
         self.real_q = self.real_k = self.same = self.sequence = None
         shift: Tensor | int = t_k - t_q if align else 0
-        if packed and q_lens is not None and k_lens is not None:
+        if most and q_lens is not None and k_lens is not None:
             in_q, in_k = (
                 torch.searchsorted(x, at, right=True) - 1 for x, at in ((q_lens, rows[:, 0]), (k_lens, self.cols[0]))
             )
             n = len(q_lens) - 1
-            self.same = (in_q[:, None] == in_k) & (in_q < n)[:, None]
-            self.real_q, self.real_k = (in_q < n)[None, None, :, None], (in_k < n)[None]
             self.sequence = in_q.clamp(max=n - 1)
-            count_q, count_k = q_lens.diff()[self.sequence], k_lens.diff()[self.sequence]
+            count_q, count_k = (
+                x.diff().clamp(0, m)[self.sequence] for x, m in zip((q_lens, k_lens), most, strict=True)
+            )
             shift = (count_k - count_q)[:, None] if align else 0
             rows = rows - q_lens[self.sequence][:, None]
             self.cols = self.cols - k_lens[in_k.clamp(max=n - 1)]
+            self.same = in_q[:, None] == in_k
+            self.real_q = ((in_q < n)[:, None] & (rows < most[0]))[None, None]
+            self.real_k = (in_k < n) & (self.cols < most[1])
         elif q_lens is not None or k_lens is not None:
             len_q, len_k = (
                 torch.full((), t, device=q.device) if x is None else x.clamp(0, t)[:, None, None, None]

@@ -19,7 +19,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _attention_bounds_kernel(key_mask_ptr, q_lens_ptr, k_lens_ptr, bounds_ptr, T_q, T_k, KEY_MASK: tl.constexpr, Q_LENS: tl.constexpr,
                              K_LENS: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Per sequence eight int32: query start and count, key start, shift of the diagonal, first real key, one past the last, 1 if a padded
-    key lies between, 0. Lengths are counts, or with PACKED the starts of all sequences and the end of the last. ALIGN: to the bottom right."""
+    key lies between, 0. Lengths are counts, or with PACKED the starts of all sequences and the end of the last, and T_q and T_k the longest that
+    a sequence may be. ALIGN: to the bottom right."""
     b = tl.program_id(0).to(tl.int64)
     q_start = 0
     q_len = T_q
@@ -27,9 +28,9 @@ def _attention_bounds_kernel(key_mask_ptr, q_lens_ptr, k_lens_ptr, bounds_ptr, T
     k_len = T_k
     if PACKED:
         q_start = tl.load(q_lens_ptr + b).to(tl.int32)
-        q_len = tl.load(q_lens_ptr + b + 1).to(tl.int32) - q_start
+        q_len = tl.minimum(tl.maximum(tl.load(q_lens_ptr + b + 1).to(tl.int32) - q_start, 0), T_q)
         k_start = tl.load(k_lens_ptr + b).to(tl.int32)
-        k_len = tl.load(k_lens_ptr + b + 1).to(tl.int32) - k_start
+        k_len = tl.minimum(tl.maximum(tl.load(k_lens_ptr + b + 1).to(tl.int32) - k_start, 0), T_k)
     else:
         if Q_LENS:
             q_len = tl.minimum(tl.maximum(tl.load(q_lens_ptr + b).to(tl.int32), 0), T_q)
