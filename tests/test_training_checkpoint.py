@@ -26,9 +26,19 @@ def train(folder, loss_fn=sequence_loss, **changes):
     """A tiny model with dropout, so that the weights depend on every random state."""
     torch.manual_seed(0)
     model = Seq2Seq(Seq2SeqConfig(8, 8, 16, 2, 1, 1, 32, dropout=0.2, max_length=8))
-    resume, meta = changes.pop("resume", False), changes.pop("meta", {"recipe": "test"})
+    resume, overwrite = changes.pop("resume", False), changes.pop("overwrite", False)
+    meta = changes.pop("meta", {"recipe": "test"})
     settings = Settings(**(vars(SETTINGS) | changes))
-    fit(model, Batches(PAIRS, 16, seed=0), settings, loss_fn, folder=folder, resume=resume, meta=meta)
+    fit(
+        model,
+        Batches(PAIRS, 16, seed=0),
+        settings,
+        loss_fn,
+        folder=folder,
+        resume=resume,
+        overwrite=overwrite,
+        meta=meta,
+    )
     return model
 
 
@@ -133,6 +143,9 @@ def test_how_often_to_save_may_change(copy):
 def test_a_run_is_not_overwritten_by_accident(copy):
     with pytest.raises(CheckpointError, match="a run is already here"):
         train(copy.parent)
+    (other := copy.with_name("step-00009999")).mkdir()
+    train(copy.parent, overwrite=True)
+    assert copy.exists() and not other.exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json"])

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from tileformer.training import cells as table_cells
-from tileformer.training import finetune, generate, train
+from tileformer.training import checkpoint, finetune, generate, train
 from tileformer.training.methods import METHODS
 from tileformer.training.recipes import reviews
 
@@ -34,7 +34,8 @@ def data(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no run of anybody lies
     table_cells.load_task.cache_clear()
     make = reviews.make_config
     sizes = dict(d_model=16, nhead=2, num_layers=1, dim_feedforward=32)
@@ -47,8 +48,8 @@ def call(verb, *arguments):
     return verb.main(parser.parse_args(list(map(str, arguments))))
 
 
-def run(data, tmp_path, *arguments):
-    fixed = ("--data", data, "--checkpoint", tmp_path / "none", "--device", "cpu", "--precision", "fp32")
+def run(data, *arguments):
+    fixed = ("--data", data, "--device", "cpu", "--precision", "fp32")
     return call(finetune, "reviews", *fixed, *arguments)
 
 
@@ -61,7 +62,7 @@ def test_the_list_names_every_method(capsys):
 
 def test_one_run_leaves_scores_errors_plots_and_a_model(data, tmp_path, capsys):
     output = tmp_path / "run"
-    assert run(data, tmp_path, "--method", "scratch", "--labels", 100, "--output", output) == 0
+    assert run(data, "--method", "scratch", "--labels", 100, "--output", output) == 0
     shown = capsys.readouterr().out
     scores = json.loads((output / "scores.json").read_text())
     assert scores.keys() == {"scratch", "tfidf"}
@@ -77,14 +78,14 @@ def test_one_run_leaves_scores_errors_plots_and_a_model(data, tmp_path, capsys):
     judged = capsys.readouterr().out.splitlines()
     assert all(line.split()[0] in ("bad", "good") and "%" in line for line in judged) and judged[1].endswith("书差")
     with pytest.raises(ValueError, match="a run is already here"):
-        run(data, tmp_path, "--method", "scratch", "--output", output)
+        run(data, "--method", "scratch", "--output", output)
 
 
 def test_a_pretrained_model_starts_a_method_and_is_reported(data, tmp_path, monkeypatch, capsys):
     texts = [line.split("\t")[1] for line in data.read_text("utf-8").splitlines()]
     monkeypatch.setattr(reviews.corpora, "newspaper", lambda: texts[:10])
     whole = reviews.parts
-    monkeypatch.setattr(reviews, "parts", lambda file=None: whole(data))
+    monkeypatch.setattr(reviews, "parts", lambda *_: whole(data))
     call(train, "reviews", "--output", tmp_path / "lm", "--tokens", 500, "--device", "cpu")
     arguments = ("--checkpoint", tmp_path / "lm", "--labels", 50, "--device", "cpu", "--output", tmp_path / "out")
     assert call(finetune, "reviews", "--method", "shared", *arguments) == 0
@@ -94,7 +95,7 @@ def test_a_pretrained_model_starts_a_method_and_is_reported(data, tmp_path, monk
 
 
 def test_the_same_labels_for_every_method_and_none_of_the_others(data, tmp_path, monkeypatch):
-    task = table_cells.load_task("reviews", data, tmp_path / "none")
+    task = table_cells.load_task("reviews", data, "utf-8", tmp_path / "none")
     seen = []
     monkeypatch.setitem(
         METHODS, "scratch", dataclasses.replace(METHODS["scratch"], recipe=lambda c, m: seen.append(c) or m)
@@ -123,8 +124,8 @@ def test_a_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(table_cells, "predict", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(data, tmp_path, *arguments)
-    assert run(data, tmp_path, *arguments) == 0
+        run(data, *arguments)
+    assert run(data, *arguments) == 0
     cells = [(method, size, seed) for size in ("100", "all") for seed in (0, 1) for method in ("tfidf", "scratch")]
     assert asked == cells[:4] + cells[3:]  # 1,000 labels are more than there are; the fourth was asked for again
     table = (output / "table.md").read_text()
@@ -138,7 +139,7 @@ def test_a_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsy
     (data.parent / "own.tsv").write_text(data.read_text("utf-8").replace("房", "屋"), "utf-8")
     table_cells.load_task.cache_clear()
     with pytest.raises(ValueError, match="of other texts or another pretrained model"):
-        run(data, tmp_path, *arguments)
+        run(data, *arguments)
 
 
 @pytest.mark.slow  # two processes that import everything
@@ -156,7 +157,7 @@ def test_workers_measure_what_one_process_does(data, tmp_path):
             "--output",
             tmp_path / str(workers),
         )
-        assert run(data, tmp_path, *arguments) == 0
+        assert run(data, *arguments) == 0
     cells = [json.loads((tmp_path / str(n) / "cells" / "tfidf-all-0.json").read_text()) for n in (1, 2)]
     assert cells[0] | {"core_seconds": 0} == cells[1] | {"core_seconds": 0}
 
@@ -174,7 +175,7 @@ def test_the_table_shows_mean_and_student_interval():
     header, _, a, b, *_ = table_cells.render(cells).splitlines()
     half = 100 * 4.302653 * 0.02 / math.sqrt(3)
     assert a == f"| a | 82.00 ± {half:.2f} | 50.00 ± 0.00 | 1.50 | - | - | - |"
-    assert b == "| b | - | - | - | 90.00 ± nan | 50.00 ± nan | 1.50 |"
+    assert b == "| b | - | - | - | 90.00 | 50.00 | 1.50 |"
     assert header.count("core-min") == 2 and "± 2.0 points" in table_cells.render(cells)
 
 
@@ -188,6 +189,8 @@ def test_the_table_shows_mean_and_student_interval():
         (["reviews", "--labels", "1"], "a number above 1 or all, got '1'"),
         (["reviews", "--method", "gan"], "gan needs texts without labels: give --labels N"),
         (["reviews", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["reviews", "--table", "--seed", "7"], "--table takes its own"),
+        (["reviews", "--checkpoint", "typo"], "--checkpoint typo: there is nothing"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -197,4 +200,39 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 def test_without_a_pretrained_model_the_command_for_one_is_named(data, tmp_path):
     with pytest.raises(ValueError, match="full starts from a pretrained model.*tileformer train reviews"):
-        run(data, tmp_path, "--labels", 50, "--output", tmp_path / "x")
+        run(data, "--labels", 50, "--output", tmp_path / "x")
+    with pytest.raises(ValueError, match="full starts from a pretrained model"):
+        run(data, "--table", "--method", "scratch,full", "--output", tmp_path / "x")
+    assert not list((tmp_path / "x").rglob("*.json")), "found before anything is trained"
+
+
+def test_a_run_that_was_stopped_can_be_asked_for_again(data, tmp_path, monkeypatch):
+    arguments = ("--method", "scratch", "--labels", 50, "--output", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(table_cells, "probabilities", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(data, *arguments)
+    assert list((tmp_path / "run" / "stages").glob("*/step-*"))
+    assert run(data, *arguments) == 0
+
+
+def test_no_command_writes_into_a_folder_of_the_other_kind(data, tmp_path):
+    model = tmp_path / "model"
+    assert run(data, "--method", "scratch", "--labels", 50, "--output", model) == 0
+    with pytest.raises(ValueError, match="a fine-tuned model is here"):
+        call(train, "reviews", "--output", model, "--device", "cpu")
+    with pytest.raises(checkpoint.CheckpointError, match="a model that is ready for use"):
+        call(train, "reviews", "--output", model, "--device", "cpu", "--resume")
+    (tmp_path / "pretrained" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a run is already here"):
+        run(data, "--method", "scratch", "--output", tmp_path / "pretrained")
+
+
+def test_texts_that_read_alike_are_on_one_side(tmp_path):
+    lines = [f"{'ab'[i % 2]}\t{''.join(random.Random(i).choices(LETTERS, k=9))}\n" for i in range(300)]
+    marked = [line.replace("\t", "\t<p>").replace("\n", "</p>\n") for line in lines]
+    path = tmp_path / "marked.tsv"
+    path.write_text("".join([*lines, *marked, "a\t<br/>\n"]), "utf-8")
+    parts = reviews.parts(path)
+    texts = [text for part in parts.values() for text in part.texts]
+    assert len(texts) == len(set(texts)) == 300 and all(texts)

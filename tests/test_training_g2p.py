@@ -1,6 +1,7 @@
 """The g2p recipe: the dictionary's facts, the split, the scores, and the verbs `train` and `generate` on few words."""
 
 import argparse
+import io
 import sys
 
 import pytest
@@ -107,11 +108,18 @@ def test_train_resume_and_generate(parts, tmp_path, monkeypatch, capsys):
     assert all(text in out for text in wanted), out
     with pytest.raises(ValueError, match="a run is already here"):
         call(train, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(g2p, "dictionary_file", lambda: run / "missing")
+        with pytest.raises(FileNotFoundError):
+            call(train, *arguments, "--overwrite")
     assert call(train, *arguments, "--resume") == 0
     again = capsys.readouterr().out  # nothing left to train, the same scores and words
     assert again[again.index("  PER") :] == out[out.index("  PER") :]
     assert call(generate, "--checkpoint", run, "--", "Hello", "tileformer") == 0
     hello, tileformer = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    with pytest.raises(ValueError, match="nothing to read"):
+        call(generate, "--checkpoint", run)
     assert hello.startswith("Hello  ") and tileformer.startswith("tileformer  ")
     assert set(hello.split()[1:]) <= set(g2p.PHONES)
     with pytest.raises(ValueError, match="'ï'"):

@@ -23,7 +23,8 @@ def test_classification_by_hand():
     assert found["classes"]["bad"] == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4, "support": 4})
     assert found["classes"]["good"]["f1"] == pytest.approx(2 / 3)
     assert found["classes"]["mixed"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
-    assert found["macro"]["f1"] == pytest.approx((3 / 4 + 2 / 3) / 4)
+    assert found["macro"]["f1"] == pytest.approx((3 / 4 + 2 / 3) / 3)  # the silent class is no mistake
+    assert found["classes"]["silent"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
     assert found["micro"] == pytest.approx({"precision": 5 / 8, "recall": 5 / 8, "f1": 5 / 8})
 
 
@@ -57,7 +58,12 @@ def test_bootstrap_interval_is_the_binomial_one_and_repeats():
     assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.006)
     assert metrics.bootstrap(true, predicted, seed=1) == (low, high)
     assert metrics.bootstrap(true, predicted, seed=2) != (low, high)
-    assert metrics.bootstrap(true, true) == (1.0, 1.0)
+
+
+def test_an_interval_of_no_error_at_all_is_wilsons():
+    """z^2 / (n + z^2) below 1: so many right answers are no proof that there is no wrong one."""
+    low, high = metrics.bootstrap([1] * 14, [1] * 14)
+    assert (low, high) == pytest.approx((1 - 1.959964**2 / (14 + 1.959964**2), 1.0))
 
 
 def test_the_mean_over_seeds_has_students_interval():

@@ -57,6 +57,11 @@ def test_without_warm_up_a_run_starts_at_the_full_rate():
     assert [learning_rate_factor(0.0, Settings(1, warmup=0.0, **steered(name))) for name in names] == [1.0] * 5
 
 
+def test_warm_up_and_decay_share_a_run():
+    with pytest.raises(ValueError, match="warmup and decay of wsd share the run, got 0.5 and 0.9"):
+        Settings(1, schedule="wsd", warmup=0.5, decay=0.9)
+
+
 def test_only_matrices_decay():
     model = Model()
     decayed, plain = parameter_groups(model, 0.01)

@@ -45,6 +45,11 @@ def test_confusion_shows_counts_and_shares_of_the_row(tmp_path, drawn):
     assert [text.get_text() for text in panel.texts] == ["30\n75.0%", "10\n25.0%", "0\n0.0%", "0\n0.0%"]
 
 
+def test_confusion_of_many_classes_stays_a_page(tmp_path, drawn):
+    assert is_png(plots.confusion(numpy.eye(50, dtype=int), [f"class {i}" for i in range(50)], tmp_path / "c.png"))
+    assert not drawn[0].axes[0].texts and max(drawn[0].get_size_inches()) < 25
+
+
 @pytest.mark.parametrize("heads", [None, 1, 5])  # one map without a head axis; five heads leave three panels empty
 def test_attention_has_a_panel_a_head(tmp_path, drawn, heads):
     shape = (3, 4) if heads is None else (heads, 3, 4)

@@ -105,7 +105,7 @@ def test_train_resume_and_generate(small, tmp_path, capsys):
 
     model, tokenizer = reviews.load(checkpoint.latest(run), torch.device("cpu"))
     assert model.config.vocab == tokenizer.size and not model.training
-    with pytest.raises(ValueError, match="reads at most 126 characters, got 127"):
+    with pytest.raises(ValueError, match="reads at most 126 characters, got 130"):
         reviews.continue_text(model, tokenizer, "房" * 130)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from tileformer.training import baseline, checkpoint, metrics, text
+from tileformer.training.loop import resolve_precision
 from tileformer.training.methods import METHODS, Context, probabilities
 
 SIZES = ("100", "1000", "all")
@@ -44,10 +46,10 @@ class Task:
 
 
 @functools.lru_cache(maxsize=1)  # a process of the table reads it once
-def load_task(name: str, data: Path | None, path: Path) -> Task:
+def load_task(name: str, data: Path | None, encoding: str, path: Path) -> Task:
     """Read the recipe's texts, or `data`, and the pretrained model at `path` if there is one."""
     recipe = importlib.import_module(f"tileformer.training.recipes.{name}")
-    parts = recipe.parts(data)
+    parts = recipe.parts(data, encoding)
     digest = hashlib.sha256(repr([(part.texts, part.labels) for part in parts.values()]).encode())
     if path.exists():
         model, tokenizer = recipe.load(checkpoint.latest(path), torch.device("cpu"))
@@ -113,7 +115,11 @@ def table(args: argparse.Namespace) -> int:
     args.output = args.output or Path("runs") / f"{args.recipe}-table"
     (args.output / "cells").mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([BASELINE, *(args.method.split(",") if args.method else METHODS)]))
-    texts = len(load_task(args.recipe, args.data, args.checkpoint).parts["train"])
+    task = load_task(args.recipe, args.data, args.encoding, args.checkpoint)
+    texts = len(task.parts["train"])
+    for name in names:
+        if name in METHODS:
+            METHODS[name].check(task.weights)
     sizes = [size for size in SIZES if size == "all" or int(size) < texts]
     jobs = [
         (args, name, size, seed)
@@ -126,7 +132,13 @@ def table(args: argparse.Namespace) -> int:
         done = [_cell(job) for job in jobs]
     else:
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-            done = list(pool.map(_cell, jobs))
+            try:
+                done = list(pool.map(_cell, jobs))
+            except BaseException:  # or the pool would first go through all that is left
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
     shown = render(done)
     write(args.output / "table.md", shown)
     write(args.output / "table.json", json.dumps(done, indent=1))
@@ -137,16 +149,19 @@ def table(args: argparse.Namespace) -> int:
 def _cell(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
     """The scores of one method, size and seed: read if they are there, else measured and written."""
     args, method, size, seed = job
-    task = load_task(args.recipe, args.data, args.checkpoint)
+    task = load_task(args.recipe, args.data, args.encoding, args.checkpoint)
+    how = {"device": args.device, "precision": resolve_precision(args.precision, torch.device(args.device))}
     file = args.output / "cells" / f"{method}-{size}-{seed}.json"
     if file.exists():
         found = json.loads(file.read_text("utf-8"))
         if found["task"] != task.fingerprint:
             raise ValueError(f"{file}: of other texts or another pretrained model; choose another --output")
+        if (before := {name: found.get(name, now) for name, now in how.items()}) != how:
+            raise ValueError(f"{file}: computed with {before}, asked for {how}; choose another --output")
         return found
     with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes would draw over each other
         probability, spent, _ = predict(args, task, method, size, seed)
-    found = {"method": method, "labels": size, "seed": seed, "task": task.fingerprint, "core_seconds": spent}
+    found = {"method": method, "labels": size, "seed": seed, "task": task.fingerprint, "core_seconds": spent} | how
     found |= score(task, probability)
     write(file, json.dumps(found, indent=1))
     print(f"{method} {size} seed {seed}: accuracy {found['accuracy']:.2%}, {spent:.0f} core-seconds", flush=True)
@@ -161,7 +176,10 @@ def render(cells: Sequence[dict[str, Any]]) -> str:
         if not mine:
             return "- | - | -"
         figures = ([cell["accuracy"] for cell in mine], [cell["macro"]["f1"] for cell in mine])
-        texts = [f"{100 * mean:.2f} ± {100 * half:.2f}" for mean, half in map(metrics.over_seeds, figures)]
+        texts = [
+            f"{100 * mean:.2f}" + ("" if math.isnan(half) else f" ± {100 * half:.2f}")
+            for mean, half in map(metrics.over_seeds, figures)
+        ]
         return " | ".join((*texts, f"{sum(cell['core_seconds'] for cell in mine) / len(mine) / 60:.2f}"))
 
     sizes = [size for size in SIZES if any(cell["labels"] == size for cell in cells)]
@@ -170,10 +188,11 @@ def render(cells: Sequence[dict[str, Any]]) -> str:
     for method in dict.fromkeys(cell["method"] for cell in cells):
         rows.append(f"| {method} | {' | '.join(shown(method, size) for size in sizes)} |")
     seeds, examples = len({cell["seed"] for cell in cells}), cells[0]["examples"]
-    low, high = cells[0]["accuracy_interval"]
-    rows += ["", f"Mean over {seeds} seeds (labels, weights, order) and the 95 % Student interval of that mean."]
+    widest = max(high - low for low, high in (cell["accuracy_interval"] for cell in cells))
+    if seeds > 1:
+        rows += ["", f"Mean over {seeds} seeds (labels, weights, order) and the 95 % Student interval of that mean."]
     rows += [
-        f"The {examples:,} test texts are a sample too: for one model, ± {50 * (high - low):.1f} points (bootstrap)."
+        f"The {examples:,} test texts are a sample too: for one model, up to ± {50 * widest:.1f} points (bootstrap)."
     ]
     return "\n".join(rows) + "\n"
 

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", metavar="M", help="how; --list names them (default full; with --table all, or several: a,b)")
     add("--labels", default="all", metavar="N", help="texts of the train part whose label is used (default all)")
     add("--data", type=Path, metavar="FILE", help="your own label<TAB>text instead of the recipe's texts")
+    add("--encoding", default="utf-8", help="of --data (default utf-8)")
     add("--checkpoint", type=Path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
     add("--output", type=Path, metavar="DIR", help="default runs/RECIPE-METHOD-N-SEED, with --table runs/RECIPE-table")
     add("--seed", type=int, default=0, metavar="N", help="which labels, new weights, order, dropout (default 0)")
@@ -38,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     """One run, or the table. ValueError: wrong arguments or input."""
     import torch
 
-    from tileformer.training import cells
+    from tileformer.training import cells, checkpoint, metrics
     from tileformer.training.methods import METHODS
 
     if args.list:
@@ -48,13 +49,21 @@ def main(args: argparse.Namespace) -> int:
         return 0
     _check(args, torch.cuda.is_available())
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.checkpoint is not None and not args.checkpoint.exists():
+        raise ValueError(f"--checkpoint {args.checkpoint}: there is nothing")
     args.checkpoint = args.checkpoint or Path("runs") / args.recipe
+    for name in ("sklearn", "scipy", "matplotlib"):  # said before the training, not after it
+        metrics.library(name)
     if args.table:
         return cells.table(args)
     args.method = args.method or "full"
     args.output = args.output or Path("runs") / f"{args.recipe}-{args.method}-{args.labels}-{args.seed}"
-    if (args.output / "scores.json").exists():
+    if any((args.output / name).exists() for name in ("scores.json", checkpoint.STATE)) or checkpoint.steps_in(
+        args.output
+    ):
         raise ValueError(f"{args.output}: a run is already here; choose another --output")
+    for step in (args.output / "stages").glob("*/step-*"):  # of a run that was stopped
+        checkpoint.discard(step)
     _single(args)
     return 0
 
@@ -64,9 +73,7 @@ def _single(args: argparse.Namespace) -> None:
     from tileformer.training import cells, checkpoint, metrics, plots
     from tileformer.training.methods import probabilities
 
-    for name in ("sklearn", "scipy", "matplotlib"):  # said before the training, not after it
-        metrics.library(name)
-    task = cells.load_task(args.recipe, args.data, args.checkpoint)
+    task = cells.load_task(args.recipe, args.data, args.encoding, args.checkpoint)
     test = task.parts["test"]
     stages = args.output / "stages"
     probability, spent, model = cells.predict(args, task, args.method, args.labels, args.seed, stages)
@@ -78,6 +85,8 @@ def _single(args: argparse.Namespace) -> None:
     guessed = probabilities(model, task.recipe.to_rows(task.tokenizer, valid.texts)).argmax(1)
     chosen_by = metrics.classification(valid.labels, guessed.tolist(), valid.names)["accuracy"]
     predicted = probability.argmax(1)
+    task.recipe.save_classifier(args.output, model, args.method, test.names, task.tokenizer, task.config)
+    cells.write(args.output / "scores.json", json.dumps(scores, indent=1))
     counts = metrics.confusion(test.labels, predicted, len(test.names))
     plots.confusion(counts, test.names, args.output / "confusion.png")
     for log in sorted(stages.glob("*/log.jsonl")):
@@ -91,8 +100,6 @@ def _single(args: argparse.Namespace) -> None:
     wrong = metrics.errors_csv(
         args.output / "errors.csv", test.texts, test.labels, predicted, probability.max(1), test.names
     )
-    task.recipe.save_classifier(args.output, model, args.method, test.names, task.tokenizer, task.config)
-    cells.write(args.output / "scores.json", json.dumps(scores, indent=1))
     print(f"test, {len(test):,} texts never seen; {args.labels} labels, seed {args.seed}:")
     for name, found in scores.items():
         low, high = found["accuracy_interval"]
@@ -133,6 +140,8 @@ def _check(args: argparse.Namespace, has_cuda: bool) -> None:
         raise ValueError(f"--labels must be a number above 1 or all, got {args.labels!r}")
     if args.labels == "all" and not args.table and METHODS[method].unlabelled:
         raise ValueError(f"{method} needs texts without labels: give --labels N")
+    if args.table and (args.labels != "all" or args.seed):
+        raise ValueError("--table takes its own --labels and --seed; choose with --method and --seeds")
     if args.device == "cuda" and not has_cuda:
         raise ValueError("--device cuda: torch sees no CUDA device")
     for name in ("threads", "seeds", "workers"):

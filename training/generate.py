@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> int:
         raise checkpoint.CheckpointError(f"{path}: expected a model of a recipe ({', '.join(RECIPES)}), found {name!r}")
     recipe = importlib.import_module(f"tileformer.training.recipes.{name}")
     words = args.words or [line.strip() for line in sys.stdin if line.strip()]
+    if not words:
+        raise ValueError("nothing to read: give inputs, or lines on standard input")
     for line in recipe.lines(path, words, torch.device(args.device)):
         print(line)
     return 0

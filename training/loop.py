@@ -50,8 +50,8 @@ CADENCE = ("log_every", "save_every", "keep")
 class Report:
     """What `fit` did, the part before a resume counted too. `core_seconds`: CPU time of all threads of the process.
 
-    `loss` is the mean of the last interval, `valid_loss` the lowest one measured, `skipped` the steps that fp16
-    overflowed, `checkpoint` the newest.
+    `loss` is the mean of the last interval, `valid_loss` that of the weights which the model has now, `skipped` the steps
+    that fp16 overflowed, `checkpoint` the newest.
     """
 
     steps: int
@@ -152,6 +152,7 @@ def fit(
     folder: str | os.PathLike[str] | None = None,
     valid: AnyBatches | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     meta: dict[str, Any] | None = None,
     groups: Sequence[dict[str, Any]] | None = None,
     backward: Backward = backward_once,
@@ -163,7 +164,7 @@ def fit(
     vocabulary). groups: learning rates by layer, see `make_optimizer`. backward: runs forward and backward of one batch
     as `backward_once` does, for methods that need more than one of each. With `resume` the newest checkpoint in `folder`
     is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run that never
-    stopped.
+    stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
 
     Raises ValueError: the settings steer by a validation loss and there is no `valid`, or nothing is trainable;
     CheckpointError: nothing to resume, a damaged checkpoint, other settings, data or `meta` than the checkpoint's, or,
@@ -184,8 +185,11 @@ def fit(
             raise ValueError("resume needs the folder of the run")
         saved = checkpoint.latest(folder)
         place = _restore(saved, model, optimizer, scaler, batches, run)
-    elif folder is not None and (found := checkpoint.steps_in(folder)):
-        raise checkpoint.CheckpointError(f"{found[-1]}: a run is already here; resume it or choose another folder")
+    elif folder is not None:
+        for found in checkpoint.steps_in(folder):
+            if not overwrite:
+                raise checkpoint.CheckpointError(f"{found}: a run is already here; resume it or choose another folder")
+            checkpoint.discard(found)
 
     def cast_loss(model: nn.Module, batch: Any) -> Tensor:
         with _cast(device, precision):
@@ -260,7 +264,8 @@ def fit(
     elif best_weights:
         model.load_state_dict(best_weights)
     core, wall = time.process_time() - core_start, time.perf_counter() - wall_start
-    return Report(place.step, place.tokens, place.last["loss"], core, wall, saved, place.best, place.skipped)
+    valid_loss = place.best if settings.keep_best else place.last.get("valid_loss")
+    return Report(place.step, place.tokens, place.last["loss"], core, wall, saved, valid_loss, place.skipped)
 
 
 def _cast(device: torch.device, precision: str) -> torch.autocast:
@@ -301,6 +306,8 @@ def _restore(
 ) -> _Place:
     """Put a checkpoint back into every object that has state; returns its place."""
     state = checkpoint.read_state(path)
+    if "settings" not in state:
+        raise checkpoint.CheckpointError(f"{path}: a model that is ready for use; expected one in training, to resume")
     # A checkpoint older than a setting, or than a part of the place, was written with what is now the default.
     defaults = {"settings": {setting.name: setting.default for setting in fields(Settings)}, "meta": {}}
     for part, now in run.items():

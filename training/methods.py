@@ -83,13 +83,19 @@ class Method:
         """The method's model, all weights at random."""
         return self.build(DecoderLM(replace(config, share_layers=self.share_layers)), classes)
 
+    def check(self, weights: Mapping[str, Tensor] | None) -> None:
+        """ValueError where the method needs pretrained weights or a library, and there is none."""
+        if self.pretrained and weights is None:
+            raise ValueError(f"{self.name} starts from a pretrained model, and there is none: tileformer train reviews")
+        if self.recipe is _lora:
+            library("peft")
+
     def start(self, context: Context) -> tuple[Classifier, LoadReport | None]:
         """The model before its training, and what came of the pretrained weights (None: from scratch).
 
-        ValueError when the method needs pretrained weights and there are none.
+        ValueError as `check`.
         """
-        if self.pretrained and context.weights is None:
-            raise ValueError(f"{self.name} starts from a pretrained model, and there is none: tileformer train reviews")
+        self.check(context.weights)
         torch.manual_seed(context.seed)
         backbone = DecoderLM(replace(context.config, share_layers=self.share_layers))
         report = load_matching(backbone, context.weights or {}) if self.pretrained else None
@@ -258,13 +264,17 @@ def _pseudo(context: Context, model: Model, rounds: int = 2, threshold: float = 
 def _gan(context: Context, model: Model) -> Classifier:
     """Labelled rows and as many unlabelled again, so that a batch has both (Croce et al. 2020)."""
     some = context.some_unlabelled()
-    copies = max(1, len(some) // len(context.rows))
+    copies = max(1, len(some) // len(context.rows))  # so a labelled row is read as often as by the other methods
     rows = [*list(context.rows) * copies, *some]
     labels = [*list(context.labels) * copies, *[0] * len(some)]
     weights = [1.0] * (len(rows) - len(some)) + [0.0] * len(some)
-    epochs = 2 * context.epochs * len(context.rows) / len(rows)  # every other row has no label
     gan = Gan(model).to(context.device)
-    options: dict[str, Any] = {"loss_fn": gan_loss, "backward": gan_backward, "weights": weights, "epochs": epochs}
+    options: dict[str, Any] = {
+        "loss_fn": gan_loss,
+        "backward": gan_backward,
+        "weights": weights,
+        "epochs": context.epochs / copies,
+    }
     return train(context, gan, rows, labels, **options).classifier
 
 
@@ -286,7 +296,7 @@ def _clusters(context: Context, model: Model, clusters: int = 20) -> Classifier:
     rows = [*context.rows, *context.unlabelled]
     rows = random.Random(context.seed).sample(rows, min(UNLABELLED, len(rows)))
     states = over(model.features, model, rows)
-    means = library("sklearn.cluster").KMeans(min(clusters, len(rows)), n_init=3, random_state=context.seed)
+    means = library("sklearn.cluster").KMeans(min(clusters, len(rows)), n_init=3, random_state=context.seed % 2**32)
     found = means.fit_predict(states.numpy()).tolist()
     guesser = Classifier(model.backbone, clusters).to(context.device)
     train(context, guesser, rows, found, epochs=1, stage="clusters")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 
 Interval = tuple[float, float]
+EXTRAS = {"peft": "hf"}  # of the libraries that are not in `finetune`
 
 
 def library(name: str) -> Any:
@@ -21,23 +22,26 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ValueError(f'{error.name} is not installed: pip install "tileformer[finetune]"') from None
+        extra = EXTRAS.get(name, "finetune")
+        raise ValueError(f'{error.name} is not installed: pip install "tileformer[{extra}]"') from None
 
 
 def classification(true: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
     """Accuracy; precision, recall and F1 as `macro` (mean of classes), `micro` (all decisions) and by class name.
 
-    A class that is never predicted has precision 0, one without examples recall 0. `support`: examples of the class.
+    A class that is never predicted has precision 0, one without examples recall 0; one that has neither is left out of
+    `macro`, as scikit-learn does. `support`: examples of the class.
     Raises ValueError when the two lengths differ, nothing is given, or a number has no name.
     """
     _check(true, predicted, len(names))
     score = library("sklearn.metrics").precision_recall_fscore_support
-    options: dict[str, Any] = {"labels": range(len(names)), "zero_division": 0}
+    options: dict[str, Any] = {"zero_division": 0}
     result: dict[str, Any] = {"accuracy": float(numpy.equal(true, predicted).mean()), "examples": len(true)}
     for average in ("macro", "micro"):
         values = score(true, predicted, average=average, **options)[:3]
         result[average] = dict(zip(("precision", "recall", "f1"), map(float, values), strict=True))
-    columns = [column.tolist() for column in score(true, predicted, average=None, **options)]
+    every = score(true, predicted, average=None, labels=range(len(names)), **options)
+    columns = [column.tolist() for column in every]
     rows = zip(*columns, strict=True)
     keys = ("precision", "recall", "f1", "support")
     result["classes"] = {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
@@ -71,7 +75,12 @@ def bootstrap(
     pair = (numpy.asarray(true), numpy.asarray(predicted))
     options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "batch": 100}
     found = library("scipy.stats").bootstrap(pair, _STATISTICS[metric], n_resamples=resamples, rng=seed, **options)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
+    if low == high and metric == "accuracy":  # all right or all wrong: resamples know nothing else, Wilson's does
+        hits = int(numpy.equal(true, predicted).sum())
+        wilson = library("scipy.stats").binomtest(hits, len(true)).proportion_ci(method="wilson")
+        low, high = float(wilson.low), float(wilson.high)
+    return low, high
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

@@ -47,14 +47,14 @@ def learning_curves(log: PathLike, png: PathLike) -> Path:
 
 
 def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Path:
-    """Counts (K, K), row = true class; a cell is coloured by its share of its row."""
+    """Counts (K, K), row = true class; a cell is coloured by its share of its row. Up to 20 classes it is also told in numbers."""
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"counts {counts.shape} must be ({len(names)}, {len(names)}), one row and column a class")
-    size = 2.5 + 0.7 * len(names)
+    size = 2.5 + min(0.7 * len(names), 20.0)
     figure, panel = _figure(1, 1, (size, size))
     shares = counts / numpy.maximum(counts.sum(1, keepdims=True), 1)
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), share in numpy.ndenumerate(shares):
+    for (row, column), share in numpy.ndenumerate(shares) if len(names) <= 20 else ():
         shown = f"{counts[row, column]}\n{share:.1%}"
         panel.text(column, row, shown, ha="center", va="center", color="white" if share > 0.5 else "black")
     labels = _drawable(names)

@@ -36,6 +36,9 @@ def grid_search(
     if not space or not points:
         raise ValueError(f"expected names with at least one value each to try, got {space}")
     optuna = _optuna()
+    for name, values in lists.items():
+        if storage is not None and (odd := [x for x in values if not isinstance(x, str | int | float | None)]):
+            raise ValueError(f"{name}: a file keeps numbers and strings, not {odd[0]!r}: search without storage")
     study = _study(optuna, f"grid {lists}", storage)
     while left := [point for point in points if point not in [trial.params for trial in _finished(study)]]:
         study.enqueue_trial(left[0])

@@ -10,7 +10,7 @@ import html
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,12 @@ def clean(text: str, *, markup: bool = True, width: bool = True, case: bool = Fa
 
 def key(text: str) -> str:
     """What two copies of a text share: NFKC, word characters only (letters, ideographs, digits), lower case."""
-    return re.sub(r"\W", "", unicodedata.normalize("NFKC", text)).lower()
+    return re.sub(r"\W+", _marks, unicodedata.normalize("NFKC", text)).lower()
+
+
+def _marks(found: re.Match[str]) -> str:
+    """The combining marks of what is no word character: they make other vowels of a letter in Hindi, Thai or Arabic."""
+    return "".join(c for c in found[0] if unicodedata.category(c).startswith("M"))
 
 
 def place(key: str, modulo: int = 100) -> int:
@@ -81,8 +86,9 @@ def read_labelled(
     texts: list[str] = []
     found: list[str] = []
     faults: list[tuple[int, str]] = []
-    for number, line in enumerate(decode(Path(path).read_bytes(), path, encoding).split("\n"), 1):
-        label, tab, text = (part.strip(" \r\u3000") for part in line.partition("\t"))
+    lines = decode(Path(path).read_bytes(), path, encoding).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        label, tab, text = (part.strip(" \u3000") for part in line.partition("\t"))
         if not line.strip():
             continue
         if not tab:
@@ -90,7 +96,7 @@ def read_labelled(
         elif not (label and text.strip()):
             faults.append((number, f"expected label<TAB>text, found no {'text' if label else 'label'}"))
         elif len(text) > longest:
-            faults.append((number, f"a text of {len(text):,} characters, over {longest:,}; cut it or raise `longest`"))
+            faults.append((number, f"a text of {len(text):,} characters, over {longest:,}; cut it"))
         elif names is not None and label not in names:
             faults.append((number, f"unknown label {_shown(label)}; there is: {_shown(', '.join(names), 100)}"))
         else:
@@ -132,12 +138,13 @@ def decode(content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8"
     raise ValueError(f"{found}; {f'it reads as {fits}: give that encoding' if fits else 'no usual encoding fits'}")
 
 
-def deduplicate(labelled: Labelled) -> tuple[Labelled, dict[str, int]]:
+def deduplicate(labelled: Labelled, clean: Callable[[str], str] = clean) -> tuple[Labelled, dict[str, int]]:
     """One text for each key, the first; none for a key under 2 characters, or one that stands under several labels.
 
+    A key is that of the cleaned text: what a model would read twice is there once. `clean`: how.
     The counts say where the "lines" went: "short", "conflicting", "repeated", "kept".
     """
-    keys = [key(text) for text in labelled.texts]
+    keys = [key(clean(text)) for text in labelled.texts]
     labels: dict[str, set[int]] = {}
     for word, label in zip(keys, labelled.labels, strict=True):
         labels.setdefault(word, set()).add(label)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run `args.recipe`: 0 finished, 1 diverged, 130 interrupted. ValueError: wrong arguments or input."""
+    """Run `args.recipe`: 0 finished, 130 interrupted. ValueError: wrong arguments or input; FloatingPointError: diverged."""
     import torch
 
     from tileformer.training import checkpoint
@@ -57,17 +57,16 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--split-by is for g2p; {args.recipe} splits by the text")
     if args.resume:
         checkpoint.latest(output)  # nothing to resume: say so before any data are read
-    for path in [] if args.resume else checkpoint.steps_in(output):
-        if not args.overwrite:
-            raise ValueError(f"{path}: a run is already here; add --resume, --overwrite or another --output")
-        checkpoint.discard(path)
+    elif (output / checkpoint.STATE).exists():
+        raise ValueError(f"{output}: a fine-tuned model is here; choose another --output")
+    elif (steps := checkpoint.steps_in(output)) and not args.overwrite:
+        raise ValueError(f"{steps[-1]}: a run is already here; add --resume, --overwrite or another --output")
     try:
         recipe.run(args, device, output)
-    except FloatingPointError as error:
-        print(f"tileformer: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; --resume continues from the last checkpoint in {output}", file=sys.stderr)
+        saved = checkpoint.steps_in(output)
+        left = f"--resume continues from {saved[-1]}" if saved else "no checkpoint was written yet"
+        print(f"\ninterrupted; {left}", file=sys.stderr)
         return 130
     return 0
 

@@ -23,7 +23,7 @@ ABOUT = """Fused Triton kernels for Transformers: look at this machine, check th
   tileformer generate --checkpoint PATH hello world  pronounce two words with what was learned
   tileformer finetune --list                         ways to make a classifier of a pretrained model
 
-Exit status: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted."""
+Exit status: 0 done, 1 a check failed or a training diverged, 2 wrong usage or input, 130 interrupted."""
 
 
 def _docstring(name: str) -> str:  # read, not imported: `tileformer --help` must not wait for torch
@@ -51,11 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader left early, as `| head` does: nobody is there for what is left to flush
         os._exit(141)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
-        print("tileformer: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and VERBS.get(argv[0], "").startswith("tileformer.training"):
+            hint = ': pip install "tileformer[train,finetune]"'
+        print("tileformer: error:", " ".join(str(error).split()) + hint, file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
 
 
 if __name__ == "__main__":

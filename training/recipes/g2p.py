@@ -222,6 +222,7 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
         folder=output,
         valid=Batches(to_pairs(parts["valid"]), 256),
         resume=options.resume,
+        overwrite=options.overwrite,
         meta=meta,
     )
     print(

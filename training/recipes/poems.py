@@ -220,6 +220,7 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
         folder=output,
         valid=PackedBatches(rows["valid"], SCORED),
         resume=options.resume,
+        overwrite=options.overwrite,
         meta=meta,
     )
     print(

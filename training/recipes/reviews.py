@@ -37,13 +37,14 @@ STEP = 1024  # tokens of one step: short budgets want many steps
 SHOWN = "这个酒店", "书的内容", "总书记"
 
 
-def parts(file: str | Path | None = None) -> dict[str, text.Labelled]:
+def parts(file: str | Path | None = None, encoding: str = "utf-8") -> dict[str, text.Labelled]:
     """The reviews, or a file of `label<TAB>text`: distinct, split by hash into train, valid and test, then cleaned."""
-    labelled = corpora.reviews() if file is None else text.read_labelled(file)
-    distinct, counts = text.deduplicate(labelled)
+    labelled = corpora.reviews() if file is None else text.read_labelled(file, encoding=encoding)
+    distinct, counts = text.deduplicate(labelled, clean)
     found = text.split(distinct)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in found.items())
-    print(f"{counts['lines']:,} lines, {len(distinct):,} distinct texts: {sizes}")
+    lost = ", ".join(f"{counts[why]:,} {why}" for why in ("repeated", "conflicting", "short") if counts[why])
+    print(f"{counts['lines']:,} lines, {len(distinct):,} distinct texts ({lost or 'none'} left out): {sizes}")
     return {name: replace(part, texts=tuple(map(clean, part.texts))) for name, part in found.items()}
 
 
@@ -122,7 +123,7 @@ def continue_text(model: DecoderLM, tokenizer: Tokenizer, start: str, new: int =
     dice = torch.Generator(device).manual_seed(0)
     room = min(new, LONGEST - len(row))
     if room < 1:
-        raise ValueError(f"{start[:20]!r}: the model reads at most {LONGEST - 2} characters, got {len(row) - 1}")
+        raise ValueError(f"{start[:20]!r}: the model reads at most {LONGEST - 2} characters, got {len(clean(start)):,}")
     prompt = torch.tensor([row], device=device)
     (ids,) = generate(model, prompt, room, temperature=0.8, top_k=40, generator=dice).tolist()
     return start + tokenizer.decode(ids)
@@ -133,8 +134,9 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     found = parts()
     newspaper = [*map(clean, corpora.newspaper())]
     tokenizer = make_tokenizer([*found["train"].texts, *newspaper])
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(output / TOKENIZER)
+    if not options.resume:  # a run keeps its own, and `fit` refuses another
+        output.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(output / TOKENIZER)
     torch.manual_seed(options.seed)
     config = make_config(tokenizer, dropout=0.0)  # two epochs: nothing is seen often enough to be learned by heart
     model = DecoderLM(config).to(device)
@@ -165,6 +167,7 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
         folder=output,
         valid=PackedBatches(valid, STEP, longest=LONGEST - 1),
         resume=options.resume,
+        overwrite=options.overwrite,
         meta=meta | {"seed": options.seed},
     )
     print(
