@@ -189,8 +189,9 @@ def render(cells: Sequence[dict[str, Any]]) -> str:
         rows.append(f"| {method} | {' | '.join(shown(method, size) for size in sizes)} |")
     seeds, examples = len({cell["seed"] for cell in cells}), cells[0]["examples"]
     widest = max(high - low for low, high in (cell["accuracy_interval"] for cell in cells))
+    rows.append("")
     if seeds > 1:
-        rows += ["", f"Mean over {seeds} seeds (labels, weights, order) and the 95 % Student interval of that mean."]
+        rows += [f"Mean over {seeds} seeds (labels, weights, order) and the 95 % Student interval of that mean."]
     rows += [
         f"The {examples:,} test texts are a sample too: for one model, up to ± {50 * widest:.1f} points (bootstrap)."
     ]

@@ -58,9 +58,7 @@ def main(args: argparse.Namespace) -> int:
         return cells.table(args)
     args.method = args.method or "full"
     args.output = args.output or Path("runs") / f"{args.recipe}-{args.method}-{args.labels}-{args.seed}"
-    if any((args.output / name).exists() for name in ("scores.json", checkpoint.STATE)) or checkpoint.steps_in(
-        args.output
-    ):
+    if (args.output / checkpoint.STATE).exists() or checkpoint.steps_in(args.output):
         raise ValueError(f"{args.output}: a run is already here; choose another --output")
     for step in (args.output / "stages").glob("*/step-*"):  # of a run that was stopped
         checkpoint.discard(step)
