@@ -13,7 +13,7 @@ import torch
 
 from tileformer.bench.cases import DTYPES
 from tileformer.bench.measure import Clock, Truth, elapsed, passes, wanted
-from tileformer.bench.providers import OURS, Unavailable, providers
+from tileformer.bench.providers import GRADIENT_IN_FORWARD, OURS, Unavailable, providers
 from tileformer.bench.run import chosen
 from tileformer.bench.workloads import MODES, Workload
 
@@ -48,6 +48,8 @@ def test_call(benchmark: Any, request: pytest.FixtureRequest, workload: Workload
     dtype = DTYPES[request.config.getoption("--bench-dtype")]
     if mode not in workload.modes:
         pytest.skip(f"timed {' and '.join(workload.modes)} only")
+    if mode == "backward" and (workload.op, provider) in GRADIENT_IN_FORWARD:
+        pytest.skip("computes its gradient in forward: see both")
     sized, tensors, options, truth = _prepared(workload, device, dtype)
     clock, plain = _clock(device), sized.without_dropout()
     try:

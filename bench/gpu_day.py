@@ -53,7 +53,7 @@ PARTS = (
     Part("environment", 30, ("tileformer", "info", "--json"), ("tileformer", "info", "--json", "--device", "cpu")),
     Part("gpu", 15, ("nvidia-smi", "-q"), ("platform",)),
     Part("self-test", 90, ("tileformer", "check", "--quick"), ("tileformer", "check", "--quick", "--device", "cpu")),
-    _bench("attention", 425),
+    _bench("attention", 375),
     _bench("decoder_layer", 60),
     _bench("layer_norm", 50),
     _bench("cross_entropy", 50),
@@ -61,10 +61,10 @@ PARTS = (
     _bench("rms_norm", 30),
     _bench("log_softmax", 30),
     _bench("dropout", 30),
-    Part("step", 40, _STEP, (*_STEP, "--device", "cpu", "--threads", "1", "--rounds", "1")),
+    Part("step", 100, _STEP, (*_STEP, "--device", "cpu", "--threads", "1", "--rounds", "1")),
     Part("host", 60, (*_HOST, "--rounds", "10", "--g2p", "20"), (*_HOST, "--rounds", "1", "--g2p", "1")),
-    _bench("experiments", 150),
-    Part("check", 160, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout")),
+    _bench("experiments", 120),
+    Part("check", 190, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout")),
     Part("tests", 225, (*_TESTS, *GPU_TESTS, "-k", "not interpreted_tests"), (*_TESTS, GPU_TESTS[0])),
 )  # fmt: skip
 LIMIT = 25 * 60

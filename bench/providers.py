@@ -74,8 +74,15 @@ def _package(name: str) -> Any:
         raise Unavailable(f"{name} cannot be imported: {' '.join(str(error).split())}") from None
 
 
-def _peer(module: str, call: Callable[[Any, Tensors, Options], Tensor], *limits: str, half: bool = False) -> Build:
-    """A provider from another package: call(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only."""
+def _peer(
+    module: str,
+    call: Callable[[Any, Tensors, Options], Tensor],
+    *limits: str,
+    half: bool = False,
+    heads_last: bool = False,
+) -> Build:
+    """A provider from another package: call(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only;
+    heads_last: it would copy tensors that are not stored (B, T, H, D), so its own are."""
 
     def build(workload: Workload) -> Call:
         s, options = workload.sizes, workload.options
@@ -94,6 +101,8 @@ def _peer(module: str, call: Callable[[Any, Tensors, Options], Tensor], *limits:
             _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
             return call(_package(module), t, o)
 
+        if heads_last:
+            run.stored = lambda x: x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)  # type: ignore[attr-defined]
         return run
 
     return build
@@ -151,6 +160,17 @@ def _mask_of(o: Options) -> Tensor | None:
     return o.get("mask") if o.get("key_mask") is None else o["key_mask"][:, None, None, :]
 
 
+_made: dict[str, tuple[Tensor, Tensor]] = {}
+
+
+def _once(kind: str, o: Options, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` makes of the mask among the options; kept, the last one of each kind."""
+    source = o["mask"] if o.get("key_mask") is None else o["key_mask"]
+    if kind not in _made or _made[kind][0] is not source:
+        _made[kind] = (source, make())
+    return _made[kind][1]
+
+
 @functools.lru_cache(maxsize=4)
 def _future(t_q: int, t_k: int, device: torch.device) -> Tensor:
     return torch.ones(t_q, t_k, dtype=torch.bool, device=device).triu(1)
@@ -177,7 +197,8 @@ def _eager_attention(t: Tensors, o: Options) -> Tensor:
 def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
     q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
     if mask is not None and causal:  # torch takes one of them
-        mask, causal = mask & ~_future(q.shape[2], k.shape[2], q.device), False
+        kept = mask
+        mask, causal = _once("both", o, lambda: kept & ~_future(q.shape[2], k.shape[2], q.device)), False
     return F.scaled_dot_product_attention(
         q, k, t["v"], mask, o.get("dropout_p", 0.0), causal, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -253,21 +274,20 @@ def _flash_attn(package: Any, t: Tensors, o: Options) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-_dense: list[Tensor] = []  # the mask that was last made dense, and what it became
-
-
 def _xformers(package: Any, t: Tensors, o: Options) -> Tensor:
     q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
     group = q.shape[1] // k.shape[1]
     bias = package.LowerTriangularMask() if causal else None
     if mask is not None:
-        source: Any = o.get("mask", o.get("key_mask"))
-        if not (_dense and _dense[0] is source):
+
+        def dense() -> Tensor:
+            added = mask
             if mask.dtype == torch.bool:
                 keep = mask & ~_future(q.shape[2], k.shape[2], q.device) if causal else mask
-                mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, -torch.inf)
-            _dense[:] = [source, mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()]
-        bias = _dense[1]
+                added = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, -torch.inf)
+            return added.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()
+
+        bias = _once("dense", o, dense)
     q, k, v = _heads_last(t)
     if group > 1:  # (B, T, H_kv, group, D), keys expanded
         q, k, v = q.unflatten(2, (-1, group)), *(x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (k, v))
@@ -424,7 +444,7 @@ _PROVIDERS: dict[str, dict[str, Build]] = {
         "flag_gems": _peer("flag_gems", _flag_gems_attention, "has no dropout"),
         "fla": _peer(
             "fla.ops.attn", lambda package, t, o: package.parallel_attn(*_heads_last(t)).transpose(1, 2),
-            *_NO_MASKS, "has no dropout", "is causal only",
+            *_NO_MASKS, "has no dropout", "is causal only", heads_last=True,
         ),
     },
     "layer_norm": _torch(_eager_layer_norm)

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,18 +139,16 @@ def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: i
     )  # fmt: skip
 
 
-def report(device: torch.device, threads: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Print and return a row for each model, precision and number of threads."""
-    rows = []
+def report(device: torch.device, threads: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
+    """Print and yield a row for each model, precision and number of threads."""
     for name, task in TASKS.items():
         print(f"one training step of {name} ({task.about}), dropout {DROPOUT}, median of {rounds} rounds")
         print(f"{'precision':<9} {'threads':>7} {'torch.nn ms':>11} {'tileformer ms':>13} {'speed-up':>8}")
         for bf16 in (False, True):
             for count in threads:
                 row = compare(name, device, bf16, count, rounds)
-                rows.append(row)
                 print(
                     f"{row['precision']:<9} {count:>7} {row['torch_nn_ms']:>11.1f} {row['tileformer_ms']:>13.1f} {row['speedup']:>7.2f}x",
                     flush=True,
                 )
-    return rows
+                yield row

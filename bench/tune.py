@@ -70,6 +70,19 @@ class Trial:
             return float("inf"), " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
+def attempt(trial: Trial, changes: contextlib.AbstractContextManager[Any]) -> tuple[float, str]:
+    """The trial under `changes`. A kernel that broke before the one that was changed hides nothing, and ends no search."""
+    ms, problem = float("inf"), ""
+    try:
+        with changes:
+            ms, problem = trial()
+    except RuntimeError as error:
+        if not problem:
+            raise
+        problem = f"{problem}; {error}"
+    return ms, problem
+
+
 def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, Any]]:
     """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste; all that was tried."""
     with ours(bench.clock.dry):
@@ -86,8 +99,7 @@ def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, A
                     if time.monotonic() > bench.deadline:
                         print(f"time is up: {name} {feature} {size} is not finished")
                         break
-                    with tile(bench, name, feature, size, row):
-                        ms, problem = trial()
+                    ms, problem = attempt(trial, tile(bench, name, feature, size, row))
                     found.append(
                         dict(table=name, arch=arch, feature=feature, size=size, row=row, ms=ms, problem=problem)
                     )
@@ -153,6 +165,12 @@ def programs(count: int) -> Context:
     return lambda bench: unittest.mock.patch.object(module, "_programs", lambda x: shipped(x) * count // 2)
 
 
+def sections(size: int) -> Context:
+    """Heads whose keys and values have so many bytes together go through the grid side by side."""
+    module = importlib.import_module("tileformer.kernels.attention.launchers")
+    return lambda bench: unittest.mock.patch.object(module, "SECTION_BYTES", size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """One question for a GPU: variants of a call, the default first. Without variants `reason` says what the kernels lack."""
@@ -190,7 +208,8 @@ EXPERIMENTS = [
                _tiles("FORWARD", 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
     Experiment("4 D 128 dk, dv: 64x128 or 64x64, 2 or 3 stages", _CAUSAL, "backward",
                _tiles("BACKWARD_DKDV", 128, (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3), (32, 64, 8, 2))),
-    Experiment("5 sections of heads that share the L2 cache", reason="the grid has one order: heads one by one, longest tiles first"),
+    Experiment("5 sections of heads that share the L2 cache: bytes of keys and values", _CAUSAL, "forward",
+               {f"{n >> 20} MiB": sections(n) for n in (1 << 20, 1 << 24, 1 << 40)}),
     Experiment("6a layer norm forward: rows a program", _NORM, "forward", _options(_LN_FWD, "BLOCK_R", 1, 2, 4, 8)),
     Experiment("6b layer norm backward: programs a multiprocessor", _NORM, "backward", {str(k): programs(k) for k in (1, 2, 4)}),
     Experiment("6c layer norm backward: stages", _WIDE_NORM, "backward", _options(_LN_BWD, "num_stages", 1, 2, 3)),
@@ -220,8 +239,7 @@ def experiments(bench: Bench, every: int = 1) -> list[dict[str, Any]]:
             if time.monotonic() > bench.deadline:
                 print("time is up")
                 return found
-            with variants[label](bench):
-                ms, problem = trial()
+            ms, problem = attempt(trial, variants[label](bench))
             shipped = shipped or ms
             times = dict(ms=None, ratio=None) if problem else dict(ms=ms, ratio=ms / shipped)
             found.append(row | dict(variant=label, problem=problem) | times)

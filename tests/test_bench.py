@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -179,6 +180,37 @@ def test_figures_follow_from_the_rounds(bench):
     assert result.speedup == 1.0 and result.over_budget <= 1.0 and not result.reason
 
 
+def test_a_gpu_sleeps_until_the_host_has_launched_everything(monkeypatch):
+    """Else a call that takes the host longer than the GPU would be timed on the host."""
+    clock, done = Clock(CPU, dry=True), []
+    monkeypatch.setattr(clock.cuda, "_sleep", lambda cycles: done.append(cycles), raising=False)
+    slow, other = (lambda _: time.sleep(0.002)), (lambda _: None)
+    for body in (slow, slow, other):
+        clock.round(lambda: None, body)
+    assert done[0] == done[2] == 0 and 2 * 0.002 * measure.CYCLES <= done[1] <= 0.02 * measure.CYCLES
+
+
+@pytest.mark.parametrize("name", ["fla", "sdpa"])
+def test_each_provider_has_tensors_in_the_layout_it_reads_in_place(name):
+    """And a gradient in that of its output: no copy is timed. Nobody is given a seed, which others have to draw."""
+    workload = next(w for w in WORKLOADS if w.name == "D 64 causal T 512").small()
+    tensors, options = workload.inputs("cpu", torch.float32)
+    given = []
+
+    def call(t, o):
+        given.extend((t["q"], o))
+        return (t["q"] * t["k"] * t["v"]).transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+    call.stored = getattr(providers.providers("attention")[name](workload), "stored", torch.clone)
+    prepare, body = measure.passes(workload, call, tensors, options | {"seed": torch.ones(1)}, "backward")
+    gradients = []
+    out = prepare()
+    out.register_hook(lambda g: gradients.append(g.stride()))
+    body(out)
+    assert given[0].transpose(1, 2).is_contiguous() == (name == "fla") and "seed" not in given[1]
+    assert gradients == [out.stride()] and not out.is_contiguous()
+
+
 def test_no_speed_over_a_red_result(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(Clock, "rounds", lambda self, prepare, body, cold=True: calls.append(body) or [1.0, 1.0])
@@ -295,6 +327,17 @@ def test_a_change_reaches_the_kernel_or_raises():
             softmax(x)
         with pytest.raises(Exception, match="power of 2"), tune.changed("_softmax_fwd_kernel", BLOCK_R=3):
             softmax(x)
+
+
+def test_a_kernel_that_breaks_first_ends_no_search():
+    def trial():
+        return float("inf"), "OutOfMemoryError: no room"
+
+    assert tune.attempt(trial, tune.changed("_softmax_fwd_kernel", BLOCK_R=2))[1].startswith(
+        "OutOfMemoryError: no room; "
+    )
+    with pytest.raises(RuntimeError, match="was not launched"):
+        tune.attempt(lambda: (1.0, ""), tune.changed("_softmax_fwd_kernel", BLOCK_R=2))
 
 
 def test_gpu_day_survives_parts_that_fail_or_hang(tmp_path, monkeypatch, capsys):

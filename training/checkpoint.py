@@ -96,8 +96,9 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     state = {index: moments[names[p]] for index, p in enumerate(parameters) if names[p] in moments}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random/torch/cpu"])
-    if torch.cuda.is_available() and "random/torch/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/torch/cuda"])
+    device = next(model.parameters()).device
+    if device.type == "cuda" and "random/torch/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/torch/cuda"], device)
 
 
 def save(
@@ -152,8 +153,9 @@ def _name(step: int) -> str:
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = {"random/torch/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random/torch/cuda"] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["random/torch/cuda"] = torch.cuda.get_rng_state(device)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value.contiguous()
