@@ -1,6 +1,7 @@
 """g2p: letters to phonemes on CMUdict, an encoder-decoder of 1.4M parameters.
 
     tileformer train g2p            PER 9.6 %, WER 38.0 % (40.1 % by first reference) after 3.5 core-minutes
+    tileformer train g2p --split-by stem    PER 9.8 %, WER 38.4 %: no inflection of a test word stands in train
     tileformer train g2p --full     PER 6.57 %, WER 27.15 % (29.6 % by first reference) after 74 core-minutes;
                                     with 5 beams PER 6.49 %, WER 26.86 % (29.3 %)
 
