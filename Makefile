@@ -23,7 +23,7 @@ demo: $(VENV)/.installed ## train a small model on this machine, check the kerne
 	@echo "  $(BIN)/tileformer generate --checkpoint runs/demo hello tileformer"
 
 # One process with a GPU: its tests count what they compile, and share its memory.
-WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
+WORKERS ?= $(if $(wildcard /dev/nvidia[0-9]*),0,2)
 test: $(VENV)/.installed ## run the tests (about 10 minutes on 2 cores; WORKERS=2 processes)
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
@@ -65,10 +65,10 @@ clean: ## remove the environments and everything that was built; runs/ stays
 $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
 	.ci/venv $(VENV)
 
-# Another Triton, in a folder that stands in front of the environment's own. The interpreter of 3.6 fails with numpy 2.4.
-$(COMPAT)/%/.installed: $(VENV)/.installed constraints-compat.txt
+# Another Triton, in a folder that stands in front of the environment's own.
+$(COMPAT)/%/.installed: $(VENV)/.installed
 	rm -rf $(@D)
-	$(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),-c constraints-compat.txt numpy)
+	$(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$*
 	touch $@
 
 # ttsem asks for Python 3.12 and a CUDA build of torch, and needs neither. It patches torch and Triton: only `make sanitize` sees it.

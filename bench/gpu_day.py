@@ -107,10 +107,10 @@ def main(args: argparse.Namespace) -> int:
     try:
         pictures = _plots(reports, folder)
     except Unavailable as error:
-        pictures, done[-1]["status"], done[-1]["last"] = [], "FAILED", str(error)
+        pictures, done[-1]["status"], done[-1]["last"] = [], "none drawn", str(error)
     done[-1]["seconds"] = time.monotonic() - start
     (folder / "report.md").write_text("\n".join(_report(args.dry, done, reports, pictures)) + "\n")
-    failed = [d["part"] for d in done if d["status"] != "done"]
+    failed = [d["part"] for d in done if d["status"] not in ("done", "none drawn")]
     print(
         f"{folder}/report.md: {len(done) - len(failed)} parts done"
         + (f", FAILED: {', '.join(failed)}" if failed else "")

@@ -6,6 +6,7 @@ A module keeps its identity: only its class changes, so parameters, buffers, hoo
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,8 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LogSoftmax: LogSoftmax,
     nn.CrossEntropyLoss: CrossEntropyLoss,
 }
+
+WIDEST_HEAD = 256  # that `attention` takes
 
 
 @dataclasses.dataclass
@@ -60,11 +63,15 @@ def convert(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         old = _plain(module)
         base = next((cls for cls in old.__mro__ if cls in TWINS), None)
-        if base is None or issubclass(old, TWINS[base]):
+        if base is None or issubclass(old, (TWINS[base], _Unnested)):
             continue
         why = _unfit(module, old, base)
         if why:
             report.left[name] = f"{old.__name__}: {why}"
+            if (
+                base is nn.TransformerEncoder and old is not base
+            ):  # its layers, which may be ours, take no nested tensors
+                _become(module, _joined(old, _Unnested))
             continue
         _become(module, TWINS[base] if old is base else _joined(old, TWINS[base]))
         report.swapped[name] = f"{_title(old)} -> {_title(TWINS[base])}"
@@ -76,21 +83,33 @@ def revert(model: nn.Module) -> Report:
     report = Report()
     for name, module in model.named_modules():
         new = _plain(module)
-        if getattr(vars(module).get("forward"), "tileformer_swapped", False):
+        if getattr(getattr(vars(module).get("forward"), "func", None), "tileformer_swapped", False):
             del module.forward
             report.swapped[name] = f"tileformer's forward -> {_title(new)}"
             continue
-        if issubclass(new, _Joined):
+        if new in _made.values():
             old: Any = new.__bases__[1]
         else:
             old = next((base for base, twin in TWINS.items() if new is twin), None)
-            if old is None:
-                continue
+        if old is None:
+            if isinstance(module, (_Joined, *TWINS.values())):
+                report.left[name] = f"{new.__name__} was made on top of our class, not by `convert`"
+            continue
         _become(module, old)
         if isinstance(module, nn.TransformerEncoderLayer) and "activation_relu_or_gelu" not in vars(module):
-            module.activation_relu_or_gelu = {F.relu: 1, F.gelu: 2}.get(module.activation, 0)  # as torch's constructor
-        report.swapped[name] = f"{_title(new)} -> {_title(old)}"
+            module.activation_relu_or_gelu = _fast_activation(module.activation)
+        if isinstance(module, nn.TransformerEncoder) and "use_nested_tensor" not in vars(module):
+            module.use_nested_tensor = False
+        if not issubclass(new, _Unnested):
+            report.swapped[name] = f"{_title(new)} -> {_title(old)}"
     return report
+
+
+def _fast_activation(activation: Any) -> int:
+    """What torch's constructor of an encoder layer notes: 1 for ReLU, 2 for GELU, 0 where there is no fast path."""
+    if activation is F.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is F.gelu or isinstance(activation, nn.GELU) else 0
 
 
 def _plain(module: nn.Module) -> type:
@@ -114,7 +133,11 @@ def _unfit(module: nn.Module, old: type, base: type[nn.Module]) -> str:
     """Why a module cannot be swapped, "" if it can."""
     if isinstance(module, nn.Dropout) and module.inplace:
         return "it works in place, ours does not"
-    computed = {name for name in vars(TWINS[base]) if name == "forward" or name.endswith("_block")}
+    if isinstance(module, nn.MultiheadAttention) and module.head_dim > WIDEST_HEAD:
+        return f"heads of {module.head_dim} are wider than {WIDEST_HEAD}"
+    computed = {
+        name for name, x in vars(TWINS[base]).items() if isinstance(x, types.FunctionType) and not name.startswith("__")
+    }
     own = [cls for cls in old.__mro__[: old.__mro__.index(base)] if computed & set(vars(cls))]
     if own:
         return f"{own[0].__name__} has its own {', '.join(sorted(computed & set(vars(own[0]))))}"
@@ -125,9 +148,20 @@ def _unfit(module: nn.Module, old: type, base: type[nn.Module]) -> str:
 class _Joined:
     """Of a class that `convert` made: a user's subclass that computes like our twin."""
 
+    def __init_subclass__(cls) -> None:
+        """The user's own is not told of a class that nobody wrote."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        cls = type(self)
-        return _empty, cls.__bases__[1:], self.__dict__
+        cls: Any = type(self)
+        if cls not in _made.values():  # another library has made a class of it
+            return super().__reduce_ex__(protocol)
+        return _empty, cls.__bases__[1:], self.__getstate__()
+
+
+class _Unnested:
+    """Twin of an encoder that stays as it is but for this: it hands its layers no nested tensors."""
+
+    use_nested_tensor = property(lambda self: False, lambda self, value: None)
 
 
 _made: dict[tuple[type, type], type] = {}

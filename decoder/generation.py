@@ -4,6 +4,7 @@ Both models continue rows of tokens. A Seq2Seq's rows are its `bos_id`, and its 
 a DecoderLM's rows are the prompts themselves.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tileformer.decoder.cache import KVCache
-from tileformer.decoder.lm import DecoderLM
+from tileformer.decoder.lm import DecoderLM, DecoderLMConfig
 from tileformer.decoder.seq2seq import Seq2Seq
 from tileformer.kernels import log_softmax, softmax
 
@@ -92,7 +93,8 @@ def stream(
 
     Raises ValueError as `generate`, here and not at the first step, and for prompts of several lengths.
     """
-    rows = _Rows(model, src, max_length, use_cache, 1)
+    with torch.no_grad():
+        rows = _Rows(model, src, max_length, use_cache, 1)
     if rows.first != rows.longest:
         raise ValueError(f"stream takes prompts of one length, got {rows.first} to {rows.longest} tokens: use generate")
     return _walk(rows, _Picker(temperature, top_k, top_p, generator), 1)
@@ -110,8 +112,10 @@ class _Picker:
     def __post_init__(self) -> None:
         if not self.samples and (self.top_k, self.top_p, self.generator) != (None, None, None):
             raise ValueError("top_k, top_p and generator are for sampling: pass a temperature too, such as 1.0")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; None takes the most probable token")
+        if self.temperature is not None and not 1e-6 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be finite and at least 1e-6, got {self.temperature}; None takes the most probable token"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -130,7 +134,9 @@ class _Picker:
         shares = softmax(ordered)
         if self.top_p is not None:
             shares = shares.masked_fill(shares.cumsum(-1) - shares >= self.top_p, 0.0)  # the first one always stays
-        return tokens.gather(1, torch.multinomial(shares, 1, generator=self.generator))[:, 0]
+        # What torch.multinomial draws, without its look at the shares, for which a GPU would be waited for at each token.
+        races = shares / torch.empty_like(shares).exponential_(generator=self.generator)
+        return tokens.gather(1, races.argmax(-1, keepdim=True))[:, 0]
 
 
 class _Rows:
@@ -143,7 +149,9 @@ class _Rows:
             raise ValueError("the model is in training mode, where dropout is random: call model.eval() first")
         if beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {beams}")
-        self.model, self.beams, self.conditioned = model, beams, not isinstance(model, DecoderLM)
+        if src.dim() != 2:
+            raise ValueError(f"src must be (B, T) token ids, got shape {tuple(src.shape)}: one row a sequence")
+        self.model, self.beams, self.conditioned = model, beams, not isinstance(config, DecoderLMConfig)
         own = src.new_full((len(src), 1), config.bos_id) if self.conditioned else src
         own = own.repeat_interleave(beams, 0)
         real = own != config.pad_id
@@ -154,6 +162,8 @@ class _Rows:
         if not self.conditioned and self.first < 1:
             raise ValueError("a prompt is all padding: begin each with a token, such as bos_id")
         room = config.max_length - self.longest + 1  # the last token is never read
+        if room < 1:
+            raise ValueError(f"a prompt of {self.longest} tokens leaves no room: the model reads {config.max_length}")
         steps = room if max_length is None else max_length
         if not 1 <= steps <= room:
             raise ValueError(
@@ -167,8 +177,9 @@ class _Rows:
         layers = config.num_decoder_layers if self.conditioned else config.num_layers
         self.cache = KVCache(layers, self.tokens.shape[1] - 1) if use_cache else None
         self.memory: list[Tensor] = []
-        if not isinstance(model, DecoderLM):
-            self.memory = [x.repeat_interleave(beams, 0) for x in model.encode(src)]
+        if self.conditioned:
+            encode: Any = model.encode
+            self.memory = [x.repeat_interleave(beams, 0) for x in encode(src)]
 
     def logits(self, at: int) -> Tensor:
         """Logits (R, V) of the token that stands at ``at``; padding is never one."""

@@ -10,8 +10,8 @@ or
 
 from __future__ import annotations
 
+import functools
 import importlib
-import types
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ def use(model: Any) -> Report:
     """Let ``model`` (a ``PreTrainedModel``) attend by our kernels, swap its modules (see ``convert``), and its loss if it is the usual one of a
     causal language model.
 
+    `revert` gives the modules back; the attention goes back by ``model.set_attn_implementation``, the loss by ``model.loss_function``.
+
     Returns:
         What was swapped and what was left.
     """
@@ -83,7 +85,9 @@ def swap_norms(model: nn.Module, report: Report) -> None:
         if forward is None:
             report.left[name] = f"{kind}: it computes something else than layer_norm and rms_norm"
             continue
-        module.forward = types.MethodType(forward, module)
+        module.forward = functools.partial(
+            forward, module
+        )  # a bound method could not be pickled: it is not the class's
         report.swapped[name] = f"transformers' {kind} -> tileformer's rms_norm"
 
 
@@ -213,7 +217,6 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = cross_entropy(logits.reshape(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
-    loss = loss.float()
-    return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+    loss = cross_entropy(logits.reshape(-1, vocab_size), target, ignore_index=ignore_index, reduction="none")
+    items = (target != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return loss.sum(dtype=torch.float32) / torch.as_tensor(items, device=loss.device)  # a sum in float16 would overflow

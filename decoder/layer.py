@@ -6,6 +6,7 @@ Source: Vaswani et al. 2017, "Attention Is All You Need"; torch/nn/modules/trans
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,22 +29,27 @@ def _adopt_children(layer: nn.Module) -> None:
 
 
 def _drop_and_add(dropout: nn.Module, branch: Tensor, residual: Tensor | None) -> Tensor:
-    """``residual + dropout(branch)``, in one pass where the dropout is ours (a user may have put another there)."""
-    if isinstance(dropout, Dropout):
+    """``residual + dropout(branch)``: in one pass where the dropout is ours and nobody has replaced or hooked what it does."""
+    ours = type(dropout).forward is Dropout.forward and "forward" not in dropout.__dict__
+    if ours and not any(getattr(dropout, hooks) for hooks in _HOOKS):
         return dropout(branch, residual)
     return dropout(branch) if residual is None else residual + dropout(branch)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _adds_residual(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Mark a block that takes ``residual`` and adds it itself, in one pass with its dropout."""
-    block.adds_residual = True  # type: ignore[attr-defined]
+    block.adds_residual = block  # type: ignore[attr-defined]  # itself: functools.wraps copies the mark onto what a user has put around it
     return block
 
 
 def _add_block(block: Callable[..., Tensor], residual: Tensor, *args, **kwargs) -> Tensor:
     """``residual + block(*args)``. A block that a subclass or a user has put there is not marked: it returns only its
     branch, after its dropout, as torch's blocks do."""
-    if getattr(block, "adds_residual", False):
+    block_ = getattr(block, "__func__", block)
+    if getattr(block_, "adds_residual", None) is block_:
         return block(*args, residual=residual, **kwargs)
     return residual + block(*args, **kwargs)
 
@@ -51,6 +57,17 @@ def _add_block(block: Callable[..., Tensor], residual: Tensor, *args, **kwargs) 
 def _given(**options) -> dict:
     """The options that are not None: what is not asked for is not named, so that a user's module needs not know it."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _added_masks(x: Tensor, mask: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Masks as torch's encoder layer hands them to a user's own attention: floating, -inf where hidden."""
+
+    def added(m: Tensor | None) -> Tensor | None:
+        if m is None or m.is_floating_point():
+            return m
+        return torch.zeros_like(m, dtype=x.dtype).masked_fill(m, -torch.inf)
+
+    return added(mask), added(padding)
 
 
 def _attend(attn: nn.Module, x: Tensor, memory: Tensor, attn_mask, key_padding_mask, is_causal, **options) -> Tensor:
@@ -105,6 +122,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """
         x = src
         masks = (src_mask, src_key_padding_mask)
+        if not isinstance(self.self_attn, MultiheadAttention):
+            masks = _added_masks(src, *masks)
         options = _given(cache=cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if self.norm_first:
             x = _add_block(self._sa_block, x, self.norm1(x), *masks, is_causal=is_causal, **options)

@@ -103,9 +103,10 @@ class DecoderLM(nn.Module):
 
     @staticmethod
     def _places(T: int, cu_seqlens: Tensor) -> Tensor:
-        """Position (T,) of each packed token in its document; tokens past the last one are counted from there."""
+        """Position (T,) of each packed token in its document; 0 for tokens past the last one, however many."""
         at = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        return at - cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
+        places = at - cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]
+        return places.masked_fill(at >= cu_seqlens[-1], 0)
 
     def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> int:
         """A bound of the documents' lengths."""
@@ -115,6 +116,8 @@ class DecoderLM(nn.Module):
             raise ValueError(f"tokens must be (B, T), got {tuple(tokens.shape)}")
         if cache is not None and len(cache.layers) != self.config.num_layers:
             raise ValueError(f"the cache has {len(cache.layers)} layers, this model {self.config.num_layers}")
+        if cache is not None and not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
+            raise TypeError("a layer that is not tileformer's takes no cache: use_cache=False, or `convert` the model")
         if cu_seqlens is None:
             longest = tokens.shape[1] + (0 if cache is None else cache.length)
         elif cache is not None or tokens.shape[0] != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:

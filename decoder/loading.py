@@ -51,12 +51,16 @@ def load_matching(
     rows: for a tensor of the model whose first axis is a vocabulary, int64 (rows of the model,): the row of the state's
     tensor for each, or -1 for one that stays as it is; `common_rows` makes it.
 
-    Raises ValueError when nothing fits, when ``rows`` names no tensor of the two or does not fit them, or without the
-    safetensors package where a file is read; FileNotFoundError without the file.
+    Raises ValueError, before anything is copied, when nothing fits, when ``rows`` names no tensor of the two or does not
+    fit them, for a model on the meta device, or without the safetensors package where a file is read;
+    FileNotFoundError without the file.
     """
     if not isinstance(state, Mapping):
         state = _read(Path(state))
-    own, rows = model.state_dict(keep_vars=True), dict(rows or {})
+    own = {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
+    rows = dict(rows or {})
+    if any(x.is_meta for x in own.values()):
+        raise ValueError("the model lies on the meta device, which holds no values: model.to_empty(device=...) first")
     renamed: dict[str, str] = {}
     for name in state:
         target = _renamed(name, rename or {})
@@ -66,26 +70,37 @@ def load_matching(
     if absent := [name for name in rows if name not in own or name not in renamed]:
         raise ValueError(f"rows={absent[0]!r}: the model and the state must both have a tensor of that name")
     loaded, resized, skipped, why = [], [], [], {}
-    with torch.no_grad():
-        for target, name in renamed.items():
-            if target not in own:
-                why[name] = f"the model has no {target}"
-            elif target in rows:
-                why[target] = _copy_rows(target, own[target], state[name], rows[target])
-                resized.append(target)
-                continue
-            elif own[target].shape != state[name].shape:
-                why[name] = f"it is {tuple(state[name].shape)}, the model's {tuple(own[target].shape)}"
-            else:
-                own[target].copy_(state[name])
-                loaded.append(target)
-                continue
-            skipped.append(name)
+    for target, name in renamed.items():
+        given = state[name]
+        if target not in own:
+            why[name] = f"the model has no {target}"
+        elif not isinstance(given, Tensor):
+            why[name] = f"it is a {type(given).__name__}, not a tensor"
+        elif given.is_complex() and not own[target].is_complex():
+            why[name] = f"it is {given.dtype}, the model's {own[target].dtype}"
+        elif target in rows:
+            _check_rows(target, own[target], given, rows[target])
+            why[target] = f"{int((rows[target] >= 0).sum())} of {len(own[target])} rows"
+            resized.append(target)
+            continue
+        elif own[target].shape != given.shape:
+            why[name] = f"it is {tuple(given.shape)}, the model's {tuple(own[target].shape)}"
+        else:
+            loaded.append(target)
+            continue
+        skipped.append(name)
     if not loaded and not resized:
         found = f"{len(state)} tensors, such as {next(iter(state))!r}" if state else "no tensors"
         raise ValueError(
             f"nothing fits {type(model).__name__}, which has {next(iter(own), None)!r}: found {found}; see rename="
         )
+    with torch.no_grad():
+        for target in loaded:
+            own[target].copy_(state[renamed[target]])
+        for target in resized:
+            kept = rows[target] >= 0
+            given = state[renamed[target]]
+            own[target][kept.to(own[target].device)] = given[rows[target][kept].to(given.device)].to(own[target])
     # A tied tensor has two names in the model and may have one in a file: it is loaded if either is.
     filled = {id(own[name]) for name in (*loaded, *resized)}
     left = tuple(name for name, tensor in own.items() if id(tensor) not in filled)
@@ -106,16 +121,12 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
     return rename[start] + name[len(start) :]
 
 
-def _copy_rows(name: str, own: Tensor, given: Tensor, rows: Tensor) -> str:
-    """Copy the chosen rows; says how many."""
-    kept = rows >= 0
+def _check_rows(name: str, own: Tensor, given: Tensor, rows: Tensor) -> None:
     if rows.shape != own.shape[:1] or own.shape[1:] != given.shape[1:] or not (rows < len(given)).all():
         raise ValueError(
             f"rows={name!r}: {tuple(rows.shape)} rows up to {int(rows.max())} of {tuple(given.shape)} do not fill "
             f"{tuple(own.shape)}: one row of the state, or -1, for each of the model's"
         )
-    own[kept.to(own.device)] = given[rows[kept].to(given.device)].to(own)
-    return f"{int(kept.sum())} of {len(own)} rows"
 
 
 def _read(path: Path) -> dict[str, Tensor]:

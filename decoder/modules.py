@@ -1,5 +1,6 @@
 """LayerNorm, RMSNorm, Dropout, Softmax, LogSoftmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
 
+import torch
 from torch import Tensor, nn
 
 from tileformer.kernels import cross_entropy, dropout, layer_norm, log_softmax, rms_norm, softmax
@@ -26,7 +27,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual + drop(input)``, both (..., C); without a residual ``drop(input)``."""
-        if self.training and self.p > 0.0:
+        if input.dim() == 0:  # a number has no rows
+            input = self(input[None])[0]
+        elif self.training and self.p > 0.0:
             return dropout(input, self.p, residual=residual)
         return input if residual is None else residual + input
 
@@ -70,6 +73,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
                 f"input {tuple(input.shape)} asks for targets {tuple(rows.shape[:-1])}, one class each; "
                 f"target is {tuple(target.shape)}"
             )
+        if target.dtype == torch.uint8:
+            target = target.long()
         if rows.dim() > 2:
             rows = rows.flatten(0, -2)
         loss = cross_entropy(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tileformer.decoder.attention import check_config
 from tileformer.decoder.cache import KVCache
 from tileformer.decoder.modules import Dropout
-from tileformer.decoder.transformer import Transformer
+from tileformer.decoder.transformer import Transformer, TransformerDecoder
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ class Seq2Seq(nn.Module):
             causal = torch.ones(T, T, dtype=torch.bool, device=tgt.device).triu(1)
             x = self.transformer.decoder(
                 x, memory, tgt_mask=causal, memory_key_padding_mask=src_padding, tgt_is_causal=True
+            )
+        elif not isinstance(self.transformer.decoder, TransformerDecoder):
+            kind = type(self.transformer.decoder)
+            raise TypeError(
+                f"{kind.__module__}.{kind.__name__} takes no cache: use_cache=False, or `convert` the model"
             )
         else:
             x = self.transformer.decoder(x, memory, memory_key_padding_mask=src_padding, cache=cache)

@@ -19,6 +19,9 @@ from tileformer.decoder.modules import LayerNorm
 class TransformerEncoder(nn.TransformerEncoder):
     """``torch.nn.TransformerEncoder`` that never makes a nested tensor (``enable_nested_tensor`` is kept, not used)."""
 
+    # A property, so that it also holds for an object whose class was changed after torch had set the attribute.
+    use_nested_tensor = property(lambda self: False, lambda self, value: None)
+
     def __init__(
         self,
         encoder_layer: nn.TransformerEncoderLayer,
@@ -39,6 +42,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """Pass ``src`` through the layers and the final norm; see ``TransformerEncoderLayer.forward``."""
+        if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
+            # A user's own layer is handed what torch hands it: floating masks, and whether the mask is the causal one.
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
         output = src
         for layer in self.layers:
             output = layer(
@@ -68,6 +74,17 @@ class TransformerDecoder(nn.TransformerDecoder):
         """
         if cache is not None and len(cache.layers) != len(self.layers):
             raise ValueError(f"the cache has {len(cache.layers)} layers, this decoder {len(self.layers)}")
+        if cache is None and not all(isinstance(layer, TransformerDecoderLayer) for layer in self.layers):
+            return super().forward(
+                tgt,
+                memory,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
         output = tgt
         for i, layer in enumerate(self.layers):
             options = {} if cache is None else {"cache": cache.layers[i]}
@@ -106,7 +123,8 @@ class Transformer(nn.Transformer):
         device=None,
         dtype=None,
     ) -> None:
-        check_heads(d_model, nhead)
+        if custom_encoder is None or custom_decoder is None:
+            check_heads(d_model, nhead)
         shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
         place = {"device": device, "dtype": dtype}
         # Built in torch's order, so that the generator gives the same weights.

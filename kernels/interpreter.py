@@ -47,10 +47,11 @@ class _BothNamespaces:
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
     before = [(owner, dict(vars(owner))) for owner in _PATCHED]
-    call, options = JITFunction.__call__, stock.interpreter_builder.options
+    call, options, patch = JITFunction.__call__, stock.interpreter_builder.options, stock._patch_lang_tensor
     unrepaired = {name: getattr(Builder, name) for name in _REPAIRS if hasattr(Builder, name)}
     # A device function called by a kernel (ours, or tl.sum and its like) is a JITFunction too: run its Python directly.
     JITFunction.__call__ = lambda self, *args, **kwargs: _interpreted(self.fn).rewrite()(*args, **kwargs)
+    stock._patch_lang_tensor = _patch_tensor
     stock._patch_lang(_BothNamespaces)
     stock.interpreter_builder.options = stock.InterpreterOptions(sanitize_overflow=False)
     for name, repair in _REPAIRS.items():
@@ -58,7 +59,7 @@ def _patched() -> Iterator[None]:
     try:
         yield
     finally:
-        JITFunction.__call__, stock.interpreter_builder.options = call, options
+        JITFunction.__call__, stock.interpreter_builder.options, stock._patch_lang_tensor = call, options, patch
         for name in _REPAIRS:
             if name in unrepaired:
                 setattr(Builder, name, unrepaired[name])
@@ -70,6 +71,15 @@ def _patched() -> Iterator[None]:
             for name, value in names.items():
                 if vars(owner).get(name) is not value:
                     setattr(owner, name, value)
+
+
+_patch_lang_tensor = stock._patch_lang_tensor
+
+
+def _patch_tensor(tensor: Any, *scope: Any) -> None:
+    _patch_lang_tensor(tensor, *scope)
+    # Triton 3.6 makes an index of an array with one element, which numpy 2.4 refuses.
+    tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
 def _to_bf16_bits(x: np.ndarray) -> np.ndarray:

@@ -456,12 +456,12 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last len(normalized_shape) axes of x.
 
-    Arguments, result and errors as of `layer_norm`; eps None is the machine epsilon of x's dtype, as in torch. All is computed in float32 or wider
-    and rounded once (torch rounds to x's dtype before it multiplies by the weight).
+    Arguments, result and errors as of `layer_norm`; eps None is float32's machine epsilon (float64's for float64), as in torch.
+    All is computed in float32 or wider and rounded once (torch rounds to x's dtype before it multiplies by the weight).
 
     Source: Zhang and Sennrich, arXiv:1910.07467; `tileformer.kernels.reference.rms_norm` is the definition.
     """
-    eps = torch.finfo(x.dtype).eps if eps is None and x.is_floating_point() else eps
+    eps = torch.finfo(wider(x.dtype)).eps if eps is None and x.is_floating_point() else eps
     return _norm("rms_norm", x, tuple(normalized_shape), weight, None, eps or 0.0)
 
 

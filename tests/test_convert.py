@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +156,153 @@ def test_cross_entropy(shape, reduction) -> None:
     torch.testing.assert_close(
         decoder.CrossEntropyLoss()(logits, shares), nn.CrossEntropyLoss()(logits, shares), equal_nan=True
     )
+
+
+class _Sees(nn.Module):
+    """A user's layer, which believes what it is told and adds its masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.told: list = []
+
+    def forward(self, x, memory=None, **given):
+        self.told.append({name: value for name, value in given.items() if value is not None})
+        return x
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoder, nn.TransformerDecoder])
+def test_a_users_layer_in_a_swapped_stack_is_told_what_torch_tells_it(kind) -> None:
+    options = dict(enable_nested_tensor=False) if kind is nn.TransformerEncoder else {}
+    stack = kind(_Sees(), 1, **options)
+    x, padding = torch.randn(2, 5, 16), torch.arange(5).expand(2, 5) > 3
+    memory = () if kind is nn.TransformerEncoder else (x,)
+    if kind is nn.TransformerEncoder:
+        side, masks = "src", dict(mask=torch.ones(5, 5).triu(1).bool())
+    else:
+        side, masks = "tgt", dict(tgt_mask=nn.Transformer.generate_square_subsequent_mask(5))
+    expected: list = []
+    got: list = []
+    for told in (expected, got):
+        stack.layers[0].told = told
+        stack(x, *memory, **masks)
+        stack(x, *memory, **masks, **{f"{side}_key_padding_mask": padding})
+        convert(stack)
+    assert isinstance(stack, (decoder.TransformerEncoder, decoder.TransformerDecoder))
+    assert [call.keys() for call in got] == [call.keys() for call in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)  # dtypes too: a mask that is added must not be boolean
+    assert got[0]["is_causal" if memory == () else "tgt_is_causal"] is True
+
+
+class _Adds(nn.Module):
+    """A user's attention, which adds what it is given."""
+
+    batch_first = True
+
+    def forward(self, query, key, value, attn_mask=None, key_padding_mask=None, **_):
+        scores = query @ key.transpose(-1, -2)
+        scores = scores if attn_mask is None else scores + attn_mask
+        scores = scores if key_padding_mask is None else scores + key_padding_mask[:, None]
+        return scores.softmax(-1) @ value, None
+
+
+def test_a_users_attention_in_a_swapped_layer_gets_masks_to_add() -> None:
+    layer: Any = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    layer.self_attn = _Adds()
+    x, hidden = torch.randn(2, 5, 16), torch.ones(5, 5).triu(1).bool()
+    padding = torch.arange(5).expand(2, 5) > 3
+    expected = layer(x, hidden, padding)
+    convert(layer)
+    torch.testing.assert_close(layer(x, hidden, padding), expected)
+
+
+class _Locked(nn.LayerNorm):
+    """Its state is less than its attributes."""
+
+    def __getstate__(self):
+        return {name: value for name, value in super().__getstate__().items() if name != "secret"}
+
+
+def test_copies_of_a_users_subclass_hold_what_it_says() -> None:
+    norm = _Locked(8)
+    convert(norm)
+    vars(norm)["secret"] = iter(())  # cannot be copied
+    norm.compile(backend="eager")
+    for again in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert type(again) is type(norm) and not hasattr(again, "secret")
+        nn.init.constant_(again.weight, 5.0)
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(again(x), 5 * norm(x))  # its own weights, not those of a compiled call
+
+
+class _Registered(nn.LayerNorm):
+    known: list = []
+
+    def __init_subclass__(cls, *, title: str) -> None:
+        _Registered.known.append(title)
+
+
+class _Helped(nn.MultiheadAttention):
+    """Has a method of its own that happens to be called as one of ours."""
+
+    def _split_heads(self, x):
+        return x
+
+
+class _Stack(nn.TransformerEncoder):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_what_convert_would_break_is_left() -> None:
+    net = nn.ModuleDict(dict(helped=_Helped(8, 2), wide=nn.MultiheadAttention(512, 1), registered=_Registered(8)))
+    report = convert(net)
+    assert set(report.left) == {"helped", "wide"} and "_split_heads" in report.left["helped"]
+    assert "512 are wider than 256" in report.left["wide"]
+    assert isinstance(net["registered"], decoder.LayerNorm) and _Registered.known == []  # nobody is told of our class
+
+
+def test_an_encoder_that_is_left_hands_its_layers_no_nested_tensors() -> None:
+    stack = _Stack(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 16), torch.arange(5).expand(2, 5) > 3
+    with torch.no_grad(), pytest.warns(UserWarning, match="nested tensors"):
+        expected = stack(x, src_key_padding_mask=padding)
+    report = convert(stack)
+    assert list(report.left) == [""] and isinstance(stack, _Stack) and not convert(stack).swapped
+    with torch.no_grad():
+        torch.testing.assert_close(stack(x, src_key_padding_mask=padding)[~padding], expected[~padding])
+    revert(stack)
+    assert type(stack) is _Stack and stack.use_nested_tensor is True
+
+
+def test_classes_that_another_library_makes_of_ours() -> None:
+    """As FSDP2 does: they can be copied, and `revert` says that it leaves them."""
+    net = nn.Sequential(nn.LayerNorm(8), _Named(8))
+    convert(net)
+    x = torch.randn(3, 8)
+    expected = net(x)
+    for module in net:
+        module.__class__ = type("Sharded", (type("Mixin", (), {}), type(module)), {})
+    torch.testing.assert_close(copy.deepcopy(net)(x), expected)
+    report = revert(net)
+    assert not report.swapped and set(report.left) == {"0", "1"} and "Sharded" in report.left["1"]
+    torch.testing.assert_close(net(x), expected)
+
+
+class _Equal:
+    """Cannot be hashed."""
+
+    def __eq__(self, other):
+        return isinstance(other, _Equal)
+
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize("activation", [_Equal(), nn.ReLU(), nn.GELU(), torch.tanh])
+def test_what_torch_notes_of_an_activation(activation) -> None:
+    theirs = nn.TransformerEncoderLayer(16, 2, 32, activation=activation)
+    ours = decoder.TransformerEncoderLayer(16, 2, 32, activation=activation)
+    revert(ours)
+    assert ours.activation_relu_or_gelu == theirs.activation_relu_or_gelu

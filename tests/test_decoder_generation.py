@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, generate, stream
+from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, generate, revert, stream
 
 PAD, BOS, EOS = 0, 1, 2
 V = 5
@@ -217,7 +217,8 @@ def test_nothing_to_continue():
 
 BAD = {
     "sampling without temperature": ("pass a temperature", {"top_k": 3}),
-    "temperature": ("above 0, got 0", {"temperature": 0}),
+    "temperature": ("at least 1e-6, got 0", {"temperature": 0}),
+    "endless temperature": ("finite.*got inf", {"temperature": math.inf}),
     "top_k": ("top_k must be at least 1, got 0", {"temperature": 1.0, "top_k": 0}),
     "top_p": (r"\(0, 1\], got 1.5", {"temperature": 1.0, "top_p": 1.5}),
     "beams": ("at least 1, got 0", {"num_beams": 0}),
@@ -242,7 +243,37 @@ def test_prompts_that_cannot_be_meant_are_refused():
         generate(m, torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="before a token"):
         generate(m, torch.tensor([[0, 1, 3]]))
+    with pytest.raises(ValueError, match=r"\(B, T\).*got shape \(3,\)"):
+        generate(m, torch.tensor([1, 3, 4]))
+    with pytest.raises(ValueError, match="20 tokens leaves no room: the model reads 12"):
+        generate(m, torch.full((1, 20), 3))
     with pytest.raises(ValueError, match="got 1 to 4 tokens: use generate"):
         stream(m, PROMPTS)
     with pytest.raises(ValueError, match="model.eval"):
         stream(m.train(), PROMPTS)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_and_one_that_only_has_its_config():
+    for kind in ("lm", "pair"):
+        m = model(kind)
+        compiled = torch.compile(m, backend="eager")
+        assert torch.equal(generate(compiled, inputs(kind)), generate(m, inputs(kind)))
+
+
+def test_torchs_layers_take_no_cache():
+    for kind in ("lm", "pair"):
+        m = model(kind)
+        expected = generate(m, inputs(kind))
+        revert(m)
+        with pytest.raises(TypeError, match="takes no cache: use_cache=False"):
+            generate(m, inputs(kind))
+        assert torch.equal(generate(m, inputs(kind), use_cache=False), expected)
+
+
+def test_a_stream_keeps_no_graph(monkeypatch):
+    m, recorded = model("pair"), []
+    encode = m.encode
+    monkeypatch.setattr(m, "encode", lambda src: recorded.append(torch.is_grad_enabled()) or encode(src))
+    next(stream(m, SOURCES))
+    assert recorded == [False]

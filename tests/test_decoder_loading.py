@@ -112,3 +112,28 @@ def test_what_cannot_be_meant_is_refused_in_one_line(case):
     with pytest.raises(ValueError, match=message) as caught:
         load_matching(model(1), model(0).state_dict() if state is None else state, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_copied_before_everything_is_checked():
+    old, new = model(0), model(1, vocab=5)
+    before = {name: x.clone() for name, x in new.state_dict().items()}
+    with pytest.raises(ValueError, match="do not fill"):
+        load_matching(new, old.state_dict(), rows={"embedding.weight": torch.tensor([0, 1, 2, 3, 99])})
+    assert all(torch.equal(x, before[name]) for name, x in new.state_dict().items())
+    with pytest.raises(ValueError, match="meta device.*to_empty"):
+        load_matching(new.to("meta"), old.state_dict())
+
+
+def test_values_that_are_no_real_tensors_are_skipped():
+    class Stateful(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    old, new = Stateful(3, 2), Stateful(3, 2)
+    state = {**old.state_dict(), "bias": torch.ones(2, dtype=torch.complex64)}
+    report = load_matching(new, state)
+    assert report.loaded == ("weight",) and torch.equal(old.weight, new.weight)
+    assert "bias: it is torch.complex64" in str(report) and "_extra_state" in report.skipped

@@ -1,6 +1,7 @@
 """Our modules are torch.nn's to everything that looks at a module, and better where torch.nn disagrees with itself."""
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from tileformer import decoder, kernels
+from tileformer.decoder.modules import Dropout
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"  # torch.compile does
@@ -355,3 +357,55 @@ def test_bad_call_is_refused_in_one_line(case):
 def test_heads_that_do_not_divide_the_width_are_refused(name, width, heads):
     with pytest.raises(ValueError, match=f"{width}.*{heads} heads"):
         getattr(decoder, name)(width, heads)
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda module, inputs, out: out * 0),
+    "pre": lambda m: m.register_forward_pre_hook(lambda module, inputs: inputs[0] * 0),
+    "replaced": lambda m: setattr(m, "forward", lambda x: x * 0),
+}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_who_hooks_a_dropout_sees_the_branch_alone(hook, norm_first):
+    layer = decoder_layer(norm_first=norm_first)
+    tgt, memory, masks = decoder_inputs()
+    twin = copy.deepcopy(layer)
+    decoder.revert(twin)
+    for each in (layer, twin):
+        for dropout in (each.dropout1, each.dropout2, each.dropout3):
+            HOOKS[hook](dropout)
+    torch.testing.assert_close(layer(tgt, memory, **masks), twin(tgt, memory, **masks))
+    seen = []
+    layer.dropout3.register_full_backward_hook(lambda module, gradients, _: seen.append(len(gradients)))
+    if hook == "forward":
+        layer(tgt.requires_grad_(), memory, **masks).sum().backward()
+        assert seen == [1]
+
+
+def test_a_wrapped_block_returns_its_branch():
+    layer = decoder_layer()
+    tgt, memory, masks = decoder_inputs()
+    twin = copy.deepcopy(layer)
+    decoder.revert(twin)
+    for each in (layer, twin):
+        block = each._ff_block
+
+        @functools.wraps(block)
+        def halved(*args, block=block, **kwargs):
+            return block(*args, **kwargs) * 0.5
+
+        each._ff_block = halved
+    torch.testing.assert_close(layer(tgt, memory, **masks), twin(tgt, memory, **masks))
+
+
+def test_what_torchs_modules_also_take():
+    assert Dropout(0.5)(torch.tensor(3.0)).item() in (0.0, 6.0)
+    assert Dropout(0.5).eval()(torch.tensor(3.0), torch.tensor(1.0)) == 4.0
+    logits, target = torch.randn(3, 5), torch.tensor([0, 4, 2], dtype=torch.uint8)
+    torch.testing.assert_close(decoder.CrossEntropyLoss()(logits, target), torch.nn.CrossEntropyLoss()(logits, target))
+    whole = decoder.Transformer(10, custom_encoder=torch.nn.Identity(), custom_decoder=torch.nn.Identity())
+    assert whole.d_model == 10  # nhead is nobody's
+    with pytest.raises(ValueError, match="10"):
+        decoder.Transformer(10, custom_encoder=torch.nn.Identity())

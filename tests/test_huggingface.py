@@ -47,6 +47,33 @@ def test_the_kernels_serve_a_model() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_logits_in_half_precision(dtype) -> None:
+    """Summed in float32: 20,000 losses do not fit float16, and would lose their last digits in bfloat16."""
+    logits = torch.randn(1, 20_000, 50, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 50, (1, 20_000), generator=torch.Generator().manual_seed(1))
+    expected = transformers.loss.loss_utils.ForCausalLMLoss
+    for items in (None, 19_999, torch.tensor(19_999)):
+        options = dict(labels=labels, vocab_size=50, num_items_in_batch=items)
+        got = huggingface.causal_lm_loss(logits, **options)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected(logits, **options), rtol=1e-4, atol=0)
+
+
+def test_a_whole_model_can_be_saved(tmp_path) -> None:
+    eager = models.eager("Llama, grouped heads")
+    ours, *_ = models.ours(eager)
+    torch.save(ours, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        given, _ = models.given(eager, "right")
+        expected = ours(**given).logits
+        torch.testing.assert_close(again(**given).logits, expected)
+        for x in ours.parameters():
+            x.zero_()
+        torch.testing.assert_close(again(**given).logits, expected)  # its norms read its own weights
+
+
 def test_the_loss_of_a_language_model() -> None:
     eager, ours, report = build("GPT-2")
     given, kept = models.given(eager, "right")

@@ -22,10 +22,12 @@ from tileformer.kernels import info
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")
 
+OTHERS = "ignore:The pynvml package:FutureWarning"  # torch's, where that package is installed
+
 
 def python(*arguments: str, source: Path = ROOT / "src", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run a fresh Python that finds tileformer under `source`, from the repository's root."""
-    env = {**os.environ, "PYTHONPATH": str(source)}
+    env = {**os.environ, "PYTHONPATH": str(source), "PYTHONWARNINGS": OTHERS}
     return subprocess.run([sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -46,7 +48,7 @@ for room in {ROOMS}:
 assert driver._active is None, "a Triton driver is active"
 assert not torch.cuda.is_initialized(), "CUDA is initialised"
 """
-    succeed(python("-W", "error", "-c", code))
+    succeed(python("-W", "error", "-W", OTHERS, "-c", code))
 
 
 def test_importing_the_package_alone_does_not_wait_for_torch():
@@ -111,7 +113,7 @@ from tileformer.kernels import info
 info.main = lambda args: [print(line) for line in range(99999)]
 command.main(["info"])
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONWARNINGS": OTHERS}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as writer:

@@ -6,6 +6,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tileformer.bench.budget import assert_within_budget, rms_ratio
 from tileformer.decoder import RMSNorm, convert, revert
@@ -98,6 +99,17 @@ def test_the_module_is_torchs(name, weight):
         torch.testing.assert_close(net(x), expected)
     revert(net)
     assert type(net[0]) is nn.RMSNorm
+
+
+@pytest.mark.interprets
+@pytest.mark.parametrize("name", ["reference", "torch", "interpret"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_default_eps_is_that_of_float32(dtype, name):
+    """As torch's: small rows of half precision are normalised, not swallowed."""
+    x = torch.full((2, 8), 0.02, dtype=dtype)
+    with use_backend(name):
+        torch.testing.assert_close(rms_norm(x, (8,)), F.rms_norm(x, (8,)))
+        torch.testing.assert_close(RMSNorm(8, dtype=dtype)(x), nn.RMSNorm(8, dtype=dtype)(x))
 
 
 def test_refuses():

@@ -146,7 +146,8 @@ def proof(folder, seed, moments):
 def prove(folder, moments):
     """Call this file the second way, on any seed; returns how many of the moments came before the end."""
     paths = os.pathsep.join(str(Path(path).parent) for path in tileformer.__path__)
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    # A process in which torch sees a GPU cannot fork after its first backward, even if that was the CPU's.
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, str(folder), str(random.randrange(10**9)), str(moments)]
     return int(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
