@@ -6,6 +6,7 @@ A new op joins everything (`tileformer check`, the tests, the ahead-of-time comp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -135,34 +136,19 @@ def row_call(*shape: int, params: tuple[str, ...] = (), mask: str = "", name: st
     return build
 
 
-def _layer_norm_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Tensors:
+def _norm_sizes(tensors: Tensors, options: Options, truth: Tensors, centre: bool) -> Tensors:
     axes = tuple(range(-len(options["normalized_shape"]), 0))
     x, given = tensors["x"], truth["given out"].abs()
-    mean = x.mean(axes, keepdim=True)
+    mean = x.mean(axes, keepdim=True) if centre else x.new_zeros(())
     rstd = ((x - mean).square().mean(axes, keepdim=True) + options.get("eps", 1e-5)).rsqrt()
     xhat = (x.abs() + mean.abs()) * rstd
-    g = given * tensors["weight"].abs() if "weight" in tensors else given
-    rows = tuple(range(x.dim() + axes[0]))
+    weight, rows = tensors.get("weight", x.new_ones(())).abs(), tuple(range(x.dim() + axes[0]))
+    g = given * weight
     return dict(
-        out=xhat * tensors["weight"].abs() + tensors.get("bias", x.new_zeros(())).abs()
-        if "weight" in tensors
-        else xhat,
-        dx=rstd * (g + g.mean(axes, keepdim=True) + xhat * (g * xhat).mean(axes, keepdim=True)),
+        out=xhat * weight + tensors.get("bias", x.new_zeros(())).abs(),
+        dx=rstd * (g + centre * g.mean(axes, keepdim=True) + xhat * (g * xhat).mean(axes, keepdim=True)),
         dweight=(given * xhat).sum(rows),
         dbias=given.sum(rows),
-    )
-
-
-def _rms_norm_sizes(tensors: Tensors, options: Options, truth: Tensors) -> Tensors:
-    x, given = tensors["x"].abs(), truth["given out"].abs()
-    axes = tuple(range(-len(options["normalized_shape"]), 0))
-    xhat = x * (x.square().mean(axes, keepdim=True) + options["eps"]).rsqrt()
-    g = given * tensors["weight"].abs() if "weight" in tensors else given
-    rstd = (x.square().mean(axes, keepdim=True) + options["eps"]).rsqrt()
-    return dict(
-        out=xhat * tensors["weight"].abs() if "weight" in tensors else xhat,
-        dx=rstd * (g + xhat * (g * xhat).mean(axes, keepdim=True)),
-        dweight=(given * xhat).sum(tuple(range(x.dim() + axes[0]))),
     )
 
 
@@ -206,8 +192,8 @@ def _dropout_draw(
 
 OPS = {
     "attention": Op(_attention_sizes, _attention_draw),
-    "layer_norm": Op(_layer_norm_sizes),
-    "rms_norm": Op(_rms_norm_sizes),
+    "layer_norm": Op(functools.partial(_norm_sizes, centre=True)),
+    "rms_norm": Op(functools.partial(_norm_sizes, centre=False)),
     "softmax": Op(_softmax_sizes),
     "log_softmax": Op(_log_softmax_sizes),
     "cross_entropy": Op(lambda tensors, options, truth: dict(out=_top(truth["out"]) + _top(tensors["logits"]))),

@@ -20,7 +20,7 @@ from typing import Any
 
 from tileformer.bench.measure import DRY
 from tileformer.bench.plot import plot
-from tileformer.bench.providers import OURS, Unavailable
+from tileformer.bench.providers import OURS
 from tileformer.bench.workloads import MODES, OPS
 from tileformer.kernels.info import require_device
 
@@ -44,7 +44,6 @@ def _bench(op: str, seconds: int) -> Part:
     return Part(op, seconds, (*command, "--seconds", str(seconds - 15)), (*command, "--dry", "--every", "1"))
 
 
-SAMPLE = ("environment", "attention", "softmax", "experiments")  # what a sample of a dry run has
 _TESTS = ("pytest", "-q", "-p", "no:cacheprovider")
 _CHECK = ("tileformer", "check", "--json", "{folder}/check.json", "--report", "{folder}/check.md")
 _STEP = ("tileformer", "bench", "step", "--json", "{folder}/step.json")
@@ -76,13 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="DIR", default="runs/gpu-day", help="the report's folder (default: runs/gpu-day)"
     )
     parser.add_argument("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
-    parser.add_argument("--sample", action="store_true", help="with --dry: a few calls of each part, in under a minute")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the parts and write report.md; 1 if a part failed."""
-    if args.sample and not args.dry:
-        raise ValueError("--sample without --dry: a day on a GPU measures everything; add --dry, or leave --sample out")
     if not args.dry and (device := require_device()).type != "cuda":
         raise ValueError(f"gpu-day found {device} and no GPU: add --dry to try every part of it here")
     folder = Path(args.output).resolve()
@@ -90,10 +86,8 @@ def main(args: argparse.Namespace) -> int:
     for old in (*folder.glob("*.json"), *folder.glob("*.csv")):
         old.unlink()  # figures of an earlier run would be taken for those of a part that failed
     done = []
-    for part in (p for p in PARTS if p.name in SAMPLE or not args.sample):
+    for part in PARTS:
         command = (part.dry or part.command) if args.dry else part.command
-        if args.sample and "--every" in command:
-            command = (*command[:-1], "7")
         words = [word.replace("{folder}", str(folder)) for word in command]
         done.append(_run(part.name, 3 * part.seconds if args.dry else part.seconds, words, folder))
         print("{part:<14} {status:<22} {seconds:>6.0f} s of {limit}".format(**done[-1]), flush=True)
@@ -106,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
     done.append(dict(part="plots", status="done", seconds=0.0, limit=60, last=""))
     try:
         pictures = _plots(reports, folder)
-    except Unavailable as error:
+    except ValueError as error:
         pictures, done[-1]["status"], done[-1]["last"] = [], "none drawn", str(error)
     done[-1]["seconds"] = time.monotonic() - start
     (folder / "report.md").write_text("\n".join(_report(args.dry, done, reports, pictures)) + "\n")
@@ -153,7 +147,7 @@ def _run(name: str, limit: int, command: list[str], folder: Path) -> dict[str, A
 def _plots(reports: dict[str, Any], folder: Path) -> list[str]:
     ops = [report for name, report in reports.items() if name in OPS]
     if not ops:
-        raise Unavailable("no part left results to draw")
+        raise ValueError("no part left results to draw")
     everything = dict(ops[0], results=[row for report in ops for row in report["results"]])
     return [os.path.relpath(path, folder) for path in plot(everything, str(folder / "plots"))]
 

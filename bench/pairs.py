@@ -44,26 +44,19 @@ DTYPES = ("bf16", "fp32", "fp16")
 def _rows() -> list[dict[str, str]]:
     """Rows that cover all pairs: each starts with a pair that is still missing and takes, factor by factor, the level that adds most."""
     names = list(FACTORS)
-    pairs = [((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in FACTORS[a] for y in FACTORS[b]]
-    missing = dict.fromkeys(pairs)
+    factors = itertools.combinations(names, 2)
+    missing = dict.fromkeys(frozenset([(a, x), (b, y)]) for a, b in factors for x in FACTORS[a] for y in FACTORS[b])
     rows: list[dict[str, str]] = []
     while missing:
         row = dict(next(iter(missing)))
         for name in names:
             if name not in row:
-                gains = {level: _gain(name, level, row, missing) for level in FACTORS[name]}
+                gains = {x: sum(frozenset([(name, x), item]) in missing for item in row.items()) for x in FACTORS[name]}
                 row[name] = max(gains, key=gains.__getitem__)
         rows.append({name: row[name] for name in names})
         for pair in itertools.combinations(rows[-1].items(), 2):
-            missing.pop(pair, None)
+            missing.pop(frozenset(pair), None)
     return rows
-
-
-def _gain(name: str, level: str, row: dict[str, str], missing: Any) -> int:
-    """How many missing pairs a level forms with the levels that a row has."""
-    places = list(FACTORS)
-    pairs = (tuple(sorted([(name, level), item], key=lambda at: places.index(at[0]))) for item in row.items())
-    return sum(pair in missing for pair in pairs)
 
 
 def _case(number: int, row: dict[str, str]) -> Case:

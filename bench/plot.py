@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy
 
-from tileformer.bench.providers import OURS, Unavailable
+from tileformer.bench.providers import OURS
 from tileformer.bench.workloads import MODES, WORKLOADS
+from tileformer.training.plots import new_figure, save
 
 _COLOURS = (
     "#d62728",
@@ -25,17 +26,6 @@ _COLOURS = (
 _MARKERS = "osD^vP*XhH<>p"
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise Unavailable("matplotlib is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def plot(report: dict[str, Any], folder: str) -> list[str]:
     """Write the PNGs that the results allow into `folder`; their paths.
 
@@ -43,10 +33,8 @@ def plot(report: dict[str, Any], folder: str) -> list[str]:
         report: what `tileformer bench --json` writes: "device", "dry", "ceilings", "results".
 
     Raises:
-        Unavailable: without matplotlib.
+        ValueError: without matplotlib.
     """
-    pyplot = _pyplot()
-    os.makedirs(folder, exist_ok=True)
     known = {(w.op, w.name): w for w in WORKLOADS}
     rows = [row for row in report["results"] if row["median_ms"] is not None]
     if report["dry"]:  # all points of a sweep ran at one size
@@ -65,16 +53,16 @@ def plot(report: dict[str, Any], folder: str) -> list[str]:
     files = []
     for op, curve in dict.fromkeys((w.op, w.curve) for w, _ in points if w.axis):
         chosen = [(w, row) for w, row in points if (w.op, w.curve) == (op, curve) and w.axis]
-        files.append(_curves(pyplot, chosen, f"{op}, {curve}", style, note, folder))
+        files.append(_curves(chosen, f"{op}, {curve}", style, note, folder))
     products = [(w, row) for w, row in points if row["tflops"]]
     if products:
-        files.append(_roofline(pyplot, products, report["ceilings"], style, note, folder))
+        files.append(_roofline(products, report["ceilings"], style, note, folder))
     return files
 
 
-def _curves(pyplot: Any, chosen: list[Any], title: str, style: dict[str, Any], note: str, folder: str) -> str:
+def _curves(chosen: list[Any], title: str, style: dict[str, Any], note: str, folder: str) -> str:
     modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
-    figure, panels = pyplot.subplots(1, len(modes), figsize=(4.6 * len(modes) + 1.2, 4.2), squeeze=False)
+    figure, panels = new_figure(1, len(modes), (4.6 * len(modes) + 2.4, 4.2), squeeze=False)
     unit = "tflops" if any(row["tflops"] for _, row in chosen) else "gbs"
     ticks = sorted({row["sizes"][w.axis] for w, row in chosen})
     for panel, mode in zip(panels[0], modes, strict=True):
@@ -92,18 +80,16 @@ def _curves(pyplot: Any, chosen: list[Any], title: str, style: dict[str, Any], n
         panel.grid(alpha=0.3)
         panel.set_xlabel(chosen[0][0].axis)
     panels[0][0].set_ylabel("TFLOP/s" if unit == "tflops" else "GB/s")
-    return _save(pyplot, figure, _handles(panels), f"{title} ({chosen[0][1]['dtype']})", note, folder)
+    return _save(figure, _handles(panels), f"{title} ({chosen[0][1]['dtype']})", note, folder)
 
 
-def _roofline(
-    pyplot: Any, chosen: list[Any], ceilings: dict[str, float], style: dict[str, Any], note: str, folder: str
-) -> str:
+def _roofline(chosen: list[Any], ceilings: dict[str, float], style: dict[str, Any], note: str, folder: str) -> str:
     bandwidth, compute = ceilings.values()
     intensity = lambda row: row["tflops"] / row["gbs"] * 1e3  # noqa: E731
     reach = [*(intensity(row) for _, row in chosen), compute / bandwidth * 1e3]
     x = numpy.geomspace(min(reach) / 2, max(reach) * 2, 100)
     modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
-    figure, panels = pyplot.subplots(1, len(modes), figsize=(5 * len(modes) + 1.2, 4.6), squeeze=False, sharey=True)
+    figure, panels = new_figure(1, len(modes), (5 * len(modes) + 2.4, 4.6), squeeze=False, sharey=True)
     for panel, mode in zip(panels[0], modes, strict=True):
         panel.plot(x, numpy.minimum(compute, x * bandwidth / 1e3), color="black", label="copy and matmul")
         for name, look in style.items():
@@ -117,18 +103,15 @@ def _roofline(
         panel.grid(alpha=0.3)
         panel.set_xlabel("useful FLOPs per byte that must move")
     panels[0][0].set_ylabel("TFLOP/s")
-    return _save(pyplot, figure, _handles(panels), f"roofline ({chosen[0][1]['dtype']})", note, folder)
+    return _save(figure, _handles(panels), f"roofline ({chosen[0][1]['dtype']})", note, folder)
 
 
 def _handles(panels: Any) -> dict[str, Any]:
     return {text: line for panel in panels[0] for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
 
 
-def _save(pyplot: Any, figure: Any, handles: dict[str, Any], title: str, note: str, folder: str) -> str:
+def _save(figure: Any, handles: dict[str, Any], title: str, note: str, folder: str) -> str:
     figure.suptitle(f"{title}\n{note}", fontsize=11)
-    figure.tight_layout()
-    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    path = os.path.join(folder, "".join(c if c.isalnum() else "_" for c in title.rpartition(" (")[0]) + ".png")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    name = "".join(c if c.isalnum() else "_" for c in title.rpartition(" (")[0])
+    return str(save(figure, os.path.join(folder, f"{name}.png")))

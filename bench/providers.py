@@ -309,10 +309,6 @@ def _flag_gems_attention(package: Any, t: Tensors, o: Options) -> Tensor:
 # ---- row ops
 
 
-def _eager_layer_norm(t: Tensors, o: Options) -> Tensor:
-    return F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"])
-
-
 def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
     shape = o["normalized_shape"]
 
@@ -334,32 +330,17 @@ def _eager_softmax(t: Tensors, o: Options) -> Tensor:
     return x.softmax(-1)
 
 
-def _flag_gems_log_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
-    def forward(x: Tensor) -> Any:
-        y = package.log_softmax(x, -1)
-        return y, (y,)
+def _from_output(forward: Any, backward: Any) -> Any:
+    """An op of x whose backward reads what its forward wrote: forward(package, x), backward(package, dy, y)."""
 
-    return _Pair.apply(forward, lambda dy, y: (package.log_softmax_backward(dy, y, -1, y.dtype),), t["x"])
+    def call(package: Any, t: Tensors, o: Options) -> Tensor:
+        def keep(x: Tensor) -> Any:
+            y = forward(package, x)
+            return y, (y,)
 
+        return _Pair.apply(keep, lambda dy, y: (backward(package, dy, y),), t["x"])
 
-def _flag_gems_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
-    def forward(x: Tensor) -> Any:
-        y = package.softmax(x, -1)
-        return y, (y,)
-
-    return _Pair.apply(forward, lambda dy, y: (package.softmax_backward(dy, y, -1, y.dtype),), t["x"])
-
-
-def _fla_softmax(package: Any, t: Tensors, o: Options) -> Tensor:
-    def forward(x: Tensor) -> Any:
-        y = package.softmax_fwd(x, x.dtype)
-        return y, (y,)
-
-    return _Pair.apply(forward, lambda dy, y: (package.softmax_bwd(y, dy.contiguous(), y.dtype),), t["x"])
-
-
-def _eager_cross_entropy(t: Tensors, o: Options) -> Tensor:
-    return F.cross_entropy(t["logits"], **o)
+    return call
 
 
 def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
@@ -367,10 +348,6 @@ def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
     return package.LigerCrossEntropyFunction.apply(
         t["logits"], o["target"], None, -100, 0.0, smoothing, "mean", None, False, False, False
     )[0]
-
-
-def _eager_dropout(t: Tensors, o: Options) -> Tensor:
-    return t["residual"] + F.dropout(t["x"], o["p"])
 
 
 def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
@@ -447,7 +424,7 @@ _PROVIDERS: dict[str, dict[str, Build]] = {
             *_NO_MASKS, "has no dropout", "is causal only", heads_last=True,
         ),
     },
-    "layer_norm": _torch(_eager_layer_norm)
+    "layer_norm": _torch(lambda t, o: F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"]))
     | {
         "liger": _peer(
             "liger_kernel.ops.layer_norm",
@@ -471,12 +448,23 @@ _PROVIDERS: dict[str, dict[str, Build]] = {
         "liger": _peer(
             "liger_kernel.ops.softmax", lambda package, t, o: package.LigerSoftmaxFunction.apply(t["x"]), _PLAIN
         ),
-        "flag_gems": _peer("flag_gems", _flag_gems_softmax, _PLAIN),
-        "fla": _peer("fla.ops.utils.softmax", _fla_softmax, _PLAIN),
+        "flag_gems": _peer(
+            "flag_gems",
+            _from_output(lambda p, x: p.softmax(x, -1), lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)), _PLAIN,
+        ),
+        "fla": _peer(
+            "fla.ops.utils.softmax",
+            _from_output(lambda p, x: p.softmax_fwd(x, x.dtype), lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype)), _PLAIN,
+        ),
     },
     "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1))
-    | {"flag_gems": _peer("flag_gems", _flag_gems_log_softmax, _PLAIN)},
-    "cross_entropy": _torch(_eager_cross_entropy)
+    | {
+        "flag_gems": _peer(
+            "flag_gems",
+            _from_output(lambda p, x: p.log_softmax(x, -1), lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)), _PLAIN,
+        ),
+    },
+    "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o))
     | {
         "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),
         "flag_gems": _peer(
@@ -486,7 +474,7 @@ _PROVIDERS: dict[str, dict[str, Build]] = {
             "fla.modules.fused_cross_entropy", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)[0].mean()
         ),
     },
-    "dropout": _torch(_eager_dropout) | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
+    "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"])) | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
     "decoder_layer": {
         OURS: _layer(TransformerDecoderLayer),
         "eager": _layer(nn.TransformerDecoderLayer),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import importlib
 import json
 import os
 import time
@@ -17,18 +16,15 @@ from typing import Any
 
 import torch
 
-from tileformer.bench import providers, step
+from tileformer.bench import gpu_day, host, providers, step, tune
 from tileformer.bench.cases import DTYPES
 from tileformer.bench.measure import DRY, Bench, Result, wanted
 from tileformer.bench.plot import plot
+from tileformer.bench.static import report as static_report
 from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels.info import require_device
 
-ELSEWHERE = {
-    "static": "tileformer.bench.static.report",
-    "host": "tileformer.bench.host",
-    "gpu-day": "tileformer.bench.gpu_day",
-}
+ELSEWHERE = {"static": static_report, "host": host, "gpu-day": gpu_day}
 ABOUT = {
     "all": "time every op",
     **{op: f"time {op}" for op in OPS},
@@ -40,27 +36,13 @@ ABOUT = {
 }
 
 
-class _Later(argparse.ArgumentParser):
-    """A parser that asks another module for its options when it is needed."""
-
-    module = ""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.module:
-            importlib.import_module(self.module).add_arguments(self)
-            self.module = ""
-        return super().parse_known_args(args, namespace)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench`."""
-    commands = parser.add_subparsers(
-        dest="what", metavar="WHAT", parser_class=_Later, title="what to measure (default: all)"
-    )
+    commands = parser.add_subparsers(dest="what", metavar="WHAT", title="what to measure (default: all)")
     for name, about in ABOUT.items():
         command = commands.add_parser(name, help=about, description=about)
         if name in ELSEWHERE:
-            command.module = ELSEWHERE[name]
+            ELSEWHERE[name].add_arguments(command)
             continue
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
         command.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
@@ -94,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         add_arguments(parser)
         args = parser.parse_args(["all"])
     if args.what in ELSEWHERE:
-        return int(importlib.import_module(ELSEWHERE[args.what]).main(args))
+        return ELSEWHERE[args.what].main(args)
     device = torch.device("cpu") if getattr(args, "dry", False) else require_device(args.device)
     if args.what == "step":
         threads = args.threads or ([1, 2] if device.type == "cpu" else [torch.get_num_threads()])
@@ -116,8 +98,6 @@ def main(args: argparse.Namespace) -> int:
     if args.dry:
         print(DRY.upper())
     if args.what == "experiments" or getattr(args, "tune", False):
-        from tileformer.bench import tune
-
         report["results"] = (
             tune.experiments(bench, args.every)
             if args.what == "experiments"

@@ -35,22 +35,11 @@ class Task:
     batches: Callable[[int], list[Batch]]  # of a seed
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """The same model with torch.nn's own layers and the same weights."""
-    twin = copy.deepcopy(model)
-    revert(twin)
-    return twin
-
-
 def _tokens(size: int, longest: int, vocabulary: int, generator: torch.Generator) -> Tensor:
     """(size, longest) token ids of nearly one length, padded with 0 behind."""
     lengths = torch.randint(longest - 2, longest + 1, (size,), generator=generator)
     drawn = torch.randint(3, vocabulary, (size, longest), generator=generator)
     return drawn.masked_fill(torch.arange(longest) >= lengths[:, None], 0)
-
-
-def _spelling() -> nn.Module:
-    return Seq2Seq(Seq2SeqConfig(32, 48, d_model=128, nhead=4, dim_feedforward=512, dropout=DROPOUT))
 
 
 def _spelling_loss(model: nn.Module, cross_entropy: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -66,16 +55,6 @@ def _spelling_batches(seed: int) -> list[Batch]:
     return [(_tokens(128, n, 32, generator), _tokens(128, n + 1, 48, generator)) for n in longest]
 
 
-def _reviews() -> nn.Module:
-    backbone = DecoderLM(DecoderLMConfig(4700, dropout=DROPOUT, max_length=128))
-    return Classifier(backbone, 2, dropout=DROPOUT)
-
-
-def _reviews_loss(model: nn.Module, cross_entropy: Callable[..., Tensor], batch: Batch) -> Tensor:
-    tokens, labels = batch
-    return cross_entropy(model(tokens), labels)
-
-
 def _reviews_batches(seed: int) -> list[Batch]:
     """As long as the 10th, 25th, 50th, 75th and 90th of a hundred reviews, 32 of one length in a batch."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,8 +64,18 @@ def _reviews_batches(seed: int) -> list[Batch]:
 
 
 TASKS = {
-    "g2p": Task("encoder-decoder, width 128, 3 + 3 layers, 128 words", _spelling, _spelling_loss, _spelling_batches),
-    "reviews": Task("classifier, width 128, 3 causal layers, 32 reviews", _reviews, _reviews_loss, _reviews_batches),
+    "g2p": Task(
+        "encoder-decoder, width 128, 3 + 3 layers, 128 words",
+        lambda: Seq2Seq(Seq2SeqConfig(32, 48, d_model=128, nhead=4, dim_feedforward=512, dropout=DROPOUT)),
+        _spelling_loss,
+        _spelling_batches,
+    ),
+    "reviews": Task(
+        "classifier, width 128, 3 causal layers, 32 reviews",
+        lambda: Classifier(DecoderLM(DecoderLMConfig(4700, dropout=DROPOUT, max_length=128)), 2, dropout=DROPOUT),
+        lambda model, cross_entropy, batch: cross_entropy(model(batch[0]), batch[1]),
+        _reviews_batches,
+    ),
 }
 
 
@@ -114,7 +103,8 @@ def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: i
     try:
         torch.manual_seed(0)
         ours = task.model().to(device)
-        theirs = twin_of(ours)
+        theirs = copy.deepcopy(ours)  # the same weights
+        revert(theirs)
         sides = {
             "tileformer": stepper(task, ours, cross_entropy, bf16),
             "torch.nn": stepper(task, theirs, F.cross_entropy, bf16),

@@ -74,12 +74,8 @@ class Workload:
             return [t_k] * b
         return [max(1, t_k - (t_k - t_k // 4) * n // max(b - 1, 1)) for n in range(b)]
 
-    def inputs(
-        self, device: torch.device | str, dtype: torch.dtype, small: bool = False
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def inputs(self, device: torch.device | str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors to differentiate, and the other arguments; the same numbers in every process on a kind of device."""
-        if small:
-            return self.small().inputs(device, dtype)
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{self.op} {self.name}".encode()))
         shapes = self._shapes()
 

@@ -2,7 +2,7 @@
 
 from tileformer.decoder.attention import MultiheadAttention
 from tileformer.decoder.cache import KVCache
-from tileformer.decoder.convert import Report, convert, revert
+from tileformer.decoder.convert import convert, revert
 from tileformer.decoder.generation import generate, stream
 from tileformer.decoder.heads import Classifier, Tagger
 from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
@@ -23,7 +23,6 @@ __all__ = [
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
-    "Report",
     "Seq2Seq",
     "Seq2SeqConfig",
     "Softmax",

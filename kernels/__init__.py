@@ -6,7 +6,7 @@ torch operators serve CPU tensors. `reference` defines each op.
 
 from tileformer.kernels import reference
 from tileformer.kernels.attention import attention, scaled_dot_product_attention
-from tileformer.kernels.backend import current_backend, use_backend
+from tileformer.kernels.backend import use_backend
 from tileformer.kernels.bits import dropout_keep
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
@@ -16,7 +16,6 @@ from tileformer.kernels.softmax import log_softmax, softmax
 __all__ = [
     "attention",
     "cross_entropy",
-    "current_backend",
     "dropout",
     "dropout_keep",
     "layer_norm",

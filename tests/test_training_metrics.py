@@ -2,12 +2,10 @@
 
 import csv
 import math
-import random
 
-import numpy
 import pytest
 
-from tileformer.training import metrics
+from tileformer.training import extras, metrics
 
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
@@ -36,18 +34,6 @@ def test_perplexity():
     assert metrics.perplexity(0.0) == 1.0
     assert metrics.perplexity(math.log(72)) == pytest.approx(72)
     assert metrics.perplexity(1e4) == math.inf
-
-
-def test_statistics_of_the_bootstrap_are_scikit_learns():
-    from sklearn.metrics import accuracy_score, f1_score
-
-    dice = random.Random(0)
-    rows = [[dice.randrange(3) for _ in range(9)] for _ in range(40)]
-    true, predicted = numpy.array(rows[:20]), numpy.array(rows[20:])
-    f1 = [f1_score(a, b, average="macro", zero_division=0) for a, b in zip(true, predicted, strict=True)]
-    accuracy = [accuracy_score(a, b) for a, b in zip(true, predicted, strict=True)]
-    numpy.testing.assert_allclose(metrics._STATISTICS["macro_f1"](true, predicted), f1)
-    numpy.testing.assert_allclose(metrics._STATISTICS["accuracy"](true, predicted), accuracy)
 
 
 def test_bootstrap_interval_is_the_binomial_one_and_repeats():
@@ -89,9 +75,8 @@ def test_errors_are_written_most_confident_first(tmp_path):
         (lambda: metrics.classification([0, 1], [0], NAMES), "got 1 for 2"),
         (lambda: metrics.classification([], [], NAMES), "got 0 for 0"),
         (lambda: metrics.confusion([0, 3], [0, 1], 3), "in 0..2, found 0 to 3"),
-        (lambda: metrics.bootstrap([0, 1], [0, 1], "f1"), "accuracy, macro_f1, got 'f1'"),
         (lambda: metrics.bootstrap([0], [0]), "at least 2 examples, got 1"),
-        (lambda: metrics.library("no_such_library"), r"no_such_library is not installed: .*\[finetune\]"),
+        (lambda: extras.library("no_such_library"), r"no_such_library is not installed: .*\[finetune\]"),
     ],
 )
 def test_wrong_input_is_refused(call, message):

@@ -15,8 +15,8 @@ pytest.importorskip("matplotlib")
 def drawn(monkeypatch):
     """The figure of each plot, as it was saved."""
     figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, png: figures.append(figure) or save(figure, png))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, png: figures.append(figure) or save(figure, png))
     return figures
 
 

@@ -115,5 +115,5 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
     changed = json.loads((tmp_path / "tokenizer.json").read_text("utf-8")) | {"kind": "words"}
     (tmp_path / "words.json").write_text(json.dumps(changed))
     monkeypatch.setitem(__import__("sys").modules, "rjieba", None)
-    with pytest.raises(ValueError, match=r'rjieba package is not installed: pip install "tileformer\[finetune\]"'):
+    with pytest.raises(ValueError, match=r'rjieba is not installed: pip install "tileformer\[finetune\]"'):
         Tokenizer.load(tmp_path / "words.json")

@@ -5,32 +5,26 @@ Needs the `train` extra (`pip install "tileformer[train]"`).
 """
 
 from tileformer.training.checkpoint import CheckpointError, latest, load_weights, read_state
-from tileformer.training.data import Batch, Batches, LabelledBatch, LabelledBatches, PackedBatch, PackedBatches
-from tileformer.training.loop import Report, evaluate, fit, resolve_precision
+from tileformer.training.data import Batch, Batches, LabelledBatches, PackedBatches
+from tileformer.training.loop import evaluate, fit, resolve_precision
 from tileformer.training.losses import classification_loss, language_loss, sequence_loss
-from tileformer.training.optimizers import initialise, learning_rate_factor, make_optimizer, parameter_groups
+from tileformer.training.optimizers import make_optimizer
 from tileformer.training.settings import Settings
 
 __all__ = [
     "Batch",
     "Batches",
     "CheckpointError",
-    "LabelledBatch",
     "LabelledBatches",
-    "PackedBatch",
     "PackedBatches",
-    "Report",
     "Settings",
     "classification_loss",
     "evaluate",
     "fit",
-    "initialise",
     "language_loss",
     "latest",
-    "learning_rate_factor",
     "load_weights",
     "make_optimizer",
-    "parameter_groups",
     "read_state",
     "resolve_precision",
     "sequence_loss",

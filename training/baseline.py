@@ -6,25 +6,17 @@ beat on short texts: a model that does not pass it has not earned its size.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
-from tileformer.training.metrics import library
+from tileformer.training.extras import library
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Class numbers (N,) int64, probabilities (N, K), and the CPU seconds that fitting took."""
-
-    predicted: numpy.ndarray
-    probability: numpy.ndarray
-    core_seconds: float
-
-
-def tfidf(texts: Sequence[str], labels: Sequence[int], test: Sequence[str], classes: int) -> Prediction:
-    """Fit on (texts, labels) alone, n-gram table and weights included, and predict `test`.
+def tfidf(
+    texts: Sequence[str], labels: Sequence[int], test: Sequence[str], classes: int
+) -> tuple[numpy.ndarray, float]:
+    """Probabilities (N, K) of `test`, and the CPU seconds of the fit: on (texts, labels) alone, n-gram table included.
 
     An n-gram counts from its second text on (among fewer than 1,000 texts: from its first). Raises ValueError when the
     labels hold fewer than two classes, or when lengths differ.
@@ -41,4 +33,4 @@ def tfidf(texts: Sequence[str], labels: Sequence[int], test: Sequence[str], clas
     spent = time.process_time() - start
     probability = numpy.zeros((len(test), classes))
     probability[:, model.classes_] = model.predict_proba(vectorizer.transform(test))
-    return Prediction(probability.argmax(1), probability, spent)
+    return probability, spent

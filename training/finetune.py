@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """One run, or the table. ValueError: wrong arguments or input."""
-    import torch
-
-    from tileformer.training import cells, checkpoint, metrics
+    from tileformer.kernels.info import require_device
+    from tileformer.training import cells, checkpoint
+    from tileformer.training.extras import library
     from tileformer.training.methods import METHODS
 
     if args.list:
@@ -47,13 +47,13 @@ def main(args: argparse.Namespace) -> int:
         for method in METHODS.values():
             print(f"{method.name:<{width}}  {method.about}")
         return 0
-    _check(args, torch.cuda.is_available())
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check(args)
+    args.device = require_device(args.device).type
     if args.checkpoint is not None and not args.checkpoint.exists():
         raise ValueError(f"--checkpoint {args.checkpoint}: there is nothing")
     args.checkpoint = args.checkpoint or Path("runs") / args.recipe
     for name in ("sklearn", "scipy", "matplotlib"):  # said before the training, not after it
-        metrics.library(name)
+        library(name)
     if args.table:
         return cells.table(args)
     args.method = args.method or "full"
@@ -121,7 +121,7 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
         return layer.self_attn(x, x, x, attn_mask=causal, is_causal=True, average_attn_weights=False)[1][0]
 
 
-def _check(args: argparse.Namespace, has_cuda: bool) -> None:
+def _check(args: argparse.Namespace) -> None:
     from tileformer.training.cells import BASELINE
     from tileformer.training.methods import METHODS
     from tileformer.training.recipes import FINETUNED
@@ -140,8 +140,6 @@ def _check(args: argparse.Namespace, has_cuda: bool) -> None:
         raise ValueError(f"{method} needs texts without labels: give --labels N")
     if args.table and (args.labels != "all" or args.seed):
         raise ValueError("--table takes its own --labels and --seed; choose with --method and --seeds")
-    if args.device == "cuda" and not has_cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device")
     for name in ("threads", "seeds", "workers"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -21,13 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print one line for each word. ValueError when the checkpoint or a word cannot be read."""
-    import torch
-
+    from tileformer.kernels.info import require_device
     from tileformer.training import checkpoint
     from tileformer.training.recipes import RECIPES
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
+    device = require_device(args.device)
     path = checkpoint.latest(args.checkpoint)
     name = checkpoint.read_state(path).get("meta", {}).get("recipe")
     if name not in RECIPES:
@@ -36,6 +34,6 @@ def main(args: argparse.Namespace) -> int:
     words = args.words or [line.strip() for line in sys.stdin if line.strip()]
     if not words:
         raise ValueError("nothing to read: give inputs, or lines on standard input")
-    for line in recipe.lines(path, words, torch.device(args.device)):
+    for line in recipe.lines(path, words, device):
         print(line)
     return 0

@@ -21,18 +21,11 @@ from tileformer.training.optimizers import learning_rate_factor, make_optimizer,
 from tileformer.training.settings import Settings
 
 
-class AnyBatch(Protocol):
-    """What `fit` asks of a batch; the loss function knows the rest."""
-
-    @property
-    def tokens(self) -> int: ...  # in the unit of the budget
-    @property
-    def label_tokens(self) -> int: ...  # what a mean loss is a mean of
-    def to(self, device: torch.device) -> "AnyBatch": ...
-
-
 class AnyBatches(Protocol):
-    """What `fit` asks of its data: a `for` loop is (what is left of) one epoch, the state is the exact place in it."""
+    """What `fit` asks of its data: a `for` loop is (what is left of) one epoch, the state is the exact place in it.
+
+    A batch has `to(device)`, `tokens` in the unit of the budget, and `label_tokens`, what a mean loss is a mean of.
+    """
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...

@@ -20,9 +20,9 @@ from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadRepor
 from tileformer.training.adversarial import Gan, fgm_backward, gan_backward, gan_loss
 from tileformer.training.augment import token_dropout
 from tileformer.training.data import Augment, LabelledBatches, PackedBatches
+from tileformer.training.extras import library
 from tileformer.training.loop import fit
 from tileformer.training.losses import classification_loss, language_loss
-from tileformer.training.metrics import library
 from tileformer.training.ngrams import JointClassifier, joint_loss
 from tileformer.training.settings import Settings
 
@@ -203,10 +203,6 @@ def _lora(context: Context, model: Model, rank: int = 8) -> Classifier:
     return model
 
 
-def _mixed(backbone: DecoderLM, classes: int) -> Classifier:
-    return Classifier(backbone, classes, mix=True)
-
-
 class Bottleneck(nn.Module):
     """x + up(gelu(down(x))), of width `size` between; it starts as the identity (Houlsby et al. 2019)."""
 
@@ -334,7 +330,12 @@ _ALL = (
     Method("head", "the pretrained model is frozen, only the new head learns", _head),
     Method("partial", "the last layer, the final norm and the head learn", _partial),
     Method("gradual", "unfreezing from the head down, a layer a stage (Howard and Ruder 2018)", _gradual),
-    Method("mix", "the head reads a learned mix of all layers (ELMo); everything learns", _everything, _mixed),
+    Method(
+        "mix",
+        "the head reads a learned mix of all layers (ELMo); everything learns",
+        _everything,
+        partial(Classifier, mix=True),
+    ),
     Method("decay", "a lower layer learns 0.6 times as fast as the one above it", _decay),
     Method(
         "shared",

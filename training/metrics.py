@@ -5,7 +5,6 @@ they are called, in that order.
 """
 
 import csv
-import importlib
 import math
 import os
 from collections.abc import Sequence
@@ -13,17 +12,9 @@ from typing import Any
 
 import numpy
 
+from tileformer.training.extras import library
+
 Interval = tuple[float, float]
-EXTRAS = {"peft": "hf"}  # of the libraries that are not in `finetune`
-
-
-def library(name: str) -> Any:
-    """The module `name` of an optional library. ValueError that names the extra when it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get(name, "finetune")
-        raise ValueError(f'{error.name} is not installed: pip install "tileformer[{extra}]"') from None
 
 
 def classification(true: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
@@ -59,26 +50,21 @@ def perplexity(nats: float) -> float:
     return math.exp(nats) if nats < 709 else math.inf
 
 
-def bootstrap(
-    true: Sequence[int], predicted: Sequence[int], metric: str = "accuracy", resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """95 % percentile interval of "accuracy" or "macro_f1", over paired resamples of the examples.
+def bootstrap(true: Sequence[int], predicted: Sequence[int], resamples: int = 2000, seed: int = 0) -> Interval:
+    """95 % percentile interval of the accuracy, over resamples of the examples.
 
     It says how far the figure would move with other test texts, not with another training seed (`over_seeds`).
-    Raises ValueError for an unknown metric, fewer than two examples, or lengths that differ.
+    Raises ValueError for fewer than two examples, or lengths that differ.
     """
-    if metric not in _STATISTICS:
-        raise ValueError(f"metric must be one of {', '.join(_STATISTICS)}, got {metric!r}")
     _check(true, predicted, 1 + max(*true, *predicted) if len(true) else 1)
     if len(true) < 2:
         raise ValueError(f"an interval needs at least 2 examples, got {len(true)}")
-    pair = (numpy.asarray(true), numpy.asarray(predicted))
-    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "batch": 100}
-    found = library("scipy.stats").bootstrap(pair, _STATISTICS[metric], n_resamples=resamples, rng=seed, **options)
+    right = (numpy.equal(true, predicted),)
+    options: dict[str, Any] = {"vectorized": True, "method": "percentile", "batch": 100}
+    found = library("scipy.stats").bootstrap(right, numpy.mean, n_resamples=resamples, rng=seed, **options)
     low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
-    if low == high and metric == "accuracy":  # all right or all wrong: resamples know nothing else, Wilson's does
-        hits = int(numpy.equal(true, predicted).sum())
-        wilson = library("scipy.stats").binomtest(hits, len(true)).proportion_ci(method="wilson")
+    if low == high:  # all right or all wrong: resamples know nothing else, Wilson's does
+        wilson = library("scipy.stats").binomtest(int(right[0].sum()), len(true)).proportion_ci(method="wilson")
         low, high = float(wilson.low), float(wilson.high)
     return low, high
 
@@ -112,23 +98,6 @@ def errors_csv(
         writer.writerow(("true", "predicted", "probability", "text"))
         writer.writerows((names[a], names[b], f"{share:.4f}", text) for a, b, share, text in rows)
     return len(rows)
-
-
-def _accuracy(true: numpy.ndarray, predicted: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
-    return (true == predicted).mean(axis)
-
-
-def _macro_f1(true: numpy.ndarray, predicted: numpy.ndarray, axis: int = -1) -> numpy.ndarray:
-    """scikit-learn's macro F1 (zero_division=0) for many resamples at once; classes in neither row do not count."""
-    total = classes = numpy.zeros(true.shape[:-1])
-    for label in range(max(true.max(), predicted.max()) + 1):
-        hits = ((true == label) & (predicted == label)).sum(axis)
-        members = (true == label).sum(axis) + (predicted == label).sum(axis)
-        total, classes = total + 2 * hits / numpy.maximum(members, 1), classes + (members > 0)
-    return total / classes
-
-
-_STATISTICS = {"accuracy": _accuracy, "macro_f1": _macro_f1}
 
 
 def _check(true: Sequence[int], predicted: Sequence[int], classes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from tileformer.training.metrics import library
+from tileformer.training.extras import library
 
 PathLike = str | os.PathLike[str]
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
@@ -31,7 +31,7 @@ def learning_curves(log: PathLike, png: PathLike) -> Path:
             continue
     if not records:
         raise ValueError(f"{log}: no record of a run in it")
-    figure, (losses, rates) = _figure(2, 1, (7, 6), sharex=True, height_ratios=(3, 1))
+    figure, (losses, rates) = new_figure(2, 1, (7, 6), sharex=True, height_ratios=(3, 1))
     for key, name in (("loss", "training"), ("valid_loss", "validation")):
         points = [(record["tokens"], record[key]) for record in records if key in record]
         if points:
@@ -43,7 +43,7 @@ def learning_curves(log: PathLike, png: PathLike) -> Path:
     rates.set_xlabel("tokens")
     for panel in (losses, rates):
         panel.grid(alpha=0.3)
-    return _save(figure, png)
+    return save(figure, png)
 
 
 def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Path:
@@ -51,7 +51,7 @@ def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Pat
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"counts {counts.shape} must be ({len(names)}, {len(names)}), one row and column a class")
     size = 2.5 + min(0.7 * len(names), 20.0)
-    figure, panel = _figure(1, 1, (size, size))
+    figure, panel = new_figure(1, 1, (size, size))
     shares = counts / numpy.maximum(counts.sum(1, keepdims=True), 1)
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in numpy.ndenumerate(shares) if len(names) <= 20 else ():
@@ -62,7 +62,7 @@ def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Pat
     panel.set_yticks(range(len(names)), labels)
     panel.set_xlabel("predicted")
     panel.set_ylabel("true")
-    return _save(figure, png)
+    return save(figure, png)
 
 
 def attention(weights: Any, tokens: Sequence[str], png: PathLike, keys: Sequence[str] | None = None) -> Path:
@@ -78,7 +78,7 @@ def attention(weights: Any, tokens: Sequence[str], png: PathLike, keys: Sequence
     columns = min(4, len(maps))
     size = 1.0 + 0.22 * max(len(tokens), len(keys))
     rows = -(-len(maps) // columns)
-    figure, panels = _figure(rows, columns, (columns * size, rows * size), squeeze=False)
+    figure, panels = new_figure(rows, columns, (columns * size, rows * size), squeeze=False)
     for head, panel in enumerate(panels.flat):
         if head >= len(maps):
             panel.set_axis_off()
@@ -87,10 +87,10 @@ def attention(weights: Any, tokens: Sequence[str], png: PathLike, keys: Sequence
         panel.set_title(f"head {head}", fontsize=9)
         panel.set_xticks(range(len(keys)), _drawable(keys), rotation=90, fontsize=7)
         panel.set_yticks(range(len(tokens)), _drawable(tokens), fontsize=7)
-    return _save(figure, png)
+    return save(figure, png)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """A figure that no window system and no global state of pyplot knows about."""
     figure = library("matplotlib.figure").Figure(figsize=size, layout="constrained")
     library("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
@@ -117,7 +117,8 @@ def _characters(fonts: Sequence[str]) -> set[int]:
     return found
 
 
-def _save(figure: Any, png: PathLike) -> Path:
+def save(figure: Any, png: PathLike) -> Path:
+    """Write a figure, its texts in the fonts that are here; the path."""
     path = Path(png)
     path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(library("matplotlib.text").Text):

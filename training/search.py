@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tileformer.training.extras import library
+
 Objective = Callable[[dict[str, Any]], float]
-EXTRA = 'is not installed: pip install "tileformer[finetune]"'
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,19 @@ def cross_validate(
     score: (row numbers to train on, row numbers to test on) to a figure. labels: the class of each row.
     Raises ValueError when scikit-learn is missing, k < 2, there is one class only, or one has fewer than k rows.
     """
-    try:
-        from sklearn.model_selection import StratifiedKFold
-    except ImportError:
-        raise ValueError(f"scikit-learn {EXTRA}") from None
+    folds = library("sklearn.model_selection").StratifiedKFold
     counts = Counter(labels)
     if k < 2 or len(counts) < 2:
         raise ValueError(f"expected at least 2 folds and 2 classes, got k={k} and classes {sorted(counts)}")
     rarest, rows = counts.most_common()[-1]
     if rows < k:
         raise ValueError(f"class {rarest!r} has {rows} rows, fewer than the {k} folds: lower k")
-    splits = StratifiedKFold(k, shuffle=True, random_state=seed).split(labels, labels)
+    splits = folds(k, shuffle=True, random_state=seed).split(labels, labels)
     return tuple(score(train.tolist(), test.tolist()) for train, test in splits)
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise ValueError(f"optuna {EXTRA}") from None
+    optuna = library("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

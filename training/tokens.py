@@ -8,12 +8,13 @@ Ids 0 to 3 are padding, begin, end and unknown. Spaces are kept: text whose part
 """
 
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from tileformer.training.extras import library
 
 KINDS = ("characters", "bpe", "words")
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -28,10 +29,10 @@ class Tokenizer:
 
     pad_id, bos_id, eos_id, unk_id = range(4)
 
-    def __init__(self, kind: str, library: Any) -> None:
-        library.encode_special_tokens = True  # a text that says "<eos>" is text: begin and end come from the recipe
-        self.kind, self.size, self._library = kind, library.get_vocab_size(), library
-        self._segment = _optional("rjieba").cut if kind == "words" else None
+    def __init__(self, kind: str, made: Any) -> None:
+        made.encode_special_tokens = True  # a text that says "<eos>" is text: begin and end come from the recipe
+        self.kind, self.size, self._made = kind, made.get_vocab_size(), made
+        self._segment = library("rjieba").cut if kind == "words" else None
 
     @classmethod
     def train(
@@ -48,21 +49,23 @@ class Tokenizer:
         if vocabulary <= len(SPECIAL) or minimum < 1:
             sizes = f"vocabulary {vocabulary} and minimum {minimum}"
             raise ValueError(f"vocabulary must be above {len(SPECIAL)} and minimum at least 1, got {sizes}")
-        library = _optional("tokenizers")
+        tokenizers = library("tokenizers")
         shared = dict(vocab_size=vocabulary, min_frequency=minimum, special_tokens=SPECIAL, show_progress=False)
-        split, space = library.pre_tokenizers.Split, ("\u2581", "never")
-        trainer = library.trainers.WordLevelTrainer(**shared)
-        made = library.Tokenizer(library.models.WordLevel({}, unk_token=SPECIAL[cls.unk_id]))
-        made.decoder = library.decoders.Fuse()
+        split, space = tokenizers.pre_tokenizers.Split, ("\u2581", "never")
+        trainer = tokenizers.trainers.WordLevelTrainer(**shared)
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token=SPECIAL[cls.unk_id]))
+        made.decoder = tokenizers.decoders.Fuse()
         if kind == "characters":
-            made.pre_tokenizer = split(library.Regex(r"[\s\S]"), "isolated")
+            made.pre_tokenizer = split(tokenizers.Regex(r"[\s\S]"), "isolated")
         elif kind == "bpe":
-            trainer = library.trainers.BpeTrainer(**shared, limit_alphabet=(vocabulary - len(SPECIAL)) * 3 // 4)
-            made = library.Tokenizer(library.models.BPE(unk_token=SPECIAL[cls.unk_id]))
-            alone = split(library.Regex(r"[\p{P}\p{S}\p{N}]"), "isolated")
-            made.pre_tokenizer = library.pre_tokenizers.Sequence([alone, library.pre_tokenizers.Metaspace(*space)])
-            made.decoder = library.decoders.Metaspace(*space)
-        cut = _optional("rjieba").cut if kind == "words" else lambda text: text
+            trainer = tokenizers.trainers.BpeTrainer(**shared, limit_alphabet=(vocabulary - len(SPECIAL)) * 3 // 4)
+            made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIAL[cls.unk_id]))
+            alone = split(tokenizers.Regex(r"[\p{P}\p{S}\p{N}]"), "isolated")
+            made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+                [alone, tokenizers.pre_tokenizers.Metaspace(*space)]
+            )
+            made.decoder = tokenizers.decoders.Metaspace(*space)
+        cut = library("rjieba").cut if kind == "words" else lambda text: text
         made.train_from_iterator((cut(text) for text in texts), trainer)
         if made.get_vocab_size() <= len(SPECIAL):
             raise ValueError(f"the texts hold nothing {minimum} times; give more texts or a lower minimum")
@@ -75,7 +78,7 @@ class Tokenizer:
     def encode_all(self, texts: Iterable[str], max_length: int | None = None) -> list[list[int]]:
         """Ids of every text, in order, each as `encode` gives them."""
         units = [self._segment(text) for text in texts] if self._segment else list(texts)
-        made = self._library.encode_batch_fast(units, is_pretokenized=self.kind == "words", add_special_tokens=False)
+        made = self._made.encode_batch_fast(units, is_pretokenized=self.kind == "words", add_special_tokens=False)
         return [one.ids[:max_length] for one in made]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -84,7 +87,7 @@ class Tokenizer:
         if wrong := [number for number in ids if not 0 <= number < self.size]:
             raise ValueError(f"ids of this tokenizer are 0 to {self.size - 1:,}, got {wrong[0]:,}")
         known = [number for number in ids if number >= self.unk_id]
-        return self._library.decode(known, skip_special_tokens=False)
+        return self._made.decode(known, skip_special_tokens=False)
 
     @property
     def fingerprint(self) -> str:
@@ -100,7 +103,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """What `save` wrote. ValueError when the file is damaged or another program's; OSError when it is not there."""
-        library = _optional("tokenizers")
+        tokenizers = library("tokenizers")
         try:
             content = json.loads(Path(path).read_text("utf-8"))
         except ValueError as error:
@@ -109,16 +112,9 @@ class Tokenizer:
         if found != FORMAT or content.get("kind") not in KINDS:
             raise ValueError(f"{path}: expected format {FORMAT!r}, found {found!r}; write it by Tokenizer.save")
         try:
-            return cls(content["kind"], library.Tokenizer.from_str(json.dumps(content["tokenizer"])))
+            return cls(content["kind"], tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"])))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path}: damaged; the tokenizers library says: {error}") from None
 
     def _content(self) -> dict[str, Any]:
-        return {"format": FORMAT, "kind": self.kind, "tokenizer": json.loads(self._library.to_str())}
-
-
-def _optional(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f'the {name} package is not installed: pip install "tileformer[finetune]"') from None
+        return {"format": FORMAT, "kind": self.kind, "tokenizer": json.loads(self._made.to_str())}

@@ -39,6 +39,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `args.recipe`: 0 finished, 130 interrupted. ValueError: wrong arguments or input; FloatingPointError: diverged."""
     import torch
 
+    from tileformer.kernels.info import require_device
     from tileformer.training import checkpoint
     from tileformer.training.recipes import RECIPES
 
@@ -46,8 +47,8 @@ def main(args: argparse.Namespace) -> int:
         for name in RECIPES:
             print((importlib.import_module(f"tileformer.training.recipes.{name}").__doc__ or name).splitlines()[0])
         return 0
-    _check(args, RECIPES, torch.cuda.is_available())
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check(args, RECIPES)
+    device = require_device(args.device)
     output = args.output or Path("runs") / args.recipe
     torch.set_num_threads(args.threads)
     recipe = importlib.import_module(f"tileformer.training.recipes.{args.recipe}")
@@ -71,12 +72,10 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, recipes: tuple[str, ...], has_cuda: bool) -> None:
+def _check(args: argparse.Namespace, recipes: tuple[str, ...]) -> None:
     if args.recipe not in recipes:
         found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
         raise ValueError(f"{found}; there is: {', '.join(recipes)}")
-    if args.device == "cuda" and not has_cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device")
     if args.threads < 1 or (args.tokens is not None and args.tokens < 1):
         raise ValueError(f"--threads and --tokens must be at least 1, got {args.threads} and {args.tokens}")
     if args.resume and args.overwrite:

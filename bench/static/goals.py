@@ -9,13 +9,13 @@ from typing import Any
 FILE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "goals.toml")
 
 
-def load(file: str = FILE) -> list[dict[str, Any]]:
-    """The goals of a file: name, class, `where` (patterns for a row's fields), figure, and at_most or at_least."""
+def load() -> list[dict[str, Any]]:
+    """The goals of the file: name, class, `where` (patterns for a row's fields), figure, and at_most or at_least."""
     try:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib  # type: ignore[import-not-found, no-redef]
-    with open(file, "rb") as opened:
+    with open(FILE, "rb") as opened:
         return tomllib.load(opened)["goal"]
 
 

@@ -41,7 +41,7 @@ class _Step:
     bytes: int  # of global memory, a warp
 
 
-def _step(i: Instruction, rates: Rates, scale: float) -> _Step:
+def _step(i: Instruction, rates: Rates) -> _Step:
     name, held, latency = pipe(i.op, i.args, rates)
     kind = ""
     if TENSOR.match(i.op) and i.base != "HMMA":
@@ -56,22 +56,21 @@ def _step(i: Instruction, rates: Rates, scale: float) -> _Step:
     keep = int(found[1], 16) if found else 0
     moved = 32 * i.bytes if i.base in LOADS | STORES else 0
     own = (max(1, i.stall), i.writes, i.reads, i.waits)
-    return _Step(kind, name, held, latency * scale, *own, "gsb" in i.args, keep, moved)
+    return _Step(kind, name, held, latency, *own, "gsb" in i.args, keep, moved)
 
 
 def replay(
-    path: list[Instruction], rates: Rates, blocks: int, warps: int, skew: int = 3, iterations: int = 8, scale: float = 1.0,
+    path: list[Instruction], rates: Rates, blocks: int, warps: int, skew: int = 3, iterations: int = 8,
     memory: float = math.inf, once: bool = False,
 ) -> float:  # fmt: skip
     """Cycles of one iteration of `path` by the warps of all `blocks` resident blocks that share a sub-partition.
 
     Args:
         skew: cycles between the starts of warps.
-        scale: factor on every latency.
         memory: bytes of global memory a cycle that this sub-partition gets.
         once: the cycles from start to end of a single iteration instead of those of a steady state.
     """
-    steps = [_step(i, rates, scale) for i in path]
+    steps = [_step(i, rates) for i in path]
     per_block = max(1, warps // 4)
     n = max(1, round(blocks * warps / 4))
     iterations = 1 if once else iterations
@@ -109,7 +108,7 @@ def replay(
         if step.bytes:
             memory_free = max(memory_free, when) + step.bytes / memory
             if step.kind == "load":
-                done = max(memory_free, when + step.held) + MEMORY_LATENCY * scale
+                done = max(memory_free, when + step.held) + MEMORY_LATENCY
         if step.writes < 6:
             boards[w][step.writes] = max(boards[w][step.writes], done)
         if step.reads < 6:
@@ -146,11 +145,9 @@ def replay(
     return (sum(e[-1] for e in ends) - sum(e[half - 1] for e in ends)) / (n * (iterations - half))
 
 
-def band(
-    path: list[Instruction], rates: Rates, blocks: int, warps: int, **options: float
-) -> tuple[float, float, float]:
+def band(path: list[Instruction], rates: Rates, blocks: int, warps: int) -> tuple[float, float, float]:
     """Median, least and largest replay over the start skews."""
-    found = sorted(replay(path, rates, blocks, warps, skew=skew, **options) for skew in SKEWS)  # type: ignore[arg-type]
+    found = sorted(replay(path, rates, blocks, warps, skew=skew) for skew in SKEWS)
     return found[len(found) // 2], found[0], found[-1]
 
 

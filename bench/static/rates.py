@@ -51,11 +51,6 @@ class Rates:
     blocks: int = 32  # resident blocks
     registers: int = 65536
 
-    @property
-    def peak(self) -> float:
-        """Dense 16-bit FLOP/s."""
-        return self.multiprocessors * self.tensor_flops * self.ghz * 1e9
-
     def per_cycle(self, terabytes: float) -> float:
         """Bytes per cycle and sub-partition of a rate of the whole part."""
         return terabytes * 1e12 / (self.multiprocessors * 4 * self.ghz * 1e9)

@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed"
     )
-    parser.add_argument("--evidence", metavar="FILE", help="write docs/evidence.md's text to FILE")
+    parser.add_argument(
+        "--evidence", metavar="FILE", help="write the tables of docs/evidence.md into FILE, behind its words"
+    )
     parser.add_argument("--cache", metavar="FOLDER", help="default: tileformer/static in XDG_CACHE_HOME or ~/.cache")
 
 
@@ -184,11 +186,6 @@ def main(args: argparse.Namespace) -> int:
         report = dict(versions=versions, rows=rows, goals=found)
         Path(args.json).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
     if args.evidence:
-        Path(args.evidence).write_text(evidence.page(rows, found, versions))
+        file = Path(args.evidence)
+        file.write_text(evidence.page(rows, found, versions, file.read_text() if file.exists() else ""))
     return int(args.goals and any(v["verdict"] == "miss" for v in found))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m tileformer.bench.static.report", description=__doc__)
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))

