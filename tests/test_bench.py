@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tileformer.__main__ import main
-from tileformer.bench import gpu_day, measure, plot, providers, run, tune
+from tileformer.bench import gpu_day, measure, plot, providers, run, step, tune
 from tileformer.bench.measure import Bench, Clock, Result, Truth
 from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels import softmax, use_backend
@@ -325,6 +325,14 @@ def test_a_change_reaches_the_kernel_or_raises():
             softmax(x)
         with pytest.raises(Exception, match="power of 2"), tune.changed("_softmax_fwd_kernel", BLOCK_R=3):
             softmax(x)
+
+
+def test_training_steps_of_both_sides_run(tmp_path):
+    file = tmp_path / "step.json"
+    assert main(["bench", "step", "--device", "cpu", "--threads", "1", "--rounds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert {(row["model"], row["precision"]) for row in rows} == {(m, p) for m in step.TASKS for p in ("fp32", "bf16")}
+    assert all(row["tileformer_ms"] > 0 and row["torch_nn_ms"] > 0 for row in rows)
 
 
 def test_a_kernel_that_breaks_first_ends_no_search():
