@@ -68,9 +68,7 @@ def convert(model: nn.Module) -> Report:
         why = _unfit(module, old, base)
         if why:
             report.left[name] = f"{old.__name__}: {why}"
-            if (
-                base is nn.TransformerEncoder and old is not base
-            ):  # its layers, which may be ours, take no nested tensors
+            if base is nn.TransformerEncoder:  # its layers, which may be ours, take no nested tensors
                 _become(module, _joined(old, _Unnested))
             continue
         _become(module, TWINS[base] if old is base else _joined(old, TWINS[base]))

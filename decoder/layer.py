@@ -41,15 +41,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def _adds_residual(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Mark a block that takes ``residual`` and adds it itself, in one pass with its dropout."""
-    block.adds_residual = block  # type: ignore[attr-defined]  # itself: functools.wraps copies the mark onto what a user has put around it
+    # Itself, not True: functools.wraps copies the mark onto what a user puts around the block.
+    block.adds_residual = block  # type: ignore[attr-defined]
     return block
 
 
 def _add_block(block: Callable[..., Tensor], residual: Tensor, *args, **kwargs) -> Tensor:
     """``residual + block(*args)``. A block that a subclass or a user has put there is not marked: it returns only its
     branch, after its dropout, as torch's blocks do."""
-    block_ = getattr(block, "__func__", block)
-    if getattr(block_, "adds_residual", None) is block_:
+    function = getattr(block, "__func__", block)
+    if getattr(function, "adds_residual", None) is function:
         return block(*args, residual=residual, **kwargs)
     return residual + block(*args, **kwargs)
 

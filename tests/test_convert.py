@@ -1,6 +1,7 @@
 """convert swaps classes and nothing else; revert gives them back."""
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -274,6 +275,11 @@ def test_an_encoder_that_is_left_hands_its_layers_no_nested_tensors() -> None:
         torch.testing.assert_close(stack(x, src_key_padding_mask=padding)[~padding], expected[~padding])
     revert(stack)
     assert type(stack) is _Stack and stack.use_nested_tensor is True
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    vars(plain)["forward"] = functools.partial(nn.TransformerEncoder.forward, plain)
+    convert(plain)
+    with torch.no_grad():
+        assert plain(x, src_key_padding_mask=padding).shape == x.shape
 
 
 def test_classes_that_another_library_makes_of_ours() -> None:
