@@ -9,7 +9,9 @@ import torch
 
 from tileformer.kernels.launch import INTERPRETED, Tile
 
-Row = tuple[int, ...]  # the values of these; the last one only where fewer registers let another block in
+Row = tuple[
+    int, ...
+]  # the values of these; the last one only where fewer registers let another block in, or nothing spill
 _OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
 _LIKE = {"packed": "plain", "all": "both"}  # whose row a feature takes that has none of its own
 Table = dict[int, dict[str, dict[int, Row]]]  # family of architectures -> feature -> head size up to -> tile
@@ -103,7 +105,7 @@ BACKWARD_DQ: Table = {
         "fp32": _FP32_DQ,
     },
     100: {
-        "plain": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        "plain": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2, 168), 256: (64, 32, 8, 1)},
         "mask": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
         "dropout": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
         "both": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
