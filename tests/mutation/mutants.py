@@ -1206,7 +1206,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "the cross-attention writes the cache of the self-attention", "None if cache is None else cache.cross_attn", "None if cache is None else cache.self_attn"),
     ],
     "decoder/lm.py": [
-        ("module", "packed positions do not start again", "return at - cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]", "return at"),
+        ("module", "packed positions do not start again", "places = at - cu_seqlens[torch.searchsorted(cu_seqlens, at, right=True) - 1]", "places = at"),
         ("module", "positions of a language model do not follow the cache", "start = 0 if cache is None else cache.length", "start = 0"),
         ("causal", "a language model sees what follows", '{"is_causal": True, "src_mask": causal}', '{"src_mask": causal & False}'),
     ],
