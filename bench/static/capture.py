@@ -172,6 +172,8 @@ def counted(provider: str, arch: int, op: str, names: list[str], choices: list[d
 def main() -> int:
     """Do one job: {"kind": "launches", "tables" or "traffic", "provider", "arch", "op", "workloads", "choices"}."""
     job = json.load(sys.stdin)
+    # A peer's host code may read what a kernel was to write and nothing ran: NaN each time, not what the memory held before.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     arguments = (job["provider"], job["arch"], job["op"], job["workloads"])
     with contextlib.redirect_stdout(sys.stderr):  # peers print
         if job["kind"] == "tables":
