@@ -19,7 +19,8 @@ def _ops() -> str:
         calls, configurations = ([case for case in cases if case.op == op] for cases in (CASES, MATRIX))
         with_dtypes, compiled = (sum(len(case.dtypes) for case in cases) for cases in (calls, configurations))
         timed = sum(workload.op == op for workload in WORKLOADS)
-        lines.append(f"| {op} | {len(calls)} | {with_dtypes} | {compiled} | {timed} | `tests/test_{op}.py` |")
+        tests = f"`tests/test_{op.removeprefix('log_')}.py`"
+        lines.append(f"| {op} | {len(calls)} | {with_dtypes} | {compiled} | {timed} | {tests} |")
     return "### What each op is held to\n\n" + "\n".join(lines) + "\n"
 
 
