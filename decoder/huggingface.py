@@ -85,9 +85,7 @@ def swap_norms(model: nn.Module, report: Report) -> None:
         if forward is None:
             report.left[name] = f"{kind}: it computes something else than layer_norm and rms_norm"
             continue
-        module.forward = functools.partial(
-            forward, module
-        )  # a bound method could not be pickled: it is not the class's
+        module.forward = functools.partial(forward, module)  # not a bound method: pickle would look for it in the class
         report.swapped[name] = f"transformers' {kind} -> tileformer's rms_norm"
 
 

@@ -9,9 +9,8 @@ import torch
 
 from tileformer.kernels.launch import INTERPRETED, Tile
 
-Row = tuple[
-    int, ...
-]  # the values of these; the last one only where fewer registers let another block in, or nothing spill
+# The values of _OPTIONS; the last one only where fewer registers let another block in, or let nothing spill.
+Row = tuple[int, ...]
 _OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
 _LIKE = {"packed": "plain", "all": "both"}  # whose row a feature takes that has none of its own
 Table = dict[int, dict[str, dict[int, Row]]]  # family of architectures -> feature -> head size up to -> tile
