@@ -1,6 +1,7 @@
 """Static figures: control words, loops, pipes and spills of small listings; traffic and FLOPs of a launch; goals; the same bytes twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -117,6 +118,21 @@ def test_replay_overlaps_warps_and_waits_for_scoreboards() -> None:
     # Each load writes scoreboard 0, and the next instruction waits for it.
     load = Code.parse(_listing("LDG.E R0, [R2]", control=(1 << 41) | (0 << 46) | (7 << 49) | (1 << 52))).instructions
     assert model.replay(load, RATES[90], 1, 4) >= model.MEMORY_LATENCY
+    # What is copied into shared memory has to be there when a group is awaited: at once, or an iteration later.
+    for keep, least, most in ((0, model.MEMORY_LATENCY, math.inf), (1, 0, model.MEMORY_LATENCY)):
+        texts = ("LDGSTS.E.BYPASS.128 [R0], [R2.64]", "LDGDEPBAR", f"DEPBAR.LE SB0, {keep:#x}")
+        copy = Code.parse(_listing(*texts, control=(1 << 41) | (7 << 46) | (7 << 49))).instructions
+        assert least <= model.replay(copy, RATES[90], 1, 4, memory=1e9) < most
+    # A descriptor's tile is awaited stages - 1 iterations after it is asked for; its size is that of the products' right operands.
+    texts = (
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R0",
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24",
+        "UTMALDG.2D [UR8], [UR10]",
+    )
+    tile = Code.parse(_listing(*texts, control=(1 << 41) | (7 << 46) | (7 << 49))).instructions
+    near, far = (model.replay(tile, RATES[90], 1, 4, memory=1e9, stages=stages) for stages in (2, 4))
+    assert near >= model.MEMORY_LATENCY > 2.5 * far
+    assert model.replay(tile, RATES[90], 1, 4, memory=1.0, stages=4) == pytest.approx(128 * 16 * 2 / 4, rel=0.1)
     band = model.band(busy, RATES[90], 2, 8)
     assert band[1] <= band[0] <= band[2] and band == model.band(busy, RATES[90], 2, 8)
 

@@ -67,7 +67,7 @@ def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, An
         held = cycles(path, rates)
         row: dict[str, Any] = {name: round(time, 1) for name, time in held.items()}
         if held["tensor"]:
-            replay = model.band(path, rates, blocks, launch.warps)
+            replay = model.band(path, rates, blocks, launch.warps, launch.stages)
             busy = held["tensor"] * blocks * launch.warps / 4
             row["issue_per_tensor"] = round(held["issue"] / held["tensor"], 3)
             row["tensor_share"] = round(busy / replay[0], 3)
@@ -98,7 +98,9 @@ def attention_share(launch: Launch, workload: Workload, rates: Rates, blocks: in
     def time(n: int) -> tuple[float, ...]:
         l2 = size * _flops(paths[n]) * launch.warps / (2 * rows)  # keys and values of a trip
         floor = model.bound(paths[n], rates, blocks, launch.warps, l2)
-        return max(floor.values()), *(max(x, floor["l2"]) for x in model.band(paths[n], rates, blocks, launch.warps))
+        return max(floor.values()), *(
+            max(x, floor["l2"]) for x in model.band(paths[n], rates, blocks, launch.warps, launch.stages)
+        )
 
     wide = _flops(paths[0]) / _flops(paths[1]) if edge else 0.0  # a masked tile may be narrower
     times = [

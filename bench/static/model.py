@@ -8,6 +8,7 @@ no use for cross-entropy. Bank conflicts, clocks, atomics and tcgen05's waits ar
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -50,9 +51,17 @@ def _step(i: Instruction, rates: Rates) -> _Step:
         kind = "drain"
     elif i.base == "BAR" and "SYNC" in i.op:
         kind = "barrier"
+    elif i.base == "LDGDEPBAR":
+        kind = "commit"
+    elif i.base == "DEPBAR" and i.args.startswith("SB0"):
+        kind = "arrive"
+    elif i.base == "UTMALDG":
+        kind = "tile"
+    elif i.op.startswith("SYNCS.PHASECHK"):
+        kind = "await tile"
     elif i.base in LOADS | LOCAL | STORES:
-        kind = "load" if i.base in LOADS and i.base != "LDGSTS" else "store"
-    found = re.search(r",\s*0x([0-9a-f]+)", i.args) if kind == "drain" else None
+        kind = "copy" if i.base == "LDGSTS" else "load" if i.base in LOADS else "store"
+    found = re.search(r",\s*0x([0-9a-f]+)", i.args) if kind in ("drain", "arrive") else None
     keep = int(found[1], 16) if found else 0
     moved = 32 * i.bytes if i.base in LOADS | STORES else 0
     own = (max(1, i.stall), i.writes, i.reads, i.waits)
@@ -61,7 +70,7 @@ def _step(i: Instruction, rates: Rates) -> _Step:
 
 def replay(
     path: list[Instruction], rates: Rates, blocks: int, warps: int, skew: int = 3, iterations: int = 8,
-    memory: float = math.inf, once: bool = False,
+    memory: float = math.inf, once: bool = False, stages: int = 2,
 ) -> float:  # fmt: skip
     """Cycles of one iteration of `path` by the warps of all `blocks` resident blocks that share a sub-partition.
 
@@ -69,8 +78,15 @@ def replay(
         skew: cycles between the starts of warps.
         memory: bytes of global memory a cycle that this sub-partition gets.
         once: the cycles from start to end of a single iteration instead of those of a steady state.
+        stages: of the loop's pipeline: a tensor descriptor's tile is awaited `stages` - 1 iterations after it is asked for.
     """
     steps = [_step(i, rates) for i in path]
+    tile_steps = {kind: [n for n, step in enumerate(steps) if step.kind == kind] for kind in ("tile", "await tile")}
+    # Of a descriptor's tile the machine code does not say the size: together they are the right operands of the products, N x 16 elements each.
+    shapes = [re.search(r"64x(\d+)x16", i.op) for i in path if TENSOR.match(i.op)]
+    tile_bytes = sum(32 * int(shape[1]) for shape in shapes if shape) / max(1, len(tile_steps["tile"]))
+    # Of a block and a descriptor: when each tile is there.
+    tiles: dict[tuple[int, int], list[float]] = collections.defaultdict(list)
     per_block = max(1, warps // 4)
     n = max(1, round(blocks * warps / 4))
     iterations = 1 if once else iterations
@@ -79,6 +95,8 @@ def replay(
     after = list(ready)  # when its last instruction's stall is over
     boards = [[0.0] * 6 for _ in range(n)]
     groups: list[list[float]] = [[] for _ in range(n)]
+    copied = [0.0] * n  # when a warp's last asynchronous copy is there
+    batches: list[list[float]] = [[] for _ in range(n)]
     ends: list[list[float]] = [[] for _ in range(n)]
     waiting: dict[int, list[int]] = {}
     free: dict[str, float] = dict.fromkeys(("tensor", "xu", "fma", "alu", "mio"), 0.0)
@@ -107,8 +125,18 @@ def replay(
             groups[w] = groups[w][-step.keep :] if step.keep else []
         if step.bytes:
             memory_free = max(memory_free, when) + step.bytes / memory
+            arrived = max(memory_free, when + step.held) + MEMORY_LATENCY
             if step.kind == "load":
-                done = max(memory_free, when + step.held) + MEMORY_LATENCY
+                done = arrived
+            elif step.kind == "copy":
+                copied[w] = arrived
+        if step.kind == "commit":
+            batches[w].append(copied[w])
+        if step.kind == "tile":
+            asked = tiles[w // per_block, tile_steps["tile"].index(at[w])]
+            if rounds[w] == len(asked):  # one thread of the block asks
+                memory_free = max(memory_free, when) + tile_bytes / 4 / memory
+                asked.append(memory_free + MEMORY_LATENCY)
         if step.writes < 6:
             boards[w][step.writes] = max(boards[w][step.writes], done)
         if step.reads < 6:
@@ -139,15 +167,21 @@ def replay(
             ready[x] = max([after[x], *(boards[x][b] for b in following.waits)])
             if following.kind == "drain" and len(groups[x]) > following.keep:
                 ready[x] = max(ready[x], groups[x][-following.keep - 1])
+            if following.kind == "arrive" and len(batches[x]) > following.keep:
+                ready[x] = max(ready[x], batches[x][-following.keep - 1])
+            if following.kind == "await tile":
+                asked = tiles[x // per_block, tile_steps["await tile"].index(at[x])]
+                ready[x] = max([ready[x], *asked[: max(0, rounds[x] - stages + 2)]])
     if once:
         return max(memory_free, *(e[-1] for e in ends))
     half = iterations // 2
     return (sum(e[-1] for e in ends) - sum(e[half - 1] for e in ends)) / (n * (iterations - half))
 
 
-def band(path: list[Instruction], rates: Rates, blocks: int, warps: int) -> tuple[float, float, float]:
-    """Median, least and largest replay over the start skews."""
-    found = sorted(replay(path, rates, blocks, warps, skew=skew) for skew in SKEWS)
+def band(path: list[Instruction], rates: Rates, blocks: int, warps: int, stages: int = 2) -> tuple[float, float, float]:
+    """Median, least and largest replay over the start skews; what is loaded comes at the L2's rate."""
+    memory = rates.per_cycle(rates.l2)
+    found = sorted(replay(path, rates, blocks, warps, skew=skew, memory=memory, stages=stages) for skew in SKEWS)
     return found[len(found) // 2], found[0], found[-1]
 
 

@@ -46,7 +46,8 @@ class Counter:
         size = max(1, element.primitive_bitwidth // 8)
         at = pointers.data.reshape(-1)
         if mask is not None:
-            at = at[mask.data.reshape(-1).astype(bool)]
+            seen = mask if isinstance(mask, np.ndarray) else mask.data  # a descriptor's is an array
+            at = at[seen.reshape(-1).astype(bool)]
         at = at.astype(np.int64)
         if len(at) > 1 and not (at[1:] > at[:-1]).all():
             at = np.unique(at)  # lanes that ask for the same address in one access are one access
