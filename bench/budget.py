@@ -1,10 +1,12 @@
 """The error budget: how far a kernel may be from float64, measured by what plain eager PyTorch reaches in the same dtype.
 
-    |got - truth| <= 2 max|eager - truth| + c eps(dtype) S
+    |got - truth| <= 2 max|eager - truth| + c eps(dtype) S + 8 eps(float32) R
 
 truth is the reference in float64 on the same (rounded) inputs, eager the reference in the kernel's dtype. The second term is for results that
 cancel to nearly nothing, where eager may be exact by luck: S, element by element, is the sum of the absolute values of what is added up; c is 1
-for 16-bit types, whose kernels accumulate in float32, and 8 for float32, whose error grows with the order of summation.
+for 16-bit types, whose kernels accumulate in float32, and 8 for float32, whose error grows with the order of summation. R is for what a backward
+computes again, in another order than the forward did: a score that is off by e makes its weight wrong by the factor e, so R is S with each weight
+times the sum of the absolute values that its score adds up. Eager keeps its weights, and does not have that error.
 
 A maximum misses an accumulator that loses a little everywhere; `rms_ratio` sees it on long sums.
 """
@@ -19,8 +21,8 @@ from torch import Tensor
 from tileformer.kernels import reference
 
 
-def over_budget(got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float) -> float:
-    """Largest error over its budget: at most 1 passes. Infinite for a NaN or infinity that the truth does not have."""
+def over_budget(got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float, again: Tensor | float = 0.0) -> float:
+    """Largest error over its budget, S = `size`, R = `again`: at most 1 passes. Infinite for a NaN or infinity that the truth has not."""
     if got.shape != truth.shape:
         raise ValueError(f"shape {tuple(got.shape)} instead of {tuple(truth.shape)}")
     dtype = got.dtype
@@ -36,12 +38,10 @@ def over_budget(got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float)
         return 0.0
     yardstick = (torch.where(eager.isfinite(), eager, truth) - truth)[finite].abs().max()
     factor = 1 if dtype in (torch.float16, torch.bfloat16) else 8
-    size = torch.as_tensor(size, dtype=torch.float64).cpu().expand(truth.shape)[finite]
-    return float(
-        (
-            error / (2 * yardstick + factor * torch.finfo(dtype).eps * size).clamp_min(torch.finfo(torch.float64).tiny)
-        ).max()
-    )
+    size, again = (torch.as_tensor(x, dtype=torch.float64).cpu().expand(truth.shape)[finite] for x in (size, again))
+    single = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    budget = 2 * yardstick + factor * torch.finfo(dtype).eps * size + 8 * single * again
+    return float((error / budget.clamp_min(torch.finfo(torch.float64).tiny)).max())
 
 
 def assert_within_budget(
@@ -57,7 +57,8 @@ def assert_within_budget(
 def attention_sizes(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor | float]:
-    """S of out, lse, dq, dk, dv and dbias: the sums of `reference.attention` and of its backward with every term replaced by its absolute value.
+    """S of out, lse, dq, dk, dv and dbias: the sums of `reference.attention` and of its backward with every term replaced by its absolute value;
+    and R of the gradients, as "dq again" and so on.
 
     With P the weights and M their dropout (0 or 1 / (1 - p)): dS is at most P (M |dO| |V|^T + rowsum|dO O| + |dlse|).
     """
@@ -78,14 +79,17 @@ def attention_sizes(
         if added is not None and added.dtype != torch.bool:
             scores = scores + torch.where(added.isfinite(), added.abs(), 0.0)
     shared = lambda x: x.unflatten(1, (h_kv, h // h_kv)).sum(2)  # noqa: E731
-    return dict(
-        out=dropped @ value,
-        lse=scores.amax(-1) if t_k else 0.0,
-        dq=scale * ds @ key,
-        dk=scale * shared(ds.transpose(-1, -2) @ q.abs()),
-        dv=shared(dropped.transpose(-1, -2) @ dout.abs()),
-        dbias=0.0 if bias is None else ds.sum_to_size(bias.shape),
-    )
+
+    def gradients(ds: Tensor, dropped: Tensor) -> dict[str, Tensor | float]:
+        return dict(
+            dq=scale * ds @ key,
+            dk=scale * shared(ds.transpose(-1, -2) @ q.abs()),
+            dv=shared(dropped.transpose(-1, -2) @ dout.abs()),
+            dbias=0.0 if bias is None else ds.sum_to_size(bias.shape),
+        )
+
+    again = {f"{name} again": x for name, x in gradients(ds * scores, dropped * scores).items()}
+    return dict(out=dropped @ value, lse=scores.amax(-1) if t_k else 0.0, **gradients(ds, dropped), **again)
 
 
 def rms_ratio(got: Tensor, eager: Tensor, truth: Tensor) -> float:

@@ -135,7 +135,8 @@ def examine(case: Case, dtype_name: str, backend: str, device: torch.device, run
     got, memory = run()
     size = _sizes(case, {name: x.detach().cpu() for name, x in truth.items()}, dtype)
     finding.over_budget = {
-        name: over_budget(got[name], eager[name], truth[name], size[name]) for name in _wanted(truth)
+        name: over_budget(got[name], eager[name], truth[name], size[name], size.get(f"{name} again", 0.0))
+        for name in _wanted(truth)
     }
     finding.problems += memory.problems()
     for name in [name for name, ratio in finding.over_budget.items() if ratio == math.inf]:
