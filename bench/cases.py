@@ -255,7 +255,8 @@ CASES = [
     _attention("one query", "a decoding step, many key tiles", (2, 2, 1, 1, 200, 64), padding="right", dtypes=BF),
     _attention("one of each", "the smallest call: exact cancellation in dq", (1, 1, 1, 1, 1, 1), dtypes=("fp32", "bf16")),
     _attention("head size 40", "not a power of two", (1, 2, 1, 40, 50, 40), causal=True, scale=0.3, dtypes=TWO),
-    _attention("head size 128", "the other common size", (1, 1, 1, 40, 70, 128), causal=True, padding="right", dtypes=BF),
+    _attention("head size 128", "the other common size", (1, 1, 1, 40, 70, 128), causal=True, dtypes=BF),
+    _attention("long", "keys enough for Hopper's forward to work one tile ahead", (1, 2, 1, 130, 1100, 128), causal="bottom_right", dtypes=BF),
     _attention("head size 256", "the largest", (1, 1, 1, 33, 40, 256), causal=True, dtypes=TWO),
     # lengths
     _attention("one key", "a softmax over one score: dq and dk are exactly 0", (2, 2, 2, 40, 1, 64), dtypes=TWO),

@@ -39,20 +39,27 @@ FEATURES: dict[str, dict[str, Any]] = {
     ),
     "weights": dict(causal=True, padding="right", bias=(1, 1, 256, 256), return_weights=True),
 }
+LONG: dict[str, dict[str, Any]] = {  # keys enough for the forward that works ahead
+    "long": dict(lse=False),
+    "long, causal": dict(causal=True),
+}
 HEAD_SIZES = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
 SAMPLED = {
     (64, "bf16", "causal padded"),
-    (128, "bf16", "causal padded"),
     (64, "bf16", "weights"),
+    (128, "bf16", "long, causal"),
 }
 
 
 def _attention_matrix() -> Iterator[Case]:
     for size in HEAD_SIZES:
-        for feature, options in FEATURES.items():
+        for feature, options in (FEATURES | LONG).items():
             if feature != "causal padded" and size not in (64, 128, 256):
                 continue
-            build = attention_call((1, 2, 2 if feature == "padded" else 1, 256, 256, size), **options)
+            if feature in LONG and size != 128:
+                continue
+            length = 1024 if feature in LONG else 256
+            build = attention_call((1, 2, 2 if feature == "padded" else 1, length, length, size), **options)
             for dtype in ("bf16", "fp32", "fp16"):
                 if dtype == "fp16" and (size, feature) != (64, "causal padded"):
                     continue
@@ -97,16 +104,16 @@ MATRIX = [*_attention_matrix(), *_row_matrix()]
 # the 255 registers of some such kernels on the stack.
 ALLOWED_STACK = {
     ("fp32", "_attention_fwd_kernel", 0): 16,
+    ("fp32", "_attention_fwd_kernel", 160): 32,
     ("fp32", "_attention_bwd_dq_kernel", 0): 16,
     ("fp32", "_attention_bwd_dq_kernel", 160): 320,
     ("fp32", "_attention_bwd_dkdv_kernel", 160): 336,
     ("bf16", "_attention_bwd_dq_kernel", 0): 24,
     ("bf16", "_attention_bwd_dq_kernel", 256): 32,
-    ("bf16", "_attention_bwd_dkdv_kernel", 0): 8,
-    ("bf16", "_attention_bwd_dkdv_kernel", 256): 16,
+    ("bf16", "_attention_bwd_dkdv_kernel", 0): 32,
     ("fp32", "_attention_bwd_dkdv_kernel", 0): 16,
-    ("bf16", "_attention_fwd_kernel", 0): 8,
-    ("bf16", "_attention_fwd_kernel", 128): 24,
+    ("bf16", "_attention_fwd_kernel", 0): 24,
+    ("bf16", "_attention_weights_kernel", 256): 8,
     ("bf16", "_attention_fwd_kernel", 256): 32,
 }
 if triton.__version__.startswith("3.8."):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from triton import knobs
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
-from triton.runtime import driver, jit
+from triton.runtime import _allocation, driver, jit
 from triton.runtime.errors import OutOfResources
 
 from tileformer.kernels import interpreter
@@ -38,6 +39,7 @@ _specialise = getattr(jit, "native_specialize_impl", None)
 if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) or torch.version.hip:
     _specialise = None
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
+_NOTHING = contextlib.nullcontext()
 
 
 def recording() -> bool:
@@ -171,11 +173,26 @@ def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[An
             from tileformer.kernels import selftest  # which imports the ops, which import this module
 
             selftest.run_once(like.device)
-        with torch.cuda.device(like.device):
+        with torch.cuda.device(like.device), _lent_memory():
             return kernel[programs](*args, **constexprs, **OPTIONS)
     if recording():
         return kernel[programs](*args, **constexprs, **OPTIONS)
     return interpreter.run(kernel, programs, args, constexprs)
+
+
+@contextlib.contextmanager
+def _lent_memory() -> Iterator[None]:
+    """Inside, kernels that want memory of their own for each program (tensor descriptors) get it, also where nobody called
+    triton.set_allocator. What a user has set stays, and nothing is left set."""
+    held = _allocation._allocator  # of each thread's context
+    if not isinstance(held.get(), _allocation.NullAllocator):
+        yield
+        return
+    before = held.set(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    try:
+        yield
+    finally:
+        held.reset(before)
 
 
 class _Compiled:
@@ -183,6 +200,7 @@ class _Compiled:
 
     def __init__(self, binary: CompiledKernel, tile: Tile, constexprs: tuple[Any, ...]) -> None:
         self.binary, self.tile, self.constexprs = binary, tile, constexprs
+        self.memory = _lent_memory if getattr(binary.metadata, "global_scratch_size", 0) else None
 
     def run(self, like: Tensor, programs: tuple[int, ...], *args: Any) -> None:
         """What `binary[programs](*args, *constexprs)` does where nobody listens to launches."""
@@ -194,7 +212,10 @@ class _Compiled:
                 return self.run(like, programs, *args)
         x, y, z = (*programs, 1, 1)[:3]
         binary, stream = self.binary, driver.active.get_current_stream(device)
-        binary.run(x, y, z, stream, binary.function, binary.packed_metadata, None, None, None, *args, *self.constexprs)
+        with self.memory() if self.memory else _NOTHING:
+            binary.run(
+                x, y, z, stream, binary.function, binary.packed_metadata, None, None, None, *args, *self.constexprs
+            )
 
 
 def _observed(kernel: Any) -> bool:

@@ -28,6 +28,7 @@ class _Compiled(CompiledKernel):
 
     def __init__(self, source: Any, **_: Any) -> None:
         self.src, self.function, self.packed_metadata, self._run = source, object(), None, self._record
+        self.metadata = None  # a kernel that wants no memory of its own
 
     def _record(
         self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any, *rest: Any

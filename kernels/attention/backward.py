@@ -15,13 +15,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.scores import LOG2E, bend, hide, key_tiles, query_tiles, real_keys, schedule, sequence
+from tileformer.kernels.attention.scores import (
+    LOG2E,
+    bend,
+    hide,
+    in_sight,
+    key_tiles,
+    query_tiles,
+    real_keys,
+    schedule,
+    sequence,
+)  # fmt: skip
 from tileformer.kernels.steps import dropout_keep, load_tile, store_tile
 
 
 @triton.jit
 def _dq_tile(dq, q, do, lse, delta, rows, row_start, start, head, q_len, first, last,
-             k_ptr, v_ptr, k_stride, v_stride, mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
+             k_at, v_at, k_stride, v_stride, mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
              shift, low, high, scale_log2, softcap, threshold, keep_scale, MASKED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
              MASK: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
              D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -35,17 +45,19 @@ def _dq_tile(dq, q, do, lse, delta, rows, row_start, start, head, q_len, first, 
     if MASKED:
         real = real_keys(cols, first, last, key_mask_ptr, KEY_MASK)
     # [BLOCK_N, BLOCK_D]
-    k = load_tile(k_ptr + start.to(tl.int64) * k_stride, near, k_stride, offs_d, real, D, BLOCK_D, MASKED)
+    k = load_tile(k_at, near, k_stride, offs_d, real, D, BLOCK_D, MASKED)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale_log2
     s, t = bend(s, rows[:, None], cols[None, :], shift, slope, softcap, SOFTCAP, ALIBI)
+    seen = real[None, :]
     if MASKED:
-        seen = real[None, :] & (rows < q_len)[:, None]
-        s = hide(s, rows[:, None], cols[None, :], seen, mask_ptr, mask_strides, bias_ptr, bias_strides, row_start, start,
-                 low, high, LOW, HIGH, MASK, BIAS)  # fmt: skip
+        end = tl.where(rows < q_len, last, 0)
+        seen = in_sight(rows[:, None], cols[None, :], seen, end[:, None], low, high, LOW, HIGH, KEY_MASK)
+    s = hide(s, rows[:, None], cols[None, :], seen, mask_ptr, mask_strides, bias_ptr, bias_strides, row_start, start,
+             MASK, BIAS, MASKED)  # fmt: skip
     p = tl.exp2(s - lse[:, None])
     # [BLOCK_N, BLOCK_DV]
-    v = load_tile(v_ptr + start.to(tl.int64) * v_stride, near, v_stride, offs_dv, real, DV, BLOCK_DV, MASKED)
+    v = load_tile(v_at, near, v_stride, offs_dv, real, DV, BLOCK_DV, MASKED)
     # [BLOCK_M, BLOCK_N]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:
@@ -132,23 +144,27 @@ def _attention_bwd_dq_kernel(
     if BOUNDS:
         last = tl.where(row_start < q_len, last, first)
     start, clean, clean_end, n_left, n_right = key_tiles(
-        first, last, holes, row_start, low, high, BLOCK_M, BLOCK_N, EDGE, LOW, HIGH, MASK or BIAS
+        q_len, first, last, holes, row_start, low, high, BLOCK_M, BLOCK_N, EDGE, LOW, HIGH, MASK or BIAS
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    if not (MASK or BIAS):
-        for i in range((clean_end - clean) // BLOCK_N):
-            at = clean + i * BLOCK_N
-            dq = _dq_tile(
-                dq, q, do, lse, delta, rows, row_start, at, head, q_len, first, last,
-                k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
-                shift, low, high, scale_log2, softcap, threshold, keep_scale, False, LOW, HIGH,
-                MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ACC, PRECISION,
-            )  # fmt: skip
+    k_at = k_ptr + clean.to(tl.int64) * k_strides[2]
+    v_at = v_ptr + clean.to(tl.int64) * v_strides[2]
+    for i in range((clean_end - clean) // BLOCK_N):
+        at = clean + i * BLOCK_N
+        dq = _dq_tile(
+            dq, q, do, lse, delta, rows, row_start, at, head, q_len, first, last,
+            k_at, v_at, k_strides[2], v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
+            shift, low, high, scale_log2, softcap, threshold, keep_scale, False, LOW, HIGH,
+            MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ACC, PRECISION,
+        )  # fmt: skip
+        k_at += BLOCK_N * k_strides[2]
+        v_at += BLOCK_N * v_strides[2]
     for i in range(n_left + n_right):
         at = tl.where(i < n_left, start + i * EDGE, clean_end + (i - n_left) * EDGE)
         dq = _dq_tile(
             dq, q, do, lse, delta, rows, row_start, at, head, q_len, first, last,
-            k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
+            k_ptr + at.to(tl.int64) * k_strides[2], v_ptr + at.to(tl.int64) * v_strides[2], k_strides[2], v_strides[2],
+            mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
             shift, low, high, scale_log2, softcap, threshold, keep_scale, True, LOW, HIGH,
             MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, EDGE, ACC, PRECISION,
         )  # fmt: skip
@@ -179,10 +195,16 @@ def _dkdv_tile(dk, dv, k, v, cols, col_start, real, start, head, q_len,
     # [BLOCK_N, BLOCK_M]
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale_log2
     s, t = bend(s, rows[None, :], cols[:, None], shift, slope, softcap, SOFTCAP, ALIBI)
+    seen = in_q[None, :]  # keys that are not real may see and be seen: what they get is not kept
     if MASKED:
-        seen = real[:, None] & in_q[None, :]
-        s = hide(s, rows[None, :], cols[:, None], seen, mask_ptr, mask_strides, bias_ptr, bias_strides, start, col_start,
-                 low, high, LOW, HIGH, MASK, BIAS)  # fmt: skip
+        if HIGH:
+            seen = cols[:, None] <= tl.where(in_q, rows + high, -1)[None, :]
+        if LOW:
+            seen = seen & (cols[:, None] >= (rows + low)[None, :])
+        if MASK or BIAS:  # which have nothing for them
+            seen = seen & real[:, None]
+    s = hide(s, rows[None, :], cols[:, None], seen, mask_ptr, mask_strides, bias_ptr, bias_strides, start, col_start,
+             MASK, BIAS, MASKED)  # fmt: skip
     p = tl.exp2(s - lse[None, :])
     # [BLOCK_M, BLOCK_DV]
     do = load_tile(do_ptr + start.to(tl.int64) * do_stride, near, do_stride, offs_dv, in_q, DV, BLOCK_DV, MASKED)
@@ -281,31 +303,24 @@ def _attention_bwd_dkdv_kernel(
         safe_lse_ptr += q_at
         delta_ptr += q_at
     # One flat loop over (head of the group, tile of queries): a nested loop would hold more registers.
-    if not (MASK or BIAS):
-        for i in range(group * n_clean):
-            h = h_kv * group + i // n_clean
-            step = i % n_clean
-            at = clean + step * BLOCK_M
+    for whole in tl.static_range(2):  # tiles that cross a bound first: the fewest registers
+        n = n_clean if whole else n_masked
+        for i in range(group * n):
+            h = h_kv * group + i // n
+            step = i % n
+            if whole:
+                at = clean + step * BLOCK_M
+            else:
+                at = tl.where(step < n_left, start + step * EDGE, clean_end + (step - n_left) * EDGE)
             slope = tl.load(slopes_ptr + b * H + h) * LOG2E if ALIBI else 0.0
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, cols, col_start, real, at, (b * H + h).to(tl.int32), q_len,
                 q_ptr + h * q_strides[1], do_ptr + h * do_strides[1], q_strides[2], do_strides[2],
                 safe_lse_ptr + h * T_q, delta_ptr + h * T_q, mask_ptr + h * mask_strides[1], mask_strides,
                 bias_ptr + h * bias_strides[1], bias_strides, slope, seed, shift, low, high, scale_log2, softcap, threshold, keep_scale,
-                False, LOW, HIGH, MASK, BIAS, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, ACC, PRECISION,
+                whole == 0, LOW, HIGH, MASK, BIAS, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M if whole else EDGE,
+                BLOCK_N, ACC, PRECISION,
             )  # fmt: skip
-    for i in range(group * n_masked):
-        h = h_kv * group + i // n_masked
-        step = i % n_masked
-        at = tl.where(step < n_left, start + step * EDGE, clean_end + (step - n_left) * EDGE)
-        slope = tl.load(slopes_ptr + b * H + h) * LOG2E if ALIBI else 0.0
-        dk, dv = _dkdv_tile(
-            dk, dv, k, v, cols, col_start, real, at, (b * H + h).to(tl.int32), q_len,
-            q_ptr + h * q_strides[1], do_ptr + h * do_strides[1], q_strides[2], do_strides[2],
-            safe_lse_ptr + h * T_q, delta_ptr + h * T_q, mask_ptr + h * mask_strides[1], mask_strides,
-            bias_ptr + h * bias_strides[1], bias_strides, slope, seed, shift, low, high, scale_log2, softcap, threshold, keep_scale,
-            True, LOW, HIGH, MASK, BIAS, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, EDGE, BLOCK_N, ACC, PRECISION,
-        )  # fmt: skip
     out_row = (batch * T_k + k_row) * H_kv + h_kv
     store_tile(dk_ptr + out_row * D, tl.where(real[:, None], dk * scale, 0.0), near_n, H_kv * D, offs_d, in_k, D)
     store_tile(
@@ -388,9 +403,11 @@ def _attention_bwd_bias_kernel(
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
         s, _ = bend(s, rows[:, None], cols[None, :], shift, slope, softcap, SOFTCAP, ALIBI)
-        s = hide(s, rows[:, None], cols[None, :], real[None, :] & in_q[:, None], mask_ptr + b * mask_strides[0] + h * mask_strides[1], mask_strides,
-                 bias_ptr + b * bias_strides[0] + h * bias_strides[1], bias_strides, row_start, col_start, low + shift, high + shift,
-                 LOW, HIGH, MASK, True)  # fmt: skip
+        end = tl.where(in_q, last, 0)
+        seen = in_sight(rows[:, None], cols[None, :], real[None, :], end[:, None], low + shift, high + shift,
+                        LOW, HIGH, KEY_MASK)  # fmt: skip
+        s = hide(s, rows[:, None], cols[None, :], seen, mask_ptr + b * mask_strides[0] + h * mask_strides[1], mask_strides,
+                 bias_ptr + b * bias_strides[0] + h * bias_strides[1], bias_strides, row_start, col_start, MASK, True, True)  # fmt: skip
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if DROPOUT:

@@ -3,9 +3,12 @@
 With s the base-2 scores of scores.py, the kernel keeps, per row, m = max s, l = sum 2^(s - m) and acc = sum 2^(s - m) v.
 At the end out = acc / l and the base-2 log-sum-exp is m + log2(l). A second kernel recomputes the weights 2^(s - lse) for those who ask.
 
-Keys that no row of the tile may see are never loaded: padding, lengths, `causal` and windows bound the range, and masks are applied only in tiles
-that cross a bound (or in all of them when there is a 2-D mask, a bias or a hole in the padding). Masked tiles are at most EDGE wide: what masking
-holds in registers then fits beside an accumulator of 128 x 128, and less is computed that no row may see.
+Keys that no row of the tile may see are never loaded: padding, lengths, `causal` and windows bound the range, and only tiles that cross a bound are
+masked (all of them where the padding has a hole). Masked tiles are at most EDGE wide: what masking holds in registers then fits beside an accumulator
+of 128 x 128, and less is computed that no row may see. A 2-D mask and a bias count in every tile, but only masked ones need a guard to read them.
+
+AHEAD, for Hopper: the weights of a tile are computed while the matrix units multiply those of the tile before with its values (FlashAttention-3's
+intra-warpgroup overlap, arXiv:2407.08608), and tiles come through tensor descriptors (TMA), which need next to no instructions and registers.
 """
 
 from __future__ import annotations
@@ -13,18 +16,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.scores import LOG2E, bend, hide, key_tiles, real_keys, schedule, sequence
+from tileformer.kernels.attention.scores import LOG2E, bend, hide, in_sight, key_tiles, real_keys, schedule, sequence
 from tileformer.kernels.steps import dropout_keep, load_tile, store_tile
 
 
 @triton.jit
+def _unmasked_weights(s, m, scale_log2):
+    """(weights against the new maximum, what the sums so far are multiplied by, new maximum) of a tile of q k^T that every row sees whole."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    return tl.exp2(s * scale_log2 - m_new[:, None]), tl.exp2(m - m_new), m_new
+
+
+@triton.jit
 def _fwd_tile(acc, m, l, q, rows, row_start, start, head, q_len, first, last,
-              k_ptr, v_ptr, k_stride, v_stride, mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
+              k_at, v_at, k_stride, v_stride, mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
               shift, low, high, scale_log2, softcap, threshold, MASKED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
               MASK: tl.constexpr, BIAS: tl.constexpr, KEY_MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
               D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
               ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Fold one tile of keys into (acc, m, l)."""
+    """Fold one tile of keys, those from `start` at k_at, and values at v_at, into (acc, m, l)."""
     near = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -33,31 +43,61 @@ def _fwd_tile(acc, m, l, q, rows, row_start, start, head, q_len, first, last,
     if MASKED:
         real = real_keys(cols, first, last, key_mask_ptr, KEY_MASK)
     # [BLOCK_N, BLOCK_D]
-    k = load_tile(k_ptr + start.to(tl.int64) * k_stride, near, k_stride, offs_d, real, D, BLOCK_D, MASKED)
+    k = load_tile(k_at, near, k_stride, offs_d, real, D, BLOCK_D, MASKED)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-    if MASKED or ALIBI or SOFTCAP:
+    if MASKED or MASK or BIAS or ALIBI or SOFTCAP:
         s, _ = bend(s * scale_log2, rows[:, None], cols[None, :], shift, slope, softcap, SOFTCAP, ALIBI)
+        seen = real[None, :]
         if MASKED:
-            seen = real[None, :] & (rows < q_len)[:, None]
-            s = hide(s, rows[:, None], cols[None, :], seen, mask_ptr, mask_strides, bias_ptr, bias_strides, row_start, start,
-                     low, high, LOW, HIGH, MASK, BIAS)  # fmt: skip
+            end = tl.where(rows < q_len, last, 0)
+            seen = in_sight(rows[:, None], cols[None, :], seen, end[:, None], low, high, LOW, HIGH, KEY_MASK)
+        s = hide(s, rows[:, None], cols[None, :], seen, mask_ptr, mask_strides, bias_ptr, bias_strides, row_start, start,
+                 MASK, BIAS, MASKED)  # fmt: skip
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, not NaN
         p = tl.exp2(s - base[:, None])
         alpha = tl.exp2(m - base)
     else:
-        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
+        p, alpha, m_new = _unmasked_weights(s, m, scale_log2)
     l = l * alpha + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(dropout_keep(seed, head, rows, start, threshold, BLOCK_N, False), p, 0.0)
     # [BLOCK_N, BLOCK_DV]
-    v = load_tile(v_ptr + start.to(tl.int64) * v_stride, near, v_stride, offs_dv, real, DV, BLOCK_DV, MASKED)
+    v = load_tile(v_at, near, v_stride, offs_dv, real, DV, BLOCK_DV, MASKED)
     # [BLOCK_M, BLOCK_DV]
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=ACC)
     return acc, m_new, l
+
+
+@triton.jit
+def _fwd_ahead(acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, n, last, scale_log2,
+               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Fold the first n > 0 tiles of keys, unmasked, into (acc, m, l), each tile's values one step behind its scores.
+
+    The order of the statements is what lets Triton leave the second product in flight while the weights are computed: its result is read after
+    the next first product, which is waited for. Its left operand is rounded from float32 in the same step, so that its registers are not
+    written while they are read; and nothing follows the loop that could write to acc on another way (`ptxas` would wait for each instruction).
+    """
+    k_tiles = tl.make_tensor_descriptor(k_ptr, [last, BLOCK_D], [k_stride, 1], [BLOCK_N, BLOCK_D])
+    v_tiles = tl.make_tensor_descriptor(v_ptr, [last, BLOCK_DV], [v_stride, 1], [BLOCK_N, BLOCK_DV])
+    p = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+    alpha = l
+    # Once: outside of a loop, this tile of keys would keep its shared memory.
+    for i in tl.range(0, tl.minimum(n, 1), num_stages=1):
+        s = tl.dot(q, tl.trans(k_tiles.load([i * BLOCK_N, 0])))
+        p, alpha, m = _unmasked_weights(s, m, scale_log2)
+        l = l * alpha + tl.sum(p, 1)
+    for i in range(n - 1):
+        at = i * BLOCK_N
+        # [BLOCK_M, BLOCK_N]
+        s = tl.dot(q, tl.trans(k_tiles.load([at + BLOCK_N, 0])))
+        # [BLOCK_M, BLOCK_DV]
+        acc = tl.dot(p.to(q.dtype), v_tiles.load([at, 0]), acc * alpha[:, None])
+        p, alpha, m = _unmasked_weights(s, m, scale_log2)
+        l = l * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(q.dtype), v_tiles.load([(n - 1) * BLOCK_N, 0]), acc * alpha[:, None])
+    return acc, m, l
 
 
 @triton.jit(
@@ -69,7 +109,7 @@ def _attention_fwd_kernel(
     scale, softcap, threshold, keep_scale, LOW: tl.constexpr, HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     KEY_MASK: tl.constexpr, BOUNDS: tl.constexpr, PACKED: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. out is (B, T_q, H, DV), lse (B, H, T_q) base 2; mask strides are 0 where it broadcasts."""
     scale_log2 = scale * LOG2E
@@ -118,28 +158,41 @@ def _attention_fwd_kernel(
     if BOUNDS:
         last = tl.where(row_start < q_len, last, first)
     start, clean, clean_end, n_left, n_right = key_tiles(
-        first, last, holes, row_start, low, high, BLOCK_M, BLOCK_N, EDGE, LOW, HIGH, MASK or BIAS
+        q_len, first, last, holes, row_start, low, high, BLOCK_M, BLOCK_N, EDGE, LOW, HIGH, MASK or BIAS
     )
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
-    if not (MASK or BIAS):
-        for i in range((clean_end - clean) // BLOCK_N):
-            at = clean + i * BLOCK_N
-            acc, m, l = _fwd_tile(
-                acc, m, l, q, rows, row_start, at, head, q_len, first, last,
-                k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
-                shift, low, high, scale_log2, softcap, threshold, False, LOW, HIGH,
-                MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ACC, PRECISION,
-            )  # fmt: skip
-    for i in range(n_left + n_right):
-        at = tl.where(i < n_left, start + i * EDGE, clean_end + (i - n_left) * EDGE)
-        acc, m, l = _fwd_tile(
-            acc, m, l, q, rows, row_start, at, head, q_len, first, last,
-            k_ptr, v_ptr, k_strides[2], v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
-            shift, low, high, scale_log2, softcap, threshold, True, LOW, HIGH,
-            MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, EDGE, ACC, PRECISION,
-        )  # fmt: skip
+    n = (clean_end - clean) // BLOCK_N
+    for part in tl.static_range(2):  # unmasked tiles first: the fewest registers; with AHEAD last, see there
+        if part != AHEAD:
+            for i in range(n_left + n_right):
+                at = tl.where(i < n_left, start + i * EDGE, clean_end + (i - n_left) * EDGE)
+                acc, m, l = _fwd_tile(
+                    acc, m, l, q, rows, row_start, at, head, q_len, first, last,
+                    k_ptr + at.to(tl.int64) * k_strides[2], v_ptr + at.to(tl.int64) * v_strides[2], k_strides[2], v_strides[2],
+                    mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
+                    shift, low, high, scale_log2, softcap, threshold, True, LOW, HIGH,
+                    MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, EDGE, ACC, PRECISION,
+                )  # fmt: skip
+        elif AHEAD:  # only where the first key is the first of all
+            if n > 0:
+                acc, m, l = _fwd_ahead(
+                    acc, m, l, q, k_ptr, v_ptr, k_strides[2], v_strides[2], n, last, scale_log2, BLOCK_D, BLOCK_DV, BLOCK_N
+                )  # fmt: skip
+        else:
+            k_at = k_ptr + clean.to(tl.int64) * k_strides[2]
+            v_at = v_ptr + clean.to(tl.int64) * v_strides[2]
+            for i in range(n):
+                at = clean + i * BLOCK_N
+                acc, m, l = _fwd_tile(
+                    acc, m, l, q, rows, row_start, at, head, q_len, first, last,
+                    k_at, v_at, k_strides[2], v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, key_mask_ptr, slope, seed,
+                    shift, low, high, scale_log2, softcap, threshold, False, LOW, HIGH,
+                    MASK, BIAS, KEY_MASK, ALIBI, SOFTCAP, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, ACC, PRECISION,
+                )  # fmt: skip
+                k_at += BLOCK_N * k_strides[2]
+                v_at += BLOCK_N * v_strides[2]
 
     some = (l != 0.0) & in_q  # true of NaN: what is wrong with a row must not look like a row without a key
     l = tl.where(some, l, 1.0)
@@ -189,9 +242,11 @@ def _attention_weights_kernel(
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2E)
         s = bend(s, rows[:, None], cols[None, :], shift, slope, softcap, SOFTCAP, ALIBI)[0]
-        s = hide(s, rows[:, None], cols[None, :], real[None, :] & in_q[:, None], mask_ptr + b * mask_strides[0] + h * mask_strides[1], mask_strides,
-                 bias_ptr + b * bias_strides[0] + h * bias_strides[1], bias_strides, row_start, col_start, low + shift, high + shift,
-                 LOW, HIGH, MASK, BIAS)  # fmt: skip
+        end = tl.where(in_q, last, 0)
+        seen = in_sight(rows[:, None], cols[None, :], real[None, :], end[:, None], low + shift, high + shift,
+                        LOW, HIGH, KEY_MASK)  # fmt: skip
+        s = hide(s, rows[:, None], cols[None, :], seen, mask_ptr + b * mask_strides[0] + h * mask_strides[1], mask_strides,
+                 bias_ptr + b * bias_strides[0] + h * bias_strides[1], bias_strides, row_start, col_start, MASK, BIAS, True)  # fmt: skip
         p = tl.exp2(s - lse[:, None])
         if DROPOUT:
             p = tl.where(

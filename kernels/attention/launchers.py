@@ -24,6 +24,7 @@ from tileformer.kernels.attention.scores import _attention_bounds_kernel
 from tileformer.kernels.attention.tiles import BACKWARD_BIAS, BACKWARD_DKDV, BACKWARD_DQ, FORWARD, WEIGHTS, tiles_for
 from tileformer.kernels.launch import arch_of, cdiv, dot_flags, launch, pow2, register
 
+AHEAD_LEAST = 1024  # keys that make up for what a tensor descriptor costs each program
 FARTHEST = 2**23  # elements between neighbours of a tile: its offsets have 32 bits, and a tile has at most 128 rows
 NO_LIMIT = 2**30  # of a window: a row sees that far
 # Keys and values of the heads that run side by side: half of an A100's L2 cache, a third of an H100's.
@@ -44,6 +45,13 @@ def _bytes(mask: Tensor) -> Tensor:
 def _rows_contiguous(x: Tensor) -> Tensor:
     near = x.stride(-2) < FARTHEST
     return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can reach each head's rows (CUDA Driver API, cuTensorMapEncodeTiled): 16-byte steps, whole tiles of columns."""
+    d = x.shape[-1]
+    steps = x.element_size() == 2 and all(step % 8 == 0 for step in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return steps and d >= 16 and d & (d - 1) == 0 and x.stride(-1) == 1
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -113,6 +121,9 @@ class _Call:
             self.feature = "all" if dense and bent else "both" if dense or bent else "dropout"
         else:
             self.feature = "mask" if dense or bent else "packed" if packed else "plain"
+        long = t_k >= AHEAD_LEAST and left == NO_LIMIT and not has_bounds
+        if self.feature == "plain" and long and _describable(k) and _describable(v):
+            self.feature = "ahead"
         size = t_k * (d + dv) * q.element_size()
         fit = max(1, SECTION_BYTES // size) if size and (right != NO_LIMIT or left != NO_LIMIT) else 1
         self.section_kv = min(fit, self.sequences * h_kv)
@@ -175,6 +186,7 @@ def attention_fwd(
             q, k, v, *call.pointers, out, lse, q.stride(), k.stride(), v.stride(), *call.side_strides, *call.sizes, call.max_q, *call.limits,
             call.section_kv * call.group, heads, *call.reals,
         ),
+        AHEAD=0,  # unless the tile says 1
     )  # fmt: skip
     return out, lse, bounds
 

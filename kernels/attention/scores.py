@@ -94,8 +94,8 @@ def schedule(n_tiles, n_heads, section, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(first, last, holes, row_start, low, high, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-              LOW: tl.constexpr, HIGH: tl.constexpr, ALL_MASKED: tl.constexpr):  # fmt: skip
+def key_tiles(q_len, first, last, holes, row_start, low, high, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+              LOW: tl.constexpr, HIGH: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
     """The key tiles of a query tile: unmasked, BLOCK_N wide: [clean, clean_end); masked, EDGE wide: n_left from `start`, n_right from clean_end."""
     whole = first
     whole_end = last
@@ -108,12 +108,13 @@ def key_tiles(first, last, holes, row_start, low, high, BLOCK_M: tl.constexpr, B
     start = first // EDGE * EDGE
     clean = start
     clean_end = start
-    if not ALL_MASKED:
-        whole = tl.cdiv(whole, EDGE) * EDGE
-        n_whole = tl.maximum(whole_end - whole, 0) // BLOCK_N
-        if (n_whole > 0) & (holes == 0):
-            clean = whole
-            clean_end = whole + n_whole * BLOCK_N
+    whole = tl.cdiv(whole, EDGE) * EDGE
+    n_whole = tl.maximum(whole_end - whole, 0) // BLOCK_N
+    if DENSE:  # a whole tile lies inside of the mask
+        holes = tl.where(row_start + BLOCK_M > q_len, 1, holes)
+    if (n_whole > 0) & (holes == 0):
+        clean = whole
+        clean_end = whole + n_whole * BLOCK_N
     n_left = (clean - start) // EDGE
     n_right = tl.cdiv(tl.maximum(last - clean_end, 0), EDGE)
     return start, clean, clean_end, n_left, n_right
@@ -121,7 +122,7 @@ def key_tiles(first, last, holes, row_start, low, high, BLOCK_M: tl.constexpr, B
 
 @triton.jit
 def query_tiles(q_len, first, last, col_start, low, high, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
-                LOW: tl.constexpr, HIGH: tl.constexpr, BOUNDS: tl.constexpr, ALL_MASKED: tl.constexpr):  # fmt: skip
+                LOW: tl.constexpr, HIGH: tl.constexpr, BOUNDS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
     """The query tiles of a key tile: unmasked, BLOCK_M high: [clean, clean_end), n_clean; masked, EDGE high: n_left from `start`, n_masked in all."""
     start = 0
     clean = 0
@@ -138,8 +139,8 @@ def query_tiles(q_len, first, last, col_start, low, high, BLOCK_M: tl.constexpr,
         end = tl.where(hit, end, 0)
         whole_end = tl.where(hit, whole_end, 0)
     n_clean = tl.maximum(whole_end - clean, 0) // BLOCK_M
-    if ALL_MASKED:
-        n_clean = n_clean * 0
+    if DENSE:  # a whole tile lies inside of the mask
+        n_clean = tl.where(col_start + BLOCK_N > last, 0, n_clean)
     clean = tl.where(n_clean > 0, clean, start)
     clean_end = clean + n_clean * BLOCK_M
     n_left = (clean - start) // EDGE
@@ -150,8 +151,9 @@ def query_tiles(q_len, first, last, col_start, low, high, BLOCK_M: tl.constexpr,
 @triton.jit
 def real_keys(cols, first, last, key_mask_ptr, KEY_MASK: tl.constexpr):
     """[BLOCK_N]: keys inside the range and not padded."""
-    real = (cols >= first) & (cols < last)
-    if KEY_MASK:
+    real = cols < last
+    if KEY_MASK:  # without one the first key is real
+        real = real & (cols >= first)
         real = real & (tl.load(key_mask_ptr + cols, mask=real, other=0) != 0)
     return real
 
@@ -172,19 +174,40 @@ def bend(s, rows, cols, shift, slope, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.
 
 
 @triton.jit
-def hide(s, rows, cols, seen, mask_ptr, mask_strides, bias_ptr, bias_strides, row_start, col_start, low, high,
-         LOW: tl.constexpr, HIGH: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """Base-2 scores with the bias added and -inf where a key is hidden; `rows` and `cols` broadcast to s, `seen` holds bounds and padding."""
+def in_sight(rows, cols, real, end, low, high, LOW: tl.constexpr, HIGH: tl.constexpr, REAL: tl.constexpr):
+    """The keys before `end` that causal, a window and, with REAL, the keys themselves let a row see. All broadcast: what can be said of a row
+    (its `end` may be 0) costs nothing, each comparison with a column an instruction an element."""
     if HIGH:
-        seen = seen & (cols <= rows + high)
+        seen = cols <= tl.minimum(rows + high, end - 1)
+    else:
+        seen = cols < end
     if LOW:
         seen = seen & (cols >= rows + low)
+    if REAL:
+        seen = seen & real
+    return seen
+
+
+@triton.jit
+def hide(s, rows, cols, seen, mask_ptr, mask_strides, bias_ptr, bias_strides, row_start, col_start,
+         MASK: tl.constexpr, BIAS: tl.constexpr, GUARDED: tl.constexpr):  # fmt: skip
+    """Base-2 scores with the bias added and -inf where a key is hidden; `rows` and `cols` broadcast to s. With GUARDED a key must be `seen`, and
+    mask and bias are read only there; without, the whole tile lies inside of both, and they come in wide copies ahead of time."""
     if MASK:
         at = mask_ptr + row_start.to(tl.int64) * mask_strides[2] + col_start.to(tl.int64) * mask_strides[3]
-        offsets = (rows - row_start) * mask_strides[2] + (cols - col_start) * mask_strides[3]
-        seen = seen & (tl.load(at + offsets, mask=seen, other=0) != 0)
+        at += (rows - row_start) * mask_strides[2] + (cols - col_start) * mask_strides[3]
+        if GUARDED:
+            seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+        else:
+            seen = tl.load(at) != 0
     if BIAS:
         at = bias_ptr + row_start.to(tl.int64) * bias_strides[2] + col_start.to(tl.int64) * bias_strides[3]
-        offsets = (rows - row_start) * bias_strides[2] + (cols - col_start) * bias_strides[3]
-        s += tl.load(at + offsets, mask=seen, other=0.0).to(s.dtype) * LOG2E
-    return tl.where(seen, s, float("-inf"))
+        at += (rows - row_start) * bias_strides[2] + (cols - col_start) * bias_strides[3]
+        if GUARDED:
+            bias = tl.load(at, mask=seen, other=0.0)
+        else:
+            bias = tl.load(at)
+        s += bias.to(s.dtype) * LOG2E
+    if MASK or GUARDED:
+        s = tl.where(seen, s, float("-inf"))
+    return s

@@ -1,6 +1,8 @@
 """Which tile each attention kernel uses: the largest that compiles without a spill and fits shared memory, found ahead of time.
 
-`tests/test_aot.py` compiles these tables for every architecture. The rows were found for causal attention with a key mask, Triton 3.7.
+`tests/test_aot.py` compiles these tables for every architecture. The rows were found with Triton 3.7, of tiles that do not spill the ones that the
+model of bench/static likes best. Three stages, wherever they fit: with two, a tile is asked for at the end of one iteration and awaited at the start
+of the next, so that nothing hides the way from memory.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from tileformer.kernels.launch import INTERPRETED, Tile
 # The values of _OPTIONS; the last one only where fewer registers let another block in, or let nothing spill.
 Row = tuple[int, ...]
 _OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
-_LIKE = {"packed": "plain", "all": "both"}  # whose row a feature takes that has none of its own
+_LIKE = {"packed": "plain", "ahead": "plain", "all": "both"}  # whose row a feature takes that has none of its own
 Table = dict[int, dict[str, dict[int, Row]]]  # family of architectures -> feature -> head size up to -> tile
 
 
@@ -20,12 +22,14 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
     """Tiles to try, best first; the last fits any supported device.
 
     Args:
-        feature: "plain" (with causal, windows and key masks), "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all"
-            (dropout, a mask or bias, and ALiBi or a soft cap); float32 has rows of its own.
+        feature: "plain" (with causal, windows and key masks), "ahead" (plain, and keys that tensor descriptors can reach and that are worth one),
+            "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all" (dropout, a mask or bias, and ALiBi or a soft
+            cap); float32 has rows of its own.
 
     EDGE is the extent, along the axis that the kernel loops over, of a tile that crosses the causal diagonal or a padded edge.
     """
     rows: list[Row]
+    ahead = feature == "ahead" and table is FORWARD
     if arch == INTERPRETED:
         rows, edge = [(32, 32, 4, 1)], 16
     else:
@@ -33,15 +37,19 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
         if feature in ("plain", "packed") and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
         held = table[family(arch)]
-        row = held.get(feature, {}).get(bucket) or held[_LIKE.get(feature, feature)][bucket]
+        row = held.get(feature, {}).get(bucket)
+        ahead = ahead and row is not None
+        row = row or held[_LIKE.get(feature, feature)][bucket]
         rows = [held["fp32"][bucket] if dtype == torch.float32 else row, (16, 16, 4, 1)]
-        edge = 32 if feature in ("dropout", "all") else 64
-        if table is BACKWARD_DKDV and feature not in ("mask", "both"):
+        edge = 64 if feature in ("plain", "packed", "ahead") else 32
+        if table is BACKWARD_DKDV:
             edge = 16 if feature == "all" else max(16, rows[0][0] // 2)
     tiles = [dict(zip(_OPTIONS, row, strict=False)) for row in rows]
     for tile in tiles:
         if table is not BACKWARD_BIAS and table is not WEIGHTS:
             tile["EDGE"] = min(tile["BLOCK_M" if table is BACKWARD_DKDV else "BLOCK_N"], edge)
+    if ahead:
+        tiles[0]["AHEAD"] = 1
     return tiles
 
 
@@ -59,92 +67,95 @@ _FP32_DKDV: dict[int, Row] = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16,
 
 FORWARD: Table = {
     80: {
-        "plain": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "mask": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "dropout": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (64, 32, 8, 2)},
+        "plain": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "mask": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "dropout": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "both": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 3)},
         "fp32": _FP32_FORWARD,
     },
     90: {
-        "plain": {64: (128, 32, 4, 2, 168), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
-        "packed": {128: (128, 64, 8, 3)},
-        "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-        "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "plain": {64: (128, 32, 4, 4, 168), 128: (128, 64, 8, 3), 256: (64, 64, 8, 3)},
+        "ahead": {128: (128, 128, 8, 3)},
+        "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "both": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
         "fp32": _FP32_FORWARD,
     },
     100: {
-        "plain": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-        "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-        "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-        "both": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "plain": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "both": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
         "fp32": _FP32_FORWARD,
     },
     120: {
-        "plain": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "mask": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
-        "dropout": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (64, 32, 8, 2)},
+        "plain": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (64, 16, 8, 3)},
+        "mask": {64: (64, 64, 8, 3), 128: (64, 32, 8, 3), 256: (64, 16, 8, 2)},
+        "dropout": {64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (64, 16, 8, 3)},
+        "both": {64: (64, 64, 8, 3), 128: (64, 32, 8, 3), 256: (64, 16, 8, 2)},
         "fp32": _FP32_FORWARD,
     },
 }
 BACKWARD_DQ: Table = {
     80: {
-        "plain": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "mask": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "dropout": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
-        "both": {64: (64, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "plain": {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 3)},
+        "mask": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 2)},
+        "dropout": {64: (64, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 16, 8, 3)},
+        "both": {64: (64, 32, 8, 3), 128: (64, 32, 8, 3), 256: (64, 16, 8, 2)},
         "fp32": _FP32_DQ,
     },
     90: {
-        "plain": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "mask": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "dropout": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
-        "both": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "plain": {64: (128, 32, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (32, 32, 8, 3)},
+        "both": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 3)},
+        "all": {128: (64, 32, 8, 3)},
         "fp32": _FP32_DQ,
     },
     100: {
-        "plain": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2, 168), 256: (64, 32, 8, 1)},
-        "mask": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "dropout": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "both": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "plain": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3, 168), 256: (64, 32, 8, 3)},
+        "mask": {64: (128, 32, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        "dropout": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 3)},
+        "both": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (32, 32, 8, 3)},
         "fp32": _FP32_DQ,
     },
     120: {
-        "plain": {64: (128, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
-        "mask": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-        "dropout": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-        "both": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+        "plain": {64: (128, 64, 8, 3), 128: (64, 32, 8, 2), 256: (32, 16, 8, 3)},
+        "mask": {64: (64, 64, 8, 3), 128: (64, 16, 8, 3), 256: (32, 16, 8, 3)},
+        "dropout": {64: (64, 64, 8, 3), 128: (64, 16, 8, 3), 256: (32, 16, 8, 3)},
+        "both": {64: (64, 32, 8, 3), 128: (64, 16, 8, 3), 256: (32, 16, 8, 3)},
         "fp32": _FP32_DQ,
     },
 }
 BACKWARD_DKDV: Table = {
     80: {
-        "plain": {64: (32, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)},
-        "mask": {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
+        "plain": {64: (32, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 2)},
+        "mask": {64: (32, 64, 8, 2), 128: (16, 64, 8, 3), 256: (16, 32, 8, 3)},
         "dropout": {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-        "both": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 16, 8, 1)},
+        "both": {64: (16, 64, 8, 3), 128: (16, 64, 8, 2), 256: (16, 16, 8, 3)},
         "fp32": _FP32_DKDV,
     },
     90: {
-        "plain": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 1)},
-        "mask": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
-        "dropout": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
-        "both": {64: (32, 128, 8, 2), 128: (16, 64, 8, 1), 256: (16, 16, 8, 1)},
+        "plain": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (16, 32, 8, 1)},
+        "mask": {64: (32, 128, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 3)},
+        "dropout": {64: (64, 128, 8, 3), 128: (32, 64, 8, 3), 256: (16, 32, 8, 1)},
+        "both": {64: (32, 128, 8, 2), 128: (16, 64, 8, 3), 256: (16, 16, 8, 3)},
+        "all": {64: (16, 128, 8, 3)},
         "fp32": _FP32_DKDV,
     },
     100: {
-        "plain": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-        "mask": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-        "dropout": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-        "both": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (16, 16, 8, 1)},
+        "plain": {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 3)},
+        "mask": {64: (64, 128, 8, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 3)},
+        "dropout": {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 3)},
+        "both": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (16, 16, 8, 3)},
+        "all": {64: (32, 128, 8, 3)},
         "fp32": _FP32_DKDV,
     },
     120: {
         "plain": {64: (32, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 1)},
-        "mask": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+        "mask": {64: (32, 64, 8, 3), 128: (16, 32, 8, 3), 256: (16, 32, 8, 3)},
         "dropout": {64: (32, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
-        "both": {64: (32, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+        "both": {64: (16, 64, 8, 2), 128: (32, 32, 8, 3), 256: (16, 16, 8, 2)},
         "fp32": _FP32_DKDV,
     },
 }
