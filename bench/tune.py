@@ -36,9 +36,14 @@ CANDIDATES: dict[str, list[Row]] = {
         (128, 32, 4, 3, 168),
     ],
     "BACKWARD_DQ": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
-    "BACKWARD_DKDV": list(itertools.product((32, 64), (64, 128), (4, 8), (1, 2, 3))),
+    "BACKWARD_DKDV": list(itertools.product((32, 64), (64, 128), (4, 8), (2, 3, 4))),
 }
-FEATURES = {"plain": "D {} causal T 4096", "mask": "D {} boolean mask", "dropout": "D {} dropout"}
+FEATURES = {
+    "plain": "D {} causal T 4096",
+    "ahead": "D {} causal T 4096",
+    "mask": "D {} boolean mask",
+    "dropout": "D {} dropout",
+}
 
 
 def named(op: str, name: str) -> Workload:
@@ -90,11 +95,13 @@ def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, A
     found: list[dict[str, Any]] = []
     for name, (table, _, mode) in TABLES.items():
         for feature, workload_name in FEATURES.items():
+            if feature not in table[arch]:
+                continue
             best = dict(table[arch][feature])
             for size in sizes:
                 trial = Trial(bench, named("attention", workload_name.format(size)), mode)
                 times: dict[Any, float] = {}
-                candidates = dict.fromkeys([best[size], *CANDIDATES[name]])
+                candidates = dict.fromkeys([best.get(size, CANDIDATES[name][0]), *CANDIDATES[name]])
                 for row in list(candidates)[: 2 if bench.clock.dry else None]:
                     if time.monotonic() > bench.deadline:
                         print(f"time is up: {name} {feature} {size} is not finished")
@@ -107,7 +114,8 @@ def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, A
                     print(f"{name} {feature} {size} {row}: {problem or figure}", flush=True)
                     if not problem:
                         times[row] = ms
-                best[size] = min(times, key=times.__getitem__) if times else best[size]
+                if times:
+                    best[size] = min(times, key=times.__getitem__)
             print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
     return found
 
@@ -152,7 +160,8 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
     with ours(bench.clock.dry):
         arch = launch.arch_of(bench.clock.flush)
     with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
-        return changed(kernel, **{"maxnreg": 255} | tiles_for(table, arch, size, bench.dtype, feature)[0])
+        usual = {"maxnreg": 255, "AHEAD": 0} if table is FORWARD else {"maxnreg": 255}
+        return changed(kernel, **usual | tiles_for(table, arch, size, bench.dtype, feature)[0])
 
 
 Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
@@ -203,7 +212,7 @@ _NORM, _WIDE_NORM, _LOSS = (
 )
 EXPERIMENTS = [
     Experiment("1 every kernel against float64", reason="the parts self-test and check of gpu-day"),
-    Experiment("2 D 128: descriptors (TMA) on or off", reason="the kernels load through pointers only"),
+    Experiment("2 D 128 forward: ahead and through descriptors (TMA), or not", _D128, "forward", _options(_FWD, "AHEAD", 0, 1)),
     Experiment("3 D 64 forward: 128x64, 4 warps (two programs a multiprocessor) or 128x128, 8 warps", _D64, "forward",
                _tiles("FORWARD", 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
     Experiment("4 D 128 dk, dv: 64x128 or 64x64, 2 or 3 stages", _CAUSAL, "backward",
