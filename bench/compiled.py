@@ -100,8 +100,8 @@ MATRIX = [*_attention_matrix(), *_row_matrix()]
 
 # Stack bytes a thread that are accepted, by (dtype, kernel, head size from). float32 dots beyond 128 columns hold three operands of 16 x 256 and an
 # accumulator or two in registers, and no smaller tile exists (Triton's dots start at 16 x 16). The others are a few registers at head sizes where
-# the next smaller tile would double the traffic. Head sizes 64 and 128 in 16 bits spill nothing on sm_80, 90 and 100; Triton 3.6 keeps up to ten of
-# the 255 registers of some such kernels on the stack.
+# the next smaller tile would double the traffic. Head sizes 64 and 128 in 16 bits spill nothing on sm_80, 90 and 100; Triton 3.6 and 3.9 keep up to
+# ten of the 255 registers of some such kernels on the stack.
 ALLOWED_STACK = {
     ("fp32", "_attention_fwd_kernel", 0): 16,
     ("fp32", "_attention_fwd_kernel", 160): 32,
@@ -119,7 +119,7 @@ ALLOWED_STACK = {
 if triton.__version__.startswith("3.8."):
     ALLOWED_STACK["bf16", "_cross_entropy_fwd_kernel", 0] = 8  # two registers, on sm_90 alone
 NOTHING_SPILLS = {(arch, size) for arch in (80, 90, 100) for size in (64, 128)}
-OF_THOSE = 40 if triton.__version__.startswith("3.6.") else 0
+OF_THOSE = 40 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
 
 
 def compiled(case: Case, dtype: str, arch: int) -> list[Launch]:
