@@ -39,7 +39,6 @@ _specialise = getattr(jit, "native_specialize_impl", None)
 if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) or torch.version.hip:
     _specialise = None
 _compiled: dict[tuple[Any, ...], _Compiled] = {}
-_NOTHING = contextlib.nullcontext()
 
 
 def recording() -> bool:
@@ -200,7 +199,7 @@ class _Compiled:
 
     def __init__(self, binary: CompiledKernel, tile: Tile, constexprs: tuple[Any, ...]) -> None:
         self.binary, self.tile, self.constexprs = binary, tile, constexprs
-        self.memory = _lent_memory if getattr(binary.metadata, "global_scratch_size", 0) else None
+        self.wants_memory = getattr(binary.metadata, "global_scratch_size", 0) > 0
 
     def run(self, like: Tensor, programs: tuple[int, ...], *args: Any) -> None:
         """What `binary[programs](*args, *constexprs)` does where nobody listens to launches."""
@@ -212,10 +211,12 @@ class _Compiled:
                 return self.run(like, programs, *args)
         x, y, z = (*programs, 1, 1)[:3]
         binary, stream = self.binary, driver.active.get_current_stream(device)
-        with self.memory() if self.memory else _NOTHING:
-            binary.run(
-                x, y, z, stream, binary.function, binary.packed_metadata, None, None, None, *args, *self.constexprs
-            )
+        call = (x, y, z, stream, binary.function, binary.packed_metadata, None, None, None, *args, *self.constexprs)
+        if self.wants_memory:
+            with _lent_memory():
+                binary.run(*call)
+        else:
+            binary.run(*call)
 
 
 def _observed(kernel: Any) -> bool:
