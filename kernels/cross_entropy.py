@@ -175,7 +175,7 @@ def cross_entropy_fwd(
 def _cross_entropy_fwd_fake(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss = torch.empty(target.shape, dtype=wider(logits.dtype), device=logits.device)
+    loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
@@ -221,8 +221,8 @@ def _reduced(forward: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Any) 
         return loss.to(dtype), lse, own
     if reduction == "mean":
         own = own.sum()
-        return (loss.sum() / own).to(dtype), lse, own
-    return loss.sum().to(dtype), lse, own
+        return (loss.sum() / own).type(dtype), lse, own
+    return loss.sum().type(dtype), lse, own
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -323,7 +323,8 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    autocast = logits.device.type != "meta" and torch.is_autocast_enabled(logits.device.type)
+    device = logits.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
     if backend == "torch":
         ignored = (target == ignore_index).unsqueeze(-1)

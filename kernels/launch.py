@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
+from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set, _has_torch_function
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from triton import knobs
 from triton.backends.compiler import BaseBackend
 from triton.compiler import CompiledKernel
@@ -63,7 +65,7 @@ def arch_of(x: Tensor) -> int:
 
 
 def _capability(index: int) -> int:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _read_capability(index)
     if index not in _capabilities:
         _capabilities[index] = _read_capability(index)
@@ -97,20 +99,22 @@ class Launch:
         tiles: Sequence[Tile],
     ) -> None:
         self.kernel, self.grid, self.scalars, self.flags, self.tiles = kernel, grid, scalars, flags, tiles
-        self.compiled: dict[tuple[Any, ...], _Compiled] = {}
+        self.known: dict[tuple[Any, ...], tuple[_Compiled, tuple[int, ...], tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run it under the device and current stream of the first tensor."""
-        like = tensors[0]
-        key = (
-            _recorded_arch, like.get_device(), *[x.dtype for x in tensors], *[x.data_ptr() % 16 == 0 for x in tensors]
-        )  # fmt: skip
-        known = self.compiled.get(key)
-        if known and (recording() or not selftest_due) and not _observed(self.kernel):
-            return known.run(like, self.grid(known.tile), *tensors, *self.scalars)
-        known = launch(self.kernel, self.grid, like, (*tensors, *self.scalars), self.flags, self.tiles)
-        if known:
-            self.compiled[key] = known
+        like, address = tensors[0], 0
+        for x in tensors:
+            address |= x.data_ptr()
+        # Triton compiles for the alignment of each tensor. One key is for all of them aligned, the usual case; `launch` knows the others.
+        key = None if address % 16 else (_recorded_arch, like.get_device(), *[x.dtype for x in tensors])
+        known = self.known.get(key) if key else None
+        if known and (_recorded_arch or not selftest_due) and not _observed(self.kernel):
+            compiled, programs, rest = known
+            return compiled.run(like, programs, tensors + rest)
+        first = launch(self.kernel, self.grid, like, tensors + self.scalars, self.flags, self.tiles)
+        if first and key:
+            self.known[key] = first, _three(self.grid(first.tile)), self.scalars + first.constexprs
 
 
 def launch(
@@ -137,7 +141,10 @@ def launch(
         kind = kernel.fn, _recorded_arch, like.get_device(), *flags.values(), *tiles[0].values(), kinds
         known = _compiled.get(kind)
         if known:
-            known.run(like, grid(known.tile), *args)
+            programs = grid(known.tile)
+            if 0 in programs:
+                return None
+            known.run(like, _three(programs), args + known.constexprs)
             return known
     for tile in tiles:
         programs = grid(tile)
@@ -201,22 +208,23 @@ class _Compiled:
         self.binary, self.tile, self.constexprs = binary, tile, constexprs
         self.wants_memory = getattr(binary.metadata, "global_scratch_size", 0) > 0
 
-    def run(self, like: Tensor, programs: tuple[int, ...], *args: Any) -> None:
-        """What `binary[programs](*args, *constexprs)` does where nobody listens to launches."""
-        if 0 in programs:
-            return
+    def run(self, like: Tensor, programs: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """What `binary[programs](*args)` does where nobody listens to launches; programs along three axes, and constexprs too."""
         device = like.get_device()
-        if like.is_cuda and torch.cuda.current_device() != device:
+        if like.is_cuda and torch._C._cuda_getDevice() != device:
             with torch.cuda.device(device):
-                return self.run(like, programs, *args)
-        x, y, z = (*programs, 1, 1)[:3]
+                return self.run(like, programs, args)
         binary, stream = self.binary, driver.active.get_current_stream(device)
-        call = (x, y, z, stream, binary.function, binary.packed_metadata, None, None, None, *args, *self.constexprs)
+        call = (*programs, stream, binary.function, binary.packed_metadata, None, None, None, *args)
         if self.wants_memory:
             with _lent_memory():
                 binary.run(*call)
         else:
             binary.run(*call)
+
+
+def _three(programs: tuple[int, ...]) -> tuple[int, ...]:
+    return (*programs, 1, 1)[:3]
 
 
 def _observed(kernel: Any) -> bool:
@@ -253,9 +261,10 @@ def _bits(*keys: str) -> int:
     return functools.reduce(lambda bits, key: bits | DispatchKeySet(getattr(DispatchKey, key)).raw_repr(), keys, 0)
 
 
-# What torch's dispatcher sees of a plain tensor, and of a thread in which nothing listens to ops.
-_EVERYDAY = _bits("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA") | _bits(
-    "ADInplaceOrView", "BackendSelect"
+# What torch's dispatcher does not see of a plain tensor, nor of a thread in which nothing listens to ops.
+_SPECIAL = ~(
+    _bits("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+    | _bits("ADInplaceOrView", "BackendSelect")
 )
 
 
@@ -270,19 +279,20 @@ def apply(function: Any, *args: Any) -> Any:
     which a mode, a transform, a tracer or a profiler is active, get the function itself.
     """
     if (
-        torch.compiler.is_compiling()
-        or _dispatch_tls_local_include_set().raw_repr() & ~_EVERYDAY
-        or torch._C._has_torch_function(args)  # a mode, or a subclass that listens
-        or torch._C._autograd._profiler_enabled()
-        or getattr(forward_ad, "_current_level", 0) >= 0
+        is_compiling()
+        or _dispatch_tls_local_include_set().raw_repr() & _SPECIAL
+        or _has_torch_function(args)  # a mode, or a subclass that listens
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
     ):
         return function.apply(*args)
     tracked = False
     for x in args:
         if isinstance(x, Tensor):
-            if _dispatch_keys(x).raw_repr() & ~_EVERYDAY:
+            if _dispatch_keys(x).raw_repr() & _SPECIAL:
                 return function.apply(*args)
-            tracked = tracked or x.requires_grad
+            if x.requires_grad:
+                tracked = True
     if tracked and torch.is_grad_enabled():
         return _in_one(function)(*args)
     return function.launcher(*args)

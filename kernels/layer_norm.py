@@ -298,7 +298,7 @@ def layer_norm_fwd(
 def _layer_norm_fwd_fake(
     x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> tuple[Tensor, Tensor]:
-    stats = torch.empty((2, math.prod(x.shape[:-axes])), dtype=wider(x.dtype), device=x.device)
+    stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=wider(x.dtype), device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stats
 
 

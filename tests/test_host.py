@@ -64,6 +64,9 @@ def _calls() -> list[Any]:
         calls.append(lambda x=x, t=target, n=n: cross_entropy(x, t, label_smoothing=0.1 * (n == 16), reduction="sum"))
         calls.append(lambda x=x, w=weight, t=target: cross_entropy(x, t, weight=w.detach()))
         calls.append(lambda x=x, dtype=dtype: dropout(x, 0.5, residual=x.detach().to(torch.float32)))
+    x = torch.ones(4, 16, dtype=torch.bfloat16)
+    for dtype in dtypes:  # one shape, all aligned: only the weight's dtype tells two calls apart
+        calls.append(lambda w=torch.ones(16, dtype=dtype, requires_grad=True): layer_norm(x, (16,), w))
     for t_q, t_k, skip in itertools.product((1, 5), (1, 16, 33), (0, 1)):
         q, k = (_placed(2, 2, t, 16, dtype=torch.bfloat16, skip=skip).requires_grad_() for t in (t_q, t_k))
         calls.append(lambda q=q, k=k: attention(q, k, k, causal="bottom_right"))
@@ -100,6 +103,15 @@ def check_launches() -> None:
     with record(90), use_backend("triton"), mock.patch.object(launch, "_run", asked):
         for call in calls:  # none of them is a first of its kind
             call()
+
+
+def check_that_nothing_is_launched_for_nothing() -> None:
+    with mock.patch.object(triton.compiler, "compile", _Compiled), record(90), use_backend("triton"):
+        softmax(torch.ones(16, 16))  # of a kind with the next: to Triton 16 and 0 rows are alike
+        LAUNCHES.clear()
+        for _ in range(3):
+            softmax(torch.ones(0, 16)), softmax(torch.ones(2, 0, 16))
+        assert LAUNCHES == []
 
 
 def check_that_the_comparison_sees_a_key_that_is_too_coarse() -> None:
