@@ -70,7 +70,7 @@ def _attention_matrix() -> Iterator[Case]:
 
 
 def _row_matrix() -> Iterator[Case]:
-    for width in (128, 1024, 4096, 16384):
+    for width in (128, 1024, 3072, 4096, 8192, 16384):
         both = ("bf16", "fp32")
         affine = row_call(64, width, params=("weight", "bias"), normalized_shape=(width,))
         yield Case(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tileformer.kernels import checks, reference
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import Launch, apply, cdiv, recording, register, wider
+from tileformer.kernels.launch import Launch, apply, cdiv, pow2, recording, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.second import second_derivative
 
@@ -41,11 +41,11 @@ MAX_BWD = 8192
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, x_stride, R, N, eps,
-    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_R rows, and their mean and rstd to stats (2, R). WHOLE: a tile spans the row."""
-    N = N // ALIGN * ALIGN
+    """One program: BLOCK_R rows, and their mean and rstd to stats (2, R). WHOLE: a tile spans the row; FULL: and has no column more."""
+    N = BLOCK_N if FULL else N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = rows < R
@@ -227,12 +227,17 @@ def _programs(x: Tensor) -> int:
 def _fwd_launch(
     r: int, n: int, stride: int, centre: bool, weight: bool, bias: bool, eps: float, dtype: torch.dtype
 ) -> Launch:
+    full = n == pow2(n) and n <= MAX_FWD
+    # Two long rows share a conversion of weight and bias; one for each row would take longer than the memory does. Beside masks, more than 4096
+    # columns leave no registers for it.
+    two = 2048 < n <= (8192 if full else 4096)
+    tile = row_tile(n, MAX_FWD, 2 * pow2(n) if two else 4096, 32)
     return Launch(
         _layer_norm_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,),
         (stride, r, n, eps),
-        dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, **row_flags(dtype, n, stride)),
-        [row_tile(n, MAX_FWD, 4096, 32)],
+        dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, FULL=full, **row_flags(dtype, n, stride)),
+        [tile],
     )
 
 

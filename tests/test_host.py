@@ -66,7 +66,8 @@ def _calls() -> list[Any]:
         calls.append(lambda x=x, dtype=dtype: dropout(x, 0.5, residual=x.detach().to(torch.float32)))
     x = torch.ones(4, 16, dtype=torch.bfloat16)
     for dtype in dtypes:  # one shape, all aligned: only the weight's dtype tells two calls apart
-        calls.append(lambda w=torch.ones(16, dtype=dtype, requires_grad=True): layer_norm(x, (16,), w))
+        weight = torch.ones(16, dtype=dtype, requires_grad=True)
+        calls.append(lambda w=weight: layer_norm(x, (16,), w))
     for t_q, t_k, skip in itertools.product((1, 5), (1, 16, 33), (0, 1)):
         q, k = (_placed(2, 2, t, 16, dtype=torch.bfloat16, skip=skip).requires_grad_() for t in (t_q, t_k))
         calls.append(lambda q=q, k=k: attention(q, k, k, causal="bottom_right"))

@@ -745,6 +745,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("tail mask", "columns past the end take part in the variance",
          "centred = tl.where(cols < N, x - mean[:, None], 0.0)",
          "centred = x - mean[:, None]"),
+        ("tail mask", "every row is taken for as wide as its tile", 'FULL=full,', "FULL=n <= MAX_FWD,"),
         ("tail mask", "columns past the end take part in the variance of a tile",
          "centred = tl.where(near < N, x - tile_mean[:, None], 0.0)",
          "centred = x - tile_mean[:, None]"),
