@@ -290,13 +290,7 @@ def layer_norm_fwd(
     r, n = stats.shape[1], _row_length(x, axes)
     rows, stride = rows_of(x, n)
     run = _fwd_launch(r, n, stride, centre, weight is not None, bias is not None, eps, x.dtype)
-    run(
-        rows,
-        rows if weight is None else weight.contiguous(),
-        rows if bias is None else bias.contiguous(),
-        y,
-        stats,
-    )
+    run(rows, rows if weight is None else weight.contiguous(), rows if bias is None else bias.contiguous(), y, stats)
     return y, stats
 
 

@@ -137,6 +137,7 @@ def _launches_are_made_anew() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # each test draws the same numbers, whichever ran before it in this process
     if torch.cuda.is_available() and _interprets(item):
         pytest.skip("interpreted in a process of its own, by tests/test_gpu.py")
     for marker in item.iter_markers("gpu"):

@@ -12,6 +12,7 @@ from tileformer.bench.budget import assert_within_budget, attention_sizes, rms_r
 from tileformer.bench.cases import Case, attention_call
 from tileformer.bench.check import judge
 from tileformer.kernels import attention, reference, scaled_dot_product_attention, use_backend
+from tileformer.kernels.attention.plain import FUSED_FROM
 
 EVERY_BACKEND = pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
 
@@ -421,6 +422,36 @@ def test_a_backend_that_cannot_serve_raises() -> None:
         attention(_Q, _K, _K)
     with pytest.raises(ValueError, match="unknown backend 'cuda'"), use_backend("cuda"):
         pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(causal=True),
+        dict(causal="bottom_right"),
+        dict(window=(9, 0), causal=True),
+        dict(window=(None, 7)),
+        dict(mask=torch.arange(FUSED_FROM) % 3 > 0),
+        dict(bias=torch.arange(FUSED_FROM) % 3 / 2),
+        dict(key_mask=(torch.arange(FUSED_FROM) < 400)[None]),
+        dict(key_lengths=torch.tensor([400])),
+        dict(query_lengths=torch.tensor([3])),
+        dict(alibi_slopes=torch.tensor([0.1, 0.2])),
+        dict(softcap=1.0),
+        dict(scale=0.5),
+        dict(return_lse=True),
+        dict(return_weights=True),
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize("t_q", [5, FUSED_FROM])
+def test_the_torch_backend_means_the_same_where_torchs_fused_attention_is_faster(t_q, options):
+    q, k, v = _qkv(t_q=t_q, t_k=FUSED_FROM, d=8, dtype=torch.float64)
+    with use_backend("reference"):
+        expected = attention(q, k, v, **options)
+    with use_backend("torch"):
+        torch.testing.assert_close(attention(q, k, v, **options), expected)
 
 
 @pytest.mark.parametrize("heads", [(4, 1, 1), (4, 4, 1), (4, 1, 4), (1, 4, 1), (1, 1, 1)])
