@@ -191,12 +191,36 @@ def test_sections_of_heads(sections: int, one_tile: None, monkeypatch: pytest.Mo
     check(drawn(1, 10, 5, 40, 40), causal=True)
 
 
+# What differs between batches and heads, and a diagonal that is not at the top left.
+OF_EACH_BATCH = dict(
+    mask=torch.rand(2, 4, 40, 50, generator=torch.Generator().manual_seed(1)) > 0.4,
+    alibi_slopes=torch.rand(2, 4, generator=torch.Generator().manual_seed(1)),
+    causal="bottom_right",
+)
+
+
 @pytest.mark.parametrize(
     "softcap", [0.3, 2.0, 50.0]
 )  # most scores far past the cap; about it; where tanh is nearly linear
 def test_soft_caps(softcap: float, one_tile: None) -> None:
     check(drawn(2, 2, 1, 40, 50), softcap=softcap, return_lse=True)
     check(drawn(2, 2, 1, 40, 50), softcap=softcap, causal=True, dropout_p=0.2, seed=torch.tensor([3]))
+
+
+def test_a_soft_cap_between_its_series_and_its_formula(one_tile: None) -> None:
+    """Scores of 0.04 to 0.9 of the cap: tanh is a series below 1 / 16."""
+    q, k = torch.linspace(4, 90, 87).view(1, 1, 87, 1), torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)
+    _, lse = attention(q, k, k, scale=1.0, softcap=100.0, return_lse=True)
+    exact = torch.logaddexp(100 * torch.tanh(q.double() / 100), torch.zeros(1, dtype=torch.float64))[..., 0]
+    assert ((lse - exact).abs() <= 8 * torch.finfo(torch.float32).eps * exact).all()
+
+
+def test_a_row_that_sees_nothing_gives_no_gradient_to_keys_after_it(one_tile: None) -> None:
+    """Its log-sum-exp is -inf, and rows of a tile past the end are none of its neighbours."""
+    leaves = dict(q=torch.full((1, 1, 1, 1), -100.0), k=torch.ones(1, 1, 2, 1), v=torch.ones(1, 1, 2, 1))
+    k = leaves["k"].requires_grad_()
+    out = attention(**leaves, scale=1.0, causal="bottom_right")
+    assert torch.equal(torch.autograd.grad(out.sum(), k)[0], torch.zeros_like(k))
 
 
 SHAPES = [
@@ -221,6 +245,7 @@ def test_a_bias_and_its_gradient(shape: tuple[int, ...], one_tile: None) -> None
         ),
         dict(key_mask=torch.rand(2, 50, generator=torch.Generator().manual_seed(1)) > 0.4, window=(20, 5)),
         dict(softcap=2.0, alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]), query_lengths=torch.tensor([33, 40])),
+        OF_EACH_BATCH,
     ],
     ids=lambda options: " ".join(options),
 )
@@ -258,6 +283,7 @@ def test_other_head_sizes_of_v(d: int, dv: int, one_tile: None) -> None:
         ),
         dict(softcap=2.0, alibi_slopes=torch.tensor([0.1, 0.2, 0.3, 0.4]), key_lengths=torch.tensor([50, 20])),
         dict(bias=torch.randn(2, 4, 40, 50, generator=torch.Generator().manual_seed(1))),
+        OF_EACH_BATCH,
     ],
     ids=lambda options: " ".join(options) or "plain",
 )

@@ -147,7 +147,7 @@ def test_nothing_but_ignored_rows(name):
     assert loss == 0 and torch.equal(logits.grad, torch.zeros(3, 5))
 
 
-@pytest.mark.parametrize("unknown", [7, -1, 2**40])
+@pytest.mark.parametrize("unknown", [7, -1, 2**40, 2**32 - 100])  # the last: -100 to 32 bits
 def test_an_unknown_target_is_nan_and_nothing_else_is(unknown, device, backend):
     logits = torch.randn(4, 7, device=device, requires_grad=True)
     target = torch.tensor([0, unknown, -100, 6], device=device)
@@ -156,6 +156,13 @@ def test_an_unknown_target_is_nan_and_nothing_else_is(unknown, device, backend):
     nan = torch.tensor([False, True, False, False], device=device)
     assert torch.equal(loss.isnan(), nan)
     assert torch.equal(logits.grad.isnan(), nan[:, None].expand(4, 7))
+
+
+def test_an_ignored_target_has_64_bits(device, backend):
+    logits, target = torch.randn(2, 7, device=device), torch.tensor([2**40, 0], device=device)
+    loss = cross_entropy(logits, target, ignore_index=2**40, reduction="none")
+    torch.testing.assert_close(loss, reference.cross_entropy(logits, target, ignore_index=2**40, reduction="none"))
+    assert loss[0] == 0 and loss[1] > 0
 
 
 def test_one_row_without_an_axis(device, backend):

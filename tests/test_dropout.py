@@ -88,6 +88,19 @@ def test_bits_do_not_depend_on_the_tile(tile, device, backend, monkeypatch):
     assert torch.equal(kept, reference.dropout_keep(seed_on(device), (9, 37), 0.4))
 
 
+def test_rows_do_not_repeat(device, backend):
+    """More of them than 16 bits count."""
+    shape = (2**16 + 8, 4)
+    kept = dropout(torch.ones(shape, device=device), 0.5, seed=seed_on(device)) != 0
+    assert torch.equal(kept, reference.dropout_keep(seed_on(device), shape, 0.5))
+    assert not torch.equal(kept[:8], kept[2**16 :])
+
+
+@pytest.mark.parametrize("p", [1e-9, 1e-5, 0.1, 1 / 3, 0.999999, 1.0])
+def test_a_rate_has_31_bits(p):
+    assert abs(bits.threshold(p) / 2**31 - p) <= 2**-31
+
+
 def test_a_long_row_needs_one_axis_of_programs():
     """CUDA's others end at 65,535."""
     run = MODULE._launch(3, 2**28, 2**28, 2**28, False, 0.1, torch.float32)

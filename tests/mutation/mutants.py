@@ -41,6 +41,8 @@ FORWARD = "kernels/attention/forward.py"
 BACKWARD = "kernels/attention/backward.py"
 MUTANTS: dict[str, list[tuple[str, ...]]] = {
     SCORES: [
+        ("causal", "the bottom right is the last real key, not the last", "k_len - q_len if ALIGN else 0", "last - q_len if ALIGN else 0"),
+        ("scale", "tanh is taken for its series too far out", "tl.where(y < 0.0625, near", "tl.where(y < 0.25, near"),
         ("key range", "the last real key is left out", "tl.where(real, cols + 1, 0)", "tl.where(real, cols, 0)"),
         ("key range", "the first real key is left out", "tl.where(real, cols, k_len)", "tl.where(real, cols + 1, k_len)"),
         ("padding", "holes are never noticed", "(holes < last - first)", "(holes < 0)"),
@@ -197,6 +199,11 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("mask", "nothing is hidden", 's = tl.where(seen, s, float("-inf"))', "s = s + 0.0"),
     ],
     FORWARD: [
+        ("accumulator", "weights: scores are rounded", "out_dtype=ACC) * (scale * LOG2E)", "out_dtype=ACC).to(q_ptr.dtype.element_ty).to(ACC) * (scale * LOG2E)", "_attention_weights_kernel"),
+        ("accumulator", "weights: the average is rounded at every head", "        total += p\n", "        total = (total + p).to(weights_ptr.dtype.element_ty).to(ACC)\n", "_attention_weights_kernel"),
+        ("rescale", "ahead: the sum of the masked tiles is lost", "        l = l * alpha + tl.sum(p, 1)\n    for i in range(n - 1):", "        l = tl.sum(p, 1)\n    for i in range(n - 1):"),
+        ("heads", "weights: the slopes are those of the first sequence", "slopes_ptr + head", "slopes_ptr + h", "_attention_weights_kernel"),
+        ("causal", "weights: the linear bias ignores the alignment", "bend(s, rows[:, None], cols[None, :], shift,", "bend(s, rows[:, None], cols[None, :], 0,", "_attention_weights_kernel"),
         ("tail mask", "rows past the end read the mask",
          "end = tl.where(rows < q_len, last, 0)",
          "end = tl.where(rows > -1, last, 0)",
@@ -367,6 +374,14 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "key_mask_ptr, KEY_MASK)\n    seed"),
     ],
     BACKWARD: [
+        ("accumulator", "scores are rounded in dk", "out_dtype=ACC) * scale_log2", "out_dtype=ACC).to(q.dtype).to(ACC) * scale_log2", "_dkdv_tile"),
+        ("accumulator", "delta is multiplied in the input's dtype", "tl.sum(out.to(ACC) * do.to(ACC), 1)", "tl.sum((out * do).to(ACC), 1)"),
+        ("accumulator", "dbias is rounded at every tile", "total += p * (dp - delta[:, None])", "total = (total + p * (dp - delta[:, None])).to(dbias_ptr.dtype.element_ty).to(ACC)"),
+        ("tail mask", "rows past the end are hidden by nothing in a causal dk", "cols[:, None] <= tl.where(in_q, rows + high, -1)[None, :]", "cols[:, None] <= (rows + high)[None, :]"),
+        ("backward", "the soft cap's derivative in dq lacks a factor", "ds *= 1 - t * t", "ds *= 1 - t", "_dq_tile"),
+        ("stride", "dbias reads the mask of the first batch", "mask_ptr + b * mask_strides[0] + h * mask_strides[1], mask_strides", "mask_ptr + h * mask_strides[1], mask_strides", "_attention_bwd_bias_kernel"),
+        ("heads", "dbias has the slopes of the first sequence", "slopes_ptr + head", "slopes_ptr + h", "_attention_bwd_bias_kernel"),
+        ("causal", "dbias: the linear bias ignores the alignment", "bend(s, rows[:, None], cols[None, :], shift,", "bend(s, rows[:, None], cols[None, :], 0,", "_attention_bwd_bias_kernel"),
         ("tail mask", "the tail of keys is not masked", "real = cols < last", "real = cols < cols + 1", "_dq_tile"),
         ("padding", "holes are not masked in dq",
          "real = real_keys(cols, first, last, key_mask_ptr, KEY_MASK)",
@@ -547,6 +562,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "tl.store(dbias_ptr + rows, tl.sum(total, 0).to(ty), mask=rows < T_q)"),
     ],
     "kernels/steps.py": [
+        ("dropout bits", "rows repeat after 65,536", "tl.philox(seed, words[None, :], head, rows[:, None], 0, 7)", "tl.philox(seed, words[None, :], head, rows[:, None] & 65535, 0, 7)"),
         ("dropout bits", "neighbouring words repeat", "words = col_start // 4 + tl.arange", "words = col_start + tl.arange"),
         ("dropout bits", "six rounds instead of seven",
          "tl.philox(seed, words[None, :], head, rows[:, None], 0, 7)",
@@ -736,6 +752,11 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("mask", "the linear bias replaces the bias", "additive = linear if bias is None else bias.to(_wide(q)) + linear", "additive = linear"),
     ],
     "kernels/layer_norm.py": [
+        ("accumulator", "dbias is rounded at every block of rows", "dbias += dy", "dbias = (dbias + dy).to(x_ptr.dtype.element_ty).to(ACC)"),
+        ("accumulator", "the sum of g xhat is rounded at every tile of a long row", "sum_gx += tl.sum(g * xhat, 1)", "sum_gx = (sum_gx + tl.sum(g * xhat, 1)).to(x_ptr.dtype.element_ty).to(ACC)"),
+        ("accumulator", "the mean of g xhat is rounded", "mean_gx = tl.sum(g * xhat, 1) / N", "mean_gx = (tl.sum(g * xhat, 1) / N).to(x_ptr.dtype.element_ty).to(ACC)"),
+        ("accumulator", "a wider weight is rounded to the dtype of x in the backward", "g = dy * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(ACC)", "g = dy * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(x_ptr.dtype.element_ty).to(ACC)"),
+        ("tail mask", "a long row of a power of two is as short as its tile", "full = n == pow2(n) and n <= MAX_FWD", "full = n == pow2(n)"),
         ("statistics", "an RMS norm takes the mean away", "mean = tl.sum(x, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)\n        centred", "mean = tl.sum(x, 1) / N\n        centred"),
         ("statistics", "an RMS norm of a long row takes the mean away", "tl.sum(x, 1) / count if CENTRE else tl.zeros([BLOCK_R], ACC)", "tl.sum(x, 1) / count"),
         ("backward", "an RMS norm's gradient is centred", "mean_g = tl.sum(g, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)", "mean_g = tl.sum(g, 1) / N"),
@@ -871,6 +892,10 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "weight is not None, bias is not None, 1e-5, x.dtype)"),
     ],
     "kernels/softmax.py": [
+        ("accumulator", "the logarithm of the sum is rounded", "y = s - (top + _log_sum(tl.sum(p, 1)))[:, None]", "y = s - (top + _log_sum(tl.sum(p, 1))).to(y_ptr.dtype.element_ty).to(ACC)[:, None]"),
+        ("accumulator", "the row sum of a long row of logarithms is rounded at every tile", 'total += tl.sum(tl.where(y == float("-inf"), 0.0, dy), 1)', 'total = (total + tl.sum(tl.where(y == float("-inf"), 0.0, dy), 1)).to(y_ptr.dtype.element_ty).to(ACC)'),
+        ("accumulator", "a wider additive mask is rounded to the dtype of x", "s += tl.load(mask_ptrs + cols * mask_stride, mask=seen, other=0.0).to(ACC)", "s += tl.load(mask_ptrs + cols * mask_stride, mask=seen, other=0.0).to(x_ptrs.dtype.element_ty).to(ACC)"),
+        ("backward", "what is hidden in a long row of logarithms takes a gradient", 'dx = (tl.where(y == float("-inf"), 0.0, dy) - tl.exp(y) * total', "dx = (dy - tl.exp(y) * total"),
         ("tail mask", "columns past the end are seen", "seen = in_rows[:, None] & (cols < T_k)", "seen = in_rows[:, None] & (cols < T_k + 1)"),
         ("tail mask", "rows past the end are read", "seen = in_rows[:, None] & (cols < T_k)", "seen = (in_rows | True)[:, None] & (cols < T_k)"),
         ("causal", "columns are hidden in eights",
@@ -971,6 +996,10 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("mask", "an additive -inf is not hidden on the torch backend", "hidden.append(mask == -torch.inf)", "hidden.append(mask != mask)"),
     ],
     "kernels/cross_entropy.py": [
+        ("targets", "ignored targets are compared in 32 bits", "(target != ignore_index), label, -1)", "(target.to(tl.int32) != ignore_index), label, -1)"),
+        ("smoothing", "wider class weights are rounded in the gradient's spread", "spread = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)", "spread = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(logits_ptr.dtype.element_ty).to(ACC)"),
+        ("smoothing", "the smoothed part is rounded at every tile", "smooth += tl.sum(x, 1)", "smooth = (smooth + tl.sum(x, 1)).to(logits_ptr.dtype.element_ty).to(ACC)"),
+        ("accumulator", "the gradient is rounded before it meets that of the loss", "d = d * dloss[:, None]", "d = d.to(dlogits_ptr.dtype.element_ty).to(ACC) * dloss[:, None]"),
         ("targets", "the target of an ignored row is used",
          "tl.where((rows < R) & (target != ignore_index), label, -1)",
          "tl.where(rows < R, label, -1)"),
@@ -1073,6 +1102,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("stride", "the launch of a shape is kept for another stride", "strides = (dloss.stride(0), stride)", "strides = (1, stride)"),
     ],
     "kernels/dropout.py": [
+        ("accumulator", "the residual is rounded to the dtype of x", "y += tl.load(residual_ptr + wide * residual_stride + cols, mask=inside, other=0.0).to(ACC)", "y += tl.load(residual_ptr + wide * residual_stride + cols, mask=inside, other=0.0).to(x_ptr.dtype.element_ty).to(ACC)"),
         ("dropout", "kept elements are not scaled", "y = x * tl.where(keep, keep_scale, 0.0)", "y = x * tl.where(keep, 1.0, 0.0)"),
         ("dropout", "the dropped part is kept", "y = x * tl.where(keep, keep_scale, 0.0)", "y = x * tl.where(keep, 0.0, keep_scale)"),
         ("-inf", "a dropped infinity is NaN", "y = x * tl.where(keep, keep_scale, 0.0)", "y = tl.where(keep, x * keep_scale, x * 0.0)"),
@@ -1118,6 +1148,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("host", "the residual is lost on the torch backend", "torch.addcmul(residual, x, keep)", "x * keep"),
     ],
     "kernels/bits.py": [
+        ("dropout", "rates are exact to 16 bits alone", "min(int(p * 2**31), 2**31 - 1)", "min(int(p * 2**16) << 15, 2**31 - 1)"),
         ("dropout", "the threshold is off by a bit", "min(int(p * 2**31), 2**31 - 1)", "min(int(p * 2**30), 2**31 - 1)"),
         ("dropout", "kept elements are divided by the rate", "return 1.0 / (1.0 - p) if p < 1.0 else 0.0", "return 1.0 / p if p < 1.0 else 0.0"),
         ("dropout bits", "seeds come from 16 values", "SEED_LIMIT = 2**62", "SEED_LIMIT = 2**4"),
@@ -1126,6 +1157,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("dropout bits", "the fast bits ignore the seed", "_generator.words(int(seed), math.prod(shape))", "_generator.words(1, math.prod(shape))"),
     ],
     "kernels/rows.py": [
+        ("stride", "a row whose columns repeat is read as contiguous", "rows.stride(1) == 1 else", "rows.stride(1) <= 1 else"),
         ("layout", "strided rows are read as contiguous", "rows = rows if n == 1 or rows.stride(1) == 1 else rows.contiguous()", "rows = rows"),
         ("stride", "rows are taken for aligned to 8", "math.gcd(8, n, *strides)", "8"),
         ("stride", "the alignment of the row strides is not looked at", "math.gcd(8, n, *strides)", "math.gcd(8, n)"),
