@@ -224,6 +224,7 @@ class _Compiled:
 
 
 def _three(programs: tuple[int, ...]) -> tuple[int, ...]:
+    """A grid along all three axes."""
     return (*programs, 1, 1)[:3]
 
 
@@ -283,7 +284,7 @@ def apply(function: Any, *args: Any) -> Any:
         or _dispatch_tls_local_include_set().raw_repr() & _SPECIAL
         or _has_torch_function(args)  # a mode, or a subclass that listens
         or _profiler_enabled()
-        or forward_ad._current_level >= 0
+        or getattr(forward_ad, "_current_level", 0) >= 0
     ):
         return function.apply(*args)
     tracked = False

@@ -86,9 +86,7 @@ def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     )
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-        if (
-            done.returncode < 0
-        ):  # a peer that wrote out of bounds: what the C library says of that differs from run to run
+        if done.returncode < 0:  # a peer wrote out of bounds; the C library's words on it differ from run to run
             why = "a signal ended it"
         if job["provider"] == OURS:
             raise RuntimeError(f"{job}: {why}")
