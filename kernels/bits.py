@@ -50,7 +50,7 @@ def dropout_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     from tileformer.kernels import reference  # which imports this module
 
     if current_backend() in ("auto", "torch") and not seed.is_cuda:
-        return fast_keep(seed, list(shape), p, torch.float32) != 0.0
+        return fast_keep(seed, list(shape), p, 1.0, torch.float32) != 0.0
     return reference.dropout_keep(seed, shape, p)
 
 
@@ -71,8 +71,8 @@ class _Generator(threading.local):
 _generator = _Generator()
 
 
-def fast_keep(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
-    """keep_scale(p) with probability 1 - p (exact to 2**-16), else 0: what the torch backend multiplies with.
+def fast_keep(seed: Tensor, shape: Sequence[int], p: float, value: float, dtype: torch.dtype) -> Tensor:
+    """`value` with probability 1 - p (exact to 2**-16), else 0: what the torch backend multiplies with.
 
     The same seed gives the same tensor, but on the CPU not the elements that the kernels keep: Philox costs far more
     there. On a GPU, where reading the seed would stall the host, they are those of `reference.dropout_keep`.
@@ -80,11 +80,11 @@ def fast_keep(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) 
     if seed.is_cuda:
         from tileformer.kernels import reference  # which imports this module
 
-        return reference.dropout_keep(seed, (1, *shape), p)[0].to(dtype) * keep_scale(p)
+        return reference.dropout_keep(seed, (1, *shape), p)[0].to(dtype) * value
     kept = _generator.words(int(seed), math.prod(shape)) >= min(round(p * 2**16), 2**16 - 1)
-    scale = _scalar(keep_scale(p), dtype)
-    out = kept.view(np.uint8).astype(scale.dtype)
-    out *= scale
+    number = _scalar(value, dtype)
+    out = kept.view(np.uint8).astype(number.dtype)
+    out *= number
     return torch.from_numpy(out).view(dtype).view(shape)
 
 
@@ -95,7 +95,7 @@ def _scalar(x: float, dtype: torch.dtype) -> Any:
     return (rounded.view(torch.uint16) if dtype.itemsize == 2 else rounded).numpy()[()]
 
 
-def _fast_keep_fake(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
+def _fast_keep_fake(seed: Tensor, shape: Sequence[int], p: float, value: float, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=seed.device)
 
 

@@ -327,10 +327,11 @@ def cross_entropy(
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
     if backend == "torch":
+        wide = torch.promote_types(logits.dtype, torch.float32)
         ignored = (target == ignore_index).unsqueeze(-1)
         return F.cross_entropy(
-            torch.where(ignored, 0.0, logits),  # torch would hand a NaN in an ignored row on to its gradient
-            target, None if weight is None else weight.to(logits.dtype),
+            torch.where(ignored, 0.0, logits).to(wide),  # torch would hand a NaN in an ignored row on to its gradient
+            target, None if weight is None else weight.to(wide),
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
     options = weight, int(ignore_index), float(label_smoothing), reduction, dtype

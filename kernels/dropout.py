@@ -139,6 +139,10 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     if backend == "reference":
         return reference.dropout(x, p, seed=seed, residual=residual)
     if backend == "torch":
-        keep = bits.fast_keep(seed, x.shape, p, x.dtype)
-        return x * keep if residual is None else torch.addcmul(residual, x, keep)
+        # A scale of float32 would be rounded in half precision: there it waits for the product.
+        scale, late = bits.keep_scale(p), x.dtype.itemsize == 2
+        keep = bits.fast_keep(seed, x.shape, p, 1.0 if late else scale, x.dtype)
+        if residual is not None:
+            return torch.addcmul(residual, x, keep, value=scale if late else 1)
+        return x * keep * scale if late else x * keep
     return apply(_Dropout, x, residual, seed, float(p))

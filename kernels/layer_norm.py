@@ -488,10 +488,8 @@ def _norm(
 def _torch_norm(
     x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> Tensor:
-    given = [p for p in (x, weight, bias) if p is not None]
-    # torch wants one dtype: the widest. Its RMS norm rounds too often in half precision.
-    wide = functools.reduce(torch.promote_types, [p.dtype for p in given])
-    wide = wide if centre else torch.promote_types(wide, torch.float32)
+    # torch wants one dtype, the widest; in half precision it rounds statistics, and sums of gradients.
+    wide = functools.reduce(torch.promote_types, [p.dtype for p in (x, weight, bias) if p is not None], torch.float32)
     weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
     y = F.layer_norm(x.to(wide), shape, weight, bias, eps) if centre else F.rms_norm(x.to(wide), shape, weight, eps)
-    return y.to(x.dtype)  # autocast may have made it float32
+    return y.to(x.dtype)

@@ -1,7 +1,7 @@
 """The specification: every op in plain eager PyTorch. What a kernel must compute is decided here, in writing, before it exists.
 
-Each function computes in the dtype it is given (float64 is the truth, a 16-bit dtype the yardstick of an error budget), is
-differentiable any number of times, and runs on any device. None of them calls a fused PyTorch operator.
+Each function computes in float32, or float64 for float64 (the truth), and rounds its result once to the dtype it was given: in that dtype it is
+the yardstick of an error budget. It is differentiable any number of times, and runs on any device. None of them calls a fused PyTorch operator.
 
 Decided corner cases:
 - A row that may attend to nothing has output 0, weights 0, log-sum-exp -inf and no gradient.
@@ -32,6 +32,11 @@ from torch import Tensor
 from tileformer.kernels import bits
 
 LOWEST = -2.3e38  # log2(e) times anything below is beyond float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or float64 for float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
@@ -72,7 +77,7 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
     """softmax(scale * x + mask) over the last axis of x (..., T_q, T_k)."""
-    return _softmax(_scores(x, scale, mask, causal))[0]
+    return _softmax(_scores(x, scale, mask, causal))[0].to(x.dtype)
 
 
 def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
@@ -83,12 +88,12 @@ def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, ca
     scores = _scores(x, scale, mask, causal)
     hidden = scores == -math.inf
     total = _softmax(scores)[1].unsqueeze(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    return (scores.masked_fill(hidden, 0.0) - total).masked_fill(hidden, -math.inf)
+    return (scores.masked_fill(hidden, 0.0) - total).masked_fill(hidden, -math.inf).to(x.dtype)
 
 
 def _scores(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
     """scale * x + mask, -inf where hidden."""
-    scores = x * scale
+    scores = _wide(x) * scale
     hidden = _excluded(causal, mask, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1], x.device)
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask.to(scores.dtype)
@@ -121,7 +126,7 @@ def attention(
     return_weights: bool | str = False,
 ) -> Any:
     """softmax(scale * q k^T + mask) v, with the arguments of `tileformer.kernels.attention`."""
-    (batch, heads, t_q, size), t_k = q.shape, k.shape[2]
+    (batch, heads, t_q, size), t_k, dtype = q.shape, k.shape[2], q.dtype
     scale = size**-0.5 if scale is None else scale
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         return _packed(
@@ -148,6 +153,7 @@ def attention(
     if mask is not None:
         seen = seen & mask
 
+    q, k, v = _wide(q), _wide(k), _wide(v)
     q = torch.where(real_q, q, 0.0)
     k, v = (torch.where(real_k.transpose(-1, -2), x, 0.0) for x in (k, v))
     group = heads // k.shape[1] if k.shape[1] else 1
@@ -164,11 +170,11 @@ def attention(
         drawn = seed is not None and seed.dtype == torch.bool  # the bits of one packed sequence, cut from those of all
         keep = seed if seed is not None and drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
         weights = weights * keep.to(weights.dtype) * bits.keep_scale(dropout_p)
-    results = [torch.where(real_q, weights @ v, 0.0)]
+    results = [torch.where(real_q, weights @ v, 0.0).to(dtype)]
     if return_lse:
-        results.append(lse.to(torch.promote_types(lse.dtype, torch.float32)))
+        results.append(lse)
     if return_weights:
-        results.append(weights.mean(1) if return_weights == "average" else weights)
+        results.append((weights.mean(1) if return_weights == "average" else weights).to(dtype))
     return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -208,19 +214,19 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) axes (arXiv:1607.06450)."""
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = x - x.mean(axes, keepdim=True)
+    axes, wide = tuple(range(-len(normalized_shape), 0)), _wide(x)
+    centred = wide - wide.mean(axes, keepdim=True)
     y = centred * torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.to(y.dtype)
-    return y if bias is None else y + bias.to(y.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last len(normalized_shape) axes (arXiv:1910.07467)."""
-    axes = tuple(range(-len(normalized_shape), 0))
-    y = x * torch.rsqrt((x * x).mean(axes, keepdim=True) + eps)
-    return y if weight is None else y * weight.to(y.dtype)
+    axes, wide = tuple(range(-len(normalized_shape), 0)), _wide(x)
+    y = wide * torch.rsqrt((wide * wide).mean(axes, keepdim=True) + eps)
+    return (y if weight is None else y * weight.to(y.dtype)).to(x.dtype)
 
 
 def cross_entropy(
@@ -242,11 +248,11 @@ def cross_entropy(
             logits[None], target[None], weight=weight, ignore_index=ignore_index,
             reduction="sum" if reduction == "none" else reduction, label_smoothing=label_smoothing,
         )  # fmt: skip
-    counted = target != ignore_index
+    counted, dtype = target != ignore_index, logits.dtype
     safe = torch.where(counted, target, 0)
-    logits = torch.where(counted[:, None], logits, 0.0)
+    logits = torch.where(counted[:, None], _wide(logits), 0.0)
     weights = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
-    log_p = logits - _softmax(logits)[1][:, None].to(logits.dtype)
+    log_p = logits - _softmax(logits)[1][:, None]
     own = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
     loss = (1 - label_smoothing) * own
     if (
@@ -254,17 +260,18 @@ def cross_entropy(
     ):  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
         loss = loss - label_smoothing * (log_p * weights).sum(1) / logits.shape[1]
     loss = torch.where(counted, loss, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() / torch.where(counted, weights[safe], 0.0).sum() if reduction == "mean" else loss.sum()
+    if reduction != "none":
+        loss = loss.sum() / torch.where(counted, weights[safe], 0.0).sum() if reduction == "mean" else loss.sum()
+    return loss.to(dtype)
 
 
 def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """residual + keep * x / (1 - p), x seen as rows (R, N) of its last axis."""
+    dtype, x = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype), _wide(x)
     if p > 0.0:
         keep = dropout_keep(seed, (x.numel() // max(x.shape[-1], 1), x.shape[-1]), p).view(x.shape)
         x = x * keep.to(x.dtype) * bits.keep_scale(p)
-    return x if residual is None else residual + x
+    return (x if residual is None else residual + x).to(dtype)
 
 
 def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:

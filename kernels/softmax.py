@@ -359,7 +359,8 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bo
 
 
 def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str, log: bool) -> Tensor:
-    scores = x if scale == 1.0 else x * scale
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scores = x if scale == 1.0 else x.to(wide) * scale  # what is still to be added must not be rounded before
     hidden = []
     if causal:
         t_q, t_k = x.shape[-2:]
@@ -372,7 +373,7 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | 
         hidden.append(~mask)
     elif mask is not None:
         hidden.append(mask == -torch.inf)
-        scores = scores + mask.masked_fill(hidden[-1], 0.0).to(x.dtype)
+        scores = scores.to(wide) + mask.masked_fill(hidden[-1], 0.0).to(wide)
     if not hidden:
         return (scores.log_softmax(-1) if log else scores.softmax(-1)).to(x.dtype)  # autocast may have made it float32
     hide = functools.reduce(torch.bitwise_or, hidden)

@@ -1,7 +1,9 @@
 """Attention in plain torch operators: what the CPU uses by default, with the reference's rules for padding and empty rows.
 
 A decoder's CPU batches are short sequences, where the cost is passes over small rows and autograd's bookkeeping, not matmuls: forward and backward
-are written out, in place where a tensor is ours.
+are written out, in place where a tensor is ours. Longer ones go to torch's own fused attention, which never stores the T_q x T_k weights.
+
+Half-precision inputs are computed in float32 and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -13,16 +15,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tileformer.kernels import bits
 from tileformer.kernels.attention.launchers import NO_LIMIT
 from tileformer.kernels.reference import LOWEST
 from tileformer.kernels.second import second_derivative
 
-FUSED_FROM = 512  # keys from which torch's fused attention beats three plain operators on a CPU
+FUSED_FROM = 32  # keys from which torch's fused attention beats three plain operators on a CPU
+FUSED_GRADIENTS_FROM = 192  # the same, where there is a backward to come
 SHORT_ROW = (
     16  # torch's softmax leaves its vectorised path for rows shorter than a vector: 20 ns an element instead of 1
 )
+# torch's fused attention and its gradients, as operators: F.scaled_dot_product_attention has no second derivatives, and copies more.
+_fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_fused_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def torch_attention(
@@ -35,10 +42,10 @@ def torch_attention(
     return_lse: bool,
     return_weights: bool | str,
 ) -> Any:
-    """Two matmuls around a float32 softmax, with the arguments of launchers.py.
-
-    torch's fused attention is used only where it has nothing to mask but a square triangle.
-    """
+    """Two matmuls around a float32 softmax, or torch's fused attention, with the arguments of launchers.py."""
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # it would round each product
+        with torch.autocast(q.device.type, enabled=False):
+            return torch_attention(q, k, v, sides, whole, real, return_lse, return_weights)
     mask, bias, key_mask, q_lens, k_lens, slopes, seed = sides
     left, right, align, packed, longest_q, longest_k, *_ = whole
     scale, softcap, p = real
@@ -52,9 +59,12 @@ def torch_attention(
     square = unmasked or (causal and t_q == t_k)
     # An exported program is to serve every length, and other runtimes: no choice by length, no operator but the usual ones.
     exporting = torch.compiler.is_exporting()
-    bare = not dense and p == 0.0 and not return_lse and not return_weights and square
-    if bare and not exporting and t_k >= FUSED_FROM:
+    # What has no derivative of its own: any number of them, of any kind, follow from plain operators.
+    composed = exporting or return_lse or return_weights or softcap > 0.0 or _transformed()
+    composed = composed or (bias is not None and bias.requires_grad)
+    if q.is_cuda and not (dense or p or composed) and square and t_k >= 512:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    fused = not composed and p == 0.0 and _serves_fused(q, k, v)
 
     if packed and q_lens is not None and q_lens is k_lens and p == 0.0 and not return_weights:
         alone = all(x is None for x in (mask, bias, key_mask, slopes))
@@ -70,7 +80,9 @@ def torch_attention(
         key_mask = place.real_k if key_mask is None else key_mask & place.real_k
     if place.same is not None:
         seen.append(place.same)
-    if right != NO_LIMIT:
+    # The fused operator has a causal mask of its own, and 0 for a row that sees nothing.
+    triangle = fused and causal and not packed and (not align or (t_q == t_k and q_lens is None and k_lens is None))
+    if right != NO_LIMIT and not triangle:
         seen.append(place.cols <= place.diagonal + right)
     if left != NO_LIMIT:
         seen.append(place.cols >= place.diagonal - left)
@@ -82,13 +94,17 @@ def torch_attention(
         additive = linear if bias is None else bias.to(_wide(q)) + linear
     # Causal rows see their first key, unless the diagonal starts before it.
     always = seen == [] or (causal and not dense and (t_q <= t_k or not align) and t_k > 0)
-    bias_, empty = _bias(seen, key_mask, additive, always, _wide(q))
-    keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, _wide(q))
-    if exporting or return_lse or return_weights or softcap > 0.0 or (bias is not None and bias.requires_grad):
+    always = fused or (always and key_mask is None and additive is None)
+    exact = q.dtype if fused and additive is None else _wide(q)  # 0 and -inf alone are the same in any type
+    bias_, empty = _bias(seen, key_mask, additive, not always, exact)
+    keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, bits.keep_scale(p), _wide(q))
+    if fused:
+        return _Fused.apply(q, k, v, key_mask, bias_, triangle, scale)[0]
+    if composed:
         out, lse, weights = _definition(q, k, v, key_mask, bias_, empty, keep, scale, softcap)
         results = [out, lse] if return_lse else [out]
         if return_weights:
-            results.append(weights.mean(1) if return_weights == "average" else weights)
+            results.append((weights.mean(1) if return_weights == "average" else weights).to(q.dtype))
         return tuple(results) if len(results) > 1 else out
     return _Plain.apply(q, k, v, key_mask, bias_, empty, keep, scale)[0]
 
@@ -168,11 +184,11 @@ class _Places:
 
 
 def _bias(
-    seen: list[Tensor], key_mask: Tensor | None, additive: Tensor | None, always: bool, dtype: torch.dtype
+    seen: list[Tensor], key_mask: Tensor | None, additive: Tensor | None, some_empty: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to add to the scores, and which rows see nothing; both broadcastable to (B, H, T_q, T_k), or None.
 
-    A row that sees nothing gets a bias of 0, so that its softmax is finite: its output is set to 0 afterwards.
+    some_empty: look for rows that see nothing. They get a bias of 0, so that their softmax is finite: their output is set to 0 afterwards.
     """
     if key_mask is not None:
         seen = [*seen, key_mask[:, None, None, :]]
@@ -185,7 +201,7 @@ def _bias(
     for more in seen[1:]:
         allowed = allowed & more
     empty = None
-    if not (always and key_mask is None and additive is None):
+    if some_empty:
         empty = ~allowed.any(-1, keepdim=True)
         allowed = allowed | empty
     bias = torch.zeros((), dtype=dtype, device=allowed.device).where(allowed, -math.inf)
@@ -205,21 +221,22 @@ def _definition(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and weights by differentiable operators, scores in float32 or wider."""
-    dtype, wide = q.dtype, _wide(q)
+    """Output in q's dtype, log-sum-exp and weights in float32 or wider, by differentiable operators."""
+    dtype = q.dtype
     if key_mask is not None:
         padded = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
-    scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    q, k, v = (x.to(_wide(x)) for x in (q, k, v))
+    scores = (q * scale) @ k.transpose(-1, -2)
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     weights = torch.softmax(scores, -1)
     weights = weights if keep is None else weights * keep
-    weights, lse = weights.to(dtype), torch.logsumexp(scores, -1)
+    lse = torch.logsumexp(scores, -1)
     if empty is not None:
         weights, lse = weights.masked_fill(empty, 0.0), lse.masked_fill(empty[..., 0], -math.inf)
-    out = weights @ v
+    out = (weights @ v).to(dtype)
     return (out if empty is None else out.masked_fill(empty, 0.0)), lse, weights
 
 
@@ -228,6 +245,13 @@ def _zero_padding(x: Tensor, key_mask: Tensor) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
     ones_or_zeros = -key_mask[:, None, :, None].to(integer)
     return (x.view(integer) & ones_or_zeros).view(x.dtype)
+
+
+def _wide_operands(key_mask: Tensor | None, k: Tensor, v: Tensor, *others: Tensor) -> list[Tensor]:
+    """k and v with 0 in padded rows, and the others, all in float32 or wider."""
+    if key_mask is not None:
+        k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
+    return [x.to(_wide(x)) for x in (k, v, *others)]
 
 
 def _softmax_(scores: Tensor) -> Tensor:
@@ -240,7 +264,7 @@ def _softmax_(scores: Tensor) -> Tensor:
 
 def _row_sum(x: Tensor) -> Tensor:
     """Sum over a short last axis, kept: a matmul with ones, which needs no reduction loop for each row."""
-    return (x.flatten(0, -2) @ x.new_ones(x.shape[-1], 1)).view(*x.shape[:-1], 1)
+    return x @ x.new_ones(x.shape[-1], 1)
 
 
 class _Plain(torch.autograd.Function):
@@ -250,11 +274,11 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, key_mask, bias, empty, keep, scale):
-        if key_mask is not None:
-            k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
-        scores = (q @ k.transpose(-1, -2)).to(_wide(q)).mul_(scale)
+        dtype = q.dtype
+        k, v, q = _wide_operands(key_mask, k, v, q)
+        scores = (q @ k.transpose(-1, -2)).mul_(scale)
         weights = _softmax_(scores if bias is None else scores.add_(bias))
-        out = (weights if keep is None else weights * keep).to(q.dtype) @ v
+        out = ((weights if keep is None else weights * keep) @ v).to(dtype)
         return out if empty is None else out.masked_fill_(empty, 0.0), weights
 
     @staticmethod
@@ -278,16 +302,15 @@ class _PlainBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(dout, weights, q, k, v, key_mask, bias, empty, keep, scale):
-        if key_mask is not None:
-            k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
+        dtype = q.dtype
+        k, v, q, dout = _wide_operands(key_mask, k, v, q, dout)
         if empty is not None:
             dout = dout.masked_fill(empty, 0.0)
-        dropped = (weights if keep is None else weights * keep).to(q.dtype)
-        dv = dropped.transpose(-1, -2) @ dout
-        dp = (dout @ v.transpose(-1, -2)).to(weights.dtype)
+        dv = (weights if keep is None else weights * keep).transpose(-1, -2) @ dout
+        dp = dout @ v.transpose(-1, -2)
         dp = dp if keep is None else dp.mul_(keep)
-        ds = dp.sub_(_row_sum(dp * weights)).mul_(weights).mul_(scale).to(q.dtype)
-        return ds @ k, ds.transpose(-1, -2) @ q, dv
+        ds = dp.sub_(_row_sum(dp * weights)).mul_(weights).mul_(scale)
+        return tuple(x.to(dtype) for x in (ds @ k, ds.transpose(-1, -2) @ q, dv))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -302,3 +325,84 @@ class _PlainBackward(torch.autograd.Function):
             lambda q, k, v: _definition(q, k, v, *fixed, ctx.scale)[:1], (q, k, v), (dout,), tangents
         )
         return ddout, None, *first, None, None, None, None, None
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active, which the functions here and below have no rules for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _serves_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's fused operator computes these on a CPU, and faster than three plain ones."""
+    if _fused is None or q.device.type != "cpu" or q.shape[3] != v.shape[3] or 0 in q.shape:
+        return False
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if gradients and q.dtype == torch.float64:  # its log-sum-exp is float32
+        return False
+    return k.shape[2] >= (FUSED_GRADIENTS_FROM if gradients else FUSED_FROM)
+
+
+class _Fused(torch.autograd.Function):
+    """(out, log-sum-exp of what torch scaled) of torch's fused attention; differentiable in q, k, v through out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, key_mask, bias, causal, scale):
+        q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
+        return _fused(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(*output, *tensors)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 7
+        return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None
+
+
+class _FusedBackward(torch.autograd.Function):
+    """Gradients of q, k, v; their own derivative differentiates `_definition` twice, and needs T_q x T_k memory."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dout, out, lse, q, k, v, key_mask, bias, causal, scale):
+        q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
+        return _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dout, _, _, *tensors, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(dout, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *tangents):
+        dout, q, k, v, key_mask, bias = ctx.saved_tensors
+        hidden = torch.zeros((), dtype=_wide(q), device=q.device) if bias is None else bias
+        if ctx.causal:
+            later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+            hidden = hidden.masked_fill(later, -math.inf)
+        empty = (hidden == -math.inf).expand(*hidden.shape[:-1], k.shape[2]).all(-1, keepdim=True) if hidden.dim() else None
+        if empty is not None:
+            hidden = hidden.masked_fill(empty, 0.0)
+        first, (ddout,) = second_derivative(
+            lambda q, k, v: _definition(q, k, v, key_mask, hidden, empty, None, ctx.scale)[:1], (q, k, v), (dout,), tangents
+        )
+        return ddout, None, None, *first, None, None, None, None
+
+
+def _fused_operands(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+    """What the fused operator reads: rows of adjacent elements, 0 in padded keys, and a bias with all its columns."""
+    if key_mask is not None:
+        k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, -1, k.shape[2])
+    return q, k, v, bias
