@@ -1,11 +1,13 @@
 """What `attention` promises beyond values in budget: empty rows, padding, layouts, gradients on demand, dropout, determinism."""
 
+import itertools
 import math
 import sys
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tileformer.bench.budget import assert_within_budget, attention_sizes, rms_ratio
@@ -452,6 +454,58 @@ def test_the_torch_backend_means_the_same_where_torchs_fused_attention_is_faster
         expected = attention(q, k, v, **options)
     with use_backend("torch"):
         torch.testing.assert_close(attention(q, k, v, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(causal=True, key_mask=torch.arange(7) >= torch.tensor([[2], [7]])),  # rows that see nothing, a batch that sees nothing
+        dict(mask=torch.arange(35).view(5, 7) % 3 > 0, query_lengths=torch.tensor([4, 1])),
+        dict(bias=torch.arange(5.0)[:, None], causal="bottom_right"),
+    ],
+    ids=["plain", "causal and padded", "mask", "rows of a bias"],
+)
+def test_derivatives_of_torchs_fused_attention(options, monkeypatch):
+    """First ones, second ones, and many at once, as the loop gives them one by one."""
+    plain = sys.modules["tileformer.kernels.attention.plain"]
+    monkeypatch.setattr(plain, "FUSED_GRADIENTS_FROM", 1)
+    inputs = [x.detach() for x in _qkv(b=2, t_q=5, t_k=7, d=4, dtype=torch.float32)]
+
+    def derivatives(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attention(*leaves, **options)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return out, *first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    with use_backend("reference"):
+        expected = derivatives(torch.float64)
+    with use_backend("torch"):
+        for got, want in zip(derivatives(torch.float32), expected, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+        op = lambda *x: attention(*x, **options)  # noqa: E731
+        for fused in (1, 10**9):
+            monkeypatch.setattr(plain, "FUSED_GRADIENTS_FROM", fused)
+            looped = torch.autograd.functional.jacobian(op, tuple(inputs))
+            torch.testing.assert_close(torch.autograd.functional.jacobian(op, tuple(inputs), vectorize=True), looped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_costs_no_more_memory_than_torchs(dtype, causal):
+    """Peaks counted by torch's profiler; a square of the keys would be 16 times the most that is allowed."""
+    draw = lambda: torch.randn(1, 2, 2048, 16, dtype=dtype).requires_grad_()  # noqa: E731
+    q, k, v, real = draw(), draw(), draw(), torch.arange(2048)[None] < 2041
+
+    def peak(call) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call().sum().backward()
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        return max(itertools.accumulate(sizes))
+
+    theirs = peak(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None]))
+    assert 0 < peak(lambda: attention(q, k, v, key_mask=real, causal=causal)) <= 1.5 * theirs
 
 
 @pytest.mark.parametrize("heads", [(4, 1, 1), (4, 4, 1), (4, 1, 4), (1, 4, 1), (1, 1, 1)])

@@ -1,5 +1,6 @@
 """docs/semantics.md, row by row: what each mask means, on every backend, and what torch makes of it where the page says so."""
 
+import importlib
 import math
 import re
 from collections.abc import Callable
@@ -25,9 +26,14 @@ def _qkv(t_q: int = 5, t_k: int = 7, h_kv: int = 2) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-@pytest.fixture(params=["interpret", "torch", "reference"], autouse=True)
-def _each_backend(request: pytest.FixtureRequest):
-    with use_backend(request.param):
+@pytest.fixture(params=["interpret", "torch", "torch, fused", "reference"], autouse=True)
+def _each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    backend, _, fused = request.param.partition(", ")
+    if fused:  # torch's fused attention, at any length
+        plain = importlib.import_module("tileformer.kernels.attention.plain")
+        monkeypatch.setattr(plain, "FUSED_FROM", 1)
+        monkeypatch.setattr(plain, "FUSED_GRADIENTS_FROM", 1)
+    with use_backend(backend):
         yield
 
 

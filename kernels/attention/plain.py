@@ -99,7 +99,8 @@ def torch_attention(
     bias_, empty = _bias(seen, key_mask, additive, not always, exact)
     keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, bits.keep_scale(p), _wide(q))
     if fused:
-        return _Fused.apply(q, k, v, key_mask, bias_, triangle, scale)[0]
+        padded_q = None if place.real_q is None else ~place.real_q
+        return _Fused.apply(q, k, v, key_mask, bias_, padded_q, triangle, scale)[0]
     if composed:
         out, lse, weights = _definition(q, k, v, key_mask, bias_, empty, keep, scale, softcap)
         results = [out, lse] if return_lse else [out]
@@ -348,7 +349,7 @@ class _Fused(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, key_mask, bias, causal, scale):
+    def forward(q, k, v, key_mask, bias, padded_q, causal, scale):
         q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
         return _fused(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
@@ -362,8 +363,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, _):
         if dout is None:
-            return (None,) * 7
-        return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None
+            return (None,) * 8
+        return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None, None
 
 
 class _FusedBackward(torch.autograd.Function):
@@ -372,7 +373,9 @@ class _FusedBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, out, lse, q, k, v, key_mask, bias, causal, scale):
+    def forward(dout, out, lse, q, k, v, key_mask, bias, padded_q, causal, scale):
+        if padded_q is not None:
+            dout = dout.masked_fill(padded_q, 0.0)
         q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
         return _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
 
@@ -384,7 +387,7 @@ class _FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *tangents):
-        dout, q, k, v, key_mask, bias = ctx.saved_tensors
+        dout, q, k, v, key_mask, bias, _ = ctx.saved_tensors
         hidden = torch.zeros((), dtype=_wide(q), device=q.device) if bias is None else bias
         if ctx.causal:
             later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
@@ -395,7 +398,7 @@ class _FusedBackward(torch.autograd.Function):
         first, (ddout,) = second_derivative(
             lambda q, k, v: _definition(q, k, v, key_mask, hidden, empty, None, ctx.scale)[:1], (q, k, v), (dout,), tangents
         )
-        return ddout, None, None, *first, None, None, None, None
+        return ddout, None, None, *first, None, None, None, None, None
 
 
 def _fused_operands(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
