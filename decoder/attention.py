@@ -215,7 +215,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         bias = key_padding_mask[:, None, None, :]  # [B, 1, 1, T_k]
         if mask is None:
             return bias, None
-        return (torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias), None
+        if mask.dtype == torch.bool:
+            return torch.where(mask, bias, float("-inf")), None
+        return mask.to(torch.promote_types(mask.dtype, torch.float32)) + bias, None  # two finite halves may be beyond a half
 
     def _append_keys(
         self, k: Tensor, v: Tensor, mask: Tensor | None, key_mask: Tensor | None

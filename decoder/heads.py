@@ -20,8 +20,10 @@ class LayerMix(nn.Module):
 
     def forward(self, states: list[Tensor]) -> Tensor:
         """(B, T, C) from ``states``, each (B, T, C). They start with equal weights."""
-        shares = self.weights.softmax(0)
-        return self.scale * sum(share * x for share, x in zip(shares, states, strict=True))
+        wide = torch.promote_types(states[0].dtype, torch.float32)
+        shares = self.weights.to(wide).softmax(0)
+        mixed = sum(share * x.to(wide) for share, x in zip(shares, states, strict=True))
+        return (self.scale * mixed).to(states[0].dtype)
 
 
 class Head(nn.Module):
@@ -79,7 +81,8 @@ class Classifier(nn.Module):
         real = tokens != self.backbone.config.pad_id
         states = self.head.combine(self.backbone.states(tokens)).masked_fill(~real[..., None], 0.0)
         if self.pool == "mean":
-            return states.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+            wide = torch.promote_types(states.dtype, torch.float32)  # a sum of long rows is beyond float16
+            return (states.sum(1, dtype=wide) / real.sum(1, keepdim=True).clamp(min=1)).to(states.dtype)
         at = real.cumsum(1).argmax(1) if self.pool == "last" else real.int().argmax(1)
         return states[torch.arange(len(tokens), device=tokens.device), at]
 

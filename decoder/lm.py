@@ -93,7 +93,9 @@ class DecoderLM(nn.Module):
             causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).triu(1)
             options = {"is_causal": True, "src_mask": causal}
         scale = self.config.d_model**0.5
-        states = [self.dropout(torch.add(places * scale, self.embedding(tokens), alpha=scale))]
+        words = self.embedding(tokens)
+        wide = torch.promote_types(words.dtype, torch.float32)  # a sum of two halves is rounded once
+        states = [self.dropout(torch.add(places.to(wide) * scale, words, alpha=scale).to(words.dtype))]
         for i in range(self.config.num_layers):
             layer = self.layers[0 if self.config.share_layers else i]
             if cache is not None:

@@ -129,8 +129,9 @@ class Seq2Seq(nn.Module):
     def _embed(self, tokens: Tensor, embedding: nn.Embedding, position: nn.Embedding, start: int) -> Tensor:
         """sqrt(C) * (token + position), (B, T, C), then dropout."""
         scale = self.config.d_model**0.5
-        places = position.weight[start : start + tokens.shape[1]] * scale  # [T, C]
-        return self.dropout(torch.add(places, embedding(tokens), alpha=scale))
+        places, words = position.weight[start : start + tokens.shape[1]], embedding(tokens)
+        wide = torch.promote_types(words.dtype, torch.float32)  # a sum of two halves is rounded once
+        return self.dropout(torch.add(places.to(wide) * scale, words, alpha=scale).to(words.dtype))
 
     def _check(self, tokens: Tensor, name: str, start: int) -> None:
         if tokens.dtype != torch.int64:

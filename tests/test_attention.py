@@ -490,6 +490,39 @@ def test_derivatives_of_torchs_fused_attention(options, monkeypatch):
             torch.testing.assert_close(torch.autograd.functional.jacobian(op, tuple(inputs), vectorize=True), looped)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func.jvp's own
+@pytest.mark.parametrize("fused", [1, 10**9], ids=["fused", "plain"])
+def test_what_torchs_fused_attention_does_not_serve_is_computed_without_it(fused, monkeypatch):
+    plain = sys.modules["tileformer.kernels.attention.plain"]
+    for name in ("FUSED_FROM", "FUSED_GRADIENTS_FROM"):
+        monkeypatch.setattr(plain, name, fused)
+    q, k, v = _qkv(b=2, t_q=7, t_k=7, d=4, dtype=torch.float64)
+    lengths = dict(causal="bottom_right", query_lengths=torch.tensor([7, 3]), key_lengths=torch.tensor([4, 7]))
+    tangents = tuple(torch.ones_like(x) for x in (q, k, v))
+    forward_mode = lambda: torch.func.jvp(lambda *x: attention(*x, causal=True), (q, k, v), tangents)[1]  # noqa: E731
+    calls = {
+        "lengths": lambda: attention(q, k, v, **lengths),
+        "narrow values": lambda: attention(q, k, v[..., :3]),
+        "gradients in float64": lambda: torch.autograd.grad(attention(q, k, v).square().sum(), (q, k, v)),
+        "forward mode": forward_mode,
+        "vmap": lambda: torch.func.vmap(lambda x: attention(x, k, v))(torch.stack([q, 2 * q])),
+        "autocast": lambda: autocast(torch.bfloat16),
+    }
+    exact = dict(rtol=1e-12, atol=1e-12)
+
+    def autocast(dtype):
+        q16, k16, v16 = (x.detach().to(torch.bfloat16).to(dtype) for x in (q, k, v))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return attention(q16.to(dtype), k16, v16, return_weights=True, softcap=30.0)
+
+    for name, call in calls.items():
+        with use_backend("torch"):
+            got = call()
+        with use_backend("reference"):
+            want = call() if name != "autocast" else [x.to(torch.bfloat16) for x in autocast(torch.float32)]
+        torch.testing.assert_close(got, tuple(want) if isinstance(got, tuple) else want, msg=lambda m: f"{name}: {m}", **exact)  # noqa: B023
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_costs_no_more_memory_than_torchs(dtype, causal):

@@ -338,8 +338,6 @@ def _serves_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if _fused is None or q.device.type != "cpu" or q.shape[3] != v.shape[3] or 0 in q.shape:
         return False
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if gradients and q.dtype == torch.float64:  # its log-sum-exp is float32
-        return False
     return k.shape[2] >= (FUSED_GRADIENTS_FROM if gradients else FUSED_FROM)
 
 
@@ -402,10 +400,10 @@ class _FusedBackward(torch.autograd.Function):
 
 
 def _fused_operands(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
-    """What the fused operator reads: rows of adjacent elements, 0 in padded keys, and a bias with all its columns."""
+    """What the fused operator reads: rows of adjacent elements, 0 in padded keys, and a bias of four axes."""
     if key_mask is not None:
         k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if bias is not None:
-        bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, -1, k.shape[2])
+        bias = bias[(None,) * (4 - bias.dim())]
     return q, k, v, bias
