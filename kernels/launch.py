@@ -261,10 +261,15 @@ def register(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable
         del known  # with its library goes an op of another schema
         library = torch.library.Library("tileformer", "FRAGMENT")
         library.define(name + schema)
-        library.impl(name, lambda *args: _registered[name][1](*args), "CompositeExplicitAutograd")
+        library.impl(name, registered(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"tileformer::{name}", lambda *args: _registered[name][2](*args), lib=library)
         _registered[name] = schema, launcher, fake, library
     return getattr(torch.ops.tileformer, name).default
+
+
+def registered(name: str) -> Callable[..., Any]:
+    """The launcher that is registered under this name when it is called: a reload of its file reaches who holds this."""
+    return lambda *args: _registered[name][1](*args)
 
 
 def _bits(*keys: str) -> int:

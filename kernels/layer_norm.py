@@ -436,8 +436,7 @@ def layer_norm(
         x: (..., *normalized_shape) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read in
             place if its rows are contiguous and evenly spaced; otherwise it is copied once.
         normalized_shape: sizes of the trailing axes that make a row; a number is the last axis alone.
-        weight, bias: of normalized_shape, either or both, each of any of x's dtypes, for example float32 beside a bfloat16 x; so are
-            their gradients.
+        weight, bias: of normalized_shape, either or both; each, and its gradient, in any of x's dtypes, for example float32 beside a bfloat16 x.
         eps: a number, added to the variance.
 
     Returns:
@@ -471,8 +470,7 @@ def _norm(
         checks.floating(name, x=x)
     if eps is None and name == "rms_norm":
         eps = torch.finfo(wider(x.dtype)).eps
-    if type(eps) is not float:
-        eps = checks.number(name, "eps", eps)
+    eps = checks.number(name, "eps", eps)
     shape = tuple(sizes) if hasattr(sizes, "__iter__") else (sizes,)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(

@@ -13,18 +13,10 @@ from torch import Tensor
 
 from tileformer.kernels import bits, checks, reference
 from tileformer.kernels.attention.arguments import check_attention
-from tileformer.kernels.attention.launchers import (
-    NO_LIMIT,
-    attention_bwd,
-    attention_fwd,
-    attention_weights,
-    bwd,
-    fwd,
-    weights_of,
-)
+from tileformer.kernels.attention.launchers import NO_LIMIT, bwd, fwd, weights_of
 from tileformer.kernels.attention.plain import torch_attention
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import apply, not_traced
+from tileformer.kernels.launch import apply, not_traced, registered
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
 
@@ -36,7 +28,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(attention_fwd)
+    launcher = staticmethod(registered("attention_fwd"))
 
     @staticmethod
     def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
@@ -64,7 +56,7 @@ class _AttentionBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice, so it is right, and needs T_q x T_k memory."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(attention_bwd)
+    launcher = staticmethod(registered("attention_bwd"))
 
     @staticmethod
     def forward(
@@ -103,7 +95,7 @@ class _Weights(torch.autograd.Function):
     """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(attention_weights)
+    launcher = staticmethod(registered("attention_weights"))
 
     @staticmethod
     def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
