@@ -194,7 +194,7 @@ def seeded(op: str, seed: Any, device: torch.device) -> Tensor | None:
     if seed is None or isinstance(seed, Tensor):
         return seed
     try:
-        number = -1 if isinstance(seed, bool) else operator.index(seed)
+        number = operator.index("" if isinstance(seed, bool) else seed)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
             f"{op}: seed must be an integer, or an int64 tensor with one element, got {seed!r:.80}"

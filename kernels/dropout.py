@@ -131,7 +131,8 @@ def dropout(
     """
     if wrong:
         checks.misnamed("dropout", wrong)
-    checks.floating("dropout", x=x)
+    if type(x) is not Tensor or x.dtype not in checks.FLOATING:
+        checks.floating("dropout", x=x)
     checks.fits("dropout", "residual", residual, x, x.shape)
     p = checks.number("dropout", "p", p)
     seed = checks.seeded("dropout", seed, x.device)

@@ -258,7 +258,8 @@ def register(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable
     if known and known[0] == schema:
         _registered[name] = schema, launcher, fake, known[3]
     else:
-        del known  # with its library goes an op of another schema
+        if known:
+            known[3]._destroy()  # and with it the op, which has another schema
         library = torch.library.Library("tileformer", "FRAGMENT")
         library.define(name + schema)
         library.impl(name, registered(name), "CompositeExplicitAutograd")
@@ -337,7 +338,7 @@ def _without_tangents(function: Any) -> Any:
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
             f"{function.__name__.strip('_')}: the fused kernels have no forward-mode derivative: use reverse mode "
-            "(torch.func.jacrev; its own Hessian is jacrev(jacrev(f))), or use_backend('torch')"
+            "(torch.func.jacrev; a Hessian is jacrev(jacrev(f))), or use_backend('reference')"
         )
 
     return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})

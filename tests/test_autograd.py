@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from tileformer import decoder, kernels
+from tileformer.decoder import modules
 from tileformer.kernels import reference, use_backend
 from tileformer.kernels.launch import Launch
 
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:There is a performance drop because we have not yet implemented the batching rule"
     ),  # vmap
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),  # torch's forward mode
 ]
 
 
@@ -164,9 +166,9 @@ LEARNED: dict[str, Callable[[Any], Any]] = {
     "rms_norm's eps": lambda s: kernels.rms_norm(X, 6, eps=s),
     "label_smoothing": lambda s: kernels.cross_entropy(X, torch.tensor([0, 1, 2]), label_smoothing=s),
     "a module's dropout": lambda s: decoder.MultiheadAttention(4, 2, dropout=s, dtype=X.dtype)(*[X.view(3, 1, 6)[..., :4]] * 3)[0],
-    "a module's p": lambda s: decoder.Dropout(s)(X),
-    "a module's eps": lambda s: decoder.LayerNorm(6, eps=s, dtype=X.dtype)(X),
-    "a loss's smoothing": lambda s: decoder.CrossEntropyLoss(label_smoothing=s)(X, torch.tensor([0, 1, 2])),
+    "a module's p": lambda s: modules.Dropout(s)(X),
+    "a module's eps": lambda s: modules.LayerNorm(6, eps=s, dtype=X.dtype)(X),
+    "a loss's smoothing": lambda s: modules.CrossEntropyLoss(label_smoothing=s)(X, torch.tensor([0, 1, 2])),
 }  # fmt: skip
 X = OPS["dropout"].tensors["x"]
 
@@ -194,6 +196,7 @@ def test_a_number_that_is_learned_is_refused_and_never_cut_off(call: Callable[[A
             call(torch.ones(2))
 
 
+@pytest.mark.interprets
 @every_op
 def test_forward_mode_is_served_or_refused_with_the_way_out(op: Op) -> None:
     """docs/drop-in.md has the table: the kernels refuse it, and so may the torch backend's attention."""
@@ -210,7 +213,7 @@ def test_forward_mode_is_served_or_refused_with_the_way_out(op: Op) -> None:
     curve = lambda: torch.func.hessian(lambda x: torch.as_tensor(of_first(x)[0]).sum())(op.tensors[first])  # noqa: E731
     with use_backend("interpret"):
         for asked in (dual, push, curve) if op.name not in ("dropout", "cross_entropy") else (dual, push):
-            with pytest.raises(NotImplementedError, match=r"jacrev.*use_backend\('torch'\)"):
+            with pytest.raises(NotImplementedError, match=r"jacrev.*use_backend\('reference'\)"):
                 asked()
     if op.name in ("attention", "dropout"):
         return  # another Function of the torch backend; bits of its own
@@ -235,7 +238,7 @@ def test_what_is_not_differentiable_takes_no_tangent() -> None:
                         asked()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # the tracer's own
 def test_jit_trace_is_served_or_refused_in_words() -> None:
     qkv = tuple(OPS["attention"].tensors.values())
     for name, call, inputs in (

@@ -167,6 +167,7 @@ def test_tasks_of_one_thread_keep_their_backends() -> None:
     assert backend.current_backend() == "auto"
 
 
+@pytest.mark.interprets
 def test_what_is_compiled_follows_the_backend() -> None:
     torch.compiler.reset()
     seen: list[str] = []
@@ -177,7 +178,7 @@ def test_what_is_compiled_follows_the_backend() -> None:
             return softmax(x)
 
     def listen(graph: Any, inputs: Any) -> Any:
-        seen.append("interpret" if "softmax_fwd" in graph.print_readable(print_output=False) else "torch")
+        seen.append("interpret" if "softmax_fwd" in graph.code else "torch")
         return graph.forward
 
     compiled, chosen = (torch.compile(f, fullgraph=True, backend=listen) for f in (op, inside))
@@ -195,10 +196,11 @@ def test_what_is_compiled_follows_the_backend() -> None:
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    assert seen == ["torch", "interpret", "torch", "interpret"][: len(seen)] and len(seen) >= 3
+    assert seen == ["torch", "interpret", "torch", "interpret"]  # by default, twice chosen, inside; then found again
     assert backend.current_backend() == "auto"
 
 
+@pytest.mark.interprets
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_child_born_while_a_thread_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +247,6 @@ def reloadable() -> Iterator[list[ModuleType]]:
     held, ops = [dict(vars(m)) for m in modules], dict(launch._registered)
     yield modules
     for module, names in zip(modules, held, strict=True):
-        vars(module).clear()
         vars(module).update(names)
     launch._registered.update(ops)
 
@@ -264,6 +265,7 @@ def _works() -> None:
             assert x.grad is not None
 
 
+@pytest.mark.interprets
 def test_every_file_can_be_reloaded_in_any_order(reloadable: list[ModuleType]) -> None:
     for modules in (reloadable, reloadable[::-1], random.Random(0).sample(reloadable, len(reloadable))):
         for module in modules:
@@ -278,6 +280,7 @@ def test_every_file_can_be_reloaded_in_any_order(reloadable: list[ModuleType]) -
         ("attention.launchers", "    return out, lse, bounds\n", "    return out.add_(1.0), lse, bounds\n"),
     ],
 )
+@pytest.mark.interprets
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_what_was_edited_and_reloaded_is_what_runs(name, old, new, reloadable: list[ModuleType]) -> None:
     x, op = TARGET[None], {"softmax": softmax}.get(name, lambda x: attention(x, x, x))

@@ -216,7 +216,8 @@ def attention(
     seed = checks.seeded("attention", seed, q.device)
     scores = (*q.shape[:-1], k.shape[-2]) if q.dim() == k.dim() == 4 else ()
     if scores and (variant := checks.causal_variant("attention", mask, scores)):
-        alone = not causal and window is None and align is None and alibi_slopes is None and lens == (None, None)
+        others = (window, align, alibi_slopes, *lens)  # which have a diagonal of their own
+        alone = not causal and all(x is None for x in others)
         causal, mask = (variant, None) if alone else (causal, checks.triangle(variant, scores, q.device))
     check_attention(
         q, k, v, mask, bias, key_mask, dict(query_lengths=query_lengths, key_lengths=key_lengths),
