@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.cache import AttentionCache
-from tileformer.kernels import attention
+from tileformer.kernels import attention, checks
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -56,7 +56,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Shapes: query (B, T_q, C), key (B, T_k, kdim), value (B, T_k, vdim) with ``batch_first``, else (T, B, C); all
         three 2-D without a batch. ``key_padding_mask`` (B, T_k), ``attn_mask`` (T_q, T_k) or (B * H, T_q, T_k), each
-        boolean (True = masked out) or floating (added to the scores). ``cache`` holds earlier keys and values.
+        boolean (True = masked out) or floating (added to the scores); a ``CausalBias`` of torch.nn.attention.bias is the
+        mask that it names. ``cache`` holds earlier keys and values.
 
         ``cu_seqlens`` int32 or int64 (N + 1,), ascending from 0: the one row of a batch of 1 is N sequences behind each
         other, and attention stays inside each; ``is_causal`` then needs no mask, and there are no weights.
@@ -67,7 +68,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises ValueError on shapes that do not fit, TypeError on a mask that is neither boolean nor floating or on
         nested tensors, RuntimeError on ``is_causal`` without a mask (as torch), all before any computation.
         """
-        self._check(query, key, value, attn_mask, key_padding_mask, cache)
+        given = attn_mask
+        attn_mask = self._check(query, key, value, attn_mask, key_padding_mask, cache)
+        is_causal = is_causal and attn_mask is given  # a CausalBias says itself which diagonal it means
         packed = cu_seqlens is not None
         if packed and (query is not key or key is not value or cache is not None):
             raise ValueError("cu_seqlens packs self-attention: pass one tensor as query, key and value, and no cache")
@@ -112,7 +115,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         key_padding_mask: Tensor | None,
         cache: AttentionCache | None,
-    ) -> None:
+    ) -> Tensor | None:
+        """Raise for what does not fit; ``attn_mask`` as a tensor of values."""
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError("nested tensors are not supported: pad them and pass key_padding_mask")
         if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
@@ -139,6 +143,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             if self.bias_k is not None or self.add_zero_attn:
                 raise NotImplementedError("a cache does not serve add_bias_kv or add_zero_attn, whose keys stand last")
             T_k = cache.keys_after(B, T_k)
+        if variant := checks.causal_variant("attn_mask", attn_mask, (T_q, T_k)):
+            attn_mask = ~checks.triangle(variant, (T_q, T_k), query.device)
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
                 raise TypeError(f"{name} is {mask.dtype}: pass a boolean mask (True = masked out) or a floating one")
@@ -150,6 +156,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         keys = (B, T_k) if batched else (T_k,)
         if key_padding_mask is not None and key_padding_mask.shape != keys:
             raise ValueError(f"key_padding_mask {tuple(key_padding_mask.shape)} must be one value a key, {keys}")
+        return attn_mask
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import threading
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tileformer.kernels import launch
 
@@ -27,24 +29,36 @@ def _known(name: str) -> str:
 _from_environment = _known(os.environ.get("TILEFORMER_BACKEND", "auto"))
 
 
-class _Choice(threading.local):  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)
-    name = _from_environment
+class _OfThread(threading.local):
+    """The thread's copy of the choice, which torch.compile can read and guard: it does not trace a ContextVar."""
+
+    def __init__(self) -> None:
+        self.name = _from_environment
 
 
-_choice = _Choice()
+_choice = contextvars.ContextVar("tileformer_backend", default=_from_environment)
+_of_thread = _OfThread()
 
 
 def current_backend() -> str:
-    """The backend asked for in this thread: "auto" unless `use_backend` or TILEFORMER_BACKEND said otherwise."""
-    return _choice.name
+    """The backend asked for here: "auto" unless `use_backend` or TILEFORMER_BACKEND said otherwise."""
+    return _of_thread.name if is_compiling() else _choice.get()
+
+
+def _set(name: str) -> None:
+    _of_thread.name = name
+    if not is_compiling():
+        _choice.set(name)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve the public ops called inside (in this thread) with one backend.
+    """Serve the public ops called inside with one backend: in this thread, and of asyncio's tasks in this one alone.
 
     A backward runs what its forward chose. But torch runs the backward of CUDA tensors in a thread of its own, and there
     `torch.utils.checkpoint` calls a forward again: set TILEFORMER_BACKEND, which all threads follow, to use both.
+    A generator shares its caller's context: one that is suspended inside has chosen for its caller too. What torch.compile made follows
+    the thread's latest choice, so let no task `await` between this and a call of it.
 
     Args:
         name: "auto", "triton" (CUDA tensors), "interpret" (the Triton kernels, interpreted, CPU tensors), "torch" or "reference".
@@ -52,11 +66,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for an unknown name. A backend that cannot serve a call raises at that call.
     """
-    before, _choice.name = _choice.name, _known(name)
+    before = current_backend()
+    _set(_known(name))
     try:
         yield
     finally:
-        _choice.name = before
+        _set(before)
 
 
 def choose(op: str, x: Tensor) -> str:
@@ -65,7 +80,7 @@ def choose(op: str, x: Tensor) -> str:
     Raises:
         ValueError: if the backend asked for cannot take the tensor's device or dtype.
     """
-    name = _choice.name
+    name = _of_thread.name if is_compiling() else _choice.get()
     if name == "auto":
         if not x.is_cuda or x.dtype not in TRITON_DTYPES:
             return "torch"

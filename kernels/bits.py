@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tileformer.kernels import checks
 from tileformer.kernels.backend import current_backend
 from tileformer.kernels.launch import cdiv, register
 
@@ -33,11 +34,11 @@ def keep_scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
-def dropout_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+def dropout_keep(seed: Tensor | int, shape: Sequence[int], p: float) -> Tensor:
     """The keep mask of a call: which elements survive dropout with this seed and rate, on the backend in force.
 
     Args:
-        seed: int64, one element: what the call was given as `seed`.
+        seed: what the call was given as `seed`: int64, one element. An integer stands for one on the CPU.
         shape: of attention's weights, (B, H, T_q, T_k) ((sequences, H, longest queries, longest keys) for packed ones), or of `dropout`'s
             rows, (rows, N).
         p: the call's dropout rate.
@@ -49,9 +50,14 @@ def dropout_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """
     from tileformer.kernels import reference  # which imports this module
 
-    if current_backend() in ("auto", "torch") and not seed.is_cuda:
-        return fast_keep(seed, list(shape), p, 1.0, torch.float32) != 0.0
-    return reference.dropout_keep(seed, shape, p)
+    p = checks.number("dropout_keep", "p", p)
+    words = checks.seeded("dropout_keep", seed, torch.device("cpu"))
+    if words is None:
+        raise TypeError("dropout_keep: seed is None: pass the seed that the call was given")
+    checks.rate("dropout_keep", p, words, words)
+    if current_backend() in ("auto", "torch") and not words.is_cuda:
+        return fast_keep(words, list(shape), p, 1.0, torch.float32) != 0.0
+    return reference.dropout_keep(words, shape, p)
 
 
 class _Generator(threading.local):

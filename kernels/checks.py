@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What other libraries call it, and what it is here.
+_ELSEWHERE = {
+    "is_causal": "causal=",
+    "attn_mask": "mask= (True = may attend)",
+    "attn_bias": "bias=",
+    "key_padding_mask": "key_mask= (True = a real key)",
+    "need_weights": "return_weights=",
+    "enable_gqa": "always on: k and v may have fewer heads",
+    "dropout": "dropout_p=",
+    "softmax_scale": "scale=",
+    "window_size": "window= (None, not -1, is no limit)",
+    "dim": "the last axis: pass x.movedim(dim, -1)",
+    "training": "the caller's: pass p=0.0 in evaluation",
+    "inplace": "never in place",
+    "size_average": "reduction=",
+    "reduce": "reduction=",
+}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -13,13 +36,61 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def floating(op: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError unless every tensor given has a real floating dtype."""
-    for name, x in tensors.items():
-        if x is not None and not x.is_floating_point():
+def misnamed(op: str, wrong: dict[str, Any]) -> NoReturn:
+    """Raise Python's TypeError for an argument that `op` does not have, with its name here where another library's is meant."""
+    name = next(iter(wrong))
+    here = f": here it is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+    raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{here}")
+
+
+def tensors(op: str, **given: Any) -> None:
+    """Raise TypeError unless everything given is a tensor with one shape, or None."""
+    for name, x in given.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}: torch.as_tensor makes one")
+        if x is not None and x.is_nested:
             raise TypeError(
-                f"{op}: {name} must be floating, got {name_of(x.dtype)}: convert it, for example with .float()"
+                f"{op}: {name} is a nested tensor: pad it (torch.nested.to_padded_tensor), or pass its .values()"
             )
+
+
+def floating(op: str, **given: Any) -> None:
+    """Raise TypeError unless everything given is None or a tensor of a real floating dtype that can be computed with."""
+    tensors(op, **given)
+    for name, x in given.items():
+        if x is not None and x.dtype not in FLOATING:
+            hint = ", which has no arithmetic: scale it into .bfloat16()"
+            hint = hint if x.is_floating_point() else ": convert it, for example with .float()"
+            raise TypeError(f"{op}: {name} must be floating, got {name_of(x.dtype)}{hint}")
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether a derivative by x is asked for here, backward or forward."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    forward = not is_compiling() and getattr(forward_ad, "_current_level", -1) >= 0
+    return forward and forward_ad.unpack_dual(x).tangent is not None
+
+
+def number(op: str, name: str, x: Any, instead: str = "pass float(x) for a constant") -> float:
+    """x as a float.
+
+    Raises:
+        NotImplementedError: for a tensor that a derivative is asked for by: numbers get none.
+        TypeError: for a tensor of several elements or on a GPU, which the host would have to wait for, and for what is no number.
+    """
+    if type(x) is float:
+        return x
+    if isinstance(x, Tensor):
+        if differentiated(x):
+            raise NotImplementedError(f"{op}: {name} is a tensor that requires a gradient, and gets none: {instead}")
+        if x.numel() != 1 or x.device.type != "cpu":
+            raise TypeError(
+                f"{op}: {name} must be a number, got a tensor of shape {tuple(x.shape)} on {x.device}: pass {name}.item()"
+            )
+    elif not hasattr(x, "__float__"):
+        raise TypeError(f"{op}: {name} must be a number, got {x!r:.80}")
+    return float(x)
 
 
 def same_device(op: str, like: Tensor, **tensors: Tensor | None) -> None:
@@ -38,7 +109,9 @@ def same_shape(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> Non
 
 def fits(op: str, name: str, x: Tensor | None, like: Tensor, shape: Sequence[int]) -> None:
     """`floating`, `same_device` and `same_shape` at once, which are asked only for their words."""
-    if x is not None and not (x.is_floating_point() and x.shape == shape and x.device == like.device):
+    if x is not None and not (
+        isinstance(x, Tensor) and x.dtype in FLOATING and x.shape == shape and x.device == like.device
+    ):
         floating(op, **{name: x})
         same_device(op, like, **{name: x})
         same_shape(op, tuple(shape), **{name: x})
@@ -56,9 +129,32 @@ def broadcastable(op: str, shape: Sequence[int], **tensors: Tensor | None) -> No
             )
 
 
+def causal_variant(op: str, mask: Any, shape: Sequence[int]) -> str | None:
+    """ "top_left" or "bottom_right" for a mask that is a `torch.nn.attention.bias.CausalBias`, a tensor without values; else None.
+
+    Raises ValueError where it was made for other sizes than `shape` ends with.
+    """
+    if type(mask) is Tensor or type(mask).__name__ != "CausalBias":
+        return None
+    size = getattr(mask, "seq_len_q", None), getattr(mask, "seq_len_kv", None)  # none after indexing
+    if size != tuple(shape[-2:]):
+        raise ValueError(f"{op}: a CausalBias for {size} beside scores of {tuple(shape[-2:])}: make it for their sizes")
+    return "bottom_right" if mask.variant.name == "LOWER_RIGHT" else "top_left"
+
+
+def triangle(variant: str, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The boolean mask (T_q, T_k) that `causal_variant` names, True = may attend."""
+    t_q, t_k = shape[-2:]
+    ones = torch.ones(t_q, t_k, dtype=torch.bool, device=device)
+    return ones.tril(t_k - t_q if variant == "bottom_right" else 0)
+
+
 def mask(op: str, shape: Sequence[int], like: Tensor, mask: Tensor | None) -> None:
     """Raise unless the mask is boolean (True = kept) or floating (added), expands to `shape` and is where `like` is."""
-    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+    tensors(op, mask=mask)
+    if mask is not None and mask.is_floating_point():
+        floating(op, mask=mask)
+    elif mask is not None and mask.dtype != torch.bool:
         raise TypeError(
             f"{op}: mask must be boolean (True = kept) or floating (added), got {name_of(mask.dtype)}: try .bool()"
         )
@@ -68,7 +164,7 @@ def mask(op: str, shape: Sequence[int], like: Tensor, mask: Tensor | None) -> No
 
 def no_mask_gradient(op: str, mask: Tensor | None, backend: str) -> None:
     """Raise NotImplementedError for a mask that requires a gradient, which the kernels do not compute."""
-    if mask is not None and mask.requires_grad:
+    if mask is not None and differentiated(mask):
         raise NotImplementedError(
             f"{op}: backend {backend!r} has no gradient for a floating mask: detach it, or use_backend('torch')"
         )
@@ -84,9 +180,25 @@ def rate(op: str, p: float, seed: Tensor | None, like: Tensor) -> None:
     """Raise unless p is a probability and the seed, if any, is one int64 element on the device of `like`."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{op}: the dropout rate must lie between 0 and 1, got {p}")
+    tensors(op, seed=seed)
     if seed is not None:
         if seed.dtype != torch.int64:
             raise TypeError(f"{op}: seed must be int64, got {name_of(seed.dtype)}: try seed.long()")
         if seed.numel() != 1:
             raise ValueError(f"{op}: seed must hold one element, got shape {tuple(seed.shape)}")
         same_device(op, like, seed=seed)
+
+
+def seeded(op: str, seed: Any, device: torch.device) -> Tensor | None:
+    """The seed as a tensor on this device, where it is an integer: filled there, which waits for nothing."""
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    try:
+        number = operator.index("" if isinstance(seed, bool) else seed)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{op}: seed must be an integer, or an int64 tensor with one element, got {seed!r:.80}"
+        ) from None
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{op}: seed must lie between 0 and 2**63 - 1, got {number}: try seed % 2**63")
+    return torch.full((1,), number, dtype=torch.int64, device=device)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -290,6 +290,7 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    **wrong: NoReturn,
 ) -> Tensor:
     """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
 
@@ -312,6 +313,10 @@ def cross_entropy(
 
     Source: `tileformer.kernels.reference.cross_entropy` is the definition.
     """
+    if wrong:
+        checks.misnamed("cross_entropy", wrong)
+    if type(label_smoothing) is not float:
+        label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
@@ -334,7 +339,7 @@ def cross_entropy(
             target, None if weight is None else weight.to(wide),
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
-    options = weight, int(ignore_index), float(label_smoothing), reduction, dtype
+    options = weight, int(ignore_index), label_smoothing, reduction, dtype
     if logits.dim() == 2:
         return apply(_CrossEntropy, logits, target, *options)[0]
     loss = apply(_CrossEntropy, logits[None], target[None], *options)[0]
@@ -342,8 +347,10 @@ def cross_entropy(
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
-    if not logits.is_floating_point():
+    if type(logits) is not Tensor or logits.dtype not in checks.FLOATING:
         checks.floating("cross_entropy", logits=logits)
+    if type(target) is not Tensor:
+        checks.tensors("cross_entropy", target=target)
     if target.device != logits.device:
         checks.same_device("cross_entropy", logits, target=target)
     if target.is_floating_point():
@@ -359,7 +366,7 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
     if target.shape != logits.shape[:-1]:
         checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
     checks.fits("cross_entropy", "weight", weight, logits, logits.shape[-1:])
-    if weight is not None and weight.requires_grad:
+    if weight is not None and checks.differentiated(weight):
         raise NotImplementedError(
             "cross_entropy: weight requires a gradient, which is not defined here: pass weight.detach()"
         )

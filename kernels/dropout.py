@@ -8,6 +8,7 @@ is stored.
 from __future__ import annotations
 
 import functools
+from typing import NoReturn
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tileformer.kernels import bits, checks, reference
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import Launch, apply, cdiv, register
+from tileformer.kernels.launch import Launch, apply, cdiv, not_traced, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.steps import dropout_keep
 
@@ -104,7 +105,9 @@ class _Dropout(torch.autograd.Function):
         return dx, dresidual, None, None
 
 
-def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def dropout(
+    x: Tensor, p: float, *, seed: Tensor | int | None = None, residual: Tensor | None = None, **wrong: NoReturn
+) -> Tensor:
     """residual + drop(x): each element of x is 0 with probability p and else divided by 1 - p.
 
     Args:
@@ -112,8 +115,8 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
             rows are contiguous and evenly spaced; otherwise it is copied once.
         p: from 0 (nothing is drawn, and without a residual x itself is returned) to 1 (everything is dropped).
             Applied as given: a module passes 0 in evaluation.
-        seed: int64 tensor with one element on x's device, for reproducible bits; drawn from torch's generator when
-            None.
+        seed: an integer, or an int64 tensor with one element on x's device, for reproducible bits; drawn from torch's
+            generator when None.
         residual: of x's shape, added after dropping.
 
     Returns:
@@ -126,14 +129,20 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
 
     Source: Philox-4x32-7 (Salmon et al., SC 2011); `tileformer.kernels.reference.dropout` is the definition.
     """
-    checks.floating("dropout", x=x)
+    if wrong:
+        checks.misnamed("dropout", wrong)
+    if type(x) is not Tensor or x.dtype not in checks.FLOATING:
+        checks.floating("dropout", x=x)
     checks.fits("dropout", "residual", residual, x, x.shape)
+    p = checks.number("dropout", "p", p)
+    seed = checks.seeded("dropout", seed, x.device)
     checks.rate("dropout", p, seed, x)
     if x.dim() == 0:
         raise ValueError("dropout: x has no axis: give it one, for example with x[None]")
     backend = choose("dropout", x)
     if p == 0.0:
         return x if residual is None else residual + x
+    not_traced("dropout")
     if seed is None:
         seed = bits.new_seed(x.device)
     if backend == "reference":
@@ -145,4 +154,4 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
         if residual is not None:
             return torch.addcmul(residual, x, keep, value=scale if late else 1)
         return x * keep * scale if late else x * keep
-    return apply(_Dropout, x, residual, seed, float(p))
+    return apply(_Dropout, x, residual, seed, p)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ from triton.runtime.jit import JITFunction
 
 Handle, Builder = stock.TensorHandle, stock.InterpreterBuilder
 _lock = threading.RLock()  # the interpreter patches module globals: one launch at a time
+if hasattr(os, "register_at_fork"):
+    # A child has no thread that would end a launch it was born in: no fork while Triton is patched.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
 
 

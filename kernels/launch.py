@@ -241,20 +241,36 @@ def _observed(kernel: Any) -> bool:
     )
 
 
-_library = torch.library.Library("tileformer", "FRAGMENT")
+# By name: the schema, what computes now, and the library that holds the op. Reloading this module, or a kernel's, leaves the ops registered.
+_registered: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], torch.library.Library]]
+_registered = globals().get("_registered", {})
 
 
 def register(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Make `tileformer::<launcher's name>` from a typed function that returns new tensors; `fake` gives their shapes.
 
     One implementation serves all devices: compiled on CUDA tensors, interpreted on CPU tensors. `Library.define` costs
-    a fraction of `torch.library.custom_op` per call.
+    a fraction of `torch.library.custom_op` per call. Called again, as where a notebook reloads a kernel's file, the new one serves.
     """
     name = launcher.__name__
-    _library.define(name + torch.library.infer_schema(launcher, mutates_args=()))
-    _library.impl(name, launcher, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tileformer::{name}", fake, lib=_library)
+    schema = torch.library.infer_schema(launcher, mutates_args=())
+    known = _registered.pop(name, None)
+    if known and known[0] == schema:
+        _registered[name] = schema, launcher, fake, known[3]
+    else:
+        if known:
+            known[3]._destroy()  # and with it the op, which has another schema
+        library = torch.library.Library("tileformer", "FRAGMENT")
+        library.define(name + schema)
+        library.impl(name, registered(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tileformer::{name}", lambda *args: _registered[name][2](*args), lib=library)
+        _registered[name] = schema, launcher, fake, library
     return getattr(torch.ops.tileformer, name).default
+
+
+def registered(name: str) -> Callable[..., Any]:
+    """The launcher that is registered under this name when it is called: a reload of its file reaches who holds this."""
+    return lambda *args: _registered[name][1](*args)
 
 
 def _bits(*keys: str) -> int:
@@ -279,12 +295,14 @@ def apply(function: Any, *args: Any) -> Any:
     again for each registered op: 30 microseconds. Tensors that are not plain (subclasses, wrappers, lazy negations), and threads in
     which a mode, a transform, a tracer or a profiler is active, get the function itself.
     """
+    if is_compiling():
+        return function.apply(*args)
+    if getattr(forward_ad, "_current_level", 0) >= 0:
+        return _without_tangents(function).apply(*args)
     if (
-        is_compiling()
-        or _dispatch_tls_local_include_set().raw_repr() & _SPECIAL
+        _dispatch_tls_local_include_set().raw_repr() & _SPECIAL
         or _has_torch_function(args)  # a mode, or a subclass that listens
         or _profiler_enabled()
-        or getattr(forward_ad, "_current_level", 0) >= 0
     ):
         return function.apply(*args)
     tracked = False
@@ -311,6 +329,28 @@ def _in_one(function: Any) -> Callable[..., Any]:
     methods = dict(forward=staticmethod(forward), backward=staticmethod(function.backward))
     made = type(function.__name__, (torch.autograd.Function,), methods)
     return super(torch.autograd.Function, made).apply  # type: ignore[misc]
+
+
+@functools.cache
+def _without_tangents(function: Any) -> Any:
+    """The same function, refusing forward mode in words of its own. A class of its own: torch.compile does not trace one with a jvp."""
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{function.__name__.strip('_')}: the fused kernels have no forward-mode derivative: use reverse mode "
+            "(torch.func.jacrev; a Hessian is jacrev(jacrev(f))), or use_backend('reference')"
+        )
+
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+
+
+def not_traced(op: str) -> None:
+    """Raise NotImplementedError inside torch.jit.trace, which would write this call's sizes and random bits down for all others."""
+    if not is_compiling() and torch._C._is_tracing():
+        raise NotImplementedError(
+            f"{op}: torch.jit.trace records neither dropout nor the fused attention kernels: use torch.export, or trace "
+            "in evaluation under use_backend('torch')"
+        )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -425,7 +425,7 @@ class _LayerNormBackward(torch.autograd.Function):
 
 def layer_norm(
     x: Tensor,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -435,9 +435,9 @@ def layer_norm(
     Args:
         x: (..., *normalized_shape) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read in
             place if its rows are contiguous and evenly spaced; otherwise it is copied once.
-        normalized_shape: sizes of the trailing axes that make a row.
-        weight, bias: of normalized_shape, either or both; any floating dtype, for example float32 beside a bfloat16 x.
-        eps: added to the variance.
+        normalized_shape: sizes of the trailing axes that make a row; a number is the last axis alone.
+        weight, bias: of normalized_shape, either or both; each, and its gradient, in any of x's dtypes, for example float32 beside a bfloat16 x.
+        eps: a number, added to the variance.
 
     Returns:
         A tensor like x, in x's dtype (also under autocast).
@@ -447,11 +447,11 @@ def layer_norm(
 
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
     """
-    return _norm("layer_norm", x, tuple(normalized_shape), weight, bias, eps)
+    return _norm("layer_norm", x, normalized_shape, weight, bias, eps)
 
 
 def rms_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last len(normalized_shape) axes of x.
 
@@ -460,15 +460,18 @@ def rms_norm(
 
     Source: Zhang and Sennrich, arXiv:1910.07467; `tileformer.kernels.reference.rms_norm` is the definition.
     """
-    eps = torch.finfo(wider(x.dtype)).eps if eps is None and x.is_floating_point() else eps
-    return _norm("rms_norm", x, tuple(normalized_shape), weight, None, eps or 0.0)
+    return _norm("rms_norm", x, normalized_shape, weight, None, eps)
 
 
 def _norm(
-    name: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+    name: str, x: Tensor, sizes: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> Tensor:
-    if not x.is_floating_point():
+    if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating(name, x=x)
+    if eps is None and name == "rms_norm":
+        eps = torch.finfo(wider(x.dtype)).eps
+    eps = checks.number(name, "eps", eps)
+    shape = tuple(sizes) if hasattr(sizes, "__iter__") else (sizes,)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"{name}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
@@ -482,7 +485,7 @@ def _norm(
         )
     if backend == "torch":
         return _torch_norm(x, shape, weight, bias, eps, centre)
-    return apply(_LayerNorm, x, len(shape), weight, bias, float(eps), centre)[0]
+    return apply(_LayerNorm, x, len(shape), weight, bias, eps, centre)[0]
 
 
 def _torch_norm(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NoReturn
 
 import torch
 import triton
@@ -299,7 +300,9 @@ class _SoftmaxBackward(torch.autograd.Function):
         return apply(_SoftmaxBackward, ddx, y, ctx.scale, False), grad_y.to(y.dtype), None, None
 
 
-def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
+def softmax(
+    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False, **wrong: NoReturn
+) -> Tensor:
     """softmax(scale * x + mask) over the last axis.
 
     Args:
@@ -308,6 +311,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
         mask: broadcastable to x; boolean (True = kept) or floating (added). Read through its strides; for an x of
             more than four axes, copied if it is broadcast among the leading ones.
         causal: False, True or "top_left" (row i keeps columns j <= i), or "bottom_right" (j <= i + T_k - T_q).
+        scale: a number; for a learned one, multiply x by it.
 
     Returns:
         A tensor like x, in x's dtype (also under autocast). A row that mask and causal hide entirely is 0, without
@@ -320,10 +324,14 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
     Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is itself -inf throughout is 0
     too, except on the torch backend, where it is NaN as in torch: looking for it would cost a pass.
     """
+    if wrong:
+        checks.misnamed("softmax", wrong)
     return _softmax("softmax", x, scale, mask, causal)
 
 
-def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
+def log_softmax(
+    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False, **wrong: NoReturn
+) -> Tensor:
     """The logarithm of `softmax`, with its arguments and errors: exact where the softmax itself would round to 0.
 
     Returns:
@@ -333,13 +341,19 @@ def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, ca
     Source: `tileformer.kernels.reference.log_softmax` is the definition. An element of x that is itself -inf is as
     hidden, except on the torch backend, which hands its gradient on as torch does.
     """
+    if wrong:
+        checks.misnamed("log_softmax", wrong)
     return _softmax("log_softmax", x, scale, mask, causal)
 
 
 def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
-    if not x.is_floating_point():
+    if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating(name, x=x)
+    if type(scale) is not float:
+        scale = checks.number(name, "scale", scale, "multiply x by it, and pass scale=1.0")
     if mask is not None:
+        if variant := checks.causal_variant(name, mask, x.shape):
+            causal, mask = (causal, checks.triangle(variant, x.shape, x.device)) if causal else (variant, None)
         checks.mask(name, x.shape, x, mask)
     checks.causal(name, causal)
     if x.dim() < (2 if causal else 1):
@@ -355,7 +369,7 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bo
         four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
         mask = mask.expand(x.shape).reshape(four)
     shift = reference.causal_shift(causal, x.shape[-2], x.shape[-1]) if causal else None
-    return apply(_Softmax, x, mask, shift, float(scale), log)
+    return apply(_Softmax, x, mask, shift, scale, log)
 
 
 def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str, log: bool) -> Tensor:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
-from tileformer import kernels
+from tileformer import decoder, kernels
+from tileformer.decoder import modules
 from tileformer.kernels import reference, use_backend
 from tileformer.kernels.launch import Launch
 
@@ -21,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:There is a performance drop because we have not yet implemented the batching rule"
     ),  # vmap
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),  # torch's forward mode
 ]
 
 
@@ -149,6 +152,104 @@ def test_second_derivatives_equal_the_references(op: Op, name: str) -> None:
         got = second(kernels)
     for a, b in zip(got, second(reference), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+LEARNED: dict[str, Callable[[Any], Any]] = {
+    "scale": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, scale=s),
+    "softcap": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, softcap=s),
+    "attention's dropout_p": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, dropout_p=s, seed=3),
+    "torch's scale": lambda s: kernels.scaled_dot_product_attention(*[OPS["attention"].tensors["q"]] * 3, scale=s),
+    "softmax's scale": lambda s: kernels.softmax(X, scale=s),
+    "log_softmax's scale": lambda s: kernels.log_softmax(X, scale=s),
+    "dropout's p": lambda s: kernels.dropout(X, s, seed=3),
+    "layer_norm's eps": lambda s: kernels.layer_norm(X, 6, eps=s),
+    "rms_norm's eps": lambda s: kernels.rms_norm(X, 6, eps=s),
+    "label_smoothing": lambda s: kernels.cross_entropy(X, torch.tensor([0, 1, 2]), label_smoothing=s),
+    "a module's dropout": lambda s: decoder.MultiheadAttention(4, 2, dropout=s, dtype=X.dtype)(*[X.view(3, 1, 6)[..., :4]] * 3)[0],
+    "a module's p": lambda s: modules.Dropout(s)(X),
+    "a module's eps": lambda s: modules.LayerNorm(6, eps=s, dtype=X.dtype)(X),
+    "a loss's smoothing": lambda s: modules.CrossEntropyLoss(label_smoothing=s)(X, torch.tensor([0, 1, 2])),
+}  # fmt: skip
+X = OPS["dropout"].tensors["x"]
+
+
+@pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
+@pytest.mark.parametrize("call", LEARNED.values(), ids=LEARNED)
+def test_a_number_that_is_learned_is_refused_and_never_cut_off(call: Callable[[Any], Any], name: str) -> None:
+    number = torch.tensor(0.3, dtype=torch.float64)
+    with use_backend(name):
+        for asked in (
+            lambda: call(number.clone().requires_grad_()),
+            lambda: call(torch.nn.Parameter(number)),
+            lambda: torch.func.grad(lambda s: call(s).sum())(number),
+            lambda: torch.func.grad(lambda s: torch.vmap(lambda a: call(s) * a, randomness="same")(X[0]).sum())(number),
+            lambda: torch.func.jvp(call, (number,), (number,)),
+        ):
+            with pytest.raises(NotImplementedError, match=r"requires a gradient, and gets none: (pass|multiply)"):
+                asked()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            got = call(torch.nn.Parameter(number))
+            torch.manual_seed(0)
+            torch.testing.assert_close(got, call(0.3))
+        with pytest.raises((TypeError, RuntimeError), match="must be a number|more than one value"):
+            call(torch.ones(2))
+
+
+@pytest.mark.interprets
+@every_op
+def test_forward_mode_is_served_or_refused_with_the_way_out(op: Op) -> None:
+    """docs/drop-in.md has the table: the kernels refuse it, and so may the torch backend's attention."""
+    first = next(iter(op.tensors))
+    tangent = torch.linspace(-1, 1, op.tensors[first].numel(), dtype=torch.float64).view_as(op.tensors[first])
+    of_first = lambda x: op.call()(x, *list(op.tensors.values())[1:])  # noqa: E731
+
+    def dual() -> Any:
+        with forward_ad.dual_level():
+            out = of_first(forward_ad.make_dual(op.tensors[first], tangent))
+            return [forward_ad.unpack_dual(x).tangent for x in (out if isinstance(out, tuple) else (out,))]
+
+    push = lambda: torch.func.jvp(of_first, (op.tensors[first],), (tangent,))[1]  # noqa: E731
+    curve = lambda: torch.func.hessian(lambda x: torch.as_tensor(of_first(x)[0]).sum())(op.tensors[first])  # noqa: E731
+    with use_backend("interpret"):
+        for asked in (dual, push, curve) if op.name not in ("dropout", "cross_entropy") else (dual, push):
+            with pytest.raises(NotImplementedError, match=r"jacrev.*use_backend\('reference'\)"):
+                asked()
+    if op.name in ("attention", "dropout"):
+        return  # another Function of the torch backend; bits of its own
+    with use_backend("reference"):
+        expected = push()
+    with use_backend("torch"):
+        torch.testing.assert_close(push(), expected)
+        torch.testing.assert_close(dual()[0], expected)
+
+
+def test_what_is_not_differentiable_takes_no_tangent() -> None:
+    weight, logits = torch.rand(6).double(), OPS["cross_entropy"].tensors["logits"]
+    slopes, qkv = torch.rand(2).double(), OPS["attention"].tensors
+    for name in ("interpret", "torch"):
+        with use_backend(name):
+            for call, x in (
+                (lambda w: kernels.cross_entropy(logits, torch.tensor([0, 5, 3, 2]), weight=w), weight),
+                (lambda s: kernels.attention(**qkv, alibi_slopes=s), slopes),
+            ):
+                for asked in (lambda: call(x.clone().requires_grad_()), lambda: torch.func.jvp(call, (x,), (x,))):  # noqa: B023
+                    with pytest.raises(NotImplementedError, match="detach"):
+                        asked()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # the tracer's own
+def test_jit_trace_is_served_or_refused_in_words() -> None:
+    qkv = tuple(OPS["attention"].tensors.values())
+    for name, call, inputs in (
+        ("interpret", kernels.attention, qkv),
+        ("torch", lambda q, k, v: kernels.attention(q, k, v, dropout_p=0.5), qkv),
+        ("torch", lambda x: kernels.dropout(x, 0.5), (X,)),
+    ):
+        with use_backend(name), pytest.raises(NotImplementedError, match="torch.export"):
+            torch.jit.trace(call, inputs)
+    with use_backend("torch"):
+        torch.testing.assert_close(torch.jit.trace(kernels.attention, qkv)(*qkv), kernels.attention(*qkv))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

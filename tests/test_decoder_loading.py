@@ -26,6 +26,18 @@ def test_the_same_model_is_loaded_whole():
     assert new.embedding.weight.any()  # a copy
 
 
+def test_the_model_comes_first_everywhere(tmp_path):
+    training = pytest.importorskip("tileformer.training")
+    save_model = pytest.importorskip("safetensors.torch").save_model
+    old, news = model(0), (model(1), model(2))
+    save_model(old, str(tmp_path / "model.safetensors"))
+    for load, new in zip((load_matching, training.load_weights), news, strict=True):
+        load(new, str(tmp_path))
+        assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    with pytest.raises(TypeError, match="the model first and then the path"):
+        training.load_weights(tmp_path, old)
+
+
 def test_a_language_model_becomes_a_classifiers_backbone():
     old, new = model(0), Classifier(model(1, num_layers=3), 2)
     head = new.head.linear.weight.clone()

@@ -1,9 +1,20 @@
 """What people do to modules besides calling them: save, cast, compile, export, checkpoint, map, share among threads."""
 
+import asyncio
 import copy
+import importlib
 import io
+import os
+import random
+import re
+import signal
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tileformer.decoder import TransformerDecoderLayer, TransformerEncoderLayer, convert
-from tileformer.kernels import use_backend
+from tileformer.kernels import attention, backend, interpreter, launch, softmax, use_backend
 
 B, T_Q, T_K, C = 2, 4, 6, 8
 TARGET, MEMORY = (torch.randn(B, T, C, generator=torch.Generator().manual_seed(T)) for T in (T_Q, T_K))
@@ -127,6 +138,177 @@ def test_threads_share_a_layer() -> None:
     with torch.no_grad():
         for i in range(6):
             torch.testing.assert_close(found[i], [call(net, TARGET + i)] * 5)
+
+
+def test_tasks_of_one_thread_keep_their_backends() -> None:
+    async def task(name: str, seen: list[str]) -> None:
+        with use_backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                seen.append(backend.current_backend())
+        seen.append(backend.current_backend())
+
+    async def together() -> dict[str, list[str]]:
+        seen: dict[str, list[str]] = {"torch": [], "interpret": [], "reference": []}
+        await asyncio.gather(*(task(*item) for item in seen.items()))
+        return seen
+
+    for name, seen in asyncio.run(together()).items():
+        assert seen == [name] * 3 + ["auto"]
+
+    def suspended() -> Iterator[None]:
+        with use_backend("reference"):
+            yield
+
+    generator = suspended()
+    next(generator)
+    assert backend.current_backend() == "reference"  # as the docstring says: the caller's context is the generator's
+    generator.close()
+    assert backend.current_backend() == "auto"
+
+
+@pytest.mark.interprets
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")  # dynamo
+def test_what_is_compiled_follows_the_backend() -> None:
+    torch.compiler.reset()
+    seen: list[str] = []
+    op = lambda x: softmax(x)  # noqa: E731
+
+    def inside(x: Tensor) -> Tensor:
+        with use_backend("interpret"):
+            return softmax(x)
+
+    def listen(graph: Any, inputs: Any) -> Any:
+        seen.append("interpret" if "softmax_fwd" in graph.code else "torch")
+        return graph.forward
+
+    compiled, chosen = (torch.compile(f, fullgraph=True, backend=listen) for f in (op, inside))
+
+    def work() -> None:  # in a thread that has never chosen
+        with torch.no_grad():
+            compiled(TARGET)
+            for name in ("interpret", "torch", "interpret"):
+                with use_backend(name):
+                    compiled(TARGET)
+            chosen(TARGET)
+            compiled(TARGET)
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == ["torch", "interpret", "torch", "interpret"]  # by default, twice chosen, inside; then found again
+    assert backend.current_backend() == "auto"
+
+
+@pytest.mark.interprets
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_born_while_a_thread_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, interpreted = threading.Event(), interpreter._interpreted
+
+    def slowly(function: Any) -> Any:
+        inside.set()
+        time.sleep(0.2)
+        return interpreted(function)
+
+    monkeypatch.setattr(interpreter, "_interpreted", slowly)
+
+    def work() -> None:
+        with use_backend("interpret"):
+            softmax(TARGET)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(10)
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    thread.join()
+    for _ in range(500):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert status == 0
+
+
+@pytest.fixture
+def reloadable() -> Iterator[list[ModuleType]]:
+    """The modules of kernels/ and decoder/ that are loaded; what they hold is put back afterwards."""
+    modules = [m for name, m in sorted(sys.modules.items()) if re.match(r"tileformer\.(kernels|decoder)\b", name)]
+    held, ops = [dict(vars(m)) for m in modules], dict(launch._registered)
+    yield modules
+    for module, names in zip(modules, held, strict=True):
+        vars(module).update(names)
+    launch._registered.update(ops)
+
+
+def _works() -> None:
+    kernels, layers = sys.modules["tileformer.kernels"], sys.modules["tileformer.decoder"]
+    net = nn.TransformerEncoderLayer(C, 2, 16, 0.0, batch_first=True)
+    expected = net(TARGET)
+    layers.convert(net)
+    for name in ("torch", "interpret"):
+        with kernels.use_backend(name):
+            x = TARGET.clone().requires_grad_()
+            torch.testing.assert_close(net(x), expected)
+            (kernels.dropout(net(x), 0.5) + kernels.log_softmax(x)).sum().backward()
+            kernels.cross_entropy(x[0], torch.tensor([0, 1, 2, 3])).backward()
+            assert x.grad is not None
+
+
+@pytest.mark.interprets
+def test_every_file_can_be_reloaded_in_any_order(reloadable: list[ModuleType]) -> None:
+    for modules in (reloadable[::-1], random.Random(0).sample(reloadable, len(reloadable))):
+        for module in modules:
+            importlib.reload(module)
+        _works()
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("softmax", "    return y\n\n\ndef _softmax_fwd_fake", "    return y.add_(1.0)\n\n\ndef _softmax_fwd_fake"),
+        ("attention.launchers", "    return out, lse, bounds\n", "    return out.add_(1.0), lse, bounds\n"),
+    ],
+)
+@pytest.mark.interprets
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_was_edited_and_reloaded_is_what_runs(name, old, new, reloadable: list[ModuleType]) -> None:
+    x, op = TARGET[None], {"softmax": softmax}.get(name, lambda x: attention(x, x, x))
+    with use_backend("interpret"):
+        before = op(x)
+        module = sys.modules[f"tileformer.kernels.{name}"]
+        source = Path(str(module.__file__)).read_text()
+        assert source.count(old) == 1
+        exec(compile(source.replace(old, new), str(module.__file__), "exec"), vars(module))
+        torch.testing.assert_close(op(x), before + 1)
+        torch.testing.assert_close(torch.vmap(op)(x[None])[0], before + 1)  # through the dispatcher
+
+
+def test_an_op_may_come_back_with_another_signature(reloadable: list[ModuleType]) -> None:
+    def made(body: str) -> Any:
+        names: dict[str, Any] = {"Tensor": Tensor}
+        exec(f"def reloaded_op({body}", names)
+        return launch.register(names["reloaded_op"], names["reloaded_op"])
+
+    for body, arguments in (
+        ("x: Tensor) -> Tensor: return x * 2", ()),
+        ("x: Tensor, n: int) -> Tensor: return x * n", (3,)),
+    ):
+        factor = arguments[0] if arguments else 2
+        torch.testing.assert_close(made(body)(TARGET, *arguments), TARGET * factor)
+    assert made("x: Tensor, n: int) -> Tensor: return x + n")(TARGET, 1).equal(TARGET + 1)
+    del launch._registered["reloaded_op"]
 
 
 class Masked(nn.Module):

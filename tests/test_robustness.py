@@ -3,18 +3,20 @@
 A case is one function, called with torch's names and with ours, on the torch backend and through the interpreter.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tileformer import decoder
+from tileformer import decoder, kernels
 from tileformer.kernels import scaled_dot_product_attention, use_backend
 
 INF, NAN = float("inf"), float("nan")
@@ -307,6 +309,125 @@ CASES: dict[str, Case] = {
     "a layer on memory of another batch": Case(apply(module("TransformerDecoderLayer", 8, 2, batch_first=True), X, rand(3, 5, 8)), "2.*3|batch"),
     "heads that do not divide": Case(module("MultiheadAttention", 8, 3), "8.*3"),
 }  # fmt: skip
+
+
+FLOAT8, JAGGED = (
+    torch.float8_e4m3fn,
+    torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged),
+)
+Q, K = rand(2, 4, 10, 8), rand(2, 4, 7, 8)
+HEADS_LAST = [x.transpose(1, 2) for x in (Q, K, K)]
+ROWS8 = rand(3, 8)
+LABELS8 = torch.tensor([1, 2, 3])
+
+
+def made(kind: str, x: Tensor) -> Any:
+    """x as something that is no tensor which the ops compute with."""
+    return {"numpy": x.numpy(), "list": x.tolist(), "jagged": JAGGED, "float8": x.to(FLOAT8), "complex": x.cfloat()}[
+        kind
+    ]
+
+
+OPS: dict[str, Callable[[Any], Any]] = {
+    "attention": lambda x: kernels.attention(x, K, K),
+    "attention's values": lambda x: kernels.attention(Q, K, x),
+    "attention's bias": lambda x: kernels.attention(Q, K, K, bias=x),
+    "sdpa": lambda x: scaled_dot_product_attention(x, K, K),
+    "softmax": lambda x: kernels.softmax(x),
+    "softmax's mask": lambda x: kernels.softmax(ROWS8, mask=x),
+    "log_softmax": lambda x: kernels.log_softmax(x),
+    "layer_norm": lambda x: kernels.layer_norm(x, 8),
+    "layer_norm's weight": lambda x: kernels.layer_norm(ROWS8, 8, x),
+    "rms_norm": lambda x: kernels.rms_norm(x, 8),
+    "cross_entropy": lambda x: kernels.cross_entropy(x, LABELS8),
+    "cross_entropy's weight": lambda x: kernels.cross_entropy(ROWS8, LABELS8, weight=x),
+    "dropout": lambda x: kernels.dropout(x, 0.5),
+    "dropout's residual": lambda x: kernels.dropout(ROWS8, 0.5, residual=x),
+}
+SAID = {"numpy": "must be a torch.Tensor, got ndarray", "list": "must be a torch.Tensor, got list", "jagged": "nested tensor: pad",
+        "float8": "got float8_e4m3fn, which has no arithmetic", "complex": "complex64"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_is_no_tensor_to_compute_with_is_named(kind: str) -> None:
+    for backend in ("torch", "interpret", "reference"):
+        with use_backend(backend):
+            for name, call in OPS.items():
+                with pytest.raises(TypeError, match=SAID[kind]) as caught:
+                    call(made(kind, Q if name in ("attention", "sdpa") else ROWS8))
+                assert "\n" not in str(caught.value), name
+    for call in (
+        lambda x: kernels.cross_entropy(ROWS8, x),
+        lambda x: kernels.attention(Q, K, K, key_mask=x),
+        lambda x: kernels.attention(Q, K, K, mask=x),
+    ):
+        with pytest.raises(
+            (TypeError, ValueError, NotImplementedError) if kind in ("float8", "complex") else TypeError
+        ):
+            call(made(kind, ROWS8))
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "torch's causal": (lambda: kernels.attention(Q, K, K, is_causal=True), "is_causal.*here it is causal="),
+    "torch's mask": (lambda: kernels.attention(Q, K, K, attn_mask=None), "attn_mask.*here it is mask="),
+    "flash-attn's scale": (lambda: kernels.attention(Q, K, K, softmax_scale=1.0), "softmax_scale.*here it is scale="),
+    "a slip": (lambda: kernels.attention(Q, K, K, maks=None), "unexpected keyword argument 'maks'$"),
+    "softmax's dim": (lambda: kernels.softmax(ROWS8, dim=-1), "dim.*last axis"),
+    "log_softmax's dim": (lambda: kernels.log_softmax(ROWS8, dim=-1), "dim.*last axis"),
+    "dropout's training": (lambda: kernels.dropout(ROWS8, 0.5, training=False), "training.*p=0.0"),
+    "an old reduction": (lambda: kernels.cross_entropy(ROWS8, LABELS8, size_average=True), "size_average.*reduction="),
+    "time before heads": (lambda: kernels.attention(*HEADS_LAST), r"10 query heads and 7 key heads.*\(B, T, H, D\).*transpose\(1, 2\)"),
+    "time before heads, padded": (
+        lambda: kernels.attention(HEADS_LAST[1], *HEADS_LAST[1:], key_mask=bools(2, 7)), r"\(2, 7\); if q, k and v are \(B, T, H, D\)"),
+    "time before heads, masked": (
+        lambda: kernels.attention(HEADS_LAST[1], *HEADS_LAST[1:], mask=bools(7, 7)), r"\(7, 7\) beside.*\(B, T, H, D\)"),
+    "time before heads, a bias": (
+        lambda: kernels.attention(HEADS_LAST[1], *HEADS_LAST[1:], bias=rand(2, 4, 7, 7)), r"beside.*\(B, T, H, D\)"),
+    "no batch": (lambda: kernels.attention(Q[0], K, K), r"\(4, 10, 8\).*x\[None\]"),
+    "no heads and no batch": (lambda: scaled_dot_product_attention(ROWS8[0], K, K), "query has 1 axes"),
+    "a mask of one value": (lambda: scaled_dot_product_attention(Q, K, K, torch.tensor(True)), "attn_mask has 0 axes"),
+    "a scale in words": (lambda: kernels.attention(Q, K, K, scale="0.3"), "scale must be a number, got '0.3'"),
+    "no scale": (lambda: kernels.softmax(ROWS8, scale=None), "scale must be a number, got None"),
+    **{f"the seed {seed!r}": (lambda seed=seed: kernels.dropout(ROWS8, 0.5, seed=seed), said) for seed, said in (
+        (True, "must be an integer"), (np.True_, "must be an integer"), (1.5, "must be an integer"), ("a", "must be an integer"),
+        (np.ones(1, np.int64), "must be an integer|must be a torch.Tensor"),
+        (-1, r"between 0 and 2\*\*63 - 1, got -1"), (10**30, "got 1000"), (2**63, "got 9223372036854775808"))},
+    "no seed to look up": (lambda: kernels.dropout_keep(None, (3, 8), 0.5), "seed is None"),
+    "a rate to look up": (lambda: kernels.dropout_keep(3, (3, 8), 1.5), "between 0 and 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call, said", WRONG.values(), ids=WRONG)
+def test_a_mistake_is_answered_with_its_likely_cause(call: Callable[[], Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        call()
+
+
+@pytest.mark.parametrize("where", ["torch", "interpret", "reference"])
+def test_an_integer_is_a_seed(where: str) -> None:
+    with use_backend(where):
+        for seed in (0, 42, np.int32(7), 2**63 - 1):
+            tensor = torch.tensor([int(seed)])
+            keep = kernels.dropout_keep(seed, (3, 8), 0.5)
+            assert torch.equal(keep, kernels.dropout_keep(tensor, (3, 8), 0.5)) and keep.any() and not keep.all()
+            assert torch.equal(kernels.dropout(ROWS8, 0.5, seed=seed), ROWS8 * keep * 2)
+            got, expected = (kernels.attention(*[K[:1]] * 3, dropout_p=0.5, seed=s) for s in (seed, tensor))
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("where", ["torch", "interpret", "reference"])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_norms_weight_has_a_dtype_of_its_own(norm: str, where: str) -> None:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for of_x, of_weight in itertools.product(dtypes, dtypes):
+        x, weight = ROWS8.to(of_x).requires_grad_(), (1 + ROWS8[0]).to(of_weight).requires_grad_()
+        with use_backend(where):
+            out = getattr(kernels, norm)(x, 8, weight)
+        with use_backend("reference"):
+            wide = getattr(kernels, norm)(x.detach().double(), 8, weight.detach().double())
+        assert out.dtype == of_x
+        torch.testing.assert_close(out, wide.to(of_x), rtol=2e-2 if of_x.itemsize == 2 else 1e-5, atol=1e-5)
+        assert [g.dtype for g in torch.autograd.grad(out.sum(), (x, weight))] == [of_x, of_weight]
 
 
 def outcome(call: Callable[[Any], Any], lib: Any) -> Any:

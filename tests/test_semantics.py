@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tileformer.decoder import MultiheadAttention
-from tileformer.kernels import attention, scaled_dot_product_attention, use_backend
+from tileformer.kernels import attention, scaled_dot_product_attention, softmax, use_backend
 
 pytestmark = pytest.mark.interprets
 
@@ -96,6 +96,34 @@ def causal_and_mask() -> None:
     _close(attention(q, k, v, causal=True, mask=mask), _dense(q, k, v, mask & (COLS <= ROWS)))
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(5, 7), is_causal=True)
     _close(theirs, attention(q, k, v, causal=True, mask=mask))
+
+
+def causal_bias() -> None:
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    q, k, v = _qkv()
+    layer = MultiheadAttention(8, 1, batch_first=True).eval()
+    for make, diagonal in ((causal_upper_left, 0), (causal_lower_right, 2)):
+        mask, seen = make(5, 7), torch.ones(5, 7, dtype=torch.bool).tril(diagonal)
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        _close(expected, _dense(q, k, v, seen))
+        _close(scaled_dot_product_attention(q, k, v, mask), expected)
+        for options in ({}, {"window": (None, 9)}, {"key_lengths": torch.tensor([7, 7])}, {"align": "top_left"}):
+            _close(attention(q, k, v, mask=mask, **options), expected)
+        lengths = torch.tensor([7, 4])  # lower right of all the keys, not of those that are real
+        _close(attention(q, k, v, mask=mask, key_lengths=lengths)[1], _dense(q, k, v, seen & (COLS < 4))[1])
+        _close(softmax(q @ k.mT, mask=mask), softmax(q @ k.mT, mask=seen))
+        _close(softmax(q @ k.mT, mask=mask, causal=True), softmax(q @ k.mT, mask=seen, causal=True))
+        for is_causal in (False, True):
+            got = layer(q[0], k[0], v[0], attn_mask=mask, is_causal=is_causal)[0]
+            _close(got, layer(q[0], k[0], v[0], attn_mask=~seen)[0])
+    for wrong in (causal_upper_left(5, 6), causal_upper_left(5, 7)[0]):
+        with pytest.raises(ValueError, match=r"CausalBias.*\(5, 7\)"):
+            attention(q, k, v, mask=wrong)
+        with pytest.raises(ValueError, match="CausalBias"):
+            layer(q[0], k[0], v[0], attn_mask=wrong)
+    with pytest.raises(TypeError, match="pass it as mask="):
+        attention(q, k, v, bias=causal_upper_left(5, 7))
 
 
 def window() -> None:
@@ -261,7 +289,7 @@ def zero_keys() -> None:
 CLAIMS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
-        sign, additive, mixed, causal_top_left, causal_bottom_right, causal_and_mask, window, empty_row, empty_row_module, finfo_min,
+        sign, additive, mixed, causal_top_left, causal_bottom_right, causal_and_mask, causal_bias, window, empty_row, empty_row_module, finfo_min,
         large_negative, padded_nan, masked_nan, padded_query_nan, nan_row, gqa, softcap, alibi, dropout_one, dropout_scale, packed,
         scale_negative, lse, zero_keys,
     )

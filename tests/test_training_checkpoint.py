@@ -167,7 +167,7 @@ def test_damage_is_named_in_one_line(name, damage, copy):
 def test_weights_of_another_model_are_refused(copy):
     other = Seq2Seq(Seq2SeqConfig(9, 8, 16, 2, 1, 1, 32, max_length=8))
     with pytest.raises(CheckpointError, match=r"model.safetensors: expected the weights of Seq2Seq; .*src_embedding"):
-        load_weights(copy, other)
+        load_weights(other, copy)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])

@@ -80,7 +80,7 @@ def facts(path):
     for name in ("core_seconds", "wall_seconds"):
         del state[name]
     del state["last"]["tokens_per_core_second"]
-    checkpoint.load_weights(path, build())
+    checkpoint.load_weights(build(), path)
     return state, (path / checkpoint.WEIGHTS).read_bytes(), (path / checkpoint.TRAINING).read_bytes()
 
 

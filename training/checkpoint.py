@@ -67,9 +67,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Copy a checkpoint's weights into `model`. CheckpointError when the file is damaged or a name or shape differs."""
-    file = path / WEIGHTS
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_weights takes the model first and then the path, got a {type(model).__name__} first")
+    file = Path(path) / WEIGHTS
     try:
         load_model(model, str(file))
     except (SafetensorError, FileNotFoundError, RuntimeError) as error:

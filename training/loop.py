@@ -253,7 +253,7 @@ def fit(
             window_step, window_tokens, window_start = place.step, place.tokens, time.process_time()
     batches.load_state_dict(data)  # `steps` looks one step ahead
     if settings.keep_best and folder is not None:
-        checkpoint.load_weights(checkpoint.best(folder), model)
+        checkpoint.load_weights(model, checkpoint.best(folder))
     elif best_weights:
         model.load_state_dict(best_weights)
     core, wall = time.process_time() - core_start, time.perf_counter() - wall_start
@@ -313,7 +313,7 @@ def _restore(
         batches.load_state_dict(state["data"])
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{path}: {error}") from None
-    checkpoint.load_weights(path, model)
+    checkpoint.load_weights(model, path)
     checkpoint.load_training(path, model, optimizer)
     if scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])

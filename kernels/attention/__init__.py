@@ -6,25 +6,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from tileformer.kernels import bits, reference
+from tileformer.kernels import bits, checks, reference
 from tileformer.kernels.attention.arguments import check_attention
-from tileformer.kernels.attention.launchers import (
-    NO_LIMIT,
-    attention_bwd,
-    attention_fwd,
-    attention_weights,
-    bwd,
-    fwd,
-    weights_of,
-)
+from tileformer.kernels.attention.launchers import NO_LIMIT, bwd, fwd, weights_of
 from tileformer.kernels.attention.plain import torch_attention
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import apply
+from tileformer.kernels.launch import apply, not_traced, registered
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
 
@@ -36,7 +28,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(attention_fwd)
+    launcher = staticmethod(registered("attention_fwd"))
 
     @staticmethod
     def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
@@ -64,7 +56,7 @@ class _AttentionBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice, so it is right, and needs T_q x T_k memory."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(attention_bwd)
+    launcher = staticmethod(registered("attention_bwd"))
 
     @staticmethod
     def forward(
@@ -103,7 +95,7 @@ class _Weights(torch.autograd.Function):
     """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(attention_weights)
+    launcher = staticmethod(registered("attention_weights"))
 
     @staticmethod
     def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
@@ -163,9 +155,10 @@ def attention(
     softcap: float = 0.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    seed: Tensor | int | None = None,
     return_lse: bool = False,
     return_weights: bool | str = False,
+    **wrong: NoReturn,
 ) -> Any:  # Tensor, or a tuple of what was asked for
     """softmax(scale * q k^T + mask) v. All restrictions combine: a query sees a key that each of them allows.
 
@@ -174,6 +167,7 @@ def attention(
         k: (B, H_kv, T_k, D), H a multiple of H_kv: query head h reads head h // (H / H_kv).
         v: (B, H_kv, T_k, D_v), D_v from 1 to 256.
         mask: broadcastable to (B, H, T_q, T_k); boolean (True = may attend) or floating (the same as `bias`). Read through its strides.
+            A `torch.nn.attention.bias.CausalBias` is read as the `causal` that it names.
         bias: floating, broadcastable to (B, H, T_q, T_k), added to the scaled scores; it gets a gradient.
         key_mask: boolean (B, T_k), True = a real key; padded keys are not even loaded.
         query_lengths, key_lengths: integers (B,): what lies past them is padding, as in `key_mask`; such a query's row is 0.
@@ -186,9 +180,10 @@ def attention(
         align: where the diagonal of `window` and `alibi_slopes` lies, "top_left" or "bottom_right"; a named `causal` says it too.
         alibi_slopes: (H,) or (B, H): -slope * |distance to the diagonal| is added to the scores (ALiBi, arXiv:2108.12409). No gradient.
         softcap: if positive, scaled scores become softcap * tanh(scores / softcap), before bias and masks (arXiv:2408.00118).
-        scale: 1 / sqrt(D) when None.
+        scale: 1 / sqrt(D) when None. Numbers (softcap, scale, dropout_p) may be tensors of one element on the CPU, which get no gradient: for a
+            learned scale multiply q by it and pass scale=1.0.
         dropout_p: probability of dropping an attention weight, applied as given (a module passes 0 in evaluation).
-        seed: int64 tensor with one element on q's device, for reproducible dropout; drawn from torch's generator when None.
+        seed: an integer, or an int64 tensor with one element on q's device, for reproducible dropout; drawn from torch's generator when None.
         return_lse: also return the natural log-sum-exp of the scores (B, H, T_q), in float32 (float64 for float64), differentiable.
         return_weights: also return the weights after dropout, (B, H, T_q, T_k) for True, (B, T_q, T_k) for "average" (over the heads), in q's
             dtype; a second kernel recomputes them. Differentiable.
@@ -199,35 +194,52 @@ def attention(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, before anything runs.
-        NotImplementedError: for weights or a gradient of the bias with packed sequences, and for alibi_slopes that require a gradient.
+        NotImplementedError: for weights or a gradient of the bias with packed sequences, for alibi_slopes or a number that require a gradient,
+            and for modes of autograd that the backend does not serve (docs/drop-in.md has the table).
 
     Source: FlashAttention-2, arXiv:2307.08691; `tileformer.kernels.reference.attention` is the definition.
     """
+    if wrong:
+        checks.misnamed("attention", wrong)
+    if not type(q) is type(k) is type(v) is Tensor:
+        checks.tensors("attention", q=q, k=k, v=v)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        q, k, v = (x.to(dtype) if x.dtype in checks.FLOATING[:3] else x for x in (q, k, v))
     backend = choose("attention", q)
     packed = cu_seqlens_q is not None
+    lens = (cu_seqlens_q, cu_seqlens_k) if packed else (query_lengths, key_lengths)
+    if scale is not None:
+        scale = checks.number("attention", "scale", scale, "multiply q by it, and pass scale=1.0")
+    softcap = checks.number("attention", "softcap", softcap)
+    dropout_p = checks.number("attention", "dropout_p", dropout_p)
+    seed = checks.seeded("attention", seed, q.device)
+    scores = (*q.shape[:-1], k.shape[-2]) if q.dim() == k.dim() == 4 else ()
+    if scores and (variant := checks.causal_variant("attention", mask, scores)):
+        others = (window, align, alibi_slopes, *lens)  # which have a diagonal of their own
+        alone = not causal and all(x is None for x in others)
+        causal, mask = (variant, None) if alone else (causal, checks.triangle(variant, scores, q.device))
     check_attention(
         q, k, v, mask, bias, key_mask, dict(query_lengths=query_lengths, key_lengths=key_lengths),
         dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k), dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
         causal, window, align, alibi_slopes, softcap, dropout_p, seed, return_weights,
     )  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None and mask.dtype != torch.bool:
         mask, bias = None, mask
     if dropout_p > 0.0 and seed is None:
         seed = bits.new_seed(q.device)
     left, right, bottom_right = reference.limits(causal, window, align)
-    lens = (cu_seqlens_q, cu_seqlens_k) if packed else (query_lengths, key_lengths)
     longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
     limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     whole = (*limits, int(bottom_right), int(packed), *longest, int(bias_grad))
-    real = (scale, float(softcap), float(dropout_p))
+    real = (scale, softcap, dropout_p)
     if backend == "reference":
         options = _reference_options(mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
         return reference.attention(q, k, v, **options, return_lse=return_lse, return_weights=return_weights)
+    if backend != "torch" or dropout_p > 0.0:
+        not_traced("attention")
     if backend == "torch":
         sides = (mask, bias, key_mask, *lens, alibi_slopes, seed)
         return torch_attention(q, k, v, sides, whole, real, return_lse, return_weights)
@@ -260,13 +272,19 @@ def scaled_dot_product_attention(
 
     Args:
         query, key, value: (..., H, T, D); leading axes broadcast and are folded into the batch. (T, D) and (H, T, D) are taken as one batch.
-        attn_mask: broadcastable to (..., H, T_q, T_k), True = may attend, or added.
+        attn_mask: broadcastable to (..., H, T_q, T_k), True = may attend, or added; or a `torch.nn.attention.bias.CausalBias`.
         is_causal: top-left aligned, as in torch; combines with attn_mask.
         enable_gqa: allow fewer key heads than query heads.
 
     Raises:
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
+    checks.tensors("scaled_dot_product_attention", query=query, key=key, value=value, attn_mask=attn_mask)
+    for name, x, least in (("query", query, 2), ("key", key, 2), ("value", value, 2), ("attn_mask", attn_mask, 1)):
+        if x is not None and x.dim() < least:
+            raise ValueError(
+                f"scaled_dot_product_attention: {name} has {x.dim()} axes, it needs at least {least}: pass {name}[None]"
+            )
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
         query, key, value = _broadcast(query, key, value, enable_gqa)
     lead = query.shape[:-3]

@@ -10,6 +10,7 @@ from torch import Tensor
 from tileformer.kernels import checks
 
 MAX_HEAD_DIM = 256
+_TIME_FIRST = "; if q, k and v are (B, T, H, D), pass q.transpose(1, 2), and so k and v"
 
 
 def check_attention(
@@ -21,12 +22,18 @@ def check_attention(
     checks.floating("attention", q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"attention: {name} must be (B, H, T, D), got shape {tuple(x.shape)}")
+            hint = (
+                "a batch of one is x[None]; packed (T, H, D) is x.transpose(0, 1)[None]"
+                if x.dim() == 3
+                else "reshape it"
+            )
+            raise ValueError(f"attention: {name} must be (B, H, T, D), got shape {tuple(x.shape)}: {hint}")
         if x.dtype != q.dtype:
             raise TypeError(
                 f"attention: {name} is {checks.name_of(x.dtype)}, q is {checks.name_of(q.dtype)}: cast them to one dtype"
             )
     sides = dict(key_mask=key_mask, bias=bias, alibi_slopes=alibi_slopes, **lengths, **packed)
+    checks.tensors("attention", **sides)
     checks.same_device("attention", q, k=k, v=v, **sides)
     (b, h, t_q, d), (h_kv, t_k) = q.shape, k.shape[1:3]
     if v.shape[:3] != k.shape[:3]:
@@ -36,7 +43,10 @@ def check_attention(
     if k.shape[0] != b or k.shape[3] != d:
         raise ValueError(f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}: batch and head size must be equal")
     if h_kv == 0 or h % h_kv:
-        raise ValueError(f"attention: {h} query heads and {h_kv} key heads: the first must be a multiple of the second")
+        hint = _TIME_FIRST if t_q == t_k else ""
+        raise ValueError(
+            f"attention: {h} query heads and {h_kv} key heads: the first must be a multiple of the second{hint}"
+        )
     for name, size in (("head size", d), ("head size of v", v.shape[3])):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"attention: {name} {size} is outside 1 to {MAX_HEAD_DIM}")
@@ -50,25 +60,35 @@ def check_attention(
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (b, t_k)):
         raise ValueError(
             f"attention: key_mask must be boolean {(b, t_k)}, True = a real key, "
-            f"got {checks.name_of(key_mask.dtype)} {tuple(key_mask.shape)}"
+            f"got {checks.name_of(key_mask.dtype)} {tuple(key_mask.shape)}{_TIME_FIRST if key_mask.shape == (b, h_kv) else ''}"
         )
     n = _check_sequences(b, lengths, packed, longest, key_mask, return_weights)
     if alibi_slopes is not None and (not alibi_slopes.is_floating_point() or alibi_slopes.shape not in ((h,), (n, h))):
         raise ValueError(
             f"attention: alibi_slopes must be floating {(h,)} or {(n, h)}, got {checks.name_of(alibi_slopes.dtype)} {tuple(alibi_slopes.shape)}"
         )
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+    if alibi_slopes is not None and checks.differentiated(alibi_slopes):
         raise NotImplementedError(
             "attention: alibi_slopes get no gradient: detach them, or pass bias= for a learned one"
         )
+    for added in (mask, bias):
+        # As many columns as k has heads: `broadcastable` would find the fault in the mask.
+        fits = isinstance(added, Tensor) and added.shape[-2:] in ((h, h_kv), (1, h_kv), (h_kv,))
+        if added is not None and fits and h_kv not in (1, t_k):
+            raise ValueError(
+                f"attention: a mask of shape {tuple(added.shape)} beside {(t_q, t_k)} scores a head{_TIME_FIRST}"
+            )
     checks.mask("attention", (b, h, t_q, t_k), q, mask)
     if bias is not None:
+        if checks.causal_variant("attention", bias, (t_q, t_k)):
+            raise TypeError("attention: bias is a CausalBias, which holds no values: pass it as mask=")
         if not bias.is_floating_point():
             raise TypeError(
                 f"attention: bias is {checks.name_of(bias.dtype)}: it is added to the scores; pass mask= for a boolean one"
             )
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError("attention: mask and bias are both floating: add them and pass one, bias=bias + mask")
+        checks.floating("attention", bias=bias)
         checks.broadcastable("attention", (b, h, t_q, t_k), bias=bias)
 
 

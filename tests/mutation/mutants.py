@@ -669,7 +669,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("causal", "bottom right becomes top left in the second derivative", 'align="bottom_right" if align else None', "align=None"),
         ("lse", "the second derivative takes the log-sum-exp for base e", "else (out, lse / LN2)", "else (out, lse)"),
         ("scale", "the default scale is 1 / D", "scale = q.shape[-1] ** -0.5 if scale is None", "scale = q.shape[-1] ** -1.0 if scale is None"),
-        ("scale", "a scale that is given is not used", "if scale is None else float(scale)", "if True else float(scale)"),
+        ("scale", "a scale that is given is not used", "if scale is None else scale", "if True else scale"),
         ("scale", "a negative scale loses its sign", "q, real = -q, (-scale, *real[1:])", "real = (-scale, *real[1:])"),
         ("-inf", "a negative scale is not guarded", "if scale < 0:", "if False:"),
         ("mask", "a floating mask is lost", "mask, bias = None, mask", "mask, bias = None, bias"),
@@ -1201,7 +1201,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("host", "the short way ignores who listens to launches", "or getattr(runtime.launch_enter_hook, \"calls\", True)", "or False"),
     ],
     "kernels/backend.py": [
-        ("host", "the choice of a backend is not undone", "_choice.name = before", "_choice.name = _choice.name"),
+        ("host", "the choice of a backend is not undone", "_set(before)", "_set(current_backend())"),
         ("host", "any backend name is taken", "if name not in BACKENDS:", "if name is None:"),
     ],
     "kernels/checks.py": [

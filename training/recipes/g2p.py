@@ -171,7 +171,7 @@ def load(path: Path, device: torch.device) -> Seq2Seq:
     if (meta.get("recipe"), meta.get("letters"), meta.get("phones")) != ("g2p", LETTERS, PHONE_NAMES):
         raise checkpoint.CheckpointError(f"{path}: expected a model of the g2p recipe, found {meta.get('recipe')!r}")
     model = Seq2Seq(Seq2SeqConfig(**meta["model"]))
-    checkpoint.load_weights(path, model)
+    checkpoint.load_weights(model, path)
     return model.to(device).eval()
 
 

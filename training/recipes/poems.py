@@ -166,7 +166,7 @@ def load(path: Path, device: torch.device) -> tuple[DecoderLM, Vocabulary]:
     if meta.get("recipe") != "poems":
         raise checkpoint.CheckpointError(f"{path}: expected a model of the poems recipe, found {meta.get('recipe')!r}")
     model = DecoderLM(DecoderLMConfig(**meta["model"]))
-    checkpoint.load_weights(path, model)
+    checkpoint.load_weights(model, path)
     return model.to(device).eval(), Vocabulary(meta["characters"])
 
 

@@ -75,7 +75,7 @@ def load(path: Path, device: torch.device) -> tuple[DecoderLM, Tokenizer]:
     if "method" in meta:
         raise checkpoint.CheckpointError(f"{path}: expected the pretrained language model, found a classifier of it")
     model = DecoderLM(DecoderLMConfig(**meta["model"]))
-    checkpoint.load_weights(path, model)
+    checkpoint.load_weights(model, path)
     return model.to(device).eval(), tokenizer
 
 
@@ -97,7 +97,7 @@ def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
         model, tokenizer = load(path, device)
         return [continue_text(model, tokenizer, word) for word in words]
     classifier = METHODS[meta["method"]].make(DecoderLMConfig(**meta["model"]), len(meta["names"]))
-    checkpoint.load_weights(path, classifier)
+    checkpoint.load_weights(classifier, path)
     rows = to_rows(tokenizer, list(map(clean, words)))
     sure, places = probabilities(classifier.to(device), rows).max(1)
     judged = zip(places.tolist(), sure.tolist(), words, strict=True)
