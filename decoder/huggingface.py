@@ -128,7 +128,9 @@ def _models(model: Any) -> dict[str, Any]:
             f"this takes a model of transformers, alone or in a wrapper, got {type(model).__name__}: "
             "for modules of torch.nn, tileformer.decoder.convert"
         )
-    return {f"{name}.": part for name, part in found.items()} if len(found) > 1 else {"": part for part in found.values()}
+    return (
+        {f"{name}.": part for name, part in found.items()} if len(found) > 1 else {"": part for part in found.values()}
+    )
 
 
 def _configs(model: Any) -> dict[str, Any]:
@@ -264,7 +266,10 @@ def _norm_of(module: Any) -> str | tuple[bool, dict[tuple[torch.dtype, torch.dty
         return "it has no number named eps or variance_epsilon"
     draw = torch.Generator().manual_seed(0)
     size = torch.tensor([[[1.0], [1e-3]], [[30.0], [0.0]]])  # small rows show where eps is added
-    rows, slope = torch.randn(2, 2, len(weight), generator=draw, device="cpu") * size, torch.randn(len(weight), generator=draw, device="cpu")
+    rows, slope = (
+        torch.randn(2, 2, len(weight), generator=draw, device="cpu") * size,
+        torch.randn(len(weight), generator=draw, device="cpu"),
+    )
     trial, fits, answers = copy.copy(module), [False, True], {}
     for pair in itertools.product(_DTYPES, _DTYPES):
         x, w = (t.to(dtype) for t, dtype in zip((rows, slope), pair, strict=True))
@@ -331,7 +336,8 @@ def _own_code_of(file: str) -> bool:
     ]
     if own and not any(_computes(x) == "asks" for x in kinds):
         warnings.warn(
-            f'attn_implementation="{NAME}" changes nothing in {file}: {_join(own)} computes attention in its own code', stacklevel=3
+            f'attn_implementation="{NAME}" changes nothing in {file}: {_join(own)} computes attention in its own code',
+            stacklevel=3,
         )
     return bool(own)
 

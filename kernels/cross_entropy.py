@@ -29,6 +29,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.second import second_derivative
+from tileformer.kernels.subclasses import by_parts, on_shards, refuse
 
 MAX_TILE = 8192
 
@@ -312,6 +313,9 @@ def cross_entropy(
 
     Source: `tileformer.kernels.reference.cross_entropy` is the definition.
     """
+    if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits):
+        options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return _on_shards(logits, target, weight, reduction, options)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
@@ -338,6 +342,27 @@ def cross_entropy(
         return apply(_CrossEntropy, logits, target, *options)[0]
     loss = apply(_CrossEntropy, logits[None], target[None], *options)[0]
     return loss.view(()) if reduction == "none" else loss
+
+
+def _on_shards(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]
+) -> Tensor:
+    """Of DTensors: each process computes the losses of its rows; sums are DTensors' own."""
+    if logits.is_nested:
+        refuse("cross_entropy", logits, target)
+    if reduction == "mean" and weight is not None:
+        raise TypeError(
+            "cross_entropy: no mean with class weights over DTensors: pass reduction='sum', and divide by the weights that count"
+        )
+    rows = ("rows",) * (logits.dim() - 1)
+    call = lambda *given: cross_entropy(given[0], given[1], weight=given[2], reduction="none", **options)  # noqa: E731
+    losses = on_shards(
+        "cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [(rows, target.shape)]
+    )
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (target != options["ignore_index"]).sum()
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:

@@ -19,6 +19,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.steps import dropout_keep
+from tileformer.kernels.subclasses import by_rows, is_special, shard_seed
 
 MAX_TILE = 2048
 
@@ -126,6 +127,9 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
 
     Source: Philox-4x32-7 (Salmon et al., SC 2011); `tileformer.kernels.reference.dropout` is the definition.
     """
+    if (type(x) is not Tensor or x.is_nested) and is_special(x):
+        own = shard_seed(x, seed)
+        return by_rows("dropout", lambda x, r: dropout(x, p, seed=own, residual=r), x, 0, beside=(residual,))
     checks.floating("dropout", x=x)
     checks.fits("dropout", "residual", residual, x, x.shape)
     checks.rate("dropout", p, seed, x)

@@ -33,6 +33,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, pow2, recording, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.second import second_derivative
+from tileformer.kernels.subclasses import by_parts, by_rows
 
 MAX_FWD = 16384
 MAX_BWD = 8192
@@ -467,6 +468,10 @@ def rms_norm(
 def _norm(
     name: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
+    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x):
+        return by_rows(
+            name, lambda *given: _norm(name, given[0], shape, *given[1:], eps), x, len(shape), (weight, bias)
+        )
     if not x.is_floating_point():
         checks.floating(name, x=x)
     if not shape or x.shape[-len(shape) :] != shape:

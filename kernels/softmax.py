@@ -22,6 +22,7 @@ from tileformer.kernels import checks, reference
 from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.subclasses import by_parts, by_rows
 
 MAX_FWD = 32768
 MAX_BWD = 16384
@@ -337,6 +338,9 @@ def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, ca
 
 
 def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
+    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x):
+        axes = 2 if causal else 1
+        return by_rows(name, lambda x, mask: _softmax(name, x, scale, mask, causal), x, axes, beside=(mask,))
     if not x.is_floating_point():
         checks.floating(name, x=x)
     if mask is not None:

@@ -27,6 +27,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import apply
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
+from tileformer.kernels.subclasses import attention_on_shards, is_special, refuse
 
 SIDES = 7  # gradients of key_mask, q_lens, k_lens, slopes, seed and the two groups of numbers: none
 BIAS_GRAD = 6  # the place among the whole numbers
@@ -203,6 +204,20 @@ def attention(
 
     Source: FlashAttention-2, arXiv:2307.08691; `tileformer.kernels.reference.attention` is the definition.
     """
+    if (type(q) is not Tensor or q.is_nested) and is_special(q):
+        sides = dict(
+            mask=mask,
+            bias=bias,
+            key_mask=key_mask,
+            query_lengths=query_lengths,
+            key_lengths=key_lengths,
+            alibi_slopes=alibi_slopes,
+        )
+        options = dict(
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
+            window=window, align=align, softcap=softcap, scale=scale, return_lse=return_lse, return_weights=return_weights,
+        )  # fmt: skip
+        return attention_on_shards(attention, q, k, v, sides, dropout_p, seed, options)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
@@ -267,6 +282,8 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
+    if query.is_nested or key.is_nested or value.is_nested:
+        refuse("scaled_dot_product_attention", query, key, value)
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
         query, key, value = _broadcast(query, key, value, enable_gqa)
     lead = query.shape[:-3]
