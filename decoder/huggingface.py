@@ -128,9 +128,7 @@ def _models(model: Any) -> dict[str, Any]:
             f"this takes a model of transformers, alone or in a wrapper, got {type(model).__name__}: "
             "for modules of torch.nn, tileformer.decoder.convert"
         )
-    return (
-        {f"{name}.": part for name, part in found.items()} if len(found) > 1 else {"": part for part in found.values()}
-    )
+    return {f"{name}." if len(found) > 1 else "": part for name, part in found.items()}
 
 
 def _configs(model: Any) -> dict[str, Any]:
