@@ -262,12 +262,9 @@ def _norm_of(module: Any) -> str | tuple[bool, dict[tuple[torch.dtype, torch.dty
         return f"it holds {', '.join(holds) or 'no weight'}, rms_norm a weight of one axis"
     if not isinstance(_eps(module), float):
         return "it has no number named eps or variance_epsilon"
-    draw = torch.Generator().manual_seed(0)
-    size = torch.tensor([[[1.0], [1e-3]], [[30.0], [0.0]]])  # small rows show where eps is added
-    rows, slope = (
-        torch.randn(2, 2, len(weight), generator=draw, device="cpu") * size,
-        torch.randn(len(weight), generator=draw, device="cpu"),
-    )
+    cpu = dict(device="cpu", generator=torch.Generator().manual_seed(0))
+    small = torch.tensor([[[1.0], [1e-3]], [[30.0], [0.0]]], device="cpu")  # small rows show where eps is added
+    rows, slope = torch.randn(2, 2, len(weight), **cpu) * small, torch.randn(len(weight), **cpu)
     trial, fits, answers = copy.copy(module), [False, True], {}
     for pair in itertools.product(_DTYPES, _DTYPES):
         x, w = (t.to(dtype) for t, dtype in zip((rows, slope), pair, strict=True))

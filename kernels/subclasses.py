@@ -106,7 +106,7 @@ def on_shards(
         if role is None and not placement.is_replicate():
             raise TypeError(
                 f"{op}: a DTensor of shape {tuple(lead.shape)} with placement {placement} is not whole along the axes that a row needs: "
-                "call x.redistribute(placements=[Replicate()]) first, or shard its rows"
+                "call x.redistribute(placements=[Replicate()]) first, or shard another axis"
             )
         split.append(role)
 
