@@ -468,7 +468,7 @@ def rms_norm(
 def _norm(
     name: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x):
+    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, len(shape)):
         return by_rows(name, lambda x, *given: _norm(name, x, shape, *given, eps), x, len(shape), (weight, bias))
     if not x.is_floating_point():
         checks.floating(name, x=x)

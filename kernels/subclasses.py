@@ -31,9 +31,13 @@ def is_special(x: Any) -> bool:
     return is_sharded(x) or (isinstance(x, Tensor) and x.is_nested)
 
 
-def by_parts(op: str, x: Any) -> bool:
-    """As `is_special`, but for a DTensor where plain torch operators serve the op: torch knows how to shard these."""
-    return is_special(x) and (x.is_nested or choose(op, x) not in ("torch", "reference"))
+def by_parts(op: str, x: Any, axes: int) -> bool:
+    """Whether the parts of x serve a row op: of all that `is_special` but a DTensor whose rows of ``axes`` axes lie on several processes and which
+    plain torch operators serve: torch knows how to gather these."""
+    if not is_special(x) or x.is_nested:
+        return is_special(x)
+    whole = all(p.is_replicate() or (p.is_shard() and p.dim < x.dim() - axes) for p in x.placements)
+    return whole or choose(op, x) not in ("torch", "reference")
 
 
 def refuse(op: str, *tensors: Any) -> None:

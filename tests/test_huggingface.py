@@ -249,6 +249,9 @@ def test_a_norm_answers_in_the_dtype_in_which_theirs_answers(family) -> None:
         got, wanted = ours.to(weight)(x), expected.to(weight)(x)
         torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)  # dtypes too
         assert ours[0](hidden_states=x).dtype == wanted.dtype
+    replica = ours[0]._replicate_for_data_parallel()  # as DataParallel makes one for another device
+    replica._parameters, replica.weight = {}, torch.full((16,), 3.0)
+    torch.testing.assert_close(replica(torch.ones(2, 16)), torch.full((2, 16), 4.0 if family == "gemma" else 3.0))
 
 
 class OddNorm(nn.Module):
