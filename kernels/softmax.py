@@ -339,8 +339,7 @@ def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, ca
 
 def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
     if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, 1 + bool(causal)):
-        call = functools.partial(_softmax, name, scale=scale, causal=causal)
-        return by_rows(name, lambda x, mask: call(x, mask=mask), x, 1 + bool(causal), beside=(mask,))
+        return by_rows(name, lambda x, m: _softmax(name, x, scale, m, causal), x, 1 + bool(causal), beside=(mask,))
     if not x.is_floating_point():
         checks.floating(name, x=x)
     if mask is not None:
