@@ -153,14 +153,14 @@ def _join(names: Iterable[Any]) -> str:
 
 def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report) -> None:
     """Switch the attention of a model, its configurations noted in ``record``, and say which of its modules it serves."""
-    kinds: dict[str, set[str]] = {"asks": set(), "own": set()}
+    kinds: dict[str, set[str]] = {"asks": set(), "sinks": set(), "own": set()}
     for module in model.modules():
         computes = _computes(type(module))
         if computes:
             kinds[computes].add(type(module).__name__)
     configs = _configs(model)
     before = {key: config._attn_implementation for key, config in configs.items()}
-    if kinds["asks"]:
+    if kinds["asks"] and not kinds["sinks"]:
         model.set_attn_implementation(NAME)
     changed = {key: x for key, x in before.items() if x != configs[key]._attn_implementation}
     record.update(changed)
@@ -169,7 +169,9 @@ def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report
     why = []
     if kinds["own"]:
         why.append(f"{type(model).__name__} computes attention in its own code ({_join(kinds['own'])})")
-    if not kinds["asks"]:
+    if kinds["sinks"]:
+        why.append(f"{_join(kinds['sinks'])} has attention sinks, which tileformer's attention does not compute")
+    elif not kinds["asks"]:
         why = why or [f"no module of {type(model).__name__} asks transformers for an attention function"]
     elif NAME in before.values():
         why.append("it is tileformer's already")
@@ -181,7 +183,7 @@ def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report
 
 @functools.cache
 def _computes(kind: type[nn.Module]) -> str:
-    """How a module's class computes attention: it "asks" transformers for the function, has its "own" code, or "" (none).
+    """How a module's class computes attention: it "asks" transformers for the function, perhaps with "sinks", has its "own" code, or "" (none).
 
     Read from the code that runs: own attention makes a softmax of a product, and never looks the function up.
     """
@@ -191,20 +193,22 @@ def _computes(kind: type[nn.Module]) -> str:
         for x in vars(cls).values():
             names |= _names(getattr(inspect.unwrap(x), "__code__", None)) if callable(x) else set()
     if "ALL_ATTENTION_FUNCTIONS" in names:
-        return "asks"
+        return "sinks" if names & {"s_aux", "sinks"} else "asks"
     product = names & {"matmul", "bmm", "baddbmm", "einsum", "@"}
     return "own" if product and names & {"softmax", "Softmax"} else ""
 
 
 def _names(code: Any) -> set[str]:
-    """The names that a function uses, its inner functions' too, and "@" for the operator."""
+    """The names that a function uses or passes by, its inner functions' too, and "@" for the operator."""
     found: set[str] = set()
     for step in dis.get_instructions(code) if isinstance(code, types.CodeType) else ():
         if isinstance(step.argval, types.CodeType):
             found |= _names(step.argval)
         elif step.argrepr == "@" or step.opname == "BINARY_MATRIX_MULTIPLY":
             found.add("@")
-        elif isinstance(step.argval, str) and not step.opname.startswith("LOAD_CONST"):
+        elif isinstance(step.argval, tuple):
+            found |= {x for x in step.argval if isinstance(x, str)}
+        elif isinstance(step.argval, str) and step.opname != "LOAD_CONST":
             found.add(step.argval)
     return found
 
@@ -329,7 +333,7 @@ def _own_code_of(file: str) -> bool:
         for x in kinds
         if _computes(x) == "own" and any("mask" in name for name in inspect.signature(x.forward).parameters)
     ]
-    if own and not any(_computes(x) == "asks" for x in kinds):
+    if own and not any(_computes(x) in ("asks", "sinks") for x in kinds):
         warnings.warn(
             f'attn_implementation="{NAME}" changes nothing in {file}: {_join(own)} computes attention in its own code',
             stacklevel=3,

@@ -98,6 +98,25 @@ def test_what_is_not_supported_is_refused() -> None:
         huggingface.attend(torch.nn.Module(), q, q, q, None, s_aux=torch.ones(2))
 
 
+def test_a_model_with_attention_sinks_keeps_its_attention() -> None:
+    sizes = dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, **sizes)
+    ).eval()
+    ids = torch.randint(3, 61, (2, 9))
+    expected = model(ids).logits
+    report = huggingface.use(model)
+    assert "GptOssAttention has attention sinks" in report.left["attention"] and "model.norm" in report.swapped
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
 def test_weights_on_demand() -> None:
     q = torch.randn(1, 2, 3, 8)
     out, weights = huggingface.attend(torch.nn.Module(), q, q, q, None, output_attentions=True)
