@@ -320,7 +320,7 @@ def test_what_torch_notes_of_an_activation(activation) -> None:
 def test_jagged_tensors_are_served_or_refused(name) -> None:
     rows = [torch.randn(3, 8), torch.randn(5, 8)]
     jagged = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
-    served = [nn.LayerNorm(8), nn.RMSNorm(8), nn.Softmax(-1), nn.LogSoftmax(2)]
+    served = [nn.LayerNorm(8), nn.RMSNorm(8), nn.Softmax(-1), nn.LogSoftmax(-1)]
     with use_backend(name):
         for theirs in served:
             expected = theirs(jagged.values())

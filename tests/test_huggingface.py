@@ -373,6 +373,7 @@ WRAPPERS = {
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+@torch.no_grad()
 def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
     eager = models.eager("Llama, grouped heads")
     given, kept = models.given(eager, "right")
