@@ -114,8 +114,8 @@ def check_shards() -> None:
             [x, weight],
             [[Shard(0), whole], [Shard(1), whole]],
         ),
-        "rms_norm": (lambda x, w: kernels.rms_norm(x, (8,), w), [x, weight], [[Shard(1), whole], [whole, whole]]),
-        "softmax": (kernels.softmax, [x], [[Shard(0)], [Shard(1)]]),
+        "rms_norm": (lambda x, w: kernels.rms_norm(x, (8,), w), [x, weight], [[whole, whole]]),
+        "softmax": (kernels.softmax, [x], [[Shard(0)]]),
         "log_softmax": (
             lambda x, m: kernels.log_softmax(x, mask=m.detach()),
             [x, x[:1]],

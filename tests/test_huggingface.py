@@ -378,6 +378,7 @@ def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
     eager = models.eager("Llama, grouped heads")
     given, kept = models.given(eager, "right")
     given |= dict(labels=given["input_ids"].masked_fill(kept == 0, -100), use_cache=False)
+    del eager.model.layers[1]  # compiles sooner
     inner = copy.deepcopy(eager)
     net, expected = WRAPPERS[wrapper](inner), eager(**given)
     report = huggingface.use(net)
@@ -387,11 +388,11 @@ def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
         function = getattr(huggingface, name)
         monkeypatch.setattr(huggingface, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))[1])
     got = net(**given)
-    assert len(calls) == 2 + 1 + 5
+    assert sorted(calls) == ["attention", "cross_entropy", *3 * ["rms_norm"]]
     torch.testing.assert_close(got.loss, expected.loss)
     assert huggingface.revert(net).swapped.keys() == report.swapped.keys()
     assert "_loss_function" not in vars(inner) and inner.config._attn_implementation == "eager"
-    assert torch.equal(inner(**given).logits, expected.logits) and len(calls) == 8
+    assert torch.equal(inner(**given).logits, expected.logits) and len(calls) == 5
 
 
 def test_two_models_in_one_and_none() -> None:
@@ -474,6 +475,7 @@ def test_a_model_whose_weights_are_not_there_yet() -> None:
 def test_one_graph_of_attention_by_name() -> None:
     model = models.eager("Mistral, a window of 4")
     given = dict(input_ids=models.given(model, "right")[0]["input_ids"])
+    del model.model.layers[1]
     with torch.no_grad():
         expected = model(**given).logits
         huggingface.register()
