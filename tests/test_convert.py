@@ -11,6 +11,7 @@ from torch import nn
 
 from tileformer import decoder, kernels
 from tileformer.decoder import convert, revert
+from tileformer.decoder.modules import Dropout
 from tileformer.kernels import use_backend
 
 
@@ -330,7 +331,7 @@ def test_jagged_tensors_are_served_or_refused(name) -> None:
             torch.testing.assert_close((got + jagged).values(), expected + jagged.values())  # its offsets are the same
             (grad,) = torch.autograd.grad(got.values().square().sum(), jagged)
             torch.testing.assert_close(grad.values(), torch.autograd.grad(expected.square().sum(), jagged)[0].values())
-        drop = decoder.Dropout(0.5)
+        drop = Dropout(0.5)
         got = drop(jagged, jagged)
         assert set(((got - jagged) / jagged).values().detach().round().unique().tolist()) == {0.0, 2.0}
         assert torch.equal(decoder.Softmax(1)(jagged).values(), nn.Softmax(1)(jagged).values())  # torch's: not a row

@@ -154,9 +154,14 @@ def check_shards() -> None:
         got = kernels.dropout(shard, 0.5)
         got.sum().backward()
         assert torch.equal(shard.grad.full_tensor(), got.full_tensor()) and got.placements == (place,)
-        both = [torch.empty_like(got.to_local()) for _ in range(2)]
-        dist.all_gather(both, got.to_local().detach())
-        assert torch.equal(*both) is same and 0.2 < (got.full_tensor() == 0).float().mean() < 0.8
+        assert 0.2 < (got.full_tensor() == 0).float().mean() < 0.8
+        for local in (
+            got.to_local(),
+            kernels.attention(shard[..., None], shard[..., None], shard[..., None], dropout_p=0.5).to_local(),
+        ):
+            both = [torch.empty_like(local) for _ in range(2)]
+            dist.all_gather(both, local.detach().contiguous())
+            assert torch.equal(*both) is same
 
     split, plain_x = distribute_tensor(x, mesh, [Shard(2)]), distribute_tensor(x, mesh, [Shard(0)])
     refused: dict[str, Any] = {
