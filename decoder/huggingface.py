@@ -187,12 +187,16 @@ def _computes(kind: type[nn.Module]) -> str:
 
     Read from the code that runs: own attention makes a softmax of a product, and never looks the function up.
     """
-    names: set[str] = set()
-    bases = nn.Module, _transformers("modeling_utils").PreTrainedModel
+    transformers, names = _transformers("modeling_utils"), set[str]()
+    bases = nn.Module, transformers.PreTrainedModel
+    asks = False
     for cls in itertools.takewhile(lambda cls: cls not in bases, kind.__mro__):
-        for x in vars(cls).values():
-            names |= _names(getattr(inspect.unwrap(x), "__code__", None)) if callable(x) else set()
-    if "ALL_ATTENTION_FUNCTIONS" in names:
+        for x in filter(callable, vars(cls).values()):
+            used = _names(getattr(inspect.unwrap(x), "__code__", None))
+            there = getattr(inspect.unwrap(x), "__globals__", {})
+            asks |= any(isinstance(there.get(name), transformers.AttentionInterface) for name in used)
+            names |= used
+    if asks or "ALL_ATTENTION_FUNCTIONS" in names:
         return "sinks" if names & {"s_aux", "sinks"} else "asks"
     product = names & {"matmul", "bmm", "baddbmm", "einsum", "@"}
     return "own" if product and names & {"softmax", "Softmax"} else ""
