@@ -82,7 +82,7 @@ def revert(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         new = _plain(module)
         old: Any
-        old, twin = vars(new).get("made_of") or (next((x for x, twin in TWINS.items() if new is twin), None), new)
+        old, twin = vars(new).get("_made_of") or (next((x for x, twin in TWINS.items() if new is twin), None), new)
         if old is None:
             if isinstance(module, (_Joined, *TWINS.values())):
                 report.left[name] = f"{new.__name__} was made on top of our class, not by `convert`"
@@ -153,7 +153,7 @@ class _Joined:
         """The user's own is not told of a class that nobody wrote."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made_of = vars(type(self)).get("made_of")
+        made_of = vars(type(self)).get("_made_of")
         if made_of is None:  # another library has made a class of it
             return super().__reduce_ex__(protocol)
         return _empty, made_of, self.__getstate__()
@@ -171,7 +171,7 @@ _made: dict[tuple[type, type], type] = {}
 def _joined(old: type, twin: type) -> type:
     """A class that is `old`, and `twin` where `old` says nothing; a twin that `leads` is asked first."""
     if (old, twin) not in _made:
-        told = {"__module__": old.__module__, "__qualname__": old.__qualname__, "made_of": (old, twin)}
+        told = {"__module__": old.__module__, "__qualname__": old.__qualname__, "_made_of": (old, twin)}
         pair = (twin, old) if getattr(twin, "leads", False) else (old, twin)
         _made[old, twin] = type(old.__name__, (_Joined, *pair), told)
     return _made[old, twin]

@@ -350,16 +350,16 @@ def _on_shards(
     """Of DTensors: each process computes the losses of its rows; sums are DTensors' own."""
     if logits.is_nested:
         refuse("cross_entropy", logits, target)
-    if reduction == "mean" and weight is not None:
+    split = any(p.is_shard() for p in logits.placements)
+    if split and reduction == "mean" and weight is not None:
         raise TypeError(
-            "cross_entropy: no mean with class weights over DTensors: pass reduction='sum', and divide by the weights that count"
+            "cross_entropy: no mean with class weights over sharded rows: pass reduction='sum', and divide by the weights that count"
         )
-    rows = ("rows",) * (logits.dim() - 1)
-    call = lambda *given: cross_entropy(given[0], given[1], weight=given[2], reduction="none", **options)  # noqa: E731
-    losses = on_shards(
-        "cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [(rows, target.shape)]
-    )
-    if reduction == "none":
+    rows, each = ("rows",) * (logits.dim() - 1), "none" if split else reduction
+    call = lambda *given: cross_entropy(given[0], given[1], weight=given[2], reduction=each, **options)  # noqa: E731
+    result = (rows, target.shape) if each == "none" else ((), ())
+    losses = on_shards("cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [result])
+    if reduction == each:
         return losses
     total = losses.sum()
     return total if reduction == "sum" else total / (target != options["ignore_index"]).sum()

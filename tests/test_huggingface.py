@@ -469,16 +469,3 @@ def test_a_model_whose_weights_are_not_there_yet() -> None:
     ours.model.rotary_emb = copy.deepcopy(eager.model.rotary_emb)
     given, _ = models.given(eager, "right")
     torch.testing.assert_close(ours.eval()(**given).logits, eager(**given).logits)
-
-
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
-def test_one_graph_of_attention_by_name() -> None:
-    model = models.eager("Mistral, a window of 4")
-    given = dict(input_ids=models.given(model, "right")[0]["input_ids"])
-    del model.model.layers[1]
-    with torch.no_grad():
-        expected = model(**given).logits
-        huggingface.register()
-        model.set_attn_implementation("tileformer")
-        got = torch.compile(model, fullgraph=True, backend="eager")(**given, use_cache=False).logits
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
