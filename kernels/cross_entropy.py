@@ -361,8 +361,9 @@ def _on_shards(
     losses = on_shards("cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [result])
     if reduction == each:
         return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / (target != options["ignore_index"]).sum()
+    total = losses.sum(dtype=wider(losses.dtype))
+    total = total if reduction == "sum" else total / (target != options["ignore_index"]).sum()
+    return total.to(losses.dtype)
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
