@@ -282,7 +282,7 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
-    if query.is_nested or key.is_nested or value.is_nested:
+    if isinstance(query, Tensor) and query.is_nested:
         refuse("scaled_dot_product_attention", query, key, value)
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
         query, key, value = _broadcast(query, key, value, enable_gqa)
