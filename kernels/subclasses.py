@@ -36,7 +36,7 @@ def by_parts(op: str, x: Any, axes: int) -> bool:
     plain torch operators serve: torch knows how to gather these."""
     if not is_special(x) or x.is_nested:
         return is_special(x)
-    whole = all(p.is_replicate() or (p.is_shard() and p.dim < x.dim() - axes) for p in x.placements)
+    whole = all(p.is_replicate() or (type(p).__name__ == "Shard" and p.dim < x.dim() - axes) for p in x.placements)
     return whole or choose(op, x) not in ("torch", "reference")
 
 
@@ -72,12 +72,7 @@ def expanded(x: Tensor | None, roles: Roles) -> Roles:
 
 
 def _by_values(op: str, call: Any, x: Any, axes: int, whole: Sequence[Any], beside: Sequence[Any]) -> Tensor:
-    if (
-        x.layout != torch.jagged
-        or x._lengths is not None
-        or not 0 < x._ragged_idx < x.dim() - axes
-        or x._ragged_idx != 1
-    ):
+    if x.layout != torch.jagged or x._lengths is not None or x._ragged_idx != 1 or x.dim() - axes < 2:
         raise TypeError(
             f"{op}: a nested tensor must be jagged (layout=torch.jagged), without gaps, and ragged along axis 1, which no row spans: "
             "pad it with torch.nested.to_padded_tensor"
@@ -164,7 +159,7 @@ def shard_seed(x: Any, seed: Tensor | None) -> Tensor | None:
             index = index * mesh.size(axis) + place
         elif drawn and mesh.size(axis) > 1:  # their generators may differ
             torch.distributed.broadcast(own, group=mesh.get_group(axis), group_src=0)
-    return own + index * _SPREAD
+    return own + index * _SPREAD % bits.SEED_LIMIT
 
 
 def attention_on_shards(
