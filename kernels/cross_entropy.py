@@ -314,8 +314,8 @@ def cross_entropy(
     Source: `tileformer.kernels.reference.cross_entropy` is the definition.
     """
     if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
-        options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-        return _on_shards(logits, target, weight, reduction, options)
+        how = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return _on_shards(logits, target, weight, reduction, how)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
@@ -344,9 +344,7 @@ def cross_entropy(
     return loss.view(()) if reduction == "none" else loss
 
 
-def _on_shards(
-    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]
-) -> Tensor:
+def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]) -> Tensor:
     """Of DTensors: each process computes the losses of its rows; sums are DTensors' own."""
     if logits.is_nested:
         refuse("cross_entropy", logits, target)

@@ -148,7 +148,7 @@ def on_shards(
     return tuple(made) if several else made[0]
 
 
-def shard_seed(x: Any, seed: Tensor | None) -> Tensor | None:
+def shard_seed(x: Any, seed: Any) -> Tensor | None:
     """A seed for this process's share of x: other bits for each shard, the same on processes that hold the same; as given if x is no DTensor."""
     if not is_sharded(x):
         return seed

@@ -205,19 +205,14 @@ def attention(
     Source: FlashAttention-2, arXiv:2307.08691; `tileformer.kernels.reference.attention` is the definition.
     """
     if (type(q) is not Tensor or q.is_nested) and is_special(q):
-        sides = dict(
-            mask=mask,
-            bias=bias,
-            key_mask=key_mask,
-            query_lengths=query_lengths,
-            key_lengths=key_lengths,
-            alibi_slopes=alibi_slopes,
-        )
-        options = dict(
+        shared = dict(
+            mask=mask, bias=bias, key_mask=key_mask, query_lengths=query_lengths, key_lengths=key_lengths, alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+        everywhere: dict[str, Any] = dict(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
             window=window, align=align, softcap=softcap, scale=scale, return_lse=return_lse, return_weights=return_weights,
         )  # fmt: skip
-        return attention_on_shards(attention, q, k, v, sides, dropout_p, seed, options)
+        return attention_on_shards(attention, q, k, v, shared, dropout_p, seed, everywhere)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
