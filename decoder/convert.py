@@ -71,7 +71,7 @@ def convert(model: nn.Module) -> Report:
             if base is nn.TransformerEncoder:  # its layers, which may be ours, take no nested tensors
                 _become(module, _joined(old, _Unnested))
             continue
-        _become(module, TWINS[base] if old is base else _joined(old, TWINS[base]))
+        swap(module, TWINS[base])
         report.swapped[name] = f"{_title(old)} -> {_title(TWINS[base])}"
     return report
 
@@ -81,25 +81,21 @@ def revert(model: nn.Module) -> Report:
     report = Report()
     for name, module in model.named_modules():
         new = _plain(module)
-        if getattr(getattr(vars(module).get("forward"), "func", None), "tileformer_swapped", False):
-            del module.forward
-            report.swapped[name] = f"tileformer's forward -> {_title(new)}"
-            continue
-        if new in _made.values():
-            old: Any = new.__bases__[1]
-        else:
-            old = next((base for base, twin in TWINS.items() if new is twin), None)
+        old: Any
+        old, twin = vars(new).get("_made_of") or (next((x for x, twin in TWINS.items() if new is twin), None), new)
         if old is None:
             if isinstance(module, (_Joined, *TWINS.values())):
                 report.left[name] = f"{new.__name__} was made on top of our class, not by `convert`"
             continue
         _become(module, old)
+        for note in getattr(twin, "notes", ()):
+            vars(module).pop(note, None)
         if isinstance(module, nn.TransformerEncoderLayer) and "activation_relu_or_gelu" not in vars(module):
             module.activation_relu_or_gelu = _fast_activation(module.activation)
         if isinstance(module, nn.TransformerEncoder) and "use_nested_tensor" not in vars(module):
             module.use_nested_tensor = False
         if not issubclass(new, _Unnested):
-            report.swapped[name] = f"{_title(new)} -> {_title(old)}"
+            report.swapped[name] = f"{_title(twin)} -> {_title(old)}"
     return report
 
 
@@ -123,8 +119,15 @@ def _become(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
 
 
+def swap(module: nn.Module, twin: type) -> None:
+    """Make a module one of ``twin``'s, and of its own class where that is a user's; `revert` undoes it."""
+    old = _plain(module)
+    _become(module, twin if TWINS.get(old) is twin else _joined(old, twin))
+
+
 def _title(cls: type) -> str:
-    return f"{cls.__module__.split('.')[0]}'s {cls.__name__}"
+    package = cls.__module__.split(".")[0]
+    return f"{package}' {cls.__name__}" if package.endswith("s") else f"{package}'s {cls.__name__}"
 
 
 def _unfit(module: nn.Module, old: type, base: type[nn.Module]) -> str:
@@ -150,10 +153,10 @@ class _Joined:
         """The user's own is not told of a class that nobody wrote."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        cls: Any = type(self)
-        if cls not in _made.values():  # another library has made a class of it
+        made_of = vars(type(self)).get("_made_of")
+        if made_of is None:  # another library has made a class of it
             return super().__reduce_ex__(protocol)
-        return _empty, cls.__bases__[1:], self.__getstate__()
+        return _empty, made_of, self.__getstate__()
 
 
 class _Unnested:
@@ -166,10 +169,11 @@ _made: dict[tuple[type, type], type] = {}
 
 
 def _joined(old: type, twin: type) -> type:
-    """A class that is `old`, and `twin` where `old` says nothing."""
+    """A class that is `old`, and `twin` where `old` says nothing; a twin that `leads` is asked first."""
     if (old, twin) not in _made:
-        told = {"__module__": old.__module__, "__qualname__": old.__qualname__}
-        _made[old, twin] = type(old.__name__, (_Joined, old, twin), told)
+        told = {"__module__": old.__module__, "__qualname__": old.__qualname__, "_made_of": (old, twin)}
+        pair = (twin, old) if getattr(twin, "leads", False) else (old, twin)
+        _made[old, twin] = type(old.__name__, (_Joined, *pair), told)
     return _made[old, twin]
 
 

@@ -3,6 +3,7 @@
     from tileformer.decoder import huggingface
     model = AutoModelForCausalLM.from_pretrained(name)
     huggingface.use(model)                       # attention, norms, dropout and the loss of this model
+    huggingface.revert(model)                    # and back
 or
     huggingface.register()
     model = AutoModel.from_pretrained(name, attn_implementation="tileformer")   # attention alone
@@ -10,15 +11,24 @@ or
 
 from __future__ import annotations
 
+import copy
+import dis
 import functools
 import importlib
+import inspect
+import itertools
+import sys
+import types
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.convert import Report, convert
+from tileformer.decoder.convert import TWINS, Report, convert, swap
+from tileformer.decoder.convert import revert as revert_modules
 from tileformer.kernels import attention, cross_entropy, rms_norm
 
 NAME = "tileformer"
@@ -49,87 +59,238 @@ def _transformers(module: str = "") -> Any:
 
 
 def use(model: Any) -> Report:
-    """Let ``model`` (a ``PreTrainedModel``) attend by our kernels, swap its modules (see ``convert``), and its loss if it is the usual one of a
-    causal language model.
-
-    `revert` gives the modules back; the attention goes back by ``model.set_attn_implementation``, the loss by ``model.loss_function``.
+    """Let ``model`` (a ``PreTrainedModel``, alone or inside a wrapper: peft's, DataParallel, DDP, a compiled one) attend by our kernels, swap its
+    modules (see ``convert``) and norms, and its loss if it is the usual one of a causal language model. `revert` undoes all of it.
 
     Returns:
-        What was swapped and what was left.
+        What was swapped and what was left and why. A second call changes nothing, and says so.
+
+    Raises:
+        TypeError: if there is no model of transformers in ``model``.
     """
+    parts = _models(model)
     usual = _transformers("loss.loss_utils").ForCausalLMLoss
     register()
-    before = ", ".join(sorted(set(_attention_of(model).values())))
-    model.set_attn_implementation(NAME)
     report = convert(model)
-    found = {part: x for part, x in _attention_of(model).items() if x != NAME}
-    if found:
-        said = ", ".join(f"{part or 'the model'} keeps {x!r}" for part, x in found.items())
-        report.left["attention"] = f"{type(model).__name__} computes attention in its own code: {said}"
-    else:
-        report.swapped["attention"] = f"transformers' {before} -> tileformer's"
     swap_norms(model, report)
-    if getattr(model, "loss_function", None) is usual:
-        model.loss_function = causal_lm_loss
-        report.swapped["loss_function"] = "transformers' ForCausalLMLoss -> tileformer's causal_lm_loss"
+    for where, part in parts.items():
+        record = vars(part).setdefault(_RECORD, {"attention": {}, "loss": None})
+        _use_attention(part, f"{where}attention", record["attention"], report)
+        loss = getattr(part, "loss_function", None)
+        if loss is causal_lm_loss:
+            report.left[f"{where}loss_function"] = "it is tileformer's already"
+        elif loss is usual:
+            record["loss"] = "own" if "_loss_function" in vars(part) else "by type"
+            part.loss_function = causal_lm_loss
+            report.swapped[f"{where}loss_function"] = "transformers' ForCausalLMLoss -> tileformer's causal_lm_loss"
     return report
 
 
-def swap_norms(model: nn.Module, report: Report) -> None:
-    """Let the norms of transformers' own classes (LlamaRMSNorm, T5LayerNorm, Gemma's) compute by `rms_norm`, if they say the same of random rows."""
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if "Norm" not in kind or not type(module).__module__.startswith("transformers.") or "forward" in vars(module):
-            continue
-        forward = _rms_norm_of(module)
-        if forward is None:
-            report.left[name] = f"{kind}: it computes something else than layer_norm and rms_norm"
-            continue
-        module.forward = functools.partial(forward, module)  # not a bound method: pickle would look for it in the class
-        report.swapped[name] = f"transformers' {kind} -> tileformer's rms_norm"
+def revert(model: Any) -> Report:
+    """Undo `use`: attention, loss, norms and every module become what they were, in place; wrappers as in `use`.
+
+    What was changed after `use` (another attention, another loss) stays as it is.
+    """
+    parts = _models(model)
+    report = revert_modules(model)
+    for where, part in parts.items():
+        record = vars(part).pop(_RECORD, {"attention": {}, "loss": None})
+        configs = _configs(part)
+        now = {key: config._attn_implementation for key, config in configs.items()}
+        ours = [key for key, x in now.items() if x == NAME]
+        now |= {key: record["attention"][key] for key in ours if key in record["attention"]}
+        for key, config in configs.items():  # outer ones first: setting one sets those inside of it
+            config._attn_implementation = now[key]
+        if NAME in now.values():
+            report.left[f"{where}attention"] = "it was asked for by name, not by `use`: model.set_attn_implementation"
+        elif ours:
+            report.swapped[f"{where}attention"] = f"tileformer's -> transformers' {_join(now[key] for key in ours)}"
+        if record["loss"] and getattr(part, "_loss_function", None) is causal_lm_loss:
+            del part._loss_function
+            if record["loss"] == "own":
+                part.loss_function = _transformers("loss.loss_utils").ForCausalLMLoss
+            report.swapped[f"{where}loss_function"] = "tileformer's causal_lm_loss -> transformers' ForCausalLMLoss"
+    return report
 
 
-def _rms_norm_of(module: Any) -> Any:
-    """The one of our two forwards that computes what a norm computes, None if neither does."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.is_meta or _eps(module) is None:
-        return None
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    rtol, atol = (1e-4, 1e-5) if weight.dtype.itemsize > 2 else (0.05, 0.02)
-    with torch.no_grad():
-        try:
-            expected = type(module).forward(module, x)
-        except Exception:  # it wants other arguments: another kind of norm
-            return None
-        return next(
-            (f for f in (_rms_norm, _rms_norm_plus_one) if torch.allclose(f(module, x), expected, rtol, atol)), None
+_RECORD = "_tileformer_before"  # of a model that `use` has changed: what `revert` gives back
+
+
+def _models(model: Any) -> dict[str, Any]:
+    """The models of transformers in ``model``, but for those inside another, and what to call each in a report: "" if there is one."""
+    kind = _transformers("modeling_utils").PreTrainedModel
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, kind) and not any(not x or name.startswith(f"{x}.") for x in found):
+            found[name] = module
+    if not found:
+        raise TypeError(
+            f"this takes a model of transformers, alone or in a wrapper, got {type(model).__name__}: "
+            "for modules of torch.nn, tileformer.decoder.convert"
         )
+    return {f"{name}." if len(found) > 1 else "": part for name, part in found.items()}
 
 
-def _eps(module: Any) -> float | None:
+def _configs(model: Any) -> dict[str, Any]:
+    """Each configuration of a model once: its own and those inside of it, by their dotted names, then those of other models in it, by module."""
+    found: dict[str, Any] = {}
+
+    def add(key: str, config: Any) -> None:
+        if hasattr(config, "_attn_implementation") and all(config is not x for x in found.values()):
+            found[key] = config
+            for name in getattr(config, "sub_configs", None) or {}:
+                add(f"{key}.{name}".lstrip("."), getattr(config, name, None))
+
+    for name, module in model.named_modules():
+        if isinstance(module, _transformers("modeling_utils").PreTrainedModel):
+            add(f"module {name}" if name else "", module.config)
+    return found
+
+
+def _join(names: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(x) for x in names}))
+
+
+def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report) -> None:
+    """Switch the attention of a model, its configurations noted in ``record``, and say which of its modules it serves."""
+    kinds: dict[str, set[str]] = {"asks": set(), "sinks": set(), "own": set()}
+    for module in model.modules():
+        computes = _computes(type(module))
+        if computes:
+            kinds[computes].add(type(module).__name__)
+    configs = _configs(model)
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    if kinds["asks"] and not kinds["sinks"]:
+        model.set_attn_implementation(NAME)
+    changed = {key: x for key, x in before.items() if x != configs[key]._attn_implementation}
+    record.update(changed)
+    if changed:
+        report.swapped[name] = f"transformers' {_join(changed.values())} -> tileformer's"
+    why = []
+    if kinds["own"]:
+        why.append(f"{type(model).__name__} computes attention in its own code ({_join(kinds['own'])})")
+    if kinds["sinks"]:
+        why.append(f"{_join(kinds['sinks'])} has attention sinks, which tileformer's attention does not compute")
+    elif not kinds["asks"]:
+        why = why or [f"no module of {type(model).__name__} asks transformers for an attention function"]
+    elif NAME in before.values():
+        why.append("it is tileformer's already")
+    elif not changed:
+        why.append(f"{type(model).__name__} keeps {_join(before.values())}: transformers switches it to no other")
+    if why:
+        report.left[name] = "; ".join(why)
+
+
+@functools.cache
+def _computes(kind: type[nn.Module]) -> str:
+    """How a module's class computes attention: it "asks" transformers for the function, perhaps with "sinks", has its "own" code, or "" (none).
+
+    Read from the code that runs: own attention makes a softmax of a product, and never looks the function up.
+    """
+    transformers, names = _transformers("modeling_utils"), set[str]()
+    bases = nn.Module, transformers.PreTrainedModel
+    asks = False
+    for cls in itertools.takewhile(lambda cls: cls not in bases, kind.__mro__):
+        for x in filter(callable, vars(cls).values()):
+            used = _names(getattr(inspect.unwrap(x), "__code__", None))
+            there = getattr(inspect.unwrap(x), "__globals__", {})
+            asks |= any(isinstance(there.get(name), transformers.AttentionInterface) for name in used)
+            names |= used
+    if asks or "ALL_ATTENTION_FUNCTIONS" in names:
+        return "sinks" if names & {"s_aux", "sinks"} else "asks"
+    product = names & {"matmul", "bmm", "baddbmm", "einsum", "@"}
+    return "own" if product and names & {"softmax", "Softmax"} else ""
+
+
+def _names(code: Any) -> set[str]:
+    """The names that a function uses or passes by, its inner functions' too, and "@" for the operator."""
+    found: set[str] = set()
+    for step in dis.get_instructions(code) if isinstance(code, types.CodeType) else ():
+        if isinstance(step.argval, types.CodeType):
+            found |= _names(step.argval)
+        elif step.argrepr == "@" or step.opname == "BINARY_MATRIX_MULTIPLY":
+            found.add("@")
+        elif isinstance(step.argval, tuple):
+            found |= {x for x in step.argval if isinstance(x, str)}
+        elif isinstance(step.argval, str) and step.opname != "LOAD_CONST":
+            found.add(step.argval)
+    return found
+
+
+class RMSNorm:
+    """What `use` puts before the class of a norm of transformers (LlamaRMSNorm, T5LayerNorm, Gemma's), which it stays: `rms_norm` computes it."""
+
+    leads = True  # over the class that it is joined with, see `convert`
+    notes = ("_tileformer_norm",)
+    _tileformer_norm: tuple[bool, dict[tuple[torch.dtype, torch.dtype], torch.dtype]]
+
+    def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
+        """Normalise the last axis of the one tensor given, (..., C); the answer's dtype is the one that theirs has for these dtypes."""
+        (x,) = (*given, *named.values())
+        plus_one, answers = self._tileformer_norm
+        return _rms_norm(x, self.weight, _eps(self), plus_one, answers.get((x.dtype, self.weight.dtype), x.dtype))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: Any, plus_one: bool, answer: torch.dtype) -> Tensor:
+    if plus_one:  # as Gemma keeps its weight
+        weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return rms_norm(x.to(torch.promote_types(x.dtype, answer)), weight.shape, weight, eps).to(answer)
+
+
+def swap_norms(model: nn.Module, report: Report) -> None:
+    """Let the norms of transformers' own classes compute by `rms_norm`, if they take, give and compute the same."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        theirs = "Norm" in kind.__name__ and kind.__module__.startswith("transformers") and not any(module.children())
+        if not theirs or name in report.left or isinstance(module, (RMSNorm, *TWINS)):
+            continue
+        why = "its forward was replaced" if "forward" in vars(module) else _norm_of(module)
+        if isinstance(why, str):
+            report.left[name] = f"{kind.__name__}: {why}"
+            continue
+        swap(module, RMSNorm)
+        module._tileformer_norm = why
+        report.swapped[name] = f"transformers' {kind.__name__} -> tileformer's rms_norm"
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _norm_of(module: Any) -> str | tuple[bool, dict[tuple[torch.dtype, torch.dtype], torch.dtype]]:
+    """Whether 1 is added to a norm's weight, and the dtype that it answers in for each pair of (rows', weight's); or why it is not `rms_norm`.
+
+    Tried with weights of our own on the CPU, so that neither what the weights hold now nor where they lie decides, for each pair of dtypes.
+    """
+    takes = list(inspect.signature(type(module).forward).parameters)[1:]
+    if len(takes) != 1:
+        return f"its forward takes {', '.join(takes)}, rms_norm the rows alone"
+    holds = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    weight = getattr(module, "weight", None)
+    if holds != ["weight"] or not isinstance(weight, Tensor) or weight.dim() != 1:
+        return f"it holds {', '.join(holds) or 'no weight'}, rms_norm a weight of one axis"
+    if not isinstance(_eps(module), float):
+        return "it has no number named eps or variance_epsilon"
+    cpu = dict(device="cpu", generator=torch.Generator().manual_seed(0))
+    small = torch.tensor([[[1.0], [1e-3]], [[30.0], [0.0]]], device="cpu")  # small rows show where eps is added
+    rows, slope = torch.randn(2, 2, len(weight), **cpu) * small, torch.randn(len(weight), **cpu)
+    trial, fits, answers = copy.copy(module), [False, True], {}
+    for pair in itertools.product(_DTYPES, _DTYPES):
+        x, w = (t.to(dtype) for t, dtype in zip((rows, slope), pair, strict=True))
+        vars(trial)["_parameters"] = {"weight": nn.Parameter(w, requires_grad=False)}
+        try:
+            with torch.no_grad():
+                expected = type(module).forward(trial, x)
+            answers[pair] = expected.dtype
+        except Exception as error:
+            return f"it takes no {pair[0]} rows beside a {pair[1]} weight: {type(error).__name__}: {error}"
+        tolerance = (0.05, 0.02) if min(d.itemsize for d in (*pair, expected.dtype)) < 4 else (1e-4, 1e-5)
+        ours = {plus_one: _rms_norm(x, w, _eps(module), plus_one, expected.dtype) for plus_one in fits}
+        fits = [plus_one for plus_one in fits if torch.allclose(ours[plus_one], expected, *tolerance)]
+    return (fits[0], answers) if fits else "it computes something else than rms_norm"
+
+
+def _eps(module: Any) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
-def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, self.weight.shape, self.weight, _eps(self))
-
-
-def _rms_norm_plus_one(self: Any, hidden_states: Tensor) -> Tensor:  # as Gemma keeps its weight
-    return rms_norm(hidden_states, self.weight.shape, 1 + self.weight, _eps(self))
-
-
-_rms_norm.tileformer_swapped = _rms_norm_plus_one.tileformer_swapped = True  # type: ignore[attr-defined]  # `revert` knows them by this
-
-
-def _attention_of(model: Any) -> dict[str, str]:
-    """The attention implementation of a model, and of the parts that have a configuration of their own."""
-    config = model.config
-    parts = {"": config} | {
-        key: getattr(config, key)
-        for key in getattr(config, "sub_configs", {})
-        if getattr(config, key, None) is not None
-    }
-    return {part: str(x._attn_implementation) for part, x in parts.items()}
 
 
 def make_mask(
@@ -139,10 +300,14 @@ def make_mask(
     """What ``attend`` gets: None, or a boolean mask (B, 1, T_q, T_k), True = may attend; see transformers' ``sdpa_mask``.
 
     Where the mask is the causal one with padding, it also says so (as an attribute, which no copy has): the kernel then skips what is hidden.
+    A family of models that has attention in its own code gets the floating mask that such code adds, as from transformers' eager.
     """
-    masking_utils = _transformers("masking_utils")
+    from transformers import masking_utils  # a statement: a call of importlib would break a compiled graph
+
     mask_function = mask_function or masking_utils.causal_mask_function
     given = dict(q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask)
+    if _own_code(type(options.get("config")).__module__):
+        return masking_utils.eager_mask(batch_size, q_length, kv_length, **given, **options)
     mask = masking_utils.sdpa_mask(batch_size, q_length, kv_length, **given, **options)
     aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
     if (
@@ -155,6 +320,29 @@ def make_mask(
         padding = None if padding is None else padding[:, :kv_length]
         mask.tileformer_causal = (padding, mask._version)
     return mask
+
+
+@torch.compiler.assume_constant_result
+def _own_code(file: str) -> bool:
+    """Whether the models of a configuration, which is in the module ``file``, may add the mask to scores in code of their own."""
+    return _own_code_of(file.replace(".configuration_", ".modeling_"))
+
+
+@functools.cache
+def _own_code_of(file: str) -> bool:
+    there = vars(sys.modules.get(file, types)).values()
+    kinds = [x for x in there if isinstance(x, type) and issubclass(x, nn.Module) and x.__module__ == file]
+    own = [
+        x.__name__
+        for x in kinds
+        if _computes(x) == "own" and any("mask" in name for name in inspect.signature(x.forward).parameters)
+    ]
+    if own and not any(_computes(x) in ("asks", "sinks") for x in kinds):
+        warnings.warn(
+            f'attn_implementation="{NAME}" changes nothing in {file}: {_join(own)} computes attention in its own code',
+            stacklevel=3,
+        )
+    return bool(own)
 
 
 def attend(
@@ -195,7 +383,7 @@ def _masks(given: Tensor, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """A mask of transformers, (B, 1 or H, T_q, T_k or more), as arguments of our attention: ranges of keys where it says or shows that it is one."""
     batch, keys = key.shape[0], key.shape[2]
     padding, version = getattr(given, "tileformer_causal", (None, -1))
-    if version == given._version and given.shape[-1] == keys:
+    if version >= 0 and version == given._version and given.shape[-1] == keys:
         return dict(causal="bottom_right", key_mask=padding)
     mask = given[..., :keys]
     if mask.is_floating_point():

@@ -35,11 +35,14 @@ class Dropout(nn.Dropout):
 
 
 class Softmax(nn.Softmax):
-    """``torch.nn.Softmax`` on the fused kernel. Along another axis than the last, the input is copied once."""
+    """``torch.nn.Softmax`` on the fused kernel. Along another axis than the last, the input is copied once (of a nested tensor,
+    torch computes it)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Softmax along ``dim``. Where that is None, torch warns, picks one and computes it; so it does for a single element."""
-        if self.dim is None or input.dim() == 0:
+        if self.dim in (-1, input.dim() - 1) and input.dim():
+            return softmax(input)
+        if self.dim is None or input.dim() == 0 or input.is_nested:
             return super().forward(input)
         return softmax(input.movedim(self.dim, -1)).movedim(-1, self.dim)
 
@@ -49,7 +52,9 @@ class LogSoftmax(nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         """Log-softmax along ``dim``."""
-        if self.dim is None or input.dim() == 0:
+        if self.dim in (-1, input.dim() - 1) and input.dim():
+            return log_softmax(input)
+        if self.dim is None or input.dim() == 0 or input.is_nested:
             return super().forward(input)
         return log_softmax(input.movedim(self.dim, -1)).movedim(-1, self.dim)
 
@@ -67,6 +72,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         """
         if target.is_floating_point():
             return super().forward(input, target)
+        if input.is_nested or target.is_nested:
+            raise TypeError(
+                "CrossEntropyLoss: nested tensors are not supported: pass their values (input.values(), target.values())"
+            )
         rows = input.movedim(1, -1) if input.dim() > 1 else input
         if rows.shape[:-1] != target.shape:
             raise ValueError(

@@ -29,6 +29,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.second import second_derivative
+from tileformer.kernels.subclasses import by_parts, on_shards, refuse
 
 MAX_TILE = 8192
 
@@ -315,6 +316,9 @@ def cross_entropy(
     """
     if wrong:
         checks.misnamed("cross_entropy", wrong)
+    if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
+        how = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return _on_shards(logits, target, weight, reduction, how)
     if type(label_smoothing) is not float:
         label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
@@ -344,6 +348,26 @@ def cross_entropy(
         return apply(_CrossEntropy, logits, target, *options)[0]
     loss = apply(_CrossEntropy, logits[None], target[None], *options)[0]
     return loss.view(()) if reduction == "none" else loss
+
+
+def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]) -> Tensor:
+    """Of DTensors: each process computes the losses of its rows; sums are DTensors' own."""
+    if logits.is_nested:
+        refuse("cross_entropy", logits, target)
+    split = any(p.is_shard() for p in logits.placements)
+    if split and reduction == "mean" and weight is not None:
+        raise TypeError(
+            "cross_entropy: no mean with class weights over sharded rows: pass reduction='sum', and divide by the weights that count"
+        )
+    rows, each = ("rows",) * (logits.dim() - 1), "none" if split else reduction
+    call = lambda *given: cross_entropy(given[0], given[1], weight=given[2], reduction=each, **options)  # noqa: E731
+    result = (rows, target.shape) if each == "none" else ((), ())
+    losses = on_shards("cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [result])
+    if reduction == each:
+        return losses
+    total = losses.sum(dtype=wider(losses.dtype))
+    total = total if reduction == "sum" else total / (target != options["ignore_index"]).sum()
+    return total.to(losses.dtype)
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:

@@ -20,6 +20,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, not_traced, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.steps import dropout_keep
+from tileformer.kernels.subclasses import by_rows, is_special, shard_seed
 
 MAX_TILE = 2048
 
@@ -131,6 +132,9 @@ def dropout(
     """
     if wrong:
         checks.misnamed("dropout", wrong)
+    if (type(x) is not Tensor or x.is_nested) and is_special(x):
+        own = shard_seed(x, seed)
+        return by_rows("dropout", lambda x, r: dropout(x, p, seed=own, residual=r), x, 0, beside=(residual,))
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating("dropout", x=x)
     checks.fits("dropout", "residual", residual, x, x.shape)

@@ -33,6 +33,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, pow2, recording, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.second import second_derivative
+from tileformer.kernels.subclasses import by_parts, by_rows
 
 MAX_FWD = 16384
 MAX_BWD = 8192
@@ -466,12 +467,14 @@ def rms_norm(
 def _norm(
     name: str, x: Tensor, sizes: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> Tensor:
+    shape = tuple(sizes) if hasattr(sizes, "__iter__") else (sizes,)
+    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, len(shape)):
+        return by_rows(name, lambda x, w, b: _norm(name, x, shape, w, b, eps), x, len(shape), (weight, bias))
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating(name, x=x)
     if eps is None and name == "rms_norm":
         eps = torch.finfo(wider(x.dtype)).eps
     eps = checks.number(name, "eps", eps)
-    shape = tuple(sizes) if hasattr(sizes, "__iter__") else (sizes,)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"{name}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"

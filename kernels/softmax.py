@@ -23,6 +23,7 @@ from tileformer.kernels import checks, reference
 from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.subclasses import by_parts, by_rows
 
 MAX_FWD = 32768
 MAX_BWD = 16384
@@ -347,6 +348,8 @@ def log_softmax(
 
 
 def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
+    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, 1 + bool(causal)):
+        return by_rows(name, lambda x, m: _softmax(name, x, scale, m, causal), x, 1 + bool(causal), beside=(mask,))
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating(name, x=x)
     if type(scale) is not float:

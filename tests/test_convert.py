@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tileformer import decoder
+from tileformer import decoder, kernels
 from tileformer.decoder import convert, revert
+from tileformer.decoder.modules import Dropout
+from tileformer.kernels import use_backend
 
 
 def model(**options) -> nn.Transformer:
@@ -312,3 +314,44 @@ def test_what_torch_notes_of_an_activation(activation) -> None:
     ours = decoder.TransformerEncoderLayer(16, 2, 32, activation=activation)
     revert(ours)
     assert ours.activation_relu_or_gelu == theirs.activation_relu_or_gelu
+
+
+@pytest.mark.interprets
+@pytest.mark.parametrize("name", ["torch", "interpret"])
+def test_jagged_tensors_are_served_or_refused(name) -> None:
+    rows = [torch.randn(3, 8), torch.randn(5, 8)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    served = [nn.LayerNorm(8), nn.RMSNorm(8), nn.Softmax(-1), nn.LogSoftmax(-1)]
+    with use_backend(name):
+        for theirs in served:
+            expected = theirs(jagged.values())
+            ours = nn.Sequential(theirs)
+            convert(ours)
+            got = ours(jagged)
+            torch.testing.assert_close((got + jagged).values(), expected + jagged.values())  # its offsets are the same
+            (grad,) = torch.autograd.grad(got.values().square().sum(), jagged)
+            torch.testing.assert_close(grad.values(), torch.autograd.grad(expected.square().sum(), jagged)[0].values())
+        drop = Dropout(0.5)
+        got = drop(jagged, jagged)
+        assert set(((got - jagged) / jagged).values().detach().round().unique().tolist()) == {0.0, 2.0}
+        assert torch.equal(decoder.Softmax(1)(jagged).values(), nn.Softmax(1)(jagged).values())  # torch's: not a row
+        gaps = torch.nested.narrow(
+            torch.randn(2, 9, 8), 1, torch.tensor([0, 2]), torch.tensor([3, 4]), layout=torch.jagged
+        )
+        heads = jagged.unflatten(-1, (2, 4)).transpose(1, 2)
+        refused = [
+            (lambda: decoder.LayerNorm(8)(gaps), "without gaps"),
+            (lambda: drop(torch.nested.nested_tensor(rows)), "must be jagged"),
+            (lambda: drop(jagged, torch.randn(2, 5, 8)), "jagged tensors of the same offsets"),
+            (lambda: decoder.CrossEntropyLoss()(jagged, torch.zeros(2).long()), "pass their values"),
+            (lambda: kernels.cross_entropy(jagged, torch.zeros(2).long()), "pass their values"),
+            (lambda: kernels.attention(heads, heads, heads), "attention: nested.*values"),
+            (lambda: kernels.scaled_dot_product_attention(heads, heads, heads), "attention: nested.*values"),
+            (
+                lambda: decoder.TransformerEncoderLayer(8, 2, 16, batch_first=True)(jagged),
+                "nested tensors are not supported",
+            ),
+        ]
+        for call, message in refused:
+            with pytest.raises(TypeError, match=message):
+                call()

@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo): DDP and FSDP2 train our layers, and the g2p recipe, as one process does."""
+"""Two processes on one machine (gloo): DDP and FSDP2 train our layers, and the g2p recipe, as one process does; ops on sharded tensors."""
 
 import dataclasses
 import importlib.util
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
+from tileformer import kernels
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, convert
 from tileformer.kernels import cross_entropy
 from tileformer.training import Batch, Batches, Settings, fit
@@ -92,11 +96,119 @@ def shard(net: nn.Module) -> nn.Module:
     return net
 
 
+def check_shards() -> None:
+    """Sharded tensors give what whole ones give, values and gradients, on the kernels as on the CPU's backend; what cannot is refused."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = Replicate()
+    x, weight = torch.randn(3, 5, 8), torch.randn(8)
+    q, k, bias, kept = torch.randn(4, 4, 5, 8), torch.randn(4, 2, 6, 8), torch.randn(4, 5, 6), torch.ones(4, 6).bool()
+    kept[1, 4:] = False
+    logits, target = torch.randn(7, 5), torch.tensor([0, 1, -100, 3, 4, 2, -100])
+
+    def attend(q, k, bias, kept):
+        return kernels.attention(q, k, k, bias=bias, key_mask=kept, causal=True, return_lse=True)[0]
+
+    rows: dict[str, tuple[Any, list[torch.Tensor], list[list[Any]]]] = {  # what is called, on what, how it is sharded
+        "layer_norm": (
+            lambda x, w: kernels.layer_norm(x, (8,), w, w),
+            [x, weight],
+            [[Shard(1), whole]],
+        ),
+        "rms_norm": (lambda x, w: kernels.rms_norm(x, (8,), w), [x, weight], [[whole, whole]]),
+        "softmax": (kernels.softmax, [x], [[Shard(0)]]),
+        "log_softmax": (
+            lambda x, m: kernels.log_softmax(x, mask=m.detach()),
+            [x, x[:1]],
+            [[Shard(1), Shard(1)], [Shard(0), whole]],
+        ),
+        "mean": (kernels.cross_entropy, [logits, target], [[Shard(0), Shard(0)], [whole, whole]]),
+        "none": (lambda x, t: kernels.cross_entropy(x, t, reduction="none"), [logits, target], [[Shard(0), Shard(0)]]),
+        "attention": (
+            attend,
+            [q, k, bias, kept],
+            [[Shard(0), Shard(0), whole, Shard(0)], [Shard(1), Shard(1), Shard(0), whole]],
+        ),
+    }
+    for name, (call, tensors, ways) in rows.items():
+        plain = [t.clone().requires_grad_(t.is_floating_point()) for t in tensors]
+        with kernels.use_backend("torch"):
+            expected = call(*plain)
+        weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
+        (expected * weights).sum().backward()
+        for places in ways:
+            shards = [
+                distribute_tensor(t, mesh, [p]).requires_grad_(t.is_floating_point())
+                for t, p in zip(tensors, places, strict=True)
+            ]
+            got = call(*shards)
+            got.full_tensor().mul(weights).sum().backward()
+            torch.testing.assert_close(got.full_tensor(), expected, msg=lambda m, name=name: f"{name}: {m}")
+            for ours, theirs in zip(shards, plain, strict=True):
+                if theirs.grad is not None:
+                    torch.testing.assert_close(
+                        ours.grad.full_tensor(), theirs.grad, msg=lambda m, name=name: f"{name}: {m}"
+                    )
+
+    for place, seed, same in ((Shard(0), 1, False), (Shard(1), 1, False), (whole, mesh.get_rank(), True)):
+        torch.manual_seed(seed)  # shards from one state get bits of their own, copies the same from any
+        shard = distribute_tensor(torch.ones(4, 4, 16), mesh, [place]).requires_grad_()
+        got = kernels.dropout(shard, 0.5)
+        got.sum().backward()
+        assert torch.equal(shard.grad.full_tensor(), got.full_tensor()) and got.placements == (place,)
+        assert 0.2 < (got.full_tensor() == 0).float().mean() < 0.8
+        for local in (
+            got.to_local(),
+            kernels.attention(shard[..., None], shard[..., None], shard[..., None], dropout_p=0.5).to_local(),
+        ):
+            both = [torch.empty_like(local) for _ in range(2)]
+            dist.all_gather(both, local.detach().contiguous())
+            assert torch.equal(*both) is same
+
+    split, plain_x = distribute_tensor(x, mesh, [Shard(2)]), distribute_tensor(x, mesh, [Shard(0)])
+    refused: dict[str, Any] = {
+        r"attention: 4 query heads and 3 key heads.*2 processes": lambda: kernels.attention(
+            *(distribute_tensor(t, mesh, [Shard(1)]) for t in (q, q[:, :3], q[:, :3]))
+        ),
+        r"attention.*S\(2\).*redistribute": lambda: kernels.attention(*[distribute_tensor(q, mesh, [Shard(2)])] * 3),
+        r"attention.*\(4, 6\).*placements \(S\(0\)\)": lambda: attend(
+            *(distribute_tensor(t, mesh, [Shard(0)]) for t in (q, k)), None, kept
+        ),
+        r"dropout.*\(3, 5, 8\).*beside a DTensor": lambda: kernels.dropout(plain_x, 0.5, residual=x),
+    }
+    if kernels.backend.current_backend() == "interpret":  # torch's own operators redistribute
+        refused[r"softmax: a DTensor of shape \(3, 5, 8\).*S\(2\).*redistribute"] = lambda: kernels.softmax(split)
+        refused[r"layer_norm.*\(8,\) stands beside a DTensor"] = lambda: kernels.layer_norm(
+            plain_x, (8,), weight.requires_grad_()
+        )
+        refused[r"layer_norm_fwd: a DTensor.*beside plain"] = lambda: kernels.layer_norm(
+            x, (8,), distribute_tensor(weight.detach(), mesh, [whole])
+        )
+    for message, call in refused.items():
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def check_sequence_parallel() -> None:
+    """A converted model under torch's plan: norms and dropout see sequences that are sharded."""
+    net = nn.Sequential(nn.LayerNorm(8), nn.Dropout(0.5), nn.RMSNorm(8), nn.Softmax(-1))
+    convert(net)
+    plan = {str(i): SequenceParallel(use_local_output=i == 2) for i in range(3)}
+    parallelize_module(net, init_device_mesh("cpu", (2,)), plan)
+    net(torch.randn(2, 3, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.full_tensor().any() for p in net.parameters())
+
+
 def process(rank: int, port: int, kind: str, how: str) -> None:
     """One of the two; the first prints the losses."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    if kind == "converted":
+        for backend in ("torch", "interpret"):
+            with kernels.use_backend(backend):
+                torch.manual_seed(0)
+                check_shards()
+                check_sequence_parallel()
     found = TASKS[kind](rank, 2, shard if how == "FSDP2" else nn.parallel.DistributedDataParallel)
     if rank == 0:
         print(json.dumps(found))

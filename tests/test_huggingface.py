@@ -1,11 +1,18 @@
 """Models of Hugging Face transformers with our attention, norms and loss: what their eager selves compute, padding on either side."""
 
+import copy
+import importlib
 import importlib.util
+import itertools
+import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
+from transformers import masking_utils, modeling_utils  # noqa: E402
 
 from tileformer.bench import models  # noqa: E402
 from tileformer.decoder import huggingface  # noqa: E402
@@ -91,6 +98,25 @@ def test_what_is_not_supported_is_refused() -> None:
         huggingface.attend(torch.nn.Module(), q, q, q, None, s_aux=torch.ones(2))
 
 
+def test_a_model_with_attention_sinks_keeps_its_attention() -> None:
+    sizes = dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, **sizes)
+    ).eval()
+    ids = torch.randint(3, 61, (2, 9))
+    expected = model(ids).logits
+    report = huggingface.use(model)
+    assert "GptOssAttention has attention sinks" in report.left["attention"] and "model.norm" in report.swapped
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
 def test_weights_on_demand() -> None:
     q = torch.randn(1, 2, 3, 8)
     out, weights = huggingface.attend(torch.nn.Module(), q, q, q, None, output_attentions=True)
@@ -144,8 +170,302 @@ def test_lora_on_our_layers() -> None:
     torch.testing.assert_close(our_grads, grads)
 
 
-def test_attention_in_a_model_of_its_own_code_is_reported() -> None:
-    sizes = dict(vocab_size=61, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=2)
-    report = huggingface.use(transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)))
-    assert "GPTJForCausalLM computes attention in its own code" in report.left["attention"]
-    assert report.swapped["transformer.ln_f"].endswith("LayerNorm")
+class ToyConfig(transformers.PreTrainedConfig):
+    model_type = "toy"
+
+
+class OwnAttention(nn.Module):
+    """Adds the mask to scores in code of its own."""
+
+    def forward(self, x, attention_mask=None):
+        scores = torch.matmul(x, x.transpose(-1, -2))
+        return torch.softmax(scores if attention_mask is None else scores + attention_mask[:, 0], -1) @ x
+
+
+class AskingAttention(nn.Module):
+    is_causal = True
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x, attention_mask=None):
+        attend = modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        return attend(self, x[:, None], x[:, None], x[:, None], attention_mask, scaling=1.0)[0][:, :, 0]
+
+    def eager(self, module, q, k, v, mask, **_):
+        return ((q @ k.mT + mask).softmax(-1) @ v).transpose(1, 2), None
+
+
+class ToyModel(transformers.PreTrainedModel):
+    config_class = ToyConfig
+
+    def __init__(self, config, asks: bool = True) -> None:
+        super().__init__(config)
+        self.embed, self.own = nn.Embedding(61, 16), OwnAttention()
+        self.asks = AskingAttention(config) if asks else None
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        mask = masking_utils.create_causal_mask(self.config, x, attention_mask, None)
+        x = self.own(x, mask)
+        return x if self.asks is None else self.asks(x, mask)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_in_code_of_its_own_gets_a_mask_that_it_can_add(asks, padded) -> None:
+    """Found by what the code does, not by its name or a flag: asked for by name alone, where nothing is reported, too."""
+    ids, kept = torch.randint(3, 61, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    kept[1, 6:] = 0
+    given = dict(input_ids=ids, attention_mask=kept if padded else None)
+    toy = ToyModel(ToyConfig(attn_implementation="eager"), asks).eval()
+    expected = toy(**given)
+    huggingface.register()
+    named = copy.deepcopy(toy)
+    named.config._attn_implementation = "tileformer"
+    torch.testing.assert_close(named(**given)[kept.bool()], expected[kept.bool()])
+    report = huggingface.use(toy)
+    assert "ToyModel computes attention in its own code (OwnAttention)" in report.left["attention"]
+    assert ("attention" in report.swapped) == asks == (toy.config._attn_implementation == "tileformer")
+    torch.testing.assert_close(toy(**given)[kept.bool()], expected[kept.bool()])
+
+
+def test_a_family_without_one_module_that_asks_says_so_once() -> None:
+    sizes = dict(
+        vocab_size=61, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48, pad_token_id=1
+    )
+    config = transformers.TrOCRConfig(**sizes, cross_attention_hidden_size=32)
+    ids = torch.randint(3, 61, (2, 9))
+    huggingface.register()
+    found = []
+    for name in ("eager", "tileformer"):
+        torch.manual_seed(0)
+        model = transformers.TrOCRForCausalLM._from_config(copy.deepcopy(config), attn_implementation=name).eval()
+        with (
+            torch.no_grad(),
+            nullcontext() if name == "eager" else pytest.warns(UserWarning, match="TrOCRAttention computes"),
+        ):
+            found.append(model(ids).logits)
+    assert torch.equal(*found)
+    assert "attention" not in huggingface.use(model).swapped
+
+
+_NORMS = {"llama": "LlamaRMSNorm", "t5": "T5LayerNorm", "gemma": "GemmaRMSNorm"}
+
+
+@pytest.mark.parametrize("family", _NORMS)
+def test_a_norm_answers_in_the_dtype_in_which_theirs_answers(family) -> None:
+    file = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    net = nn.Sequential(getattr(file, _NORMS[family])(16))
+    nn.init.normal_(net[0].weight)
+    expected, ours = copy.deepcopy(net), net
+    huggingface.swap_norms(ours, report := huggingface.Report())
+    assert list(report.swapped) == ["0"] and isinstance(ours[0], type(expected[0]))
+    for weight, dtype in itertools.product((torch.float32, torch.float16, torch.bfloat16), repeat=2):
+        x = torch.randn(3, 16).to(dtype)
+        got, wanted = ours.to(weight)(x), expected.to(weight)(x)
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)  # dtypes too
+        assert ours[0](hidden_states=x).dtype == wanted.dtype
+    replica = ours[0]._replicate_for_data_parallel()  # as DataParallel makes one for another device
+    replica._parameters, replica.weight = {}, torch.full((16,), 3.0)
+    torch.testing.assert_close(replica(torch.ones(2, 16)), torch.full((2, 16), 4.0 if family == "gemma" else 3.0))
+
+
+class OddNorm(nn.Module):
+    """As transformers writes a norm, but for one thing."""
+
+    __module__ = "transformers.models.odd"
+
+    def __init__(self, odd: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.odd = nn.Parameter(torch.ones(8)), 1e-2, odd
+        if odd == "bias":
+            self.bias = nn.Parameter(torch.zeros(8))
+        if odd == "no eps":
+            del self.eps
+
+    def forward(self, x):
+        if self.odd == "refuses" and x.dtype == torch.float16:
+            raise ValueError("not in half")
+        eps = {"eps": 1e-3, "no eps": 1e-6}.get(self.odd, 1e-2)
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        return (y * (self.weight.abs() if self.odd == "values" else self.weight)).to(x.dtype)
+
+
+class OddGatedNorm(OddNorm):
+    __module__ = "transformers.models.odd"
+
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * gate)
+
+
+_WHY = dict(
+    bias="holds weight, bias", eps="something else", values="something else", refuses="not in half", gate="takes x, gate", replaced="replaced"
+)  # fmt: skip
+_WHY["no eps"] = "no number named eps"
+
+
+@pytest.mark.parametrize("odd", _WHY)
+def test_the_true_reason_why_a_norm_is_left(odd) -> None:
+    """With values that would fit at this moment: weights of 1, biases of 0, no gate."""
+    net = nn.Sequential(OddGatedNorm(odd) if odd == "gate" else OddNorm(odd))
+    if odd == "replaced":
+        net[0].forward = lambda x: x
+    before = type(net[0])
+    huggingface.swap_norms(net, report := huggingface.Report())
+    assert _WHY[odd] in report.left["0"] and not report.swapped and type(net[0]) is before
+
+
+_SMALL = dict(vocab_size=61, hidden_size=32, num_hidden_layers=1)
+_MAMBA = dict(num_heads=8, head_dim=8, state_size=16, n_groups=1, chunk_size=8)
+
+
+def test_a_model_with_gated_norms() -> None:
+    torch.manual_seed(0)
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**_SMALL, **_MAMBA)).eval()
+    ids = torch.randint(3, 61, (2, 9))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        report = huggingface.use(model)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+    assert "gate" in report.left["backbone.layers.0.mixer.norm"] and "backbone.norm_f" in report.swapped
+    assert "no module of Mamba2ForCausalLM asks" in report.left["attention"]
+
+
+@pytest.mark.parametrize("name", ["T5", "mT5"])
+def test_half_precision_with_a_layer_that_stays_in_float32(name) -> None:
+    eager = models.eager(name).half()
+    for module in eager.modules():
+        if hasattr(module, "wo"):
+            module.wo.float()  # as from_pretrained(dtype=torch.float16) leaves it
+    ours, _ = models.ours(eager)
+    given, _ = models.given(eager, "right")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**given).logits, eager(**given).logits, rtol=0.01, atol=0.01)
+
+
+class Holder(nn.Module):
+    """As DDP, or a user's own model around two of transformers."""
+
+    def __init__(self, *parts) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, **given):
+        return self.parts[0](**given)
+
+
+def peft_of(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+WRAPPERS = {
+    "peft": peft_of,
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager", fullgraph=True),
+    "holder": Holder,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@torch.no_grad()
+def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
+    eager = models.eager("Llama, grouped heads")
+    given, kept = models.given(eager, "right")
+    given |= dict(labels=given["input_ids"].masked_fill(kept == 0, -100), use_cache=False)
+    del eager.model.layers[1]  # compiles sooner
+    inner = copy.deepcopy(eager)
+    net, expected = WRAPPERS[wrapper](inner), eager(**given)
+    report = huggingface.use(net)
+    assert {"attention", "loss_function"} <= report.swapped.keys() and not report.left
+    calls = []
+    for name in ("attention", "cross_entropy", "rms_norm"):
+        function = getattr(huggingface, name)
+        monkeypatch.setattr(huggingface, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    got = net(**given)
+    assert sorted(calls) == ["attention", "cross_entropy", *3 * ["rms_norm"]]
+    torch.testing.assert_close(got.loss, expected.loss)
+    assert huggingface.revert(net).swapped.keys() == report.swapped.keys()
+    assert "_loss_function" not in vars(inner) and inner.config._attn_implementation == "eager"
+    assert torch.equal(inner(**given).logits, expected.logits) and len(calls) == 5
+
+
+def test_two_models_in_one_and_none() -> None:
+    pair = Holder(models.eager("GPT-2"), models.eager("OPT"))
+    report = huggingface.use(pair)
+    assert {"parts.0.attention", "parts.1.attention", "parts.1.loss_function"} <= report.swapped.keys()
+    assert huggingface.revert(pair).swapped.keys() == report.swapped.keys()
+    for function in (huggingface.use, huggingface.revert):
+        with pytest.raises(TypeError, match="a model of transformers.*got Linear.*convert"):
+            function(nn.Linear(2, 2))
+
+
+def snapshot(model) -> dict:
+    """Class, attributes and their values of every module, and what each configuration says."""
+    own = {
+        name: (
+            type(module),
+            {
+                key: x if isinstance(x, (bool, int, float, str, type(None))) else id(x)
+                for key, x in vars(module).items()
+            },
+        )
+        for name, module in model.named_modules()
+    }
+    configs = {
+        key: {**config.to_dict(), "attention": config._attn_implementation}
+        for key, config in huggingface._configs(model).items()
+    }
+    return own | configs
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama, grouped heads", "T5", "DETR"])
+def test_revert_leaves_nothing_behind(name) -> None:
+    eager = models.eager(name)
+    ours = copy.deepcopy(eager)
+    if name == "T5":
+        ours.encoder.config._attn_implementation = "sdpa"  # parts that differ are given back as they were
+    before = snapshot(ours)
+    report = huggingface.use(ours)
+    again = huggingface.use(ours)
+    assert not again.swapped and again.left["attention"] == "it is tileformer's already"
+    copies = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
+    assert huggingface.revert(ours).swapped.keys() == report.swapped.keys()
+    assert snapshot(ours) == before and not huggingface.revert(ours).swapped
+    given, _ = models.given(eager, "right")
+    with torch.no_grad():
+        expected = ours(**given).logits
+        for x in copies:
+            torch.testing.assert_close(x(**given).logits, expected, rtol=1e-4, atol=1e-4)
+            huggingface.revert(x)
+            assert torch.equal(x(**given).logits, expected)
+            assert [type(module) for module in x.modules()] == [type(module) for module in eager.modules()]
+
+
+def test_revert_keeps_what_was_chosen_since() -> None:
+    model = models.eager("GPT-2")
+    huggingface.use(model)
+    model.set_attn_implementation("sdpa")
+    model.loss_function = sum
+    huggingface.revert(model)
+    assert model.config._attn_implementation == "sdpa" and model.loss_function is sum
+    huggingface.register()
+    model.set_attn_implementation("tileformer")
+    assert "asked for by name" in huggingface.revert(model).left["attention"]
+
+
+def test_a_model_whose_weights_are_not_there_yet() -> None:
+    eager = models.eager("Llama, grouped heads")
+    with torch.device("meta"):
+        ours = type(eager)(eager.config)
+        report = huggingface.use(ours)
+    assert not report.left and "model.norm" in report.swapped
+    ours.load_state_dict(eager.state_dict(), assign=True)
+    ours.model.rotary_emb = copy.deepcopy(eager.model.rotary_emb)
+    given, _ = models.given(eager, "right")
+    torch.testing.assert_close(ours.eval()(**given).logits, eager(**given).logits)

@@ -19,6 +19,7 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import apply, not_traced, registered
 from tileformer.kernels.second import second_derivative
 from tileformer.kernels.steps import LN2
+from tileformer.kernels.subclasses import attention_on_shards, is_special, refuse
 
 SIDES = 7  # gradients of key_mask, q_lens, k_lens, slopes, seed and the two groups of numbers: none
 BIAS_GRAD = 6  # the place among the whole numbers
@@ -201,6 +202,15 @@ def attention(
     """
     if wrong:
         checks.misnamed("attention", wrong)
+    if (type(q) is not Tensor or q.is_nested) and is_special(q):
+        shared = dict(
+            mask=mask, bias=bias, key_mask=key_mask, query_lengths=query_lengths, key_lengths=key_lengths, alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+        everywhere: dict[str, Any] = dict(
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
+            window=window, align=align, softcap=softcap, scale=scale, return_lse=return_lse, return_weights=return_weights,
+        )  # fmt: skip
+        return attention_on_shards(attention, q, k, v, shared, dropout_p, seed, everywhere)
     if not type(q) is type(k) is type(v) is Tensor:
         checks.tensors("attention", q=q, k=k, v=v)
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
@@ -279,6 +289,8 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
+    if isinstance(query, Tensor) and query.is_nested:
+        refuse("scaled_dot_product_attention", query, key, value)
     checks.tensors("scaled_dot_product_attention", query=query, key=key, value=value, attn_mask=attn_mask)
     for name, x, least in (("query", query, 2), ("key", key, 2), ("value", value, 2), ("attn_mask", attn_mask, 1)):
         if x is not None and x.dim() < least:
