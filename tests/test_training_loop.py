@@ -225,7 +225,7 @@ def test_the_best_weights_are_kept_and_given_back(on_disk, tmp_path):
             seen.append(model.weight.detach().clone())
         return script(model, batch)
 
-    script, model = scripted([0.9, 0.5, 0.7, math.nan, 0.8, 0.6]), linear()
+    script, model = scripted([0.9, 0.5, 0.7, 1.0, 0.8, 0.6]), linear()
     report = fit(model, RowBatches(2), settings, loss, folder=tmp_path if on_disk else None, valid=RowBatches(2))
     assert (report.steps, report.valid_loss) == (12, 0.5)
     assert torch.equal(model.weight, seen[1]) and not torch.equal(model.weight, seen[-1])
