@@ -244,7 +244,6 @@ def put(where, name, value):
         (put(None, "step", 26), "expected the step of step-00000027, found step 26"),
         (put(None, "tokens", -3000), "tokens must not be below 0, got -3000"),
         (put(None, "tokens", True), "expected tokens as int, found True"),
-        (put(None, "tokens", 10**40), None),  # beyond every budget: nothing is left to train
         (put(None, "cut", float("nan")), "expected cut as float, found nan"),
         (put(None, "cut", 2), r"cut must be in \(0, 1\], got 2"),
         (put(None, "best_step", [5]), r"expected best_step as int \| None"),
@@ -273,8 +272,6 @@ def put(where, name, value):
 )
 def test_a_wrong_field_is_named_in_one_line(change, named, copy):
     edit_state(copy, change)
-    if named is None:
-        return train(copy.parent, resume=True)
     with pytest.raises(CheckpointError, match=named) as caught:
         train(copy.parent, resume=True)
     message = str(caught.value)
@@ -434,11 +431,10 @@ def test_what_a_save_takes_a_load_takes(tmp_path):
         fit_odd(tmp_path / "run", Odd(), lambda m, b: classification_loss(m, b) if next(calls) < 20 else 1 / 0)
     again = fit_odd(tmp_path / "run", Odd(), resume=True)
     assert whole.keys() == again.keys() and whole["counts"] == 50
+    plain = {torch.float8_e4m3fn: torch.float32}  # torch cannot compare these
     for name, tensor in whole.items():
-        assert torch.equal(
-            again[name].float() if tensor.dtype.itemsize == 1 else again[name],
-            tensor.float() if tensor.dtype.itemsize == 1 else tensor,
-        ), name
+        wanted = plain.get(tensor.dtype, tensor.dtype)
+        assert torch.equal(again[name].to(wanted), tensor.to(wanted)), name
     other = Odd()
     load_weights(latest(tmp_path / "run"), other)
     assert other.tied.weight is other.heads["random"].weight and other.seen == 51

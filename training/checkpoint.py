@@ -289,7 +289,7 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _save(tensors: Mapping[str, Tensor], metadata: dict[str, str], file: Path) -> None:
+def _save(tensors: Tensors, metadata: dict[str, str], file: Path) -> None:
     """Each tensor for itself, whatever memory it shares with others, in a file of the mode that the umask gives."""
     plain = {}
     for name, tensor in tensors.items():
@@ -302,7 +302,7 @@ def _save(tensors: Mapping[str, Tensor], metadata: dict[str, str], file: Path) -
             plain[name] = tensor.clone()
     file.touch()
     mode = file.stat().st_mode & 0o777
-    save_file(plain, str(file), {"format": "pt", **metadata})
+    save_file(plain, str(file), metadata)
     os.chmod(file, mode)  # that of the umask: safetensors makes it the owner's alone
 
 
