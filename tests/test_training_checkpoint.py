@@ -227,10 +227,9 @@ def edit_state(path, change):
     """Change what state.json of a checkpoint says: `change(state)` in place, or the text that replaces it."""
     file = path / "state.json"
     state = json.loads(file.read_text())
-    text = change if isinstance(change, str) else None
-    if text is None:
+    if not isinstance(change, str):
         change(state)
-    file.write_text(text or json.dumps(state))
+    file.write_text(change if isinstance(change, str) else json.dumps(state))
 
 
 def put(where, name, value):
@@ -278,13 +277,9 @@ def test_a_wrong_field_is_named_in_one_line(change, named, copy):
     assert str(copy) in message and "\n" not in message and len(message) < 500 + len(str(copy))
 
 
-@pytest.mark.parametrize("name, value", [("index", 10**6), ("index", 0)])
-def test_a_place_behind_the_end_of_an_epoch_is_refused(name, value, copy):
-    edit_state(copy, lambda state: (state["data"].update({name: value}), state.update(tokens=1)))
-    if value:
-        with pytest.raises(ValueError, match="1,000,000 of the epoch's 4 items"):
-            train(copy.parent, resume=True)
-    else:
+def test_a_place_behind_the_end_of_an_epoch_is_refused(copy):
+    edit_state(copy, lambda state: (state["data"].update(index=10**6), state.update(tokens=1)))
+    with pytest.raises(ValueError, match="1,000,000 of the epoch's 4 items"):
         train(copy.parent, resume=True)
 
 

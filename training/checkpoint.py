@@ -189,8 +189,9 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 raise CheckpointError(
                     f"{file}: expected {key} of {name} as its {tuple(parameter.shape)}, found {found}"
                 )
-            if tensor.ndim:  # laid out in memory as the parameter is: fused optimisers walk through both alike
-                moments[name][key] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            # Laid out in memory as the parameter is: fused optimisers walk through both alike.
+            like = torch.empty_like(parameter if tensor.ndim else tensor, dtype=tensor.dtype)
+            moments[name][key] = like.copy_(tensor)
         state[index] = moments[name]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     device = next(model.parameters()).device
@@ -381,7 +382,8 @@ def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
     """What `optimizer` keeps of a parameter, seen on one of its kind that has taken a step."""
     probe = torch.zeros(1, requires_grad=True)
     probe.grad = torch.zeros(1)
-    other = type(optimizer)([{**optimizer.param_groups[0], "params": [probe]}])
+    kind: Any = type(optimizer)
+    other = kind([{**optimizer.param_groups[0], "params": [probe]}])
     other.step()
     return {key for key, value in other.state[probe].items() if value is not None}
 

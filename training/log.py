@@ -62,6 +62,9 @@ def _drop_after(path: Path, step: int) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Record], None]]:
+    if sys.stderr is None:  # closed
+        yield lambda record: None
+        return
     if not sys.stderr.isatty():
         yield lambda record: print(
             f"{min(1, record['tokens'] / total):4.0%}  {_line(record)}", file=sys.stderr, flush=True

@@ -251,12 +251,12 @@ def _fit(
                     place.skipped += int(skipped.item())
                     place.last |= {"skipped": place.skipped, "loss_scale": scaler.get_scale()}
                 if validating and valid is not None:
-                    place.last["valid_loss"] = valid_loss = evaluate(model, valid, loss_fn, precision=precision)
-                    if not math.isfinite(valid_loss):
+                    measured = evaluate(model, valid, loss_fn, precision=precision)
+                    if not math.isfinite(measured):
                         raise FloatingPointError(
-                            f"step {place.step}: validation loss {valid_loss}; try a lower lr or clip"
+                            f"step {place.step}: validation loss {measured}; try a lower lr or clip"
                         )
-                    improved = place.judge(valid_loss, settings)
+                    place.last["valid_loss"], improved = measured, place.judge(measured, settings)
                     saving = saving or place.ended(settings) or improved and settings.keep_best
                     if improved and settings.keep_best and folder is None:
                         best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -335,8 +335,8 @@ def _restore(
     state = checkpoint.read_training_state(path)
     # A checkpoint older than a setting was written with what is now the default.
     defaults = {"settings": {setting.name: setting.default for setting in fields(Settings)}, "meta": {}}
-    for part, now in run.items():
-        for name, value in now.items():
+    for part in ("meta", "settings"):
+        for name, value in run[part].items():
             before = getattr(state, part).get(name, defaults[part].get(name))
             if name not in CADENCE and before != value:
                 found = f"a run with {part} {name}={shorten(repr(before))}; asked to resume with {shorten(repr(value))}"

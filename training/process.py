@@ -90,8 +90,9 @@ def stop_at_next_step() -> Iterator[Stop]:
         if stop.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signum = stop.signum or signum
-        with contextlib.suppress(OSError):  # not print: this may be inside of another print
-            os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")
+        if sys.stderr is not None:  # else 2 is the number of another file
+            with contextlib.suppress(OSError):  # not print: this may be inside of another print
+                os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")
 
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {}

@@ -101,7 +101,7 @@ def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
         raise checkpoint.CheckpointError(
             f"{path}: damaged; expected a method and the names of the classes, found {found}"
         )
-    classifier = checkpoint.build(path, DecoderLMConfig, lambda config: METHODS[method].make(config, len(names)))
+    classifier: Any = checkpoint.build(path, DecoderLMConfig, lambda config: METHODS[method].make(config, len(names)))
     checkpoint.check_vocabulary(path, (classifier.backbone.config.vocab,), (tokenizer.size,))
     rows = to_rows(tokenizer, list(map(clean, words)))
     sure, places = probabilities(classifier.to(device), rows).max(1)
