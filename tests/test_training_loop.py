@@ -95,6 +95,17 @@ def test_a_run_that_diverges_stops_and_saves_nothing(tmp_path):
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_lines_of_a_log_that_are_no_records_are_left_out(tmp_path):
+    fit(linear(), RowBatches(2), Settings(20, log_every=1), classification_loss, folder=tmp_path)
+    log = tmp_path / "log.jsonl"
+    whole = log.read_bytes()
+    junk = b'[1]\nnull\n{"step": null}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
+    log.write_bytes(junk + whole + b'{"step": 3, "half')
+    with pytest.warns(UserWarning, match="log.jsonl: damaged; 5 lines"):
+        fit(linear(), RowBatches(2), Settings(20, log_every=1), classification_loss, folder=tmp_path, resume=True)
+    assert log.read_bytes() == whole and whole.count(b"\n") == 10
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_validation_loss_that_is_not_finite_is_a_divergence(value, tmp_path):
     with pytest.raises(FloatingPointError, match=f"step 5: validation loss {value}; try a lower lr"):

@@ -369,7 +369,7 @@ def test_saves_by_the_clock_cost_a_kill_one_step_and_change_nothing(whole, tmp_p
     assert outcome(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("save_seconds, expected", [(0.0, [8, 16, 24]), (2.0, [8, 15, 22]), (35.0, [8])])
+@pytest.mark.parametrize("save_seconds, expected", [(0.0, [8, 16, 24]), (5.0, [8, 21]), (35.0, [8])])
 def test_the_clock_waits_for_a_minute_or_for_twenty_saves(save_seconds, expected, tmp_path, monkeypatch):
     """A step takes 7 seconds here, and a save as long as is said, which the first one cannot know."""
     now, steps = 0.0, []

@@ -65,6 +65,8 @@ def latest(path: PathLike) -> Path:
         if first is not None:
             warnings.warn(f"{first}; {step.name}, the last good checkpoint, is used instead", stacklevel=2)
         return step
+    if candidates(path) != found:  # a run has saved, and dropped what was listed
+        return latest(path)
     raise first or CheckpointError(f"{path}: no checkpoint")
 
 
@@ -103,7 +105,7 @@ def read_state(path: Path) -> dict[str, Any]:
     file = path / STATE
     try:
         state = read_json(file)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise CheckpointError(f"{file}: missing; expected the description of a tileformer checkpoint") from None
     except ValueError as error:
         raise CheckpointError(str(error)) from None
@@ -356,7 +358,7 @@ def _check_finite(file: Path, tensors: Tensors, names: Iterable[str]) -> None:
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every number is finite, with one wait for the device. float8, which torch cannot ask, by float32."""
     found = [(x if x.element_size() > 1 else x.float()).isfinite().all() for x in tensors]
-    return bool(torch.stack(found).all()) if found else True
+    return bool(torch.stack([each.to(found[0].device) for each in found]).all()) if found else True
 
 
 def _moments(file: Path, tensors: Tensors) -> dict[str, Tensors]:

@@ -133,19 +133,20 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
 
 def _check(args: argparse.Namespace) -> None:
     from tileformer.training.cells import BASELINE
+    from tileformer.training.files import shorten
     from tileformer.training.methods import METHODS
     from tileformer.training.recipes import FINETUNED
 
     if args.recipe not in FINETUNED:
-        found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
+        found = "no recipe given" if args.recipe is None else f"no recipe {shorten(repr(args.recipe), 60)}"
         raise ValueError(f"{found}; to fine-tune there is: {', '.join(FINETUNED)}")
     method = args.method or "full"
     names = method.split(",") if args.table else [method]
     known = {*METHODS, BASELINE} if args.table else {*METHODS}
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no method {unknown[0]!r}; there is: {', '.join(METHODS)}")
+        raise ValueError(f"no method {shorten(repr(unknown[0]), 60)}; there is: {', '.join(METHODS)}")
     if args.labels != "all" and not (args.labels.isdecimal() and int(args.labels) > 1):
-        raise ValueError(f"--labels must be a number above 1 or all, got {args.labels!r}")
+        raise ValueError(f"--labels must be a number above 1 or all, got {shorten(repr(args.labels), 60)}")
     if args.labels == "all" and not args.table and METHODS[method].unlabelled:
         raise ValueError(f"{method} needs texts without labels: give --labels N")
     if args.table and (args.labels != "all" or args.seed):

@@ -134,10 +134,15 @@ def fit(
     is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run that never
     stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
 
-    Raises ValueError: the settings steer by a validation loss and there is no `valid`, or nothing is trainable;
-    CheckpointError: nothing to resume, a damaged checkpoint, other settings, data or `meta` than the checkpoint's, or,
-    without `resume`, a folder that already holds one; FloatingPointError when the loss or the gradient is not finite
-    (nothing is saved then); OSError when a checkpoint cannot be written. The last good checkpoint stays in each case.
+    With a folder, Ctrl-C and SIGTERM (in the main thread) let the step end and save it; then KeyboardInterrupt is raised,
+    or SystemExit of 143. A second Ctrl-C stops at once. A kill loses at most `AT_RISK` seconds, or as long as
+    `AT_RISK_SAVES` saves take.
+
+    Raises ValueError: the settings steer by a validation loss and there is no `valid`, nothing is trainable, a model that
+    no checkpoint can hold, or a folder that another process has; CheckpointError: nothing to resume, no checkpoint that is
+    whole, other settings, data or `meta` than the checkpoint's, or, without `resume`, a folder that already holds one;
+    FloatingPointError when a loss, the gradient or a weight is not finite (nothing is saved then); OSError when a
+    checkpoint cannot be written. The last good checkpoint stays in each case.
     """
     if settings.steered and valid is None:
         raise ValueError(f"{settings.steered} needs a validation loss: pass valid=")

@@ -75,8 +75,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, recipes: tuple[str, ...]) -> None:
+    from tileformer.training.files import shorten
+
     if args.recipe not in recipes:
-        found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
+        found = "no recipe given" if args.recipe is None else f"no recipe {shorten(repr(args.recipe), 60)}"
         raise ValueError(f"{found}; there is: {', '.join(recipes)}")
     if args.threads < 1 or (args.tokens is not None and args.tokens < 1):
         raise ValueError(f"--threads and --tokens must be at least 1, got {args.threads} and {args.tokens}")
