@@ -337,6 +337,19 @@ def test_a_run_that_is_asked_to_stop_saves_this_step_and_goes_on_to_the_same_bit
     assert outcome(tmp_path) == whole
 
 
+def test_a_stop_in_the_middle_of_a_validation_is_saved_behind_it(tmp_path):
+    asked = []
+
+    def loss_fn(model, batch):
+        if not model.training and not asked:
+            asked.append(signal.raise_signal(signal.SIGINT))
+        return sequence_loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss_fn, **PLAIN | {"valid_every": 7, "save_every": 100})
+    assert [path.name for path in checkpoint.steps_in(tmp_path)] == ["step-00000007"]
+
+
 def test_a_second_interrupt_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, signalled(signal.SIGINT, signal.SIGINT))

@@ -269,14 +269,13 @@ def _fit(
                 loss_sum.zero_()
                 skipped.zero_()
                 place.pending_steps, place.pending_tokens, window_start = 0, 0, time.process_time()
-            if folder is not None and (saving or late):
+            stopping = stop.signum > 0  # also since `late` was decided: a validation may take minutes
+            if folder is not None and (saving or late or stopping):
                 if not checkpoint.is_finite(parameters):
                     raise FloatingPointError(f"step {place.step}: weights that are not finite; try a lower lr or clip")
                 save_start = time.monotonic()
-                place.core_seconds, place.wall_seconds = (
-                    time.process_time() - core_start,
-                    time.perf_counter() - wall_start,
-                )
+                place.core_seconds = time.process_time() - core_start
+                place.wall_seconds = time.perf_counter() - wall_start
                 place.pending_loss, place.pending_skipped = loss_sum.item(), int(skipped.item())
                 place.pending_core_seconds = time.process_time() - window_start if place.pending_steps else 0.0
                 place.between = not saving
@@ -286,7 +285,7 @@ def _fit(
                 saved = checkpoint.save(folder, model, optimizer, state, keep=keep, best=best, replaces=between)
                 between, saved_at = saved if place.between else None, time.monotonic()
                 save_seconds = saved_at - save_start
-            if stop.signum:
+            if stopping:
                 break
     batches.load_state_dict(data)  # `steps` looks one step ahead
     if stop.signum:
