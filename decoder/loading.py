@@ -140,5 +140,5 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{file}: no such file; expected weights in the safetensors format")
     try:
         return load_file(str(file))
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged, or not in the safetensors format ({error})") from None
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{file}: damaged, or not in the safetensors format ({str(error)[:200]})") from None

@@ -1,6 +1,9 @@
 """Checkpoints: a killed run resumes to the same bits, nothing is ever half-written, and damage is named in one line."""
 
+import dataclasses
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,14 +13,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
+import safetensors.torch
+
 import tileformer
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig
-from tileformer.training import Batches, CheckpointError, Settings, checkpoint, fit, latest, load_weights, read_state
-from tileformer.training.loop import sequence_loss
+from tileformer.training import (
+    Batches,
+    CheckpointError,
+    LabelledBatches,
+    Settings,
+    checkpoint,
+    classification_loss,
+    fit,
+    latest,
+    load_weights,
+    read_state,
+    sequence_loss,
+)
 
+CONFIG = Seq2SeqConfig(8, 8, 16, 2, 1, 1, 32, dropout=0.2, max_length=8)
 PAIRS = [([3 + i % 5, 4, 3 + i % 3], [3 + i % 4] * (1 + i % 3)) for i in range(60)]
 SETTINGS = Settings(2_400, precision="fp32", log_every=3, save_every=5)  # 27 steps, seven epochs
 
@@ -25,7 +43,7 @@ SETTINGS = Settings(2_400, precision="fp32", log_every=3, save_every=5)  # 27 st
 def train(folder, loss_fn=sequence_loss, **changes):
     """A tiny model with dropout, so that the weights depend on every random state."""
     torch.manual_seed(0)
-    model = Seq2Seq(Seq2SeqConfig(8, 8, 16, 2, 1, 1, 32, dropout=0.2, max_length=8))
+    model = Seq2Seq(CONFIG)
     resume, overwrite = changes.pop("resume", False), changes.pop("overwrite", False)
     meta = changes.pop("meta", {"recipe": "test"})
     settings = Settings(**(vars(SETTINGS) | changes))
@@ -203,6 +221,279 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 def test_keep_keeps_the_newest(tmp_path):
     train(tmp_path, keep=2)
     assert [path.name for path in checkpoint.steps_in(tmp_path)] == ["step-00000025", "step-00000027"]
+
+
+def edit_state(path, change):
+    """Change what state.json of a checkpoint says: `change(state)` in place, or the text that replaces it."""
+    file = path / "state.json"
+    state = json.loads(file.read_text())
+    if not isinstance(change, str):
+        change(state)
+    file.write_text(change if isinstance(change, str) else json.dumps(state))
+
+
+def put(where, name, value):
+    return lambda state: (state if where is None else state[where]).update({name: value})
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (put(None, "step", None), "expected step as int, found None"),
+        (put(None, "step", 26), "expected the step of step-00000027, found step 26"),
+        (put(None, "tokens", -3000), "tokens must not be below 0, got -3000"),
+        (put(None, "tokens", True), "expected tokens as int, found True"),
+        (put(None, "cut", float("nan")), "expected cut as float, found nan"),
+        (put(None, "cut", 2), r"cut must be in \(0, 1\], got 2"),
+        (put(None, "best_step", [5]), r"expected best_step as int \| None"),
+        (put(None, "pending_steps", 99), "longer than its 27 steps"),
+        (put(None, "last", {"loss": "x"}), "expected the loss of the last line as a number, found 'x'"),
+        (put(None, "settings", [1]), "expected settings as dict"),
+        (put(None, "settings", {}), "settings: tokens is missing"),
+        (put("settings", "plateau_factor", float("nan")), "expected plateau_factor as float, found nan"),
+        (put("settings", "betas", [0.9]), "expected betas as tuple"),
+        (put("settings", "keep_best", "false"), "expected keep_best as bool, found 'false'"),
+        (put("settings", "speed" * 1000, 1), "no field 'speedspeed"),
+        (put(None, "meta", None), "expected meta as an object, found None"),
+        (put("meta", "recipe", "x" * 5000), "meta recipe='xxx"),
+        (put(None, "data", None), "expected data as dict"),
+        (put("data", "index", "0"), "expected index from 0 on, found '0'"),
+        (lambda state: state["data"].pop("seed"), "seed was None, is 0"),
+        (put(None, "nonsense", 1), "no field 'nonsense' is known"),
+        ("[1, 2]", "expected format"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"format": "tileformer checkpoint 1"}', "a model that is ready for use"),
+    ],
+)
+def test_a_wrong_field_is_named_in_one_line(change, named, copy):
+    edit_state(copy, change)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        train(copy.parent, resume=True)
+    message = str(caught.value)
+    assert str(copy) in message and "\n" not in message and len(message) < 500 + len(str(copy))
+
+
+def test_a_place_behind_the_end_of_an_epoch_is_refused(copy):
+    edit_state(copy, lambda state: (state["data"].update(index=10**6), state.update(tokens=1)))
+    with pytest.raises(ValueError, match="1,000,000 of the epoch's 4 items"):
+        train(copy.parent, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"d_model": 10**9}, "d_model 1,000,000,000 is more than the"),
+        ({"num_encoder_layers": 10**9}, "num_encoder_layers 1,000,000,000 is more than the 1,000"),
+        ({"num_encoder_layers": 2}, "it has no transformer.encoder.layers.1"),
+        ({"num_encoder_layers": 2.5}, "expected num_encoder_layers as int, found 2.5"),
+        ({"norm_first": "false"}, "expected norm_first as bool, found 'false'"),
+        ({"dropout": None}, "expected dropout as float, found None"),
+        ({"nhead": 3}, "meta model: .*3"),
+        ({"dim_feedforward": 16}, r"is float32 \(32, 16\) in the file and float32 \(16, 16\) in the model"),
+        ({"colour": 1}, "no field 'colour' is known"),
+        ({"src_vocab": ...}, "src_vocab is missing"),
+        ([], "meta model: expected an object, found"),
+    ],
+    ids=str,
+)
+def test_a_configuration_is_held_against_the_weights_before_anything_is_built(change, named, copy, monkeypatch):
+    config = dataclasses.asdict(CONFIG)
+    config = {name: x for name, x in (config | change).items() if x is not ...} if change else change
+    edit_state(copy, put("meta", "model", config))
+    built = []
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda x, *_, **__: built.append(x.device.type) or x)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        checkpoint.build(copy, Seq2SeqConfig, Seq2Seq)
+    assert str(copy) in str(caught.value) and set(built) <= {"meta"}
+
+
+def test_a_right_configuration_builds_the_model(finished, copy):
+    edit_state(copy, put("meta", "model", dataclasses.asdict(CONFIG)))
+    weights = checkpoint.build(copy, Seq2SeqConfig, Seq2Seq).state_dict()
+    assert all(torch.equal(weights[name], finished[1][name]) for name in finished[1])
+
+
+def edit_tensors(file, change):
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+
+
+EMBEDDING, MOMENT = "src_embedding.weight", "optimizer/src_embedding.weight/exp_avg"
+
+
+@pytest.mark.parametrize(
+    "name, change, named",
+    [
+        ("model", lambda x: x.update({k: v * float("nan") for k, v in x.items()}), "holds numbers that are not finite"),
+        ("model", lambda x: x[EMBEDDING][0, 0].fill_(float("inf")), f"{EMBEDDING} holds numbers that are not finite"),
+        ("model", lambda x: x.update({EMBEDDING: x[EMBEDDING].long()}), f"{EMBEDDING} is int64 .* in the file"),
+        ("model", lambda x: x.update({EMBEDDING: x[EMBEDDING] + 0j}), f"{EMBEDDING} is complex64 .* in the file"),
+        ("model", lambda x: x.update(more=torch.ones(1)), "the model has no 'more'"),
+        ("model", lambda x: x.pop(EMBEDDING), f"it has no {EMBEDDING}"),
+        ("training", lambda x: x[MOMENT].fill_(float("nan")), "exp_avg of src_embedding.weight holds NaN"),
+        ("training", lambda x: x.update({MOMENT: x[MOMENT][1:].clone()}), "expected exp_avg of src_embedding.weight"),
+        ("training", lambda x: x.update({MOMENT: x[MOMENT].long()}), "expected exp_avg of src_embedding.weight"),
+        ("training", lambda x: x.pop(MOMENT), r"expected \['exp_avg', 'exp_avg_sq', 'step'\] of src_embedding.weight"),
+        ("training", lambda x: x.update({"optimizer/a/b/step": torch.ones(())}), "it has none named 'a/b'"),
+        ("training", lambda x: x.update({"random/torch/cpu": torch.ones(9, dtype=torch.uint8)}), r"found .*\(9,\)"),
+        ("training", lambda x: x.pop("random/torch/cpu"), "found none"),
+        ("training", lambda x: x["random/torch/cpu"].fill_(255), "expected the states of torch's generators"),
+    ],
+)
+def test_wrong_tensors_are_named_in_one_line(name, change, named, copy):
+    edit_tensors(copy / f"{name}.safetensors", change)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        train(copy.parent, resume=True)
+    assert f"{name}.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["weights", "state", "numbers"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_last_good_one(damage, finished, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, failing(12), keep=2)
+    good, bad = checkpoint.steps_in(tmp_path)
+    if damage == "weights":
+        (bad / "model.safetensors").write_bytes((bad / "model.safetensors").read_bytes()[:-100])
+    elif damage == "state":
+        edit_state(bad, put(None, "step", None))
+    else:
+        edit_tensors(bad / "model.safetensors", lambda x: x[EMBEDDING].fill_(float("nan")))
+    with pytest.warns(UserWarning, match=f"{bad}.*; {good.name}, the last good checkpoint, is used instead"):
+        assert latest(tmp_path) == good
+    with pytest.warns(UserWarning, match="the last good checkpoint"):
+        weights = train(tmp_path, resume=True, keep=2).state_dict()
+    assert all(torch.equal(weights[name], finished[1][name]) for name in finished[1])
+    assert [path.name for path in checkpoint.steps_in(tmp_path)] == ["step-00000025", "step-00000027"]
+    for path in (good, bad):
+        assert not path.exists()
+
+
+def test_a_reader_beside_a_run_that_saves_finds_what_was_saved(copy, monkeypatch):
+    check = checkpoint.check
+
+    def overtaken(path):
+        if path == copy:
+            edit_state(copy, put(None, "step", 28))
+            copy.rename(copy.with_name("step-00000028"))
+        check(path)
+
+    monkeypatch.setattr(checkpoint, "check", overtaken)
+    assert latest(copy.parent) == copy.with_name("step-00000028")
+
+
+def failing(after):
+    calls = itertools.count(1)
+    return lambda model, batch: sequence_loss(model, batch) if next(calls) <= after else 1 / 0
+
+
+class Odd(nn.Module):
+    """Names and tensors of every kind that a module may have."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        names = ("en/us", "a//b", "optimizer/x", "é 名\n", "random")
+        self.heads = nn.ModuleDict({name: nn.Linear(4, 2, bias=False) for name in names})
+        self.tied = self.heads["random"]
+        self.embedding = nn.Embedding(10, 4)
+        self.scale, self.nothing = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.zeros(0, 3))
+        self.turned = nn.Parameter(torch.randn(4, 3).t())  # 3 x 4 in memory of 4 x 3
+        memory = torch.randn(2, 4)
+        self.upper, self.lower = nn.Parameter(memory[:1]), nn.Parameter(memory[1:])
+        self.unused = nn.Parameter(torch.ones(2))
+        self.mask = nn.Parameter(torch.full((3,), -math.inf), requires_grad=False)
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("phase", torch.tensor([1 + 2j]).conj())
+        self.register_buffer("small", torch.ones(3).to(torch.float8_e4m3fn))
+        self.register_buffer("counts", torch.tensor(0))
+        self.register_buffer("forgotten", torch.randn(3), persistent=False)
+
+    def get_extra_state(self):
+        return self.counts + 1
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+    def forward(self, tokens):
+        self.counts += self.training
+        x = self.embedding(tokens).mean(1) + self.turned.sum(0) + self.upper + self.lower
+        return sum(head(x) for head in self.heads.values()) * self.scale
+
+
+def fit_odd(folder, model, loss_fn=classification_loss, **options):
+    data = LabelledBatches([[4, 5, 6 + i % 3] for i in range(24)], [0, 1] * 12, 4, seed=0)
+    fit(model, data, Settings(600, lr=0.1, save_every=3, precision="fp32"), loss_fn, folder=folder, **options)
+    return model.state_dict()
+
+
+def test_what_a_save_takes_a_load_takes(tmp_path):
+    """The moments of a transposed weight go back in its own layout: a fused optimiser walks through memory."""
+    whole = fit_odd(tmp_path / "whole", Odd())
+    calls = itertools.count(1)
+    with pytest.raises(ZeroDivisionError):
+        fit_odd(tmp_path / "run", Odd(), lambda m, b: classification_loss(m, b) if next(calls) < 20 else 1 / 0)
+    again = fit_odd(tmp_path / "run", Odd(), resume=True)
+    assert whole.keys() == again.keys() and whole["counts"] == 50
+    plain = {torch.float8_e4m3fn: torch.float32}  # torch cannot compare these
+    for name, tensor in whole.items():
+        wanted = plain.get(tensor.dtype, tensor.dtype)
+        assert torch.equal(again[name].to(wanted), tensor.to(wanted)), name
+    other = Odd()
+    load_weights(other, latest(tmp_path / "run"))
+    assert other.tied.weight is other.heads["random"].weight and other.seen == 51
+    assert other.phase.item() == 1 - 2j and other.turned.stride() == (1, 3)
+
+
+def with_buffer(value, name="odd"):
+    model = nn.Linear(2, 2)
+    model._buffers[name] = value
+    return model
+
+
+class Noted(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    "model, named",
+    [
+        (lambda: Noted(2, 2), "_extra_state is a dict"),
+        (lambda: with_buffer(torch.ones(2).to_sparse()), "'odd' .* its layout is torch.sparse_coo"),
+        (lambda: with_buffer(torch.ones(1, dtype=torch.complex128)), r"'odd' \(torch.complex128\) cannot be held"),
+        (lambda: with_buffer(torch.ones(1), "__metadata__"), "'__metadata__' .* cannot be held"),
+        (lambda: nn.Linear(2, 2, device="meta"), "'weight' .* it has no values"),
+    ],
+)
+def test_what_no_checkpoint_can_hold_is_refused_before_any_work(model, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        fit_odd(tmp_path / "run", model())
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_the_first_format_load(tmp_path):
+    """As safetensors' own save_model wrote them, ties in the metadata."""
+    model = Odd()
+    model.get_extra_state = lambda: torch.tensor(7)
+    model.upper, model.lower = nn.Parameter(torch.ones(1, 4)), nn.Parameter(torch.ones(1, 4))
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    other = Odd()
+    load_weights(other, tmp_path)
+    assert torch.equal(other.turned, model.turned) and torch.equal(other.tied.weight, model.tied.weight)
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        train(tmp_path, tokens=100)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in latest(tmp_path).iterdir()}
+    assert modes == dict.fromkeys(("model.safetensors", "training.safetensors", "state.json"), 0o640)
 
 
 if __name__ == "__main__":

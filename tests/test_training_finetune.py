@@ -2,14 +2,16 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import random
+import signal
 
 import pytest
 
 from tileformer.training import cells as table_cells
-from tileformer.training import checkpoint, finetune, generate, train
+from tileformer.training import checkpoint, finetune, generate, methods, train
 from tileformer.training.methods import METHODS
 from tileformer.training.recipes import reviews
 
@@ -214,6 +216,42 @@ def test_a_run_that_was_stopped_can_be_asked_for_again(data, tmp_path, monkeypat
             run(data, *arguments)
     assert list((tmp_path / "run" / "stages").glob("*/step-*"))
     assert run(data, *arguments) == 0
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(data, tmp_path, monkeypatch, capsys):
+    arguments = ("--method", "scratch", "--labels", 50, "--output")
+    assert run(data, *arguments, tmp_path / "whole") == 0
+    whole, calls = methods.fit, itertools.count(1)
+
+    def stops(model, batches, settings, loss_fn, **options):
+        def stopping(model, batch):
+            if next(calls) == 7:
+                signal.raise_signal(signal.SIGINT)
+            return loss_fn(model, batch)
+
+        return whole(model, batches, settings, stopping, **options)
+
+    monkeypatch.setattr(methods, "fit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, *arguments, tmp_path / "run")
+    assert "go on with: tileformer finetune reviews --method scratch --labels 50 " in capsys.readouterr().err
+    assert [step.name for step in (tmp_path / "run").glob("stages/*/step-*")] == ["step-00000007"]
+    with pytest.raises(checkpoint.CheckpointError, match="meta seed=0; asked to resume with 1"):
+        run(data, *arguments, tmp_path / "run", "--seed", 1)
+    assert run(data, *arguments, tmp_path / "run", "--resume") == 0
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert models[0] == models[1] and not list(tmp_path.rglob("step-*"))
+    with pytest.raises(ValueError, match="expected a run that was stopped, to resume; it holds none"):
+        run(data, *arguments, tmp_path / "none", "--resume")
+
+
+def test_a_damaged_cell_is_named(data, tmp_path):
+    arguments = ("--table", "--method", "tfidf", "--seeds", 1, "--output", tmp_path)
+    (tmp_path / "cells").mkdir()
+    for content in ("[]", "{", '{"task": null}'):
+        (tmp_path / "cells" / "tfidf-100-0.json").write_text(content)
+        with pytest.raises(ValueError, match="tfidf-100-0.json: damaged"):
+            run(data, *arguments)
 
 
 def test_no_command_writes_into_a_folder_of_the_other_kind(data, tmp_path):

@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import itertools
+import signal
 import sys
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 pytest.importorskip("rapidfuzz", reason="the train extra is not installed")
 
-from tileformer.training import generate, train
+from tileformer.training import checkpoint, finetune, generate, train
 from tileformer.training.recipes import RECIPES, g2p
 
 SAMPLE = """\
@@ -124,6 +126,36 @@ def test_train_resume_and_generate(parts, tmp_path, monkeypatch, capsys):
     assert set(hello.split()[1:]) <= set(g2p.PHONES)
     with pytest.raises(ValueError, match="'ï'"):
         call(generate, "--checkpoint", run, "hello", "naïve")
+
+
+def test_a_stopped_command_says_how_to_go_on(parts, tmp_path, monkeypatch, capsys):
+    small = {name: dict(list(part.items())[:60]) for name, part in parts.items()}
+    monkeypatch.setattr(g2p, "split", lambda entries, by: small)
+    loss, calls = g2p.sequence_loss, itertools.count(1)
+    stops = lambda *a, **b: (next(calls) == 2 and signal.raise_signal(signal.SIGINT)) or loss(*a, **b)  # noqa: E731
+    monkeypatch.setattr(g2p, "sequence_loss", stops)
+    run = tmp_path / "a run"
+    assert call(train, "g2p", "--output", run, "--tokens", 9000, "--device", "cpu", "--overwrite") == 130
+    command = f"go on with: tileformer train g2p --device cpu --output '{run}' --tokens 9000 --resume"
+    assert command in capsys.readouterr().err
+    assert [path.name for path in checkpoint.steps_in(run)] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("verb, recipe", [(train, "g2p"), (finetune, "reviews")])
+def test_several_processes_are_refused(verb, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="WORLD_SIZE is 2: this command trains in one process; start it without torchrun"
+    ):
+        call(verb, recipe, "--output", tmp_path / "run", "--device", "cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_shows_little_of_what_was_typed():
+    for word in ("é" * 10**5, "a" * 10**5, "".join(map(chr, range(200, 5000)))):
+        with pytest.raises(ValueError) as caught:
+            g2p.encode(word)
+        assert len(str(caught.value)) < 300
 
 
 def test_generate_refuses_what_is_no_model_of_a_recipe(tmp_path):

@@ -95,6 +95,37 @@ def test_a_run_that_diverges_stops_and_saves_nothing(tmp_path):
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_lines_of_a_log_that_are_no_records_are_left_out(tmp_path):
+    fit(linear(), RowBatches(2), Settings(20, log_every=1), classification_loss, folder=tmp_path)
+    log = tmp_path / "log.jsonl"
+    whole = log.read_bytes()
+    junk = b'[1]\nnull\n{"step": null}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
+    log.write_bytes(junk + whole + b'{"step": 3, "half')
+    with pytest.warns(UserWarning, match="log.jsonl: damaged; 5 lines"):
+        fit(linear(), RowBatches(2), Settings(20, log_every=1), classification_loss, folder=tmp_path, resume=True)
+    assert log.read_bytes() == whole and whole.count(b"\n") == 10
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_is_a_divergence(value, tmp_path):
+    with pytest.raises(FloatingPointError, match=f"step 5: validation loss {value}; try a lower lr"):
+        fit(
+            linear(), RowBatches(2), Settings(20, save_every=5), scripted([value]), folder=tmp_path, valid=RowBatches(2)
+        )
+    assert not list(tmp_path.glob("step-*")) and "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    def broken(model, batch):
+        with torch.no_grad():
+            model.bias[0] = math.nan
+        return model.weight.sum() * 0
+
+    with pytest.raises(FloatingPointError, match="weights that are not finite"):
+        fit(linear(), RowBatches(2), Settings(20, save_every=5), broken, folder=tmp_path)
+    assert not list(tmp_path.glob("step-*"))
+
+
 def test_label_smoothing_and_padding_reach_the_loss():
     model, (batch,) = tiny(), Batches(PAIRS[:5], 5)
     logits = model(batch.source, batch.target)
@@ -225,7 +256,7 @@ def test_the_best_weights_are_kept_and_given_back(on_disk, tmp_path):
             seen.append(model.weight.detach().clone())
         return script(model, batch)
 
-    script, model = scripted([0.9, 0.5, 0.7, math.nan, 0.8, 0.6]), linear()
+    script, model = scripted([0.9, 0.5, 0.7, 1.0, 0.8, 0.6]), linear()
     report = fit(model, RowBatches(2), settings, loss, folder=tmp_path if on_disk else None, valid=RowBatches(2))
     assert (report.steps, report.valid_loss) == (12, 0.5)
     assert torch.equal(model.weight, seen[1]) and not torch.equal(model.weight, seen[-1])
@@ -355,7 +386,7 @@ def test_a_steered_run_needs_a_validation_loss_of_its_own_rhythm(steer):
         *({"schedule": "step"}, {"precision": "int8"}, {"optimizer": "adam"}, {"lr": 0}, {"tokens": -1}),
         *({"warmup": 1.0}, {"warmup": 0.0, "schedule": "inverse_sqrt"}, {"decay": 0.0}, {"accumulate": 0}, {"l1": -1}),
         *({"momentum": -0.1}, {"patience": -1}, {"plateau_wait": 0}, {"plateau_factor": 1.0}),
-        *({"valid_every": 0}, {"valid_every": "step"}),
+        *({"valid_every": 0}, {"valid_every": "step"}, {"clip": math.inf}, {"betas": (0.9, math.nan)}),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,6 +221,34 @@ def test_clusters_and_continued_read_the_unlabelled_texts(context, monkeypatch):
     assert seen[0] == ("DecoderLM", "PackedBatches", texts)
     assert seen[2] == ("Classifier", "LabelledBatches", texts + 100)
     assert seen[1] == seen[3] == ("Classifier", "LabelledBatches", 16 * sum(map(len, context.rows)))
+
+
+@pytest.mark.parametrize("name, stages", [("gradual", 3), ("pseudo", 3), ("clusters", 2), ("continued", 2)])
+def test_stages_of_a_stopped_run_are_gone_on_with(name, stages, context, tmp_path, monkeypatch):
+    """Stopped in the last stage: the ones before it are not trained again, and the weights are those of one go."""
+    short = replace(context, epochs=4, folder=tmp_path / "whole", meta={"seed": 0})
+    whole = METHODS[name].run(short).state_dict()
+    fit, calls, steps = methods.fit, [], []
+
+    def counted(model, batches, settings, loss_fn, **options):
+        def counting(model, batch):
+            steps.append(1)
+            if len(calls) == stages and len(steps) == 2:
+                raise KeyboardInterrupt
+            return loss_fn(model, batch)
+
+        calls.append(1)
+        steps.clear()
+        return fit(model, batches, settings, counting, **options)
+
+    monkeypatch.setattr(methods, "fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        METHODS[name].run(replace(short, folder=tmp_path / "run"))
+    calls.clear()
+    trained = []
+    monkeypatch.setattr(methods, "fit", lambda *a, **b: trained.append(fit(*a, **b).core_seconds))
+    again = METHODS[name].run(replace(short, folder=tmp_path / "run")).state_dict()
+    assert len(trained) == stages and all(torch.equal(again[key], tensor) for key, tensor in whole.items())
 
 
 # Adversaries

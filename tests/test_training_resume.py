@@ -6,12 +6,14 @@ trains once undisturbed, then as often as asked with a kill at a random moment a
 """
 
 import errno
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch import nn
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
 import tileformer
-from tileformer.training import Batches, CheckpointError, Settings, checkpoint, fit, sequence_loss
+from tileformer.training import Batches, CheckpointError, Settings, checkpoint, fit, loop, process, sequence_loss
 
 PAIRS = [([3 + i % 5, 4, 3 + i % 3], [3 + i % 4] * (1 + i % 3)) for i in range(60)]
 # Everything that has a state of its own, in one run: 27 steps, seven epochs, a cut of the rate, two kept checkpoints. The
@@ -265,8 +267,8 @@ def test_a_checkpoint_from_before_a_setting_resumes_with_its_default(tmp_path):
 def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(what, tmp_path, monkeypatch):
     """Each thing that a save does refuses, the third time it is done in the run."""
     owner, name = {
-        "model": (checkpoint, "save_model"),
-        "training": (checkpoint, "save_file"),
+        "model": (checkpoint, "save_weights"),
+        "training": (checkpoint, "_save"),
         "state": (Path, "write_text"),
         "flush": (checkpoint, "_flush"),
         "rename": (checkpoint.os, "replace"),
@@ -277,7 +279,7 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(what, tmp_path
         nonlocal calls
         if any(".partial-step" in str(argument) for argument in arguments):
             calls += 1
-            if calls > (2 if what != "flush" else 9):  # four flushes a save are of the hidden folder
+            if calls > {"training": 5, "flush": 9}.get(what, 2):  # two files and four flushes a save
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*arguments, **options)
 
@@ -290,6 +292,135 @@ def test_a_full_disk_while_saving_leaves_the_last_good_checkpoint(what, tmp_path
     train(tmp_path / "run")
     train(tmp_path / "whole")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run leaves that nothing stopped."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(folder := tmp_path_factory.mktemp("whole"))
+    torch.set_num_threads(threads)
+    return outcome(folder)
+
+
+def signalled(*numbers, after=9):
+    """A loss in whose ninth call, inside of step 5, these signals come."""
+    calls = itertools.count(1)
+
+    def loss_fn(model, batch):
+        if model.training and next(calls) == after:
+            for number in numbers:
+                signal.raise_signal(number)
+        return sequence_loss(model, batch)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize(
+    "number, error, said",
+    [
+        (signal.SIGINT, KeyboardInterrupt, r"stopped at step 5; .*resume=True\) .*step-00000005"),
+        (signal.SIGTERM, SystemExit, "143"),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_this_step_and_goes_on_to_the_same_bits(
+    number, error, said, whole, tmp_path, capfd
+):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(error, match=said):
+        train(tmp_path, signalled(number))
+    assert "this step is finished and saved first" in capfd.readouterr().err
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert [path.name for path in checkpoint.steps_in(tmp_path)][-1] == "step-00000005"
+    train(tmp_path)
+    assert outcome(tmp_path) == whole
+
+
+def test_a_stop_in_the_middle_of_a_validation_is_saved_behind_it(tmp_path):
+    asked = []
+
+    def loss_fn(model, batch):
+        if not model.training and not asked:
+            asked.append(signal.raise_signal(signal.SIGINT))
+        return sequence_loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss_fn, **PLAIN | {"valid_every": 7, "save_every": 100})
+    assert [path.name for path in checkpoint.steps_in(tmp_path)] == ["step-00000007"]
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, signalled(signal.SIGINT, signal.SIGINT))
+    assert checkpoint.steps_in(tmp_path)[-1].name == "step-00000004"  # a validation's
+
+
+def test_without_a_folder_and_with_handlers_of_ones_own_signals_are_left_alone(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), Batches(PAIRS, 8), Settings(2_400), signalled(signal.SIGINT))
+    seen, before = [], signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        train(tmp_path, signalled(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [1]
+
+
+def test_saves_by_the_clock_cost_a_kill_one_step_and_change_nothing(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "AT_RISK", 0.0)
+    monkeypatch.setattr(loop, "AT_RISK_SAVES", 0)
+    train(tmp_path / "slow")
+    assert outcome(tmp_path / "slow") == whole
+    for at in (7, 10):  # the second stop is of a run that goes on from such a save
+        with pytest.raises(Stop):
+            train(tmp_path / "run", stopped(2 * (at if at == 7 else 3)))
+        names = [path.name for path in checkpoint.steps_in(tmp_path / "run")]
+        assert names[-1] == f"step-{at:08d}" and len(names) <= 3  # the best one, the periodic one, and it
+    monkeypatch.undo()
+    train(tmp_path / "run")
+    assert outcome(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("save_seconds, expected", [(0.0, [8, 16, 24]), (5.0, [8, 21]), (35.0, [8])])
+def test_the_clock_waits_for_a_minute_or_for_twenty_saves(save_seconds, expected, tmp_path, monkeypatch):
+    """A step takes 7 seconds here, and a save as long as is said, which the first one cannot know."""
+    now, steps = 0.0, []
+
+    def passes(model, batch):
+        nonlocal now
+        now += 7.0
+        return sequence_loss(model, batch)
+
+    def save(folder, model, optimizer, state, **_):
+        nonlocal now
+        now += save_seconds
+        steps.append(state["step"])
+        return folder
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint, "save", save)
+    train(tmp_path, passes, **PLAIN | {"accumulate": 1, "save_every": 25, "tokens": 1_600, "schedule": "constant"})
+    assert [step for step in steps if step < 25] == expected
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with process.lock(tmp_path), process.lock(tmp_path / "." / ""):  # of one thread: held already
+        errors = []
+
+        def other():
+            try:
+                train(tmp_path)
+            except ValueError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert errors == [
+        f"{tmp_path}: process {os.getpid()} is at work in it; wait until it has ended, or choose another folder"
+    ]
+    train(tmp_path, tokens=200)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="the finetune extra is not installed")
 
+from tileformer.training import tokens
 from tileformer.training.tokens import KINDS, Tokenizer
 
 TEXTS = ["今天天气很好，我们去公园。 very good <eos> 12", "今天 我们 very ok", "天气好　good\n"] * 2
@@ -108,6 +109,58 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "where, value, message",
+    [
+        (("model", "vocab", "天"), 5000, r"expected each id from 0 to \d+ once"),
+        (("model", "vocab", "天"), 4, r"expected each id from 0 to \d+ once"),
+        (("model", "vocab", "天"), "4", "an id is no whole number"),
+        (("model", "vocab", "天"), 4.0, "an id is no whole number"),
+        (("added_tokens", 0, "id"), 2, "expected <pad>, <bos>, <eos>, <unk> as the ids 0 to 3"),
+        (("added_tokens",), [], "expected <pad>, <bos>, <eos>, <unk> as the ids 0 to 3"),
+        (("model", "unk_token"), "nobody", "its rules are not those of a tokenizer of"),
+        (("model", "type"), "nobody", "the tokenizers library says"),
+        (
+            ("pre_tokenizer",),
+            {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+            "says",
+        ),
+        (
+            ("truncation",),
+            {"max_length": 1, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
+            "its rules",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["characters", "bpe"])
+def test_wrong_ids_and_rules_are_named(kind, where, value, message, tmp_path):
+    train(kind).save(path := tmp_path / "tokenizer.json")
+    content = json.loads(path.read_text("utf-8"))
+    inner = content["tokenizer"]
+    for name in where[:-1]:
+        inner = inner[name]
+    inner[where[-1]] = value
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.load(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_a_panic_of_the_library_is_an_error(tmp_path, monkeypatch):
+    """It is no Exception, so that `except Exception` lets it pass."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(*_):
+        raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    train("bpe").save(path := tmp_path / "tokenizer.json")
+    monkeypatch.setattr(tokens, "_rules", panics)
+    with pytest.raises(ValueError, match="damaged; the tokenizers library says: called `Result"):
+        Tokenizer.load(path)
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):

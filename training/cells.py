@@ -9,10 +9,10 @@ import functools
 import hashlib
 import importlib
 import io
-import json
 import math
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,11 +23,13 @@ from typing import Any
 import torch
 
 from tileformer.training import baseline, checkpoint, metrics, text
+from tileformer.training.files import read_json, to_json, write
 from tileformer.training.loop import resolve_precision
 from tileformer.training.methods import METHODS, Context, probabilities
 
 SIZES = ("100", "1000", "all")
 BASELINE = "tfidf"
+_FIGURES = {"method", "labels", "seed", "task", "core_seconds", "accuracy", "accuracy_interval", "macro", "examples"}
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,18 @@ def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: 
         device=torch.device(args.device),
         precision=args.precision,
         folder=folder,
+        meta={"task": task.fingerprint, "method": method, "labels": size, "seed": seed},
     )
     model, report = METHODS[method].start(context)
     if folder is not None and report is not None:
         print(f"pretrained weights: {report}")
+    spent = 0.0  # before this process, in the stages of a run that was stopped
+    for stage in [] if folder is None else folder.glob("*/"):
+        if checkpoint.steps_in(stage):
+            spent += checkpoint.read_training_state(checkpoint.latest(stage)).core_seconds
     start = time.process_time()
     model = METHODS[method].recipe(context, model).eval()
-    spent = time.process_time() - start
+    spent += time.process_time() - start
     return probabilities(model, task.recipe.to_rows(task.tokenizer, test.texts)).numpy(), spent, model
 
 
@@ -111,7 +118,6 @@ def score(task: Task, probability: Any) -> dict[str, Any]:
 
 def table(args: argparse.Namespace) -> int:
     """Every cell that is not there yet, then the table from all that are."""
-    args.output = args.output or Path("runs") / f"{args.recipe}-table"
     (args.output / "cells").mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([BASELINE, *(args.method.split(",") if args.method else METHODS)]))
     task = load_task(args.recipe, args.data, args.encoding, args.checkpoint)
@@ -140,7 +146,7 @@ def table(args: argparse.Namespace) -> int:
                 raise
     shown = render(done)
     write(args.output / "table.md", shown)
-    write(args.output / "table.json", json.dumps(done, indent=1))
+    write(args.output / "table.json", to_json(done, indent=1))
     print(shown, end="")
     return 0
 
@@ -152,17 +158,27 @@ def _cell(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
     how = {"device": args.device, "precision": resolve_precision(args.precision, torch.device(args.device))}
     file = args.output / "cells" / f"{method}-{size}-{seed}.json"
     if file.exists():
-        found = json.loads(file.read_text("utf-8"))
+        found = read_json(file)
+        if not isinstance(found, dict) or not found.keys() >= _FIGURES:
+            raise ValueError(f"{file}: damaged; expected the scores of a cell: remove it, and it is measured again")
         if found["task"] != task.fingerprint:
             raise ValueError(f"{file}: of other texts or another pretrained model; choose another --output")
         if (before := {name: found.get(name, now) for name, now in how.items()}) != how:
             raise ValueError(f"{file}: computed with {before}, asked for {how}; choose another --output")
         return found
-    with contextlib.redirect_stderr(io.StringIO()):  # the bars of several processes would draw over each other
-        probability, spent, _ = predict(args, task, method, size, seed)
+    stages = args.output / "stages" / f"{method}-{size}-{seed}"
+    try:
+        quiet = io.StringIO()  # the bars of several processes would draw over each other
+        with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+            probability, spent, _ = predict(args, task, method, size, seed, stages)
+    except (KeyboardInterrupt, SystemExit):
+        if multiprocessing.parent_process() is not None:
+            os._exit(1)  # the stage is saved; the pool would hand this process the next cell
+        raise
     found = {"method": method, "labels": size, "seed": seed, "task": task.fingerprint, "core_seconds": spent} | how
     found |= score(task, probability)
-    write(file, json.dumps(found, indent=1))
+    write(file, to_json(found, indent=1))
+    shutil.rmtree(stages, ignore_errors=True)
     print(f"{method} {size} seed {seed}: accuracy {found['accuracy']:.2%}, {spent:.0f} core-seconds", flush=True)
     return found
 
@@ -195,10 +211,3 @@ def render(cells: Sequence[dict[str, Any]]) -> str:
         f"The {examples:,} test texts are a sample too: for one model, up to ± {50 * widest:.1f} points (bootstrap)."
     ]
     return "\n".join(rows) + "\n"
-
-
-def write(path: Path, content: str) -> None:
-    """All or nothing: a stopped run leaves no half of a cell."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(content, "utf-8")
-    os.replace(partial, path)

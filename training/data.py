@@ -122,6 +122,8 @@ class Resumable(Generic[B]):
 
     def __iter__(self) -> Iterator[B]:
         plan = self._plan(self.epoch)
+        if self.index > len(plan):
+            raise ValueError(f"the place in the data is damaged: {self.index:,} of the epoch's {len(plan):,} items")
         while self.index < len(plan):
             entry = plan[self.index]
             self.index += 1
@@ -137,6 +139,10 @@ class Resumable(Generic[B]):
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ValueError(f"the data differ from the checkpoint's: {name} was {state.get(name)}, is {value}")
+        for name in self.state_dict().keys() - self._identity().keys():
+            place = state.get(name)
+            if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+                raise ValueError(f"the place in the data is damaged: expected {name} from 0 on, found {place!r}")
         self.epoch, self.index = state["epoch"], state["index"]
 
     def _plan(self, epoch: int) -> Sequence[Any]:

@@ -9,7 +9,6 @@ Examples:
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoding", default="utf-8", help="of --data (default utf-8)")
     add("--checkpoint", type=Path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
     add("--output", type=Path, metavar="DIR", help="default runs/RECIPE-METHOD-N-SEED, with --table runs/RECIPE-table")
+    add(
+        "--resume", action="store_true", help="go on with the run in the output folder; without it too, if there is one"
+    )
     add("--seed", type=int, default=0, metavar="N", help="which labels, new weights, order, dropout (default 0)")
     add("--table", action="store_true", help="all methods and sizes; goes on where it was stopped")
     add("--seeds", type=int, default=3, metavar="N", help="of --table (default 3)")
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """One run, or the table. ValueError: wrong arguments or input."""
     from tileformer.kernels.info import require_device
-    from tileformer.training import cells, checkpoint
+    from tileformer.training import cells, checkpoint, process
     from tileformer.training.extras import library
     from tileformer.training.methods import METHODS
 
@@ -48,27 +50,34 @@ def main(args: argparse.Namespace) -> int:
             print(f"{method.name:<{width}}  {method.about}")
         return 0
     _check(args)
+    process.require_single()
+    again = process.command("finetune", add_arguments, args)
     args.device = require_device(args.device).type
     if args.checkpoint is not None and not args.checkpoint.exists():
         raise ValueError(f"--checkpoint {args.checkpoint}: there is nothing")
     args.checkpoint = args.checkpoint or Path("runs") / args.recipe
     for name in ("sklearn", "scipy", "matplotlib"):  # said before the training, not after it
         library(name)
-    if args.table:
-        return cells.table(args)
-    args.method = args.method or "full"
-    args.output = args.output or Path("runs") / f"{args.recipe}-{args.method}-{args.labels}-{args.seed}"
-    if (args.output / checkpoint.STATE).exists() or checkpoint.steps_in(args.output):
+    args.method = args.method if args.table else args.method or "full"
+    name = "table" if args.table else f"{args.method}-{args.labels}-{args.seed}"
+    args.output = args.output or Path("runs") / f"{args.recipe}-{name}"
+    if not args.table and ((args.output / checkpoint.STATE).exists() or checkpoint.steps_in(args.output)):
         raise ValueError(f"{args.output}: a run is already here; choose another --output")
-    for step in (args.output / "stages").glob("*/step-*"):  # of a run that was stopped
-        checkpoint.discard(step)
-    _single(args)
-    return 0
+
+    def saved() -> bool:
+        """Whether a run was stopped here: a stage of it, or a cell of the table, is kept."""
+        return any(args.output.glob("stages/**/step-*")) or any(args.output.glob("cells/*.json"))
+
+    if args.resume and not saved():
+        raise ValueError(f"{args.output}: expected a run that was stopped, to resume; it holds none")
+    with process.lock(args.output), process.interruptible(again, saved):
+        return cells.table(args) if args.table else _single(args)
 
 
-def _single(args: argparse.Namespace) -> None:
+def _single(args: argparse.Namespace) -> int:
     """One method beside the baseline, with everything to look at in the output folder."""
     from tileformer.training import cells, checkpoint, metrics, plots
+    from tileformer.training.files import to_json, write
     from tileformer.training.methods import probabilities
 
     task = cells.load_task(args.recipe, args.data, args.encoding, args.checkpoint)
@@ -84,7 +93,7 @@ def _single(args: argparse.Namespace) -> None:
     chosen_by = metrics.classification(valid.labels, guessed.tolist(), valid.names)["accuracy"]
     predicted = probability.argmax(1)
     task.recipe.save_classifier(args.output, model, args.method, test.names, task.tokenizer, task.config)
-    cells.write(args.output / "scores.json", json.dumps(scores, indent=1))
+    write(args.output / "scores.json", to_json(scores, indent=1))
     counts = metrics.confusion(test.labels, predicted, len(test.names))
     plots.confusion(counts, test.names, args.output / "confusion.png")
     for log in sorted(stages.glob("*/log.jsonl")):
@@ -106,6 +115,7 @@ def _single(args: argparse.Namespace) -> None:
     print(f"valid, {len(valid):,} texts, by which to choose between methods: {args.method} {chosen_by:.2%}")
     print(f"{wrong} errors in {args.output}/errors.csv; plots beside it")
     print(f"use it: tileformer generate --checkpoint {args.output} TEXT ...")
+    return 0
 
 
 def attention_weights(model: Any, row: Sequence[int]) -> Any:
@@ -123,19 +133,20 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
 
 def _check(args: argparse.Namespace) -> None:
     from tileformer.training.cells import BASELINE
+    from tileformer.training.files import shorten
     from tileformer.training.methods import METHODS
     from tileformer.training.recipes import FINETUNED
 
     if args.recipe not in FINETUNED:
-        found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
+        found = "no recipe given" if args.recipe is None else f"no recipe {shorten(repr(args.recipe), 60)}"
         raise ValueError(f"{found}; to fine-tune there is: {', '.join(FINETUNED)}")
     method = args.method or "full"
     names = method.split(",") if args.table else [method]
     known = {*METHODS, BASELINE} if args.table else {*METHODS}
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no method {unknown[0]!r}; there is: {', '.join(METHODS)}")
+        raise ValueError(f"no method {shorten(repr(unknown[0]), 60)}; there is: {', '.join(METHODS)}")
     if args.labels != "all" and not (args.labels.isdecimal() and int(args.labels) > 1):
-        raise ValueError(f"--labels must be a number above 1 or all, got {args.labels!r}")
+        raise ValueError(f"--labels must be a number above 1 or all, got {shorten(repr(args.labels), 60)}")
     if args.labels == "all" and not args.table and METHODS[method].unlabelled:
         raise ValueError(f"{method} needs texts without labels: give --labels N")
     if args.table and (args.labels != "all" or args.seed):

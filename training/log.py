@@ -1,18 +1,21 @@
 """What a run says while it trains: JSON lines in its folder; a progress bar, or plain lines without a terminal."""
 
 import json
-import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tileformer.training.files import PathLike, to_json, write
+
 Record = dict[str, Any]
+RECORDED = ("step", "tokens", "loss", "lr")  # what every line says
 
 
 @contextmanager
-def open_log(folder: str | os.PathLike[str] | None, step: int, total: int) -> Iterator[Callable[[Record], None]]:
+def open_log(folder: PathLike | None, step: int, total: int) -> Iterator[Callable[[Record], None]]:
     """A function that writes one record to `folder/log.jsonl` (None: to no file) and shows it.
 
     step: where the run continues; later lines, left by a run that was killed after its last checkpoint, are dropped.
@@ -28,31 +31,40 @@ def open_log(folder: str | os.PathLike[str] | None, step: int, total: int) -> It
         with path.open("a", encoding="utf-8", buffering=1) as file:
 
             def record(entry: Record) -> None:
-                file.write(json.dumps(entry) + "\n")
+                file.write(to_json(entry) + "\n")
                 show(entry)
 
             yield record
 
 
+def records(path: PathLike) -> list[tuple[str, Record]]:
+    """Every line of a log that is a record, with what it says."""
+    found = []
+    for line in Path(path).read_text("utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # such as the half line of a killed run
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(name), int | float) for name in RECORDED):
+            found.append((line + "\n", record))
+    return found
+
+
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`."""
+    """Keep the records up to `step`."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            keep = json.loads(line)["step"] <= step
-        except ValueError:  # the half line of a killed run
-            continue
-        if keep:
-            kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), "utf-8")
-    os.replace(partial, path)
+    found = records(path)
+    if lost := path.read_bytes().count(b"\n") - len(found):
+        warnings.warn(f"{path}: damaged; {lost} lines that are no records of a run are left out", stacklevel=2)
+    write(path, "".join(line for line, record in found if record["step"] <= step))
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Record], None]]:
+    if sys.stderr is None:  # closed
+        yield lambda record: None
+        return
     if not sys.stderr.isatty():
         yield lambda record: print(
             f"{min(1, record['tokens'] / total):4.0%}  {_line(record)}", file=sys.stderr, flush=True

@@ -7,7 +7,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.training import checkpoint
+from tileformer.training.files import shorten, to_json
 from tileformer.training.log import open_log
 from tileformer.training.losses import sequence_loss
 from tileformer.training.optimizers import learning_rate_factor, make_optimizer, shrink
+from tileformer.training.process import Stop, lock, stop_at_next_step
 from tileformer.training.settings import Settings
+from tileformer.training.state import Place
 
 
 class AnyBatches(Protocol):
@@ -37,6 +41,8 @@ Backward = Callable[[nn.Module, Any, LossFunction, Tensor], Tensor]
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What may change between a run and its continuation: these decide when something is written, never a weight.
 CADENCE = ("log_every", "save_every", "keep")
+# What a kill may cost: so many seconds of work, or so many times what a save takes, whichever is longer.
+AT_RISK, AT_RISK_SAVES = 60.0, 20
 
 
 @dataclass(frozen=True)
@@ -55,39 +61,6 @@ class Report:
     checkpoint: Path | None
     valid_loss: float | None = None
     skipped: int = 0
-
-
-@dataclass
-class _Place:
-    """Where a run stands: what its checkpoint holds beside weights, optimiser, random states and the place in the data.
-
-    stale: validations since the lowest loss, `best`, was measured at `best_step`; cut: what the plateau rule has left of
-    the learning rate.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    core_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    last: dict[str, Any] = field(default_factory=lambda: {"loss": math.nan})
-    skipped: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    stale: int = 0
-    cut: float = 1.0
-
-    def judge(self, valid_loss: float, settings: Settings) -> bool:
-        """Take in one validation. Whether it was the lowest so far."""
-        if valid_loss < (math.inf if self.best is None else self.best):
-            self.best, self.best_step, self.stale = valid_loss, self.step, 0
-            return True
-        self.stale += 1
-        if settings.schedule == "plateau" and self.stale % settings.plateau_wait == 0:
-            self.cut = max(self.cut * settings.plateau_factor, settings.floor)
-        return False
-
-    def ended(self, settings: Settings) -> bool:
-        return self.tokens >= settings.tokens or 0 < settings.patience <= self.stale
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -133,6 +106,8 @@ def evaluate(model: nn.Module, batches: AnyBatches, loss_fn: LossFunction, *, pr
         batches.load_state_dict(place)
         for module, training in flags:
             module.training = training
+    if not labels:
+        raise ValueError("the validation batches hold nothing that could be predicted")
     return total.item() / labels
 
 
@@ -159,29 +134,64 @@ def fit(
     is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run that never
     stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
 
-    Raises ValueError: the settings steer by a validation loss and there is no `valid`, or nothing is trainable;
-    CheckpointError: nothing to resume, a damaged checkpoint, other settings, data or `meta` than the checkpoint's, or,
-    without `resume`, a folder that already holds one; FloatingPointError when the loss or the gradient is not finite
-    (nothing is saved then); OSError when a checkpoint cannot be written. The last good checkpoint stays in each case.
+    With a folder, Ctrl-C and SIGTERM (in the main thread) let the step end and save it; then KeyboardInterrupt is raised,
+    or SystemExit of 143. A second Ctrl-C stops at once. A kill loses at most `AT_RISK` seconds, or as long as
+    `AT_RISK_SAVES` saves take.
+
+    Raises ValueError: the settings steer by a validation loss and there is no `valid`, nothing is trainable, a model that
+    no checkpoint can hold, or a folder that another process has; CheckpointError: nothing to resume, no checkpoint that is
+    whole, other settings, data or `meta` than the checkpoint's, or, without `resume`, a folder that already holds one;
+    FloatingPointError when a loss, the gradient or a weight is not finite (nothing is saved then); OSError when a
+    checkpoint cannot be written. The last good checkpoint stays in each case.
     """
     if settings.steered and valid is None:
         raise ValueError(f"{settings.steered} needs a validation loss: pass valid=")
+    if resume and folder is None:
+        raise ValueError("resume needs the folder of the run")
+    run = partial(_fit, model, batches, settings, loss_fn, valid, meta or {}, groups, backward)
+    if folder is None:
+        return run(None, False, Stop())
+    checkpoint.check_storable(model)
+    to_json(batches.state_dict())
+    if resume:
+        checkpoint.candidates(folder)  # nothing to resume: no folder is made
+    with lock(folder), stop_at_next_step() as stop:
+        if not resume:
+            for found in checkpoint.steps_in(folder):
+                if not overwrite:
+                    raise checkpoint.CheckpointError(
+                        f"{found}: a run is already here; resume it or choose another folder"
+                    )
+        return run(Path(folder), resume, stop)
+
+
+def _fit(
+    model: nn.Module,
+    batches: AnyBatches,
+    settings: Settings,
+    loss_fn: LossFunction,
+    valid: AnyBatches | None,
+    meta: dict[str, Any],
+    groups: Sequence[dict[str, Any]] | None,
+    backward: Backward,
+    folder: Path | None,
+    resume: bool,
+    stop: Stop,
+) -> Report:
+    """What `fit` does in a folder that it has to itself."""
     device = next(model.parameters()).device
     precision = resolve_precision(settings.precision, device)
     optimizer = make_optimizer(model, settings, groups)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     # Through JSON, so that it compares equal to what a checkpoint says (JSON has no tuples).
-    run = json.loads(json.dumps({"settings": asdict(settings) | {"precision": precision}, "meta": meta or {}}))
-    place, saved = _Place(), None
-    if resume:
-        if folder is None:
-            raise ValueError("resume needs the folder of the run")
+    run = json.loads(to_json({"settings": asdict(settings) | {"precision": precision}, "meta": meta}))
+    place, saved, between = Place(), None, None
+    if folder is not None and resume:
         saved = checkpoint.latest(folder)
         place = _restore(saved, model, optimizer, scaler, batches, run)
+        between = saved if place.between else None
     elif folder is not None:
         for found in checkpoint.steps_in(folder):
-            if not overwrite:
-                raise checkpoint.CheckpointError(f"{found}: a run is already here; resume it or choose another folder")
             checkpoint.discard(found)
 
     def cast_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -190,13 +200,16 @@ def fit(
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     best_weights: dict[str, Tensor] = {}
-    loss_sum, skipped = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+    loss_sum = torch.full((), place.pending_loss, device=device)
+    skipped = torch.full((), place.pending_skipped, dtype=torch.int64, device=device)
     core_start, wall_start = time.process_time() - place.core_seconds, time.perf_counter() - place.wall_seconds
-    window_step, window_tokens, window_start = place.step, place.tokens, time.process_time()
+    window_start = time.process_time() - place.pending_core_seconds
+    saved_at, save_seconds = time.monotonic(), 0.0
     steps, data = _steps(batches, settings.accumulate), batches.state_dict()
     model.train()
     with open_log(folder, place.step, settings.tokens) as record:
         while not place.ended(settings):
+            step_start = time.monotonic()
             taken, data, epoch_ends = next(steps)
             tokens, labels = sum(batch.tokens for batch in taken), sum(batch.label_tokens for batch in taken)
             # A step's rate is that of its middle: neither the first nor the last one is wasted on a rate of 0.
@@ -218,40 +231,65 @@ def fit(
                 skipped += norm.isfinite().logical_not()
             optimizer.zero_grad(set_to_none=True)
             place.step, place.tokens = place.step + 1, place.tokens + tokens
+            place.pending_steps, place.pending_tokens = place.pending_steps + 1, place.pending_tokens + tokens
 
             ended, every = place.ended(settings), settings.valid_every
             saving = ended or place.step % settings.save_every == 0
             due = place.step % every == 0 if isinstance(every, int) else epoch_ends if every == "epoch" else saving
             validating = valid is not None and (due or ended)
-            if not (saving or validating or place.step % settings.log_every == 0):
+            now = time.monotonic()
+            at_risk = now - saved_at + (now - step_start) + save_seconds  # by a kill before a save behind the next step
+            late = folder is not None and (stop.signum > 0 or at_risk > max(AT_RISK, AT_RISK_SAVES * save_seconds))
+            logging = saving or validating or place.step % settings.log_every == 0
+            if not (logging or late):
                 continue
             # All that is ever read from the device.
-            mean, gradient = loss_sum.item() / (place.step - window_step), norm.item()
+            mean, gradient = loss_sum.item() / place.pending_steps, norm.item()
             _check_finite(place.step, mean, gradient, scaler)
-            now = time.process_time()
-            place.last = {"step": place.step, "tokens": place.tokens, "loss": mean, "lr": rate}
-            place.last["gradient_norm"] = gradient if math.isfinite(gradient) else None
-            place.last["tokens_per_core_second"] = round((place.tokens - window_tokens) / max(now - window_start, 1e-9))
-            if scaler.is_enabled():
-                place.skipped += int(skipped.item())
-                place.last |= {"skipped": place.skipped, "loss_scale": scaler.get_scale()}
-            if validating and valid is not None:
-                place.last["valid_loss"] = evaluate(model, valid, loss_fn, precision=precision)
-                improved = place.judge(place.last["valid_loss"], settings)
-                saving = saving or place.ended(settings) or improved and settings.keep_best
-                if improved and settings.keep_best and folder is None:
-                    best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            place.core_seconds, place.wall_seconds = time.process_time() - core_start, time.perf_counter() - wall_start
-            record(place.last | {"core_seconds": round(place.core_seconds, 2)})
-            if saving and folder is not None:
+            clock = time.process_time()
+            if logging:
+                place.last = {"step": place.step, "tokens": place.tokens, "loss": mean, "lr": rate}
+                place.last["gradient_norm"] = gradient if math.isfinite(gradient) else None
+                speed = place.pending_tokens / max(clock - window_start, 1e-9)
+                place.last["tokens_per_core_second"] = round(speed)
+                if scaler.is_enabled():
+                    place.skipped += int(skipped.item())
+                    place.last |= {"skipped": place.skipped, "loss_scale": scaler.get_scale()}
+                if validating and valid is not None:
+                    measured = evaluate(model, valid, loss_fn, precision=precision)
+                    if not math.isfinite(measured):
+                        raise FloatingPointError(
+                            f"step {place.step}: validation loss {measured}; try a lower lr or clip"
+                        )
+                    place.last["valid_loss"], improved = measured, place.judge(measured, settings)
+                    saving = saving or place.ended(settings) or improved and settings.keep_best
+                    if improved and settings.keep_best and folder is None:
+                        best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                record(place.last | {"core_seconds": round(time.process_time() - core_start, 2)})
+                loss_sum.zero_()
+                skipped.zero_()
+                place.pending_steps, place.pending_tokens, window_start = 0, 0, time.process_time()
+            stopping = stop.signum > 0  # also since `late` was decided: a validation may take minutes
+            if folder is not None and (saving or late or stopping):
+                if not checkpoint.is_finite(parameters):
+                    raise FloatingPointError(f"step {place.step}: weights that are not finite; try a lower lr or clip")
+                save_start = time.monotonic()
+                place.core_seconds = time.process_time() - core_start
+                place.wall_seconds = time.perf_counter() - wall_start
+                place.pending_loss, place.pending_skipped = loss_sum.item(), int(skipped.item())
+                place.pending_core_seconds = time.process_time() - window_start if place.pending_steps else 0.0
+                place.between = not saving
                 state = asdict(place) | {"scaler": scaler.state_dict(), "data": data} | run
                 state |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-                best = place.best_step if settings.keep_best else None
-                saved = checkpoint.save(folder, model, optimizer, state, keep=settings.keep, best=best)
-            loss_sum.zero_()
-            skipped.zero_()
-            window_step, window_tokens, window_start = place.step, place.tokens, time.process_time()
+                best, keep = place.best_step if settings.keep_best else None, settings.keep + place.between
+                saved = checkpoint.save(folder, model, optimizer, state, keep=keep, best=best, replaces=between)
+                between, saved_at = saved if place.between else None, time.monotonic()
+                save_seconds = saved_at - save_start
+            if stopping:
+                break
     batches.load_state_dict(data)  # `steps` looks one step ahead
+    if stop.signum:
+        raise stop.error(f"stopped at step {place.step}; fit(..., resume=True) goes on from {saved}")
     if settings.keep_best and folder is not None:
         checkpoint.load_weights(model, checkpoint.best(folder))
     elif best_weights:
@@ -296,31 +334,32 @@ def _restore(
     scaler: torch.amp.GradScaler,
     batches: AnyBatches,
     run: dict[str, Any],
-) -> _Place:
+) -> Place:
     """Put a checkpoint back into every object that has state; returns its place."""
-    state = checkpoint.read_state(path)
-    if "settings" not in state:
-        raise checkpoint.CheckpointError(f"{path}: a model that is ready for use; expected one in training, to resume")
-    # A checkpoint older than a setting, or than a part of the place, was written with what is now the default.
+    state = checkpoint.read_training_state(path)
+    # A checkpoint older than a setting was written with what is now the default.
     defaults = {"settings": {setting.name: setting.default for setting in fields(Settings)}, "meta": {}}
-    for part, now in run.items():
-        for name, value in now.items():
-            before = state[part].get(name, defaults[part].get(name))
+    for part in ("meta", "settings"):
+        for name, value in run[part].items():
+            before = getattr(state, part).get(name, defaults[part].get(name))
             if name not in CADENCE and before != value:
-                found = f"a run with {part} {name}={before!r}; asked to resume with {value!r}"
+                found = f"a run with {part} {name}={shorten(repr(before))}; asked to resume with {shorten(repr(value))}"
                 raise checkpoint.CheckpointError(f"{path}: {found}")
     try:
-        batches.load_state_dict(state["data"])
-    except ValueError as error:
-        raise checkpoint.CheckpointError(f"{path}: {error}") from None
+        batches.load_state_dict(state.data)
+        if scaler.is_enabled():
+            scaler.load_state_dict(state.scaler)
+            if not (scaler.get_scale() > 0 and all(0 <= value < math.inf for value in state.scaler.values())):
+                raise ValueError(f"expected a loss scale above 0, found {shorten(state.scaler)}")
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__} " if isinstance(error, LookupError) else ""
+        raise checkpoint.CheckpointError(f"{path}: {what}{shorten(error)}") from None
     checkpoint.load_weights(model, path)
     checkpoint.load_training(path, model, optimizer)
-    if scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
-    if state["threads"] != torch.get_num_threads():
+    if state.threads != torch.get_num_threads():
         warnings.warn(
-            f"{path} was trained with {state['threads']} threads, this process has {torch.get_num_threads()}: "
+            f"{path} was trained with {state.threads} threads, this process has {torch.get_num_threads()}: "
             "the last bits of the result may differ from the uninterrupted run's",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return _Place(**{part.name: state[part.name] for part in fields(_Place) if part.name in state})
+    return Place(**{part.name: getattr(state, part.name) for part in fields(Place)})

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadReport, load_matching
+from tileformer.training import checkpoint
 from tileformer.training.adversarial import Gan, fgm_backward, gan_backward, gan_loss
 from tileformer.training.augment import token_dropout
 from tileformer.training.data import Augment, LabelledBatches, PackedBatches
@@ -39,7 +40,8 @@ class Context:
 
     weights: tensors of the pretrained language model by name, or None (everything starts at random). unlabelled: texts
     of the train part without a label. epochs: how often the labelled rows are read. folder: where logs and checkpoints
-    of each stage go (None: nowhere).
+    of each stage go (None: nowhere); stages that are there, whole or in part, are gone on with. meta: what must be the
+    same for that.
     """
 
     config: DecoderLMConfig
@@ -55,6 +57,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "auto"
     folder: Path | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
     def some_unlabelled(self) -> Rows:
         """At most `UNLABELLED` of the unlabelled rows, chosen by the seed. ValueError when there is none."""
@@ -321,7 +324,9 @@ def _fit(
     **options: Any,
 ) -> None:
     settings = Settings(tokens, lr=lr, schedule="linear", precision=context.precision, log_every=20, save_every=10**9)
-    fit(model, batches, settings, loss_fn, folder=context.folder and context.folder / stage, **options)
+    folder = context.folder and context.folder / stage
+    resume = folder is not None and bool(checkpoint.steps_in(folder))
+    fit(model, batches, settings, loss_fn, folder=folder, resume=resume, meta=dict(context.meta), **options)
 
 
 _ALL = (

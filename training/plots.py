@@ -3,7 +3,6 @@
 Where no installed font has a character (Chinese on a bare server), its code point stands instead: U+597D.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy
 
 from tileformer.training.extras import library
+from tileformer.training.log import records
 
 PathLike = str | os.PathLike[str]
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
@@ -23,22 +23,17 @@ def learning_curves(log: PathLike, png: PathLike) -> Path:
 
     Raises ValueError when the log holds no whole record.
     """
-    records = []
-    for line in Path(log).read_text("utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the half line of a killed run
-            continue
-    if not records:
+    lines = [record for _, record in records(log)]
+    if not lines:
         raise ValueError(f"{log}: no record of a run in it")
     figure, (losses, rates) = new_figure(2, 1, (7, 6), sharex=True, height_ratios=(3, 1))
     for key, name in (("loss", "training"), ("valid_loss", "validation")):
-        points = [(record["tokens"], record[key]) for record in records if key in record]
+        points = [(record["tokens"], record[key]) for record in lines if record.get(key) is not None]
         if points:
             losses.plot(*zip(*points, strict=True), label=name, marker=None if key == "loss" else "o", markersize=3)
     losses.set_ylabel("loss, nats a label")
     losses.legend(frameon=False)
-    rates.plot([record["tokens"] for record in records], [record["lr"] for record in records], color="grey")
+    rates.plot([record["tokens"] for record in lines], [record["lr"] for record in lines], color="grey")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("tokens")
     for panel in (losses, rates):

@@ -1,6 +1,9 @@
 """Settings: how to learn, in one frozen dataclass that knows what makes no sense."""
 
+import math
 from dataclasses import dataclass
+
+from tileformer.training.files import shorten
 
 CHOICES = {
     "optimizer": ("adamw", "sgd", "rmsprop"),
@@ -59,7 +62,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {shorten(repr(getattr(self, name)))}"
+                )
+        for name, value in vars(self).items():
+            if any(isinstance(x, float) and not math.isfinite(x) for x in (value if name == "betas" else (value,))):
+                raise ValueError(f"{name} must be finite, got {value}; a large number has the effect of infinity")
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -78,7 +86,7 @@ class Settings:
             raise ValueError(f"plateau_factor must be in (0, 1), got {self.plateau_factor}")
         every = self.valid_every
         if every not in ("save", "epoch") and not (isinstance(every, int) and every > 0):
-            raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {every!r}")
+            raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {shorten(repr(every))}")
         if self.steered and every == "save":
             raise ValueError(
                 f"valid_every must be 'epoch' or a number of steps with {self.steered}: "

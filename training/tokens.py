@@ -9,12 +9,12 @@ Ids 0 to 3 are padding, begin, end and unknown. Spaces are kept: text whose part
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tileformer.training.extras import library
+from tileformer.training.files import PathLike, read_json, shorten, write
 
 KINDS = ("characters", "bpe", "words")
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -45,26 +45,16 @@ class Tokenizer:
         leave no room, texts in which nothing is frequent enough, and a library that is not installed.
         """
         if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {shorten(repr(kind))}")
         if vocabulary <= len(SPECIAL) or minimum < 1:
             sizes = f"vocabulary {vocabulary} and minimum {minimum}"
             raise ValueError(f"vocabulary must be above {len(SPECIAL)} and minimum at least 1, got {sizes}")
         tokenizers = library("tokenizers")
         shared = dict(vocab_size=vocabulary, min_frequency=minimum, special_tokens=SPECIAL, show_progress=False)
-        split, space = tokenizers.pre_tokenizers.Split, ("\u2581", "never")
         trainer = tokenizers.trainers.WordLevelTrainer(**shared)
-        made = tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token=SPECIAL[cls.unk_id]))
-        made.decoder = tokenizers.decoders.Fuse()
-        if kind == "characters":
-            made.pre_tokenizer = split(tokenizers.Regex(r"[\s\S]"), "isolated")
-        elif kind == "bpe":
+        if kind == "bpe":
             trainer = tokenizers.trainers.BpeTrainer(**shared, limit_alphabet=(vocabulary - len(SPECIAL)) * 3 // 4)
-            made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIAL[cls.unk_id]))
-            alone = split(tokenizers.Regex(r"[\p{P}\p{S}\p{N}]"), "isolated")
-            made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-                [alone, tokenizers.pre_tokenizers.Metaspace(*space)]
-            )
-            made.decoder = tokenizers.decoders.Metaspace(*space)
+        made = _blank(kind)
         cut = library("rjieba").cut if kind == "words" else lambda text: text
         made.train_from_iterator((cut(text) for text in texts), trainer)
         if made.get_vocab_size() <= len(SPECIAL):
@@ -93,28 +83,77 @@ class Tokenizer:
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: PathLike) -> None:
         """Write all of it to one file, which is never seen half-written."""
-        path = Path(path)
-        partial = path.with_name(f".partial-{path.name}")
-        partial.write_text(json.dumps(self._content(), ensure_ascii=False, indent=1) + "\n", "utf-8")
-        os.replace(partial, path)
+        write(Path(path), json.dumps(self._content(), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    def load(cls, path: PathLike) -> "Tokenizer":
         """What `save` wrote. ValueError when the file is damaged or another program's; OSError when it is not there."""
-        tokenizers = library("tokenizers")
-        try:
-            content = json.loads(Path(path).read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged or truncated; expected JSON ({error})") from None
+        content = read_json(path)
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT or content.get("kind") not in KINDS:
-            raise ValueError(f"{path}: expected format {FORMAT!r}, found {found!r}; write it by Tokenizer.save")
+            given = shorten(repr(found), 60)
+            raise ValueError(f"{path}: expected format {FORMAT!r}, found {given}; write it by Tokenizer.save")
+        if wrong := _wrong_vocabulary(content.get("tokenizer")):
+            raise ValueError(f"{path}: damaged; {wrong}")
+        kind, tokenizers = content["kind"], library("tokenizers")
         try:
-            return cls(content["kind"], tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"])))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path}: damaged; the tokenizers library says: {error}") from None
+            made = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
+            known = _rules(made) == _rules(_blank(kind))
+        except BaseException as error:  # the library raises nothing narrower, and a panic of Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise ValueError(f"{path}: damaged; the tokenizers library says: {shorten(error)}") from None
+        tokenizer = cls(kind, made)
+        if not known:
+            raise ValueError(f"{path}: damaged; its rules are not those of a tokenizer of {kind}")
+        return tokenizer
 
     def _content(self) -> dict[str, Any]:
         return {"format": FORMAT, "kind": self.kind, "tokenizer": json.loads(self._made.to_str())}
+
+
+def _blank(kind: str) -> Any:
+    """The rules of a kind, without a vocabulary."""
+    tokenizers = library("tokenizers")
+    split, space = tokenizers.pre_tokenizers.Split, ("\u2581", "never")
+    unknown = SPECIAL[Tokenizer.unk_id]
+    if kind == "bpe":
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
+        alone = split(tokenizers.Regex(r"[\p{P}\p{S}\p{N}]"), "isolated")
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([alone, tokenizers.pre_tokenizers.Metaspace(*space)])
+        made.decoder = tokenizers.decoders.Metaspace(*space)
+        return made
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token=unknown))
+    made.decoder = tokenizers.decoders.Fuse()
+    if kind == "characters":
+        made.pre_tokenizer = split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    return made
+
+
+def _rules(made: Any) -> dict[str, Any]:
+    """All that a tokenizer does but its vocabulary."""
+    content = json.loads(made.to_str())
+    del content["added_tokens"]
+    content["model"] = {name: value for name, value in content["model"].items() if name not in ("vocab", "merges")}
+    return content
+
+
+def _wrong_vocabulary(content: Any) -> str:
+    """What is wrong with the ids in a file: they are 0 to size - 1, each once, and the special ones are the first."""
+    if not isinstance(content, dict):
+        return "expected 'tokenizer' as an object"
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict):
+        return ""  # the library says what is missing
+    if not all(type(number) is int for number in vocabulary.values()):
+        return "an id is no whole number"
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        return f"expected each id from 0 to {len(vocabulary) - 1:,} once"
+    added = content.get("added_tokens")
+    named = [(one.get("id"), one.get("content")) if isinstance(one, dict) else None for one in added or ()]
+    if [vocabulary.get(name) for name in SPECIAL] != list(range(len(SPECIAL))) or named != list(enumerate(SPECIAL)):
+        return f"expected {', '.join(SPECIAL)} as the ids 0 to {len(SPECIAL) - 1}"
+    return ""

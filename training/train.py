@@ -9,7 +9,6 @@ Examples:
 
 import argparse
 import importlib
-import sys
 from pathlib import Path
 
 
@@ -36,11 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run `args.recipe`: 0 finished, 130 interrupted. ValueError: wrong arguments or input; FloatingPointError: diverged."""
+    """Run `args.recipe`: 0 finished, 130 interrupted (by SIGTERM: SystemExit of 143).
+
+    ValueError: wrong arguments or input; FloatingPointError: diverged.
+    """
     import torch
 
     from tileformer.kernels.info import require_device
-    from tileformer.training import checkpoint
+    from tileformer.training import checkpoint, process
     from tileformer.training.recipes import RECIPES
 
     if args.list:
@@ -48,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
             print((importlib.import_module(f"tileformer.training.recipes.{name}").__doc__ or name).splitlines()[0])
         return 0
     _check(args, RECIPES)
+    process.require_single()
     device = require_device(args.device)
     output = args.output or Path("runs") / args.recipe
     torch.set_num_threads(args.threads)
@@ -57,24 +60,25 @@ def main(args: argparse.Namespace) -> int:
     if args.split_by is not None and args.recipe != "g2p":
         raise ValueError(f"--split-by is for g2p; {args.recipe} splits by the text")
     if args.resume:
-        checkpoint.latest(output)  # nothing to resume: say so before any data are read
+        checkpoint.candidates(output)  # nothing to resume: say so before any data are read
     elif (output / checkpoint.STATE).exists():
         raise ValueError(f"{output}: a fine-tuned model is here; choose another --output")
     elif (steps := checkpoint.steps_in(output)) and not args.overwrite:
         raise ValueError(f"{steps[-1]}: a run is already here; add --resume, --overwrite or another --output")
+    again = process.command("train", add_arguments, args)
     try:
-        recipe.run(args, device, output)
+        with process.lock(output), process.interruptible(again, lambda: bool(checkpoint.steps_in(output))):
+            recipe.run(args, device, output)
     except KeyboardInterrupt:
-        saved = checkpoint.steps_in(output)
-        left = f"--resume continues from {saved[-1]}" if saved else "no checkpoint was written yet"
-        print(f"\ninterrupted; {left}", file=sys.stderr)
         return 130
     return 0
 
 
 def _check(args: argparse.Namespace, recipes: tuple[str, ...]) -> None:
+    from tileformer.training.files import shorten
+
     if args.recipe not in recipes:
-        found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
+        found = "no recipe given" if args.recipe is None else f"no recipe {shorten(repr(args.recipe), 60)}"
         raise ValueError(f"{found}; there is: {', '.join(recipes)}")
     if args.threads < 1 or (args.tokens is not None and args.tokens < 1):
         raise ValueError(f"--threads and --tokens must be at least 1, got {args.threads} and {args.tokens}")

@@ -28,6 +28,7 @@ from rapidfuzz.distance import Levenshtein
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
 from tileformer.training import checkpoint, corpora, text
 from tileformer.training.data import Batches, Pair
+from tileformer.training.files import shorten
 from tileformer.training.loop import Settings, fit, resolve_precision, sequence_loss
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
@@ -36,6 +37,7 @@ PHONES = tuple(PHONE_NAMES.split())
 RESERVED = 3  # ids of padding, begin and end come first
 LETTER_IDS = {letter: RESERVED + place for place, letter in enumerate(LETTERS)}
 PHONE_IDS = {phone: RESERVED + place for place, phone in enumerate(PHONES)}
+SIZES = RESERVED + len(LETTERS), RESERVED + len(PHONES)
 LONGEST = 24  # letters
 SUFFIXES = ("'s", "s", "ed", "ing")
 SHOWN = "transformer government mysterious astrology brochure pneumonia rhythm keough"  # all of the test part
@@ -122,12 +124,12 @@ def has_sibling(word: str, train: Entries) -> bool:
 
 def encode(word: str) -> list[int]:
     """Ids of a word's letters. Raises ValueError for a character, or a length, that the model was never trained on."""
-    unknown = sorted(set(word) - LETTER_IDS.keys())
+    unknown, typed = sorted(set(word) - LETTER_IDS.keys()), shorten(repr(word), 60)
     if unknown or not word:
-        named = ", ".join(map(repr, unknown)) or "nothing"
-        raise ValueError(f"{word!r}: cannot read {named}; words are made of a-z and the apostrophe")
+        named = shorten(", ".join(map(repr, unknown)) or "nothing", 60)
+        raise ValueError(f"{typed}: cannot read {named}; words are made of a-z and the apostrophe")
     if len(word) > LONGEST:
-        raise ValueError(f"{word!r}: {len(word)} letters; the model was trained on at most {LONGEST}")
+        raise ValueError(f"{typed}: {len(word)} letters; the model was trained on at most {LONGEST}")
     return [LETTER_IDS[letter] for letter in word]
 
 
@@ -169,9 +171,10 @@ def load(path: Path, device: torch.device) -> Seq2Seq:
     """The trained model of a checkpoint, in eval mode. CheckpointError when it is damaged or another recipe's."""
     meta = checkpoint.read_state(path).get("meta", {})
     if (meta.get("recipe"), meta.get("letters"), meta.get("phones")) != ("g2p", LETTERS, PHONE_NAMES):
-        raise checkpoint.CheckpointError(f"{path}: expected a model of the g2p recipe, found {meta.get('recipe')!r}")
-    model = Seq2Seq(Seq2SeqConfig(**meta["model"]))
-    checkpoint.load_weights(model, path)
+        found = shorten(repr(meta.get("recipe")), 60)
+        raise checkpoint.CheckpointError(f"{path}: expected a model of the g2p recipe, found {found}")
+    model = checkpoint.build(path, Seq2SeqConfig, Seq2Seq)
+    checkpoint.check_vocabulary(path, (model.config.src_vocab, model.config.tgt_vocab), SIZES)
     return model.to(device).eval()
 
 
@@ -196,7 +199,7 @@ def run(options: argparse.Namespace, device: torch.device, output: Path) -> None
 
     plan = FULL if options.full else QUICK
     torch.manual_seed(options.seed)
-    config = Seq2SeqConfig(RESERVED + len(LETTERS), RESERVED + len(PHONES), dropout=plan.dropout, max_length=32)
+    config = Seq2SeqConfig(*SIZES, dropout=plan.dropout, max_length=32)
     model = Seq2Seq(config).to(device)
     settings = Settings(
         options.tokens or plan.tokens, lr=1.5e-3, schedule="wsd", decay=0.5, precision=options.precision

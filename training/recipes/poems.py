@@ -30,6 +30,7 @@ from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
 from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint, corpora, text
 from tileformer.training.data import PackedBatches
+from tileformer.training.files import shorten
 from tileformer.training.loop import fit, resolve_precision
 from tileformer.training.losses import language_loss
 from tileformer.training.settings import Settings
@@ -123,10 +124,12 @@ class Vocabulary:
     def row(self, form: str, poem: str) -> list[int]:
         """Ids of a form and a poem, or the beginning of one. ValueError: a form or character that is not known."""
         if form not in FORMS:
-            raise ValueError(f"no form {form!r}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING")
+            raise ValueError(
+                f"no form {shorten(repr(form), 60)}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
+            )
         if unknown := [symbol for symbol in poem if symbol not in self.ids]:
-            named = ", ".join(map(repr, unknown))
-            raise ValueError(f"{poem!r}: the model never learned {named}; it reads traditional characters, ， and 。")
+            named, typed = shorten(", ".join(map(repr, unknown)), 60), shorten(repr(poem), 60)
+            raise ValueError(f"{typed}: the model never learned {named}; it reads traditional characters, ， and 。")
         return [SPECIAL + list(FORMS).index(form), *(self.ids[symbol] for symbol in poem)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -164,10 +167,14 @@ def load(path: Path, device: torch.device) -> tuple[DecoderLM, Vocabulary]:
     """The trained model of a checkpoint, in eval mode. CheckpointError when it is damaged or another recipe's."""
     meta = checkpoint.read_state(path).get("meta", {})
     if meta.get("recipe") != "poems":
-        raise checkpoint.CheckpointError(f"{path}: expected a model of the poems recipe, found {meta.get('recipe')!r}")
-    model = DecoderLM(DecoderLMConfig(**meta["model"]))
-    checkpoint.load_weights(model, path)
-    return model.to(device).eval(), Vocabulary(meta["characters"])
+        found = shorten(repr(meta.get("recipe")), 60)
+        raise checkpoint.CheckpointError(f"{path}: expected a model of the poems recipe, found {found}")
+    characters = meta.get("characters")
+    if not isinstance(characters, str) or len({*characters, *MARKS}) < len(characters) + len(MARKS):
+        raise checkpoint.CheckpointError(f"{path}: damaged; expected meta characters as a text of distinct ones")
+    model, vocabulary = checkpoint.build(path, DecoderLMConfig, DecoderLM), Vocabulary(characters)
+    checkpoint.check_vocabulary(path, (model.config.vocab,), (vocabulary.size,))
+    return model.to(device).eval(), vocabulary
 
 
 def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
@@ -180,7 +187,7 @@ def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
         count, length = FORMS[form]
         if len(beginning) > count * (length + 1):
             raise ValueError(
-                f"{word!r}: a poem {form} has {count * (length + 1)} symbols, this begins with {len(beginning)}"
+                f"{shorten(repr(word), 60)}: a poem {form} has {count * (length + 1)} symbols, this begins with {len(beginning)}"
             )
         requests.append((form, beginning))
     return [f"{word}  {poem}" for word, poem in zip(words, write(model, vocabulary, requests), strict=True)]

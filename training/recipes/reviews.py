@@ -12,7 +12,6 @@ count sees a text of the valid or test part. Packed: no padding, and no document
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, generate
 from tileformer.training import checkpoint, corpora, text
 from tileformer.training.data import PackedBatches
+from tileformer.training.files import shorten, to_json, write
 from tileformer.training.loop import fit, resolve_precision
 from tileformer.training.losses import language_loss
 from tileformer.training.methods import METHODS, probabilities
@@ -74,8 +73,8 @@ def load(path: Path, device: torch.device) -> tuple[DecoderLM, Tokenizer]:
     meta, tokenizer = _read(path)
     if "method" in meta:
         raise checkpoint.CheckpointError(f"{path}: expected the pretrained language model, found a classifier of it")
-    model = DecoderLM(DecoderLMConfig(**meta["model"]))
-    checkpoint.load_weights(model, path)
+    model = checkpoint.build(path, DecoderLMConfig, DecoderLM)
+    checkpoint.check_vocabulary(path, (model.config.vocab,), (tokenizer.size,))
     return model.to(device).eval(), tokenizer
 
 
@@ -85,9 +84,9 @@ def save_classifier(
     """Write a fine-tuned classifier for `tileformer generate`; state.json, which makes it one, comes last."""
     meta = {"recipe": "reviews", "method": method, "names": names, "model": asdict(config)}
     tokenizer.save(folder / TOKENIZER)
-    save_model(model, str(folder / checkpoint.WEIGHTS))
+    checkpoint.save_weights(model, folder / checkpoint.WEIGHTS)
     state = {"format": checkpoint.FORMAT, "meta": meta | {"tokenizer": tokenizer.fingerprint}}
-    (folder / checkpoint.STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+    write(folder / checkpoint.STATE, to_json(state, indent=1) + "\n")
 
 
 def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
@@ -96,12 +95,18 @@ def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
     if "method" not in meta:
         model, tokenizer = load(path, device)
         return [continue_text(model, tokenizer, word) for word in words]
-    classifier = METHODS[meta["method"]].make(DecoderLMConfig(**meta["model"]), len(meta["names"]))
-    checkpoint.load_weights(classifier, path)
+    method, names = meta["method"], meta.get("names")
+    if not (isinstance(method, str) and method in METHODS and isinstance(names, list) and len(names) > 1):
+        found = f"{shorten(repr(method), 60)} and {shorten(repr(names), 60)}"
+        raise checkpoint.CheckpointError(
+            f"{path}: damaged; expected a method and the names of the classes, found {found}"
+        )
+    classifier: Any = checkpoint.build(path, DecoderLMConfig, lambda config: METHODS[method].make(config, len(names)))
+    checkpoint.check_vocabulary(path, (classifier.backbone.config.vocab,), (tokenizer.size,))
     rows = to_rows(tokenizer, list(map(clean, words)))
     sure, places = probabilities(classifier.to(device), rows).max(1)
     judged = zip(places.tolist(), sure.tolist(), words, strict=True)
-    return [f"{meta['names'][place]} {share:.1%}  {word}" for place, share, word in judged]
+    return [f"{names[place]} {share:.1%}  {word}" for place, share, word in judged]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Tokenizer]:
@@ -109,11 +114,11 @@ def _read(path: Path) -> tuple[dict[str, Any], Tokenizer]:
     meta = checkpoint.read_state(path).get("meta", {})
     if meta.get("recipe") != "reviews":
         raise checkpoint.CheckpointError(
-            f"{path}: expected a model of the reviews recipe, found {meta.get('recipe')!r}"
+            f"{path}: expected a model of the reviews recipe, found {shorten(repr(meta.get('recipe')), 60)}"
         )
     file = (path if (path / TOKENIZER).exists() else path.parent) / TOKENIZER
     tokenizer = Tokenizer.load(file)
-    if tokenizer.fingerprint != meta["tokenizer"]:
+    if tokenizer.fingerprint != meta.get("tokenizer"):
         raise checkpoint.CheckpointError(f"{file}: not the tokenizer that {path} was trained with")
     return meta, tokenizer
 

@@ -1,0 +1,130 @@
+"""The process that trains: alone, with its run folder to itself, and saved when it is stopped."""
+
+import argparse
+import contextlib
+import errno
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tileformer.training.files import PathLike, shorten
+
+LOCK = ".lock"
+_held: dict[Path, int] = {}  # the locks of this process, and the thread that took each
+
+
+def require_single() -> None:
+    """ValueError under a launcher of several processes: each would train the whole run, and all into one folder."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.strip() not in ("", "0", "1"):
+        raise ValueError(
+            f"WORLD_SIZE is {shorten(size, 20)}: this command trains in one process; start it without torchrun, or unset it"
+        )
+
+
+@contextlib.contextmanager
+def lock(folder: PathLike) -> Iterator[None]:
+    """Hold `folder`, which is made if need be, for this thread; taken again inside, it is held already.
+
+    The kernel releases it with the process, however that ends. ValueError when another one has it. A file system that
+    knows no locks is used without.
+    """
+    import fcntl
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if _held.get(key) == threading.get_ident():
+        yield
+        return
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            raise ValueError(
+                f"{folder}: process {owner} is at work in it; wait until it has ended, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        _held[key] = threading.get_ident()
+        try:
+            yield
+        finally:
+            del _held[key]
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
+    finally:
+        os.close(descriptor)
+
+
+class Stop:
+    """Whether this process was asked to stop: `signum` is the signal's number, 0 without one."""
+
+    signum = 0
+
+    def error(self, advice: str) -> BaseException:
+        """What ends the run: KeyboardInterrupt, or for SIGTERM the SystemExit of a process that it ended, 143."""
+        if self.signum == signal.SIGTERM:
+            return SystemExit(128 + signal.SIGTERM)
+        return KeyboardInterrupt(advice)
+
+
+@contextlib.contextmanager
+def stop_at_next_step() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM only set `signum`, so that a step can be finished and saved; a second Ctrl-C stops at once.
+
+    In the main thread, and of handlers that nobody has changed; they are put back at the end.
+    """
+    stop = Stop()
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signum = stop.signum or signum
+        if sys.stderr is not None:  # else 2 is the number of another file
+            with contextlib.suppress(OSError):  # not print: this may be inside of another print
+                os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: was for number, was in usual.items() if signal.getsignal(number) == was}
+    try:
+        for number in before:
+            signal.signal(number, ask)
+        yield stop
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+
+
+def command(verb: str, add_arguments: Callable[[argparse.ArgumentParser], None], args: argparse.Namespace) -> str:
+    """The command line of `args` that goes on with a run that was stopped."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["tileformer", verb, args.recipe]
+    for name, usual in vars(parser.parse_args([])).items():
+        given = getattr(args, name)
+        if given != usual and name not in ("recipe", "resume", "overwrite"):
+            words += [f"--{name.replace('_', '-')}", *([] if given is True else [str(given)])]
+    return shlex.join([*words, "--resume"])
+
+
+@contextlib.contextmanager
+def interruptible(again: str, saved: Callable[[], bool]) -> Iterator[None]:
+    """Say how to go on when what runs inside is stopped, and let the exception through."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        left = f"go on with: {again}" if saved() else "no checkpoint was written yet"
+        print(f"interrupted; {left}", file=sys.stderr)
+        raise
