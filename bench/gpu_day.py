@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tileformer.arguments import output_folder
 from tileformer.bench.measure import DRY
 from tileformer.bench.plot import plot
 from tileformer.bench.providers import OURS
@@ -71,9 +72,8 @@ LIMIT = 25 * 60
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench gpu-day`."""
-    parser.add_argument(
-        "--output", metavar="DIR", default="runs/gpu-day", help="the report's folder (default: runs/gpu-day)"
-    )
+    about = "the report's folder (default: runs/gpu-day)"
+    parser.add_argument("--output", type=output_folder, metavar="DIR", default="runs/gpu-day", help=about)
     parser.add_argument("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
 
 

@@ -10,6 +10,7 @@ Examples:
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", help="what to fine-tune: reviews")
     add("--list", action="store_true", help="list the methods and stop")
-    add("--method", metavar="M", help="how; --list names them (default full; with --table all, or several: a,b)")
+    add(
+        "--method",
+        type=arguments.name,
+        metavar="M",
+        help="how; --list names them (default full; with --table all, or several: a,b)",
+    )
     add("--labels", default="all", metavar="N", help="texts of the train part whose label is used (default all)")
     add(
         "--data",
@@ -150,7 +156,7 @@ def _check(args: argparse.Namespace) -> None:
     known = {*METHODS, BASELINE} if args.table else {*METHODS}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no method {unknown[0]!r}; there is: {', '.join(METHODS)}")
-    if args.labels != "all" and not (args.labels.isdecimal() and int(args.labels) > 1):
+    if args.labels != "all" and not re.fullmatch("[2-9]|[1-9][0-9]{1,8}", args.labels):
         raise ValueError(f"--labels must be a number above 1 or all, got {args.labels!r}")
     if args.labels == "all" and not args.table and METHODS[method].unlabelled:
         raise ValueError(f"{method} needs texts without labels: give --labels N")

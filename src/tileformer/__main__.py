@@ -38,7 +38,8 @@ def _docstring(name: str) -> str:  # read, not imported: `tileformer --help` mus
 
 def _complain(message: str, typed: list[str]) -> None:
     """One line on standard error. Words that were typed, and long, are cut, as they are or as `repr` shows them."""
-    for word in filter(lambda word: len(word) > LONGEST, typed):
+    words = [part for word in typed for part in (word, word.partition("=")[2]) if len(part) > LONGEST]
+    for word in words:
         for shown in (word, repr(word)[1:-1]):
             message = message.replace(shown, shown[:LONGEST] + "...")
     with contextlib.suppress(OSError):  # nowhere to say it: the exit status says the rest

@@ -134,13 +134,13 @@ COUNT = whole(1, 10**6)
 
 
 def seconds(text: str) -> float:
-    """A time above 0, and not for ever."""
+    """A time above 0, of at most thirty years."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise ArgumentError(f"a number of seconds above 0 is needed, got {text!r}")
+    if not 0 < number <= 1e9:
+        raise ArgumentError(f"a number of seconds above 0 and up to 1e9 is needed, got {text!r}")
     return number
 
 
@@ -152,6 +152,13 @@ def architecture(text: str) -> int:
     if not match:
         raise ArgumentError(f"a compute capability such as 90, sm_90 or 9.0 is needed, got {text!r}")
     return int(match[1] or match[2] + match[3])
+
+
+def name(text: str) -> str:
+    """A name, or a part of one, which an empty text would be of everything."""
+    if not text.strip():
+        raise ArgumentError(f"a name is needed, got {text!r}")
+    return text
 
 
 def encoding(text: str) -> str:

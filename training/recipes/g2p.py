@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import time
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -181,7 +182,8 @@ def load(path: Path, device: torch.device) -> Seq2Seq:
 
 def spelled(word: str) -> str:
     """A word as the model reads it: lower case, without full-width letters, soft hyphens and typographic apostrophes."""
-    return text.clean(word.translate(APOSTROPHES), markup=False, case=True)
+    letters = unicodedata.normalize("NFKC", word.translate(APOSTROPHES)).lower()
+    return "".join(c for c in letters if unicodedata.category(c) != "Cf").strip()
 
 
 def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str | ValueError]:
