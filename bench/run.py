@@ -126,7 +126,9 @@ def _asked(args: argparse.Namespace, device: torch.device) -> list[Workload]:
     """The workloads; ValueError for names that are none, and for plots that could not be drawn."""
     known = {name for op in OPS for name in providers.providers(op)}
     if unknown := set(args.provider or []) - known:
-        raise ValueError(f"unknown provider {', '.join(map(repr, sorted(unknown)))}: there are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown provider {', '.join(map(repr, sorted(unknown)))}: there are {', '.join(sorted(known))}"
+        )
     if args.plot:
         library("matplotlib")
     # Those with a slow starter last: where time is short, all the others have their figures.
