@@ -1,6 +1,7 @@
 """Plots are PNGs of the data given, also where no font has the characters."""
 
 import json
+import re
 
 import numpy
 import pytest
@@ -64,19 +65,20 @@ def test_attention_has_a_panel_a_head(tmp_path, drawn, heads):
     numpy.testing.assert_array_equal(image, weights.detach().float().numpy().reshape(-1, 3, 4)[-1])
 
 
-@pytest.mark.parametrize(
-    "tokens", [["tok"] * 30, ["x" * 100], ["a long word", "b", "c"]], ids=["many", "longest", "long"]
-)
+@pytest.mark.parametrize("tokens", [["tok"] * 30, ["x" * 100]], ids=["many", "long"])
 def test_titles_and_labels_are_not_cut(tmp_path, tokens):
-    assert is_png(plots.attention(torch.rand(2, len(tokens), len(tokens)), tokens, tmp_path / "a.png"))
+    assert is_png(plots.attention(torch.rand(len(tokens), len(tokens)), tokens, tmp_path / "a.png"))
     assert is_png(plots.confusion(numpy.eye(2, dtype=int), [tokens[0] * 20, "b"], tmp_path / "c.png"))
 
 
-def test_a_character_without_a_glyph_becomes_its_code_point_and_is_told(tmp_path):
-    with pytest.warns(UserWarning, match=r"\(U\+E000\), .* \(U\+E002\) and 2 more; install .*fonts-noto-cjk"):
+def test_a_character_without_a_glyph_becomes_its_code_point_and_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(plots, "_told", set())
+    for _ in range(2):
         assert plots._drawable(["ab\ue000", "\ue004\ue001\ue003\ue002"])[0] == "abU+E000"
-    with pytest.warns(UserWarning, match="U\\+E000"):
-        plots.confusion(numpy.eye(2, dtype=int), ["\ue000", "b"], tmp_path / "c.png")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"\(U\+E000\), .* \(U\+E002\) and 2 more; install .*fonts-noto-cjk", line)
+    plots._drawable(["\ue005"])
+    assert "(U+E005); install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """PNGs of a run: learning curves, a confusion matrix, attention maps. Needs matplotlib, draws without a display.
 
-Where no installed font has a character (Chinese on a bare server), its code point stands instead, U+597D, and a warning
-says which font to install.
+Where no installed font has a character (Chinese on a bare server), its code point stands instead, U+597D, and a line
+on standard error says which font to install.
 """
 
 import json
 import os
-import warnings
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tileformer.training.extras import library
 PathLike = str | os.PathLike[str]
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
 LONGEST = 40  # characters of a label
+_told: set[str] = set()  # characters without a glyph that a line was printed about
 FONTS = ("DejaVu Sans", *CJK, "Microsoft YaHei", "PingFang SC", "Droid Sans Fallback", "AR PL UMing CN")
 
 
@@ -105,11 +106,12 @@ def _drawable(texts: Iterable[str]) -> list[str]:
     """The texts, cut where they are long, with characters that no installed font of `FONTS` has as code points."""
     texts = [text if len(text) <= LONGEST else text[: LONGEST - 1] + "…" for text in texts]
     known = _characters(_fonts())
-    if missing := sorted({c for text in texts for c in text if ord(c) not in known}):
+    if missing := sorted({c for text in texts for c in text if ord(c) not in known} - _told):
+        _told.update(missing)
         named = ", ".join(f"{c} (U+{ord(c):04X})" for c in missing[:3])
         more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
         advice = f"install one of {', '.join(CJK[:4])} (Debian: fonts-noto-cjk)"
-        warnings.warn(f"no font that is installed here has {named}{more}; {advice}", stacklevel=3)
+        print(f"no font that is installed here has {named}{more}; {advice}", file=sys.stderr)
     return ["".join(c if ord(c) in known else f"U+{ord(c):04X}" for c in text) for text in texts]
 
 
