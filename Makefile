@@ -9,7 +9,7 @@ DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench gpu-day compat aot fuzz mutation sanitize clean
+.PHONY: help demo test verbs lint format bench gpu-day compat aot fuzz mutation sanitize clean
 .SECONDARY:
 
 help: ## show this list
@@ -26,6 +26,9 @@ demo: $(VENV)/.installed ## train a small model on this machine, check the kerne
 WORKERS ?= $(if $(wildcard /dev/nvidia[0-9]*),0,2)
 test: $(VENV)/.installed ## run the tests (about 10 minutes on 2 cores; WORKERS=2 processes)
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+
+verbs: $(VENV)/.installed ## every option of every verb with a bad path and a bad value
+	$(BIN)/pytest -q tests/test_verbs.py --all-verbs $(ARGS)
 
 lint: $(VENV)/.installed ## style, format, types
 	$(BIN)/ruff check .

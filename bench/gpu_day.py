@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tileformer.arguments import output_folder
 from tileformer.bench.measure import DRY
 from tileformer.bench.plot import plot
 from tileformer.bench.providers import OURS
@@ -71,9 +72,8 @@ LIMIT = 25 * 60
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench gpu-day`."""
-    parser.add_argument(
-        "--output", metavar="DIR", default="runs/gpu-day", help="the report's folder (default: runs/gpu-day)"
-    )
+    about = "the report's folder (default: runs/gpu-day)"
+    parser.add_argument("--output", type=output_folder, metavar="DIR", default="runs/gpu-day", help=about)
     parser.add_argument("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
 
 
@@ -207,6 +207,7 @@ def _op_table(rows: list[dict[str, Any]], dry: bool) -> list[str]:
             cells = ["-" if name not in ms else "dry" if dry else f"{ms[name]:.4f}" for name in who]
             if OURS in ms and ms[OURS] <= min(ms.values()) and not dry:
                 cells[who.index(OURS)] = f"**{cells[who.index(OURS)]}**"
-            share = "dry" if dry else f"{(found.get(OURS) or {}).get('share') or 0:.1%}"
+            figure = (found.get(OURS) or {}).get("share")
+            share = "dry" if dry else "-" if figure is None else f"{figure:.1%}"
             lines.append(f"| {workload} | {mode} | " + " | ".join(cells) + f" | {share} |")
     return lines

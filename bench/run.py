@@ -9,20 +9,22 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
-import os
+import io
 import time
 from typing import Any
 
 import torch
 
+from tileformer import arguments
 from tileformer.bench import gpu_day, host, providers, step, tune
 from tileformer.bench.cases import DTYPES
 from tileformer.bench.measure import DRY, Bench, Result, wanted
 from tileformer.bench.plot import plot
+from tileformer.bench.report import Growing, as_json
 from tileformer.bench.static import report as static_report
 from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels.info import require_device
+from tileformer.training.extras import library
 
 ELSEWHERE = {"static": static_report, "host": host, "gpu-day": gpu_day}
 ABOUT = {
@@ -45,24 +47,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ELSEWHERE[name].add_arguments(command)
             continue
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-        command.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+        about = "also write every figure to FILE"
+        command.add_argument("--json", type=arguments.output_file, metavar="FILE", help=about)
         if name == "step":
-            command.add_argument("--threads", type=int, nargs="+", metavar="N", help="on a CPU (default: 1 and 2)")
-            command.add_argument("--rounds", type=int, default=12, help="rounds whose median is printed (default: 12)")
+            about = "on a CPU (default: 1 and 2)"
+            command.add_argument("--threads", type=arguments.THREADS, nargs="+", metavar="N", help=about)
+            about = "rounds whose median is printed (default: 12)"
+            command.add_argument("--rounds", type=arguments.COUNT, default=12, metavar="N", help=about)
             continue
         command.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-        command.add_argument("--seconds", type=float, metavar="S", help="start nothing new after S seconds")
+        about = "start nothing new after S seconds"
+        command.add_argument("--seconds", type=arguments.seconds, metavar="S", help=about)
         command.add_argument(
             "--dry", action="store_true", help="execute all of it without a GPU, at small size; measures nothing"
         )
-        command.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth workload")
+        about = "only every Nth workload"
+        command.add_argument("--every", type=arguments.COUNT, default=1, metavar="N", help=about)
         if name == "experiments":
             continue
         command.add_argument("--mode", action="append", choices=MODES, help="only this pass (repeatable)")
-        command.add_argument("--provider", action="append", metavar="NAME", help="only this provider (repeatable)")
-        command.add_argument("--only", metavar="TEXT", help="only workloads with TEXT in their name")
-        command.add_argument("--csv", metavar="FILE", help="also write a row for every figure to FILE")
-        command.add_argument("--plot", metavar="DIR", help="also draw PNGs into DIR (needs matplotlib)")
+        command.add_argument(
+            "--provider", type=arguments.name, action="append", metavar="NAME", help="only this provider (repeatable)"
+        )
+        about = "only workloads with TEXT in their name"
+        command.add_argument("--only", type=arguments.name, metavar="TEXT", help=about)
+        about = "also write a row for every figure to FILE"
+        command.add_argument("--csv", type=arguments.output_file, metavar="FILE", help=about)
+        about = "also draw PNGs into DIR (needs matplotlib)"
+        command.add_argument("--plot", type=arguments.output_folder, metavar="DIR", help=about)
         if name == "attention":
             command.add_argument(
                 "--tune", action="store_true", help="search tiles, and print rows for kernels/attention/tiles.py"
@@ -80,12 +92,14 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cpu") if getattr(args, "dry", False) else require_device(args.device)
     if args.what == "step":
         threads = args.threads or ([1, 2] if device.type == "cpu" else [torch.get_num_threads()])
-        rows = []
+        rows: list[dict[str, Any]] = []
+        file = Growing(args.json, lambda: as_json(rows))
         for row in step.report(device, threads, args.rounds):
             rows.append(row)
-            if args.json:
-                _write(args.json, rows)
+            file.write()
+        file.write(last=True)
         return 0
+    workloads = [] if args.what == "experiments" else _asked(args, device)
     if args.dry:
         providers.compile_backend = "aot_eager"
         torch.set_num_threads(1)
@@ -103,10 +117,23 @@ def main(args: argparse.Namespace) -> int:
             if args.what == "experiments"
             else tune.search(bench, (64,) if args.dry else (64, 128))
         )
-        if args.json:
-            _write(args.json, report)
+        Growing(args.json, lambda: as_json(report)).write(last=True)
         return 0
-    return _ops(args, bench, report)
+    return _ops(args, bench, report, workloads)
+
+
+def _asked(args: argparse.Namespace, device: torch.device) -> list[Workload]:
+    """The workloads; ValueError for names that are none, and for plots that could not be drawn."""
+    known = {name for op in OPS for name in providers.providers(op)}
+    if unknown := set(args.provider or []) - known:
+        raise ValueError(
+            f"unknown provider {', '.join(map(repr, sorted(unknown)))}: there are {', '.join(sorted(known))}"
+        )
+    if args.plot:
+        library("matplotlib")
+    # Those with a slow starter last: where time is short, all the others have their figures.
+    workloads = chosen(args.what, device, args.dry, args.only, args.every)
+    return sorted(workloads, key=lambda w: _starts_slowly(w, args.provider))
 
 
 def chosen(what: str, device: torch.device, dry: bool, only: str | None, every: int = 1) -> list[Workload]:
@@ -134,17 +161,15 @@ def _starts_slowly(workload: Workload, asked: list[str] | None) -> bool:
     return any(name in slow and wanted(workload, name, asked) for name in providers.providers(workload.op))
 
 
-def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
-    known = {name for op in OPS for name in providers.providers(op)}
-    if unknown := set(args.provider or []) - known:
-        raise ValueError(f"unknown provider {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any], workloads: list[Workload]) -> int:
     print(
-        f"{report['device']}, torch {report['torch']}; " + ", ".join(f"{n} {x:,.1f}" for n, x in bench.ceilings.items())
+        "; ".join(
+            [f"{report['device']}, torch {report['torch']}", *(f"{n} {x:,.1f}" for n, x in bench.ceilings.items())]
+        )
     )
     absent: dict[str, None] = {}
-    # Those with a slow starter last: where time is short, all the others have their figures.
-    workloads = chosen(args.what, bench.device, args.dry, args.only, args.every)
-    for workload in sorted(workloads, key=lambda w: _starts_slowly(w, args.provider)):
+    files = [Growing(args.json, lambda: as_json(report)), Growing(args.csv, lambda: _csv(report["results"]))]
+    for workload in workloads:
         if time.monotonic() > bench.deadline:
             print(f"time is up: nothing from {workload.op}, {workload.name} on was measured")
             break
@@ -153,10 +178,10 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
         report["results"] += [dataclasses.asdict(r) for r in results]
         absent |= dict.fromkeys(r.reason for r in results if r.reason.endswith("is not installed"))
         print("\n".join(table(results, bench.sized(workload), args.dry)), flush=True)
-        if args.json:
-            _write(args.json, report)
-        if args.csv:
-            _write_csv(args.csv, report["results"])
+        for file in files:
+            file.write()
+    for file in files:
+        file.write(last=True)
     if absent:
         print("; ".join(absent))
     if args.plot:
@@ -191,14 +216,9 @@ def table(results: list[Result], workload: Workload, dry: bool) -> list[str]:
     return lines
 
 
-def _write(path: str, data: Any) -> None:
-    with open(f"{path}.part", "w") as file:
-        json.dump(data, file, indent=1)
-    os.replace(f"{path}.part", path)  # a run that is stopped leaves whole files
-
-
-def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -33,6 +33,7 @@ from tileformer.training.data import PackedBatches
 from tileformer.training.files import shorten
 from tileformer.training.loop import fit, resolve_precision
 from tileformer.training.losses import language_loss
+from tileformer.training.recipes import answers
 from tileformer.training.settings import Settings
 
 FORMS = {"4x5": (4, 5), "4x7": (4, 7), "8x5": (8, 5), "8x7": (8, 7)}  # lines x characters
@@ -125,11 +126,13 @@ class Vocabulary:
         """Ids of a form and a poem, or the beginning of one. ValueError: a form or character that is not known."""
         if form not in FORMS:
             raise ValueError(
-                f"no form {shorten(repr(form), 60)}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
+                f"no form {text.shown(form)}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
             )
         if unknown := [symbol for symbol in poem if symbol not in self.ids]:
-            named, typed = shorten(", ".join(map(repr, unknown)), 60), shorten(repr(poem), 60)
-            raise ValueError(f"{typed}: the model never learned {named}; it reads traditional characters, ， and 。")
+            named = ", ".join(map(repr, dict.fromkeys(unknown[:5])))
+            raise ValueError(
+                f"{text.shown(poem)}: the model never learned {named}; it reads traditional characters, ， and 。"
+            )
         return [SPECIAL + list(FORMS).index(form), *(self.ids[symbol] for symbol in poem)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -177,20 +180,24 @@ def load(path: Path, device: torch.device) -> tuple[DecoderLM, Vocabulary]:
     return model.to(device).eval(), vocabulary
 
 
-def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
-    """`word  poem` for each word, `FORM` or `FORM:BEGINNING`: what `tileformer generate` prints."""
+def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str | ValueError]:
+    """`word  poem` for each word, `FORM` or `FORM:BEGINNING`: what `tileformer generate` prints; or its ValueError."""
     model, vocabulary = load(path, device)
-    requests = []
-    for word in words:
+
+    def read(word: str) -> tuple[str, str, str]:
         form, _, beginning = word.replace("：", ":").partition(":")
         vocabulary.row(form, beginning)
         count, length = FORMS[form]
         if len(beginning) > count * (length + 1):
-            raise ValueError(
-                f"{shorten(repr(word), 60)}: a poem {form} has {count * (length + 1)} symbols, this begins with {len(beginning)}"
-            )
-        requests.append((form, beginning))
-    return [f"{word}  {poem}" for word, poem in zip(words, write(model, vocabulary, requests), strict=True)]
+            room = f"a poem {form} has {count * (length + 1)} symbols"
+            raise ValueError(f"{text.shown(word)}: {room}, this begins with {len(beginning)}")
+        return word, form, beginning
+
+    def answer(known: list[tuple[str, str, str]]) -> list[str]:
+        poems = write(model, vocabulary, [(form, beginning) for _, form, beginning in known])
+        return [f"{word}  {poem}" for (word, _, _), poem in zip(known, poems, strict=True)]
+
+    return answers(words, read, answer)
 
 
 def run(options: argparse.Namespace, device: torch.device, output: Path) -> None:
