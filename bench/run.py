@@ -19,7 +19,6 @@ import torch
 from tileformer.bench import gpu_day, host, providers, step, tune
 from tileformer.bench.cases import DTYPES
 from tileformer.bench.measure import DRY, Bench, Result, wanted
-from tileformer.bench.plot import plot
 from tileformer.bench.static import report as static_report
 from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels.info import require_device
@@ -160,6 +159,8 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
     if absent:
         print("; ".join(absent))
     if args.plot:
+        from tileformer.bench.plot import plot  # with training's figures, which need more packages than timing does
+
         print("\n".join(plot(report, args.plot)))
     return int(any(r["failed"] and (args.dry or r["provider"] == providers.OURS) for r in report["results"]))
 
