@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import os
 import time
 from typing import Any
 
 import torch
+import triton
 
-from tileformer.bench import gpu_day, host, providers, step, tune
+from tileformer.bench import ahead, gpu_day, host, providers, step, tune
 from tileformer.bench.cases import DTYPES
 from tileformer.bench.measure import DRY, Bench, Result, wanted
 from tileformer.bench.static import report as static_report
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--dry", action="store_true", help="execute all of it without a GPU, at small size; measures nothing"
         )
         command.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth workload")
+        command.add_argument("--resume", action="store_true", help="go on after what the file of --json has")
         if name == "experiments":
             continue
         command.add_argument("--mode", action="append", choices=MODES, help="only this pass (repeatable)")
@@ -64,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--plot", metavar="DIR", help="also draw PNGs into DIR (needs matplotlib)")
         if name == "attention":
             command.add_argument(
-                "--tune", action="store_true", help="search tiles, and print rows for kernels/attention/tiles.py"
+                "--tune",
+                action="store_true",
+                help="search tiles (--only TEXT: those of tables, features and head sizes like 'BACKWARD_DQ plain 64'), and print rows for "
+                "kernels/attention/tiles.py; goes on from --json (default: runs/tune.json)",
             )
 
 
@@ -91,21 +97,50 @@ def main(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.seconds if args.seconds else float("inf")
     fast = "bf16" if args.dry or (device.type == "cuda" and torch.cuda.is_bf16_supported()) else "fp32"
     bench = Bench(device, DTYPES[args.dtype or fast], dry=args.dry, deadline=deadline)
+    searched = getattr(args, "tune", False)
+    if searched:
+        args.json, args.resume = args.json or "runs/tune.json", True
+        os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
     report: dict[str, Any] = dict(
-        device=bench.clock.name, dry=args.dry, torch=torch.__version__, ceilings=bench.ceilings, results=[]
-    )
+        device=bench.clock.name, dry=args.dry, torch=torch.__version__, triton=triton.__version__,
+        dtype=str(bench.dtype).removeprefix("torch."), ceilings=bench.ceilings, results=[],
+    )  # fmt: skip
+    if args.resume:
+        report["results"] = _kept(args.json, report)
     if args.dry:
         print(DRY.upper())
-    if args.what == "experiments" or getattr(args, "tune", False):
-        report["results"] = (
-            tune.experiments(bench, args.every)
-            if args.what == "experiments"
-            else tune.search(bench, (64,) if args.dry else (64, 128))
-        )
-        if args.json:
-            _write(args.json, report)
+    if args.what == "experiments" or searched:
+
+        def keep(row: dict[str, Any]) -> None:
+            report["results"].append(row)
+            if args.json:
+                _write(args.json, report)
+
+        if searched:
+            tune.search(bench, report["results"], keep, args.only or "", (64,) if args.dry else (64, 128))
+        else:
+            tune.experiments(bench, report["results"], keep, args.every)
         return 0
     return _ops(args, bench, report)
+
+
+def _kept(path: str | None, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of an earlier call of the same kind, to go on after.
+
+    Raises:
+        ValueError: without a file's name, or if it holds something else.
+    """
+    if not path:
+        raise ValueError("--resume goes on after a file of results: name it with --json FILE")
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        earlier = json.load(file)
+    for name in ("device", "dry", "torch", "triton", "dtype"):
+        if not isinstance(earlier, dict) or earlier.get(name) != report[name]:
+            found = earlier.get(name) if isinstance(earlier, dict) else "no report"
+            raise ValueError(f"{path} has results of {name} {found}, this is {report[name]}: choose another --json")
+    return earlier["results"]
 
 
 def chosen(what: str, device: torch.device, dry: bool, only: str | None, every: int = 1) -> list[Workload]:
@@ -142,7 +177,15 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
     )
     absent: dict[str, None] = {}
     # Those with a slow starter last: where time is short, all the others have their figures.
+    done = {(row["op"], row["workload"]) for row in report["results"]}
     workloads = chosen(args.what, bench.device, args.dry, args.only, args.every)
+    workloads = [workload for workload in workloads if (workload.op, workload.name) not in done]
+    calls = [
+        functools.partial(ahead.workload_call, providers.providers(w.op)[providers.OURS](w), w, bench.dtype)
+        for w in workloads
+    ]
+    if bench.device.type == "cuda" and (said := ahead.compile_here(calls)):
+        print(said, flush=True)
     for workload in sorted(workloads, key=lambda w: _starts_slowly(w, args.provider)):
         if time.monotonic() > bench.deadline:
             print(f"time is up: nothing from {workload.op}, {workload.name} on was measured")
