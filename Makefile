@@ -10,7 +10,7 @@ DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu lint format bench gpu-day compat aot fuzz mutation sanitize clean
+.PHONY: help demo test test-gpu verbs lint format bench gpu-day compat aot fuzz mutation sanitize clean
 .SECONDARY:
 
 help: ## show this list
@@ -31,6 +31,9 @@ test: $(VENV)/.installed ## run the tests (about 10 minutes on 2 cores; WORKERS=
 
 test-gpu: $(VENV)/.installed ## the tests that run on the GPU, and no others (minutes, most of them compilation the first time)
 	$(BIN)/pytest -q -m gpu $(ARGS)
+
+verbs: $(VENV)/.installed ## every option of every verb with a bad path and a bad value
+	$(BIN)/pytest -q tests/test_verbs.py --all-verbs $(ARGS)
 
 lint: $(VENV)/.installed ## style, format, types
 	$(BIN)/ruff check .

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import math
 import sys
 import time
@@ -28,14 +27,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tileformer import kernels
+from tileformer import arguments, kernels
 from tileformer.bench import ahead, compiled, models
 from tileformer.bench.budget import over_budget
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Case, Draw
 from tileformer.bench.cases import CASES, DRAWS, OPS
 from tileformer.bench.memory import FRESH, RED, Memory
 from tileformer.bench.pairs import PAIRS
-from tileformer.bench.report import HEADER, Finding, collect, line, markdown, summary
+from tileformer.bench.report import HEADER, Finding, Growing, as_json, collect, line, markdown, summary, surroundings
 from tileformer.kernels import info, launch
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
@@ -242,23 +241,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead whole models of torch.nn and transformers on our kernels, beside their eager selves",
     )
     parser.add_argument("--op", action="append", choices=choices["op"], help="only this op (repeatable)")
-    parser.add_argument("--case", action="append", metavar="NAME", help="only this call (repeatable)")
+    parser.add_argument(
+        "--case", type=arguments.name, action="append", metavar="NAME", help="only this call (repeatable)"
+    )
     parser.add_argument("--dtype", action="append", choices=choices["dtype"], help="only this dtype (repeatable)")
     parser.add_argument(
         "--backend", choices=("triton", "interpret", "torch"), help="default: triton on a GPU, interpret elsewhere"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-    parser.add_argument("--report", metavar="FILE", help="also write a Markdown report to FILE")
     parser.add_argument(
-        "--json", metavar="FILE", help="also write every figure to FILE ('-': to standard output instead of the table)"
+        "--report",
+        type=arguments.output_file,
+        metavar="FILE",
+        help="also write a Markdown report to FILE, call by call",
     )
+    parser.add_argument(
+        "--json", type=lambda text: text if text == "-" else arguments.output_file(text), metavar="FILE",
+        help="also write every figure to FILE, call by call ('-': to standard output instead of the table)",
+    )  # fmt: skip
     parser.add_argument(
         "--compile-only", action="store_true",
         help="compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's cache for one",
     )  # fmt: skip
     parser.add_argument(
-        "--arch", type=int, nargs="+", metavar="CC", help="with --compile-only: 80 86 89 90 100 120 (default: all)"
-    )
+        "--arch", type=arguments.architecture, nargs="+", metavar="CC",
+        help="with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -277,6 +285,8 @@ def main(args: argparse.Namespace) -> int:
     launch.selftest_due = False  # this is more than that
     device = info.require_device(args.device)
     backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
+    if backend in ("triton", "interpret") and (backend == "triton") != (device.type == "cuda"):
+        raise ValueError(f"--backend {backend} does not serve {device.type}: triton is for cuda, interpret for cpu")
     calls.sort(key=lambda call: _far(call[0]))  # last: a wrong offset there would take the process or the GPU down
     table = args.json != "-"
     if backend == "triton":
@@ -285,36 +295,45 @@ def main(args: argparse.Namespace) -> int:
             print(said, flush=True)
     if table:
         print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{HEADER}")
-    start, findings = time.perf_counter(), []
+    start, environment = time.perf_counter(), surroundings(backend, device)
+    findings: list[Finding] = []
+
+    def report() -> dict[str, Any]:
+        return collect(findings, environment, tiles, time.perf_counter() - start, len(calls))
+
+    files = [Growing(args.report, lambda: markdown(report()))]
+    files += [Growing(args.json, lambda: as_json(report()))] if table else []
     with _tiles() as tiles:
-        for n, (item, dtype) in enumerate(calls, 1):
-            if sys.stderr.isatty():
-                print(
-                    f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
-                    end="\r",
-                    file=sys.stderr,
+        try:
+            for n, (item, dtype) in enumerate(calls, 1):
+                if sys.stderr.isatty():
+                    print(
+                        f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
+                        end="\r",
+                        file=sys.stderr,
+                    )
+                finding = _find(item, dtype, backend, device)
+                finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
+                    f" --{name} {value}"
+                    for name, value in (("backend", args.backend), ("device", args.device))
+                    if value
                 )
-            finding = _find(item, dtype, backend, device)
-            finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
-                f" --{name} {value}" for name, value in (("backend", args.backend), ("device", args.device)) if value
-            )
-            findings.append(finding)
-            if table:
-                print(line(finding), flush=True)
-    report = collect(findings, backend, device, tiles, time.perf_counter() - start)
-    if args.json == "-":
-        print(json.dumps(report, indent=1))
-    elif args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
-    if args.report:
-        with open(args.report, "w") as file:
-            file.write(markdown(report))
-    if table:
-        for row in report["features"]:
-            print(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
-        print(summary(report))
-    return 1 if report["failed"] else 0
+                findings.append(finding)
+                if table:
+                    print(line(finding), flush=True)
+                for file in files:
+                    file.write()
+        finally:
+            for file in files:
+                file.write(last=True)
+    found = report()
+    if not table:
+        print(as_json(found), end="")
+        return 1 if found["failed"] else 0
+    for row in found["features"]:
+        print(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
+    print(summary(found))
+    return 1 if found["failed"] else 0
 
 
 def _uncomputed(item: Case | Draw, dtype: str) -> None:

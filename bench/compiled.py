@@ -6,8 +6,6 @@ stack is empty), its shared memory fits the architecture, and its 16-bit dots be
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from tileformer import kernels
 from tileformer.bench.cases import DTYPES, Case, attention_call, class_call, row_call
 from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
+from tileformer.bench.report import Growing, as_json
 from tileformer.bench.static.figures import exact
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -172,7 +171,8 @@ def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: s
     unknown = set(archs or ()) - set(ARCHITECTURES)
     if unknown:
         raise ValueError(f"--arch {min(unknown)}: choose from {', '.join(map(str, ARCHITECTURES))}")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    file = Growing(None if output == "-" else output, lambda: as_json(rows))
     if output != "-":
         print(f"{'sm':<4} {'kernel':<28} {'call':<20} {'dtype':<5} {'regs':>4} {'stack':>5} {'shared':>6}  problem")
     for arch in archs or ARCHITECTURES:
@@ -180,6 +180,7 @@ def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: s
         for case, dtype in calls:
             for row in judged(case, dtype, arch, seen):
                 rows.append(row)
+                file.write()
                 if output != "-":
                     print(
                         f"{arch:<4} {row['kernel']:<28} {row['workload']:<20} {dtype:<5} {row['registers']:>4} {row['stack']:>5} "
@@ -187,13 +188,9 @@ def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: s
                         flush=True,
                     )
     problems = sum(bool(row["problem"]) for row in rows)
-    if output:
-        text = json.dumps(rows, indent=1)
-        if output == "-":
-            sys.stdout.write(text + "\n")
-        else:
-            with open(output, "w") as file:
-                file.write(text)
-    if output != "-":
+    file.write(last=True)
+    if output == "-":
+        print(as_json(rows), end="")
+    else:
         print(f"{len(rows)} kernels compiled, {problems} with a problem")
     return 1 if problems else 0

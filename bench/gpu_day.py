@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tileformer.arguments import ArgumentError, output_folder
 from tileformer.bench.measure import DRY
 from tileformer.bench.providers import OURS
 from tileformer.bench.workloads import MODES, OPS
@@ -80,10 +81,11 @@ MINUTES = 25
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench gpu-day`."""
-    parser.add_argument("--output", metavar="DIR", help="the report's folder (default: runs/gpu-day, or -dry)")
+    about = "the report's folder (default: runs/gpu-day, or -dry)"
+    parser.add_argument("--output", type=output_folder, metavar="DIR", help=about)
     parser.add_argument("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, metavar="N", help=f"end within N minutes (default: {MINUTES})"
+        "--minutes", type=_minutes, default=MINUTES, metavar="N", help=f"end within N minutes (default: {MINUTES})"
     )
     names = [part.name for part in PARTS]
     parser.add_argument(
@@ -92,12 +94,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="also parts that an earlier call has done")
 
 
+def _minutes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not ENDING < 60 * number <= 1e6:
+        raise ArgumentError(f"a number of minutes from 1 is needed (the report takes {ENDING} seconds), got {text!r}")
+    return number
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the parts that are not done yet; 1 if one failed, 130 if stopped."""
     if not args.dry and (device := require_device()).type != "cuda":
         raise ValueError(f"gpu-day found {device} and no GPU: add --dry to try every part of it here")
-    if not args.minutes * 60 > ENDING:
-        raise ValueError(f"--minutes {args.minutes:g}: the report alone takes {ENDING} seconds")
     deadline = time.monotonic() + 60 * args.minutes - ENDING
     folder = Path(args.output or ("runs/gpu-day-dry" if args.dry else "runs/gpu-day")).resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)

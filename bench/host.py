@@ -13,7 +13,6 @@ import collections
 import functools
 import gc
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,9 @@ from torch import Tensor, nn
 from triton import knobs
 from triton.runtime import driver
 
-from tileformer.bench.recording import record
+from tileformer import arguments
+from tileformer.bench.recording import ARCHITECTURES, record
+from tileformer.bench.report import Growing, as_json
 from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import attention, cross_entropy, dropout, layer_norm, softmax, use_backend
 
@@ -35,22 +36,28 @@ Call = Callable[..., Tensor]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench host`."""
-    parser.add_argument("--arch", type=int, default=90, help="compile for this architecture (default: 90)")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds whose median is printed (default: 40)")
-    parser.add_argument("--g2p", type=int, metavar="N", help="count compilations over N batch shapes (default: all)")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+    add, count = parser.add_argument, arguments.COUNT
+    add("--arch", type=arguments.architecture, default=90, metavar="CC", help="compile for this one (default: 90)")
+    add("--rounds", type=count, default=40, metavar="N", help="rounds whose median is printed (default: 40)")
+    add("--g2p", type=count, metavar="N", help="count compilations over N batch shapes (default: all)")
+    add("--json", type=arguments.output_file, metavar="FILE", help="also write every figure to FILE")
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the table and the compilations of a training run; 0."""
+    if args.arch not in ARCHITECTURES:
+        raise ValueError(f"--arch {args.arch}: choose from {', '.join(map(str, ARCHITECTURES))}")
     torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    figures = dict(arch=args.arch, torch=torch.__version__, rows=rows, compilations=collections.Counter())
+    file = Growing(args.json, lambda: as_json(figures))
     try:  # first: Triton does not count what it has compiled before
-        counted = compilations(args.arch, args.g2p)
+        figures["compilations"] = counted = compilations(args.arch, args.g2p)
         print(f"distinct compilations of a g2p run: {sum(counted.values())}, {dict(counted)}")
     except ImportError as error:
-        counted = collections.Counter()
         print(f"compilations of a g2p run: skipped, {error}")
-    rows = measured(args.arch, args.rounds)
+    file.write()
+    rows += measured(args.arch, args.rounds)
     print(f"{'us a call':<16}{'':<10}" + "".join(f"{name:>12}" for name in NAMES) + "     / liger     / torch")
     for row in rows:
         cells = [row[name] for name in NAMES] + [row["over"].get(name) for name in NAMES[1:]]
@@ -58,9 +65,7 @@ def main(args: argparse.Namespace) -> int:
             "-" if cell is None else f"{cell:.1f}" if place < 3 else f"{cell:.2f}" for place, cell in enumerate(cells)
         ]
         print(f"{row['op']:<16}{row['pass']:<10}" + "".join(f"{cell:>12}" for cell in shown))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(dict(arch=args.arch, torch=torch.__version__, rows=rows, compilations=counted), file, indent=1)
+    file.write(last=True)
     return 0
 
 

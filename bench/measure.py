@@ -51,7 +51,7 @@ class Result:
     rounds: int = 0
     tflops: float | None = None
     gbs: float | None = None
-    share: float | None = None  # of the time that the measured ceilings allow
+    share: float | None = None  # of the time that the measured ceilings allow; None where they are none
     peak_mb: float | None = None  # beyond what the inputs hold
     over_budget: float | None = None  # worst error over its budget, of output and gradients: at most 1 passes
     error: float | None = None  # largest absolute error of the output
@@ -169,8 +169,9 @@ class Clock:
 
     def ceilings(self, dtype: torch.dtype) -> dict[str, float]:
         """What this device reaches now: GB/s of a large copy (read + write), TFLOP/s of a large square matmul in `dtype`, cache warm."""
-        tiny = not self.cuda or self.dry
-        numel, n = (2**22, 256) if tiny else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
+        if not self.cuda:
+            return {}  # no size is large for every CPU's caches, and small enough to wait for
+        numel, n = (2**22, 256) if self.dry else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
 
         def reach(make: Callable[[], Any], body: Callable[[Any], Any]) -> float:
             given = make()
@@ -379,13 +380,19 @@ class Bench:
         seconds = self.clock.rounds(prepare, body)
         median = statistics.median(seconds)
         flops, moved = workload.flops(mode), workload.bytes(self.dtype, mode)
-        bandwidth, compute = self.ceilings.values()
         p20, p80 = numpy.percentile(seconds, (20, 80))
         return dict(
             median_ms=median * 1e3, p20_ms=float(p20) * 1e3, p80_ms=float(p80) * 1e3, rounds=len(seconds),
             tflops=flops / median / 1e12 if flops else None, gbs=moved / median / 1e9, peak_mb=peak,
-            share=max(moved / bandwidth / 1e9, flops / compute / 1e12) / median,
+            share=None if self.clock.dry or not self.ceilings else _share(self.ceilings, moved, flops, median),
         )  # fmt: skip
+
+
+def _share(ceilings: dict[str, float], moved: float, flops: float, seconds: float) -> float | None:
+    """Of the time that the ceilings (GB/s, TFLOP/s) allow; None above 1: what was beaten is no ceiling."""
+    bandwidth, compute = ceilings.values()
+    share = max(moved / bandwidth / 1e9, flops / compute / 1e12) / seconds
+    return share if share <= 1 else None
 
 
 def _excuse(error: Exception) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.bench.budget import over_budget
+from tileformer.bench.report import Growing
 from tileformer.decoder import convert, huggingface
 from tileformer.kernels import use_backend
 
@@ -220,15 +221,21 @@ def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
 
 def main(backend: str | None, device: torch.device, file: str | None) -> int:
     """Print the table, also to a Markdown `file`; 1 if something is over its budget or generates other tokens."""
-    table = []
+    table: list[list[str]] = []
+    about = (
+        f"({backend or 'auto'} on {device.type}, torch {torch.__version__.split('+')[0]}). {' '.join(__doc__.split())}"
+    )
+    head = f"# Whole models\n\nWritten by `tileformer check --models --report docs/models.md` {about}\n\n"
+
+    def markdown() -> str:
+        return head + "".join(
+            "| " + " | ".join(row) + " |\n" for row in (table[0], ["---"] * len(table[0]), *table[1:])
+        )
+
+    report = Growing(file, markdown)
     for row in rows(backend, device):
         table.append(row)
+        report.write()
         print(f"{row[0]:<26}", *(f"{cell:<10}" for cell in [*row[1:5], *row[6:]]), row[5], flush=True)
-    if file:
-        with open(file, "w") as out:
-            out.write("# Whole models\n\nWritten by `tileformer check --models --report docs/models.md`")
-            out.write(
-                f" ({backend or 'auto'} on {device.type}, torch {torch.__version__.split('+')[0]}). {' '.join(__doc__.split())}\n\n"
-            )
-            out.writelines("| " + " | ".join(row) + " |\n" for row in (table[0], ["---"] * len(table[0]), *table[1:]))
+    report.write(last=True)
     return int(any(float(row[3]) > 1 or float(row[4]) > 1 or "OTHERS" in row for row in table[1:]))

@@ -55,7 +55,7 @@ def plot(report: dict[str, Any], folder: str) -> list[str]:
         chosen = [(w, row) for w, row in points if (w.op, w.curve) == (op, curve) and w.axis]
         files.append(_curves(chosen, f"{op}, {curve}", style, note, folder))
     products = [(w, row) for w, row in points if row["tflops"]]
-    if products:
+    if products and report["ceilings"]:
         files.append(_roofline(products, report["ceilings"], style, note, folder))
     return files
 

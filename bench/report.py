@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tileformer.bench.pairs import features
 from tileformer.kernels import info
+
+
+class Growing:
+    """A file that is written again as what it tells grows: a run that is stopped leaves what it had, whole.
+
+    Args:
+        path: None writes nothing. A device or a pipe is written once, at the last.
+        text: what to write now.
+    """
+
+    def __init__(self, path: str | None, text: Callable[[], str]) -> None:
+        self.path, self.text, self.due = path, text, 0.0
+
+    def write(self, last: bool = False) -> None:
+        """Write it, unless that would take more than a twentieth of the time."""
+        began = time.monotonic()
+        if self.path is None or (not last and began < self.due):
+            return
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            if last:
+                with open(self.path, "w", encoding="utf-8") as device:
+                    device.write(self.text())
+            return
+        target = os.path.realpath(self.path)  # of a link, which stays one
+        with open(f"{target}.part", "w", encoding="utf-8", newline="") as file:
+            file.write(self.text())
+        os.replace(f"{target}.part", target)
+        self.due = time.monotonic() + 20 * (time.monotonic() - began)
+
+
+def as_json(data: Any) -> str:
+    """Data as a file of ours holds them."""
+    return json.dumps(data, indent=1) + "\n"
 
 
 @dataclasses.dataclass
@@ -54,24 +91,30 @@ def line(found: Finding) -> str:
     return f"{found.op:<14} {found.case:<22} {found.dtype:<5} {most(False):>8.3f} {most(True):>8.3f}  {found.verdict}"
 
 
-def collect(
-    findings: list[Finding], backend: str, device: torch.device, tiles: dict[str, Any], seconds: float
-) -> dict[str, Any]:
-    """Everything as plain data, failures first."""
+def surroundings(backend: str, device: torch.device) -> dict[str, str]:
+    """Versions, backend and device."""
     here = info.collect(str(device))
     facts = next((x for x in here["devices"] if x["device"] == str(device)), here["devices"][0])
     environment = {name: version for name, version in here["versions"].items() if version}
+    return environment | dict(backend=backend, device=", ".join(map(str, facts.values())))
+
+
+def collect(
+    findings: list[Finding], environment: dict[str, str], tiles: dict[str, Any], seconds: float, planned: int
+) -> dict[str, Any]:
+    """Everything as plain data, failures first; `planned` calls were to be checked."""
     calls = [
         dict(dataclasses.asdict(x), passed=x.passed, verdict=x.verdict)
         for x in sorted(findings, key=lambda x: x.passed)
     ]
     return dict(
-        environment=environment | dict(backend=backend, device=", ".join(map(str, facts.values()))),
+        environment=environment,
         tiles=tiles,
         seconds=round(seconds, 1),
         passed=sum(x.passed and not x.skipped for x in findings),
         failed=sum(not x.passed for x in findings),
         skipped=sum(bool(x.skipped) for x in findings),
+        not_reached=planned - len(findings),
         calls=calls,
         features=features(calls),
     )
@@ -80,7 +123,8 @@ def collect(
 def summary(report: dict[str, Any]) -> str:
     """The last line."""
     skipped = f", {report['skipped']} skipped" if report["skipped"] else ""
-    return f"{report['passed']} passed, {report['failed']} failed{skipped} in {report['seconds']:.0f} s"
+    stopped = f", {report['not_reached']} not reached" if report["not_reached"] else ""
+    return f"{report['passed']} passed, {report['failed']} failed{skipped}{stopped} in {report['seconds']:.0f} s"
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import io
 import json
 import os
 import time
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 import triton
 
+from tileformer import arguments
 from tileformer.bench import ahead, gpu_day, host, providers, step, tune
 from tileformer.bench.cases import DTYPES
 from tileformer.bench.measure import DRY, Bench, Result, wanted
+from tileformer.bench.report import Growing, as_json
 from tileformer.bench.static import report as static_report
 from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels.info import require_device
@@ -46,25 +49,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             ELSEWHERE[name].add_arguments(command)
             continue
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-        command.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+        about = "also write every figure to FILE"
+        command.add_argument("--json", type=arguments.output_file, metavar="FILE", help=about)
         if name == "step":
-            command.add_argument("--threads", type=int, nargs="+", metavar="N", help="on a CPU (default: 1 and 2)")
-            command.add_argument("--rounds", type=int, default=12, help="rounds whose median is printed (default: 12)")
+            about = "on a CPU (default: 1 and 2)"
+            command.add_argument("--threads", type=arguments.THREADS, nargs="+", metavar="N", help=about)
+            about = "rounds whose median is printed (default: 12)"
+            command.add_argument("--rounds", type=arguments.COUNT, default=12, metavar="N", help=about)
             continue
         command.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-        command.add_argument("--seconds", type=float, metavar="S", help="start nothing new after S seconds")
+        about = "start nothing new after S seconds"
+        command.add_argument("--seconds", type=arguments.seconds, metavar="S", help=about)
         command.add_argument(
             "--dry", action="store_true", help="execute all of it without a GPU, at small size; measures nothing"
         )
-        command.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth workload")
+        about = "only every Nth workload"
+        command.add_argument("--every", type=arguments.COUNT, default=1, metavar="N", help=about)
         command.add_argument("--resume", action="store_true", help="go on after what the file of --json has")
         if name == "experiments":
             continue
         command.add_argument("--mode", action="append", choices=MODES, help="only this pass (repeatable)")
-        command.add_argument("--provider", action="append", metavar="NAME", help="only this provider (repeatable)")
-        command.add_argument("--only", metavar="TEXT", help="only workloads with TEXT in their name")
-        command.add_argument("--csv", metavar="FILE", help="also write a row for every figure to FILE")
-        command.add_argument("--plot", metavar="DIR", help="also draw PNGs into DIR (needs matplotlib)")
+        command.add_argument(
+            "--provider", type=arguments.name, action="append", metavar="NAME", help="only this provider (repeatable)"
+        )
+        about = "only workloads with TEXT in their name"
+        command.add_argument("--only", type=arguments.name, metavar="TEXT", help=about)
+        about = "also write a row for every figure to FILE"
+        command.add_argument("--csv", type=arguments.output_file, metavar="FILE", help=about)
+        about = "also draw PNGs into DIR (needs matplotlib)"
+        command.add_argument("--plot", type=arguments.output_folder, metavar="DIR", help=about)
         if name == "attention":
             command.add_argument(
                 "--tune",
@@ -85,19 +98,23 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cpu") if getattr(args, "dry", False) else require_device(args.device)
     if args.what == "step":
         threads = args.threads or ([1, 2] if device.type == "cpu" else [torch.get_num_threads()])
-        rows = []
+        rows: list[dict[str, Any]] = []
+        file = Growing(args.json, lambda: as_json(rows))
         for row in step.report(device, threads, args.rounds):
             rows.append(row)
-            if args.json:
-                _write(args.json, rows)
+            file.write()
+        file.write(last=True)
         return 0
+    searched = getattr(args, "tune", False)
+    if args.resume and not (args.json or searched):
+        raise ValueError("--resume goes on after a file of results: name it with --json FILE")
+    workloads = [] if args.what == "experiments" or searched else _asked(args, device)
     if args.dry:
         providers.compile_backend = "aot_eager"
         torch.set_num_threads(1)
     deadline = time.monotonic() + args.seconds if args.seconds else float("inf")
     fast = "bf16" if args.dry or (device.type == "cuda" and torch.cuda.is_bf16_supported()) else "fp32"
     bench = Bench(device, DTYPES[args.dtype or fast], dry=args.dry, deadline=deadline)
-    searched = getattr(args, "tune", False)
     if searched:
         args.json, args.resume = args.json or "runs/tune.json", True
         os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
@@ -110,32 +127,52 @@ def main(args: argparse.Namespace) -> int:
     if args.dry:
         print(DRY.upper())
     if args.what == "experiments" or searched:
+        file = Growing(args.json, lambda: as_json(report))
 
         def keep(row: dict[str, Any]) -> None:
             report["results"].append(row)
-            if args.json:
-                _write(args.json, report)
+            file.write()
 
-        if searched:
-            tune.search(bench, report["results"], keep, args.only or "", (64,) if args.dry else (64, 128))
-        else:
-            tune.experiments(bench, report["results"], keep, args.every)
+        try:
+            if searched:
+                tune.search(bench, report["results"], keep, args.only or "", (64,) if args.dry else (64, 128))
+            else:
+                tune.experiments(bench, report["results"], keep, args.every)
+        finally:
+            file.write(last=True)
         return 0
-    return _ops(args, bench, report)
+    return _ops(args, bench, report, workloads)
 
 
-def _kept(path: str | None, report: dict[str, Any]) -> list[dict[str, Any]]:
+def _asked(args: argparse.Namespace, device: torch.device) -> list[Workload]:
+    """The workloads; ValueError for names that are none, and for plots that could not be drawn."""
+    known = {name for op in OPS for name in providers.providers(op)}
+    if unknown := set(args.provider or []) - known:
+        raise ValueError(
+            f"unknown provider {', '.join(map(repr, sorted(unknown)))}: there are {', '.join(sorted(known))}"
+        )
+    if args.plot:
+        from tileformer.training.extras import library  # whose room needs more packages than timing does
+
+        library("matplotlib")
+    # Those with a slow starter last: where time is short, all the others have their figures.
+    workloads = chosen(args.what, device, args.dry, args.only, args.every)
+    return sorted(workloads, key=lambda w: _starts_slowly(w, args.provider))
+
+
+def _kept(path: str, report: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of an earlier call of the same kind, to go on after.
 
     Raises:
-        ValueError: without a file's name, or if it holds something else.
+        ValueError: if it holds something else.
     """
-    if not path:
-        raise ValueError("--resume goes on after a file of results: name it with --json FILE")
     if not os.path.exists(path):
         return []
-    with open(path) as file:
-        earlier = json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            earlier = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no results ({error}): choose another --json") from None
     for name in ("device", "dry", "torch", "triton", "dtype"):
         if not isinstance(earlier, dict) or earlier.get(name) != report[name]:
             found = earlier.get(name) if isinstance(earlier, dict) else "no report"
@@ -168,17 +205,14 @@ def _starts_slowly(workload: Workload, asked: list[str] | None) -> bool:
     return any(name in slow and wanted(workload, name, asked) for name in providers.providers(workload.op))
 
 
-def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
-    known = {name for op in OPS for name in providers.providers(op)}
-    if unknown := set(args.provider or []) - known:
-        raise ValueError(f"unknown provider {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
+def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any], workloads: list[Workload]) -> int:
     print(
-        f"{report['device']}, torch {report['torch']}; " + ", ".join(f"{n} {x:,.1f}" for n, x in bench.ceilings.items())
+        "; ".join(
+            [f"{report['device']}, torch {report['torch']}", *(f"{n} {x:,.1f}" for n, x in bench.ceilings.items())]
+        )
     )
     absent: dict[str, None] = {}
-    # Those with a slow starter last: where time is short, all the others have their figures.
     done = {(row["op"], row["workload"]) for row in report["results"]}
-    workloads = chosen(args.what, bench.device, args.dry, args.only, args.every)
     workloads = [workload for workload in workloads if (workload.op, workload.name) not in done]
     calls = [
         functools.partial(ahead.workload_call, providers.providers(w.op)[providers.OURS](w), w, bench.dtype)
@@ -186,7 +220,8 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
     ]
     if bench.device.type == "cuda" and (said := ahead.compile_here(calls)):
         print(said, flush=True)
-    for workload in sorted(workloads, key=lambda w: _starts_slowly(w, args.provider)):
+    files = [Growing(args.json, lambda: as_json(report)), Growing(args.csv, lambda: _csv(report["results"]))]
+    for workload in workloads:
         if time.monotonic() > bench.deadline:
             print(f"time is up: nothing from {workload.op}, {workload.name} on was measured")
             break
@@ -195,14 +230,14 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any]) -> int:
         report["results"] += [dataclasses.asdict(r) for r in results]
         absent |= dict.fromkeys(r.reason for r in results if r.reason.endswith("is not installed"))
         print("\n".join(table(results, bench.sized(workload), args.dry)), flush=True)
-        if args.json:
-            _write(args.json, report)
-        if args.csv:
-            _write_csv(args.csv, report["results"])
+        for file in files:
+            file.write()
+    for file in files:
+        file.write(last=True)
     if absent:
         print("; ".join(absent))
     if args.plot:
-        from tileformer.bench.plot import plot  # with training's figures, which need more packages than timing does
+        from tileformer.bench.plot import plot
 
         print("\n".join(plot(report, args.plot)))
     return int(any(r["failed"] and (args.dry or r["provider"] == providers.OURS) for r in report["results"]))
@@ -235,14 +270,9 @@ def table(results: list[Result], workload: Workload, dry: bool) -> list[str]:
     return lines
 
 
-def _write(path: str, data: Any) -> None:
-    with open(f"{path}.part", "w") as file:
-        json.dump(data, file, indent=1)
-    os.replace(f"{path}.part", path)  # a run that is stopped leaves whole files
-
-
-def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -18,13 +18,13 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_ARCH = 80
 
 
-def _known(name: str) -> str:
+def _known(name: str, source: str = "") -> str:
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
     return name
 
 
-_from_environment = _known(os.environ.get("TILEFORMER_BACKEND", "auto"))
+_from_environment = _known(os.environ.get("TILEFORMER_BACKEND") or "auto", "TILEFORMER_BACKEND: ")  # empty as unset
 
 
 class _Choice(threading.local):  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)

@@ -25,6 +25,7 @@ import torch
 import triton
 
 import tileformer
+from tileformer import arguments
 from tileformer.kernels import backend
 
 _DEVICE_FILES = "/dev", "nvidia[0-9]*"
@@ -210,8 +211,19 @@ def _writable(folder: Path) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tileformer info`."""
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where torch can use it, else cpu)")
+    about = "cpu, cuda or cuda:1 (default: cuda where torch can use it, else cpu)"
+    parser.add_argument("--device", type=_device, metavar="D", help=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _device(text: str) -> str:
+    try:
+        known = torch.device(text).type in ("cpu", "cuda")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise arguments.ArgumentError(f"unknown device {text!r}: ask for cpu, cuda or cuda:0")
+    return text
 
 
 def main(args: argparse.Namespace) -> int:

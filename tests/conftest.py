@@ -85,6 +85,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--gpu-full", action="store_true", help="on a GPU, compile the sweeps of every op too (an hour when cold)"
     )
+    parser.addoption("--all-verbs", action="store_true", help="test_verbs.py: every case, not a dozen")
     parser.addoption("--sample", type=int, default=1, metavar="N", help="run only every Nth of the selected tests")
 
 

@@ -46,10 +46,10 @@ class Task:
 
 
 @functools.lru_cache(maxsize=1)  # a process of the table reads it once
-def load_task(name: str, data: Path | None, encoding: str, path: Path) -> Task:
+def load_task(name: str, data: Path | None, encoding: str, path: Path, skip_bad_lines: bool = False) -> Task:
     """Read the recipe's texts, or `data`, and the pretrained model at `path` if there is one."""
     recipe = importlib.import_module(f"tileformer.training.recipes.{name}")
-    parts = recipe.parts(data, encoding)
+    parts = recipe.parts(data, encoding, skip_bad_lines)
     digest = hashlib.sha256(repr([(part.texts, part.labels) for part in parts.values()]).encode())
     if path.exists():
         model, tokenizer = recipe.load(checkpoint.latest(path), torch.device("cpu"))
@@ -111,10 +111,9 @@ def score(task: Task, probability: Any) -> dict[str, Any]:
 
 def table(args: argparse.Namespace) -> int:
     """Every cell that is not there yet, then the table from all that are."""
-    args.output = args.output or Path("runs") / f"{args.recipe}-table"
     (args.output / "cells").mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([BASELINE, *(args.method.split(",") if args.method else METHODS)]))
-    task = load_task(args.recipe, args.data, args.encoding, args.checkpoint)
+    task = load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
     texts = len(task.parts["train"])
     for name in names:
         if name in METHODS:
@@ -148,7 +147,7 @@ def table(args: argparse.Namespace) -> int:
 def _cell(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
     """The scores of one method, size and seed: read if they are there, else measured and written."""
     args, method, size, seed = job
-    task = load_task(args.recipe, args.data, args.encoding, args.checkpoint)
+    task = load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
     how = {"device": args.device, "precision": resolve_precision(args.precision, torch.device(args.device))}
     file = args.output / "cells" / f"{method}-{size}-{seed}.json"
     if file.exists():

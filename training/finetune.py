@@ -10,9 +10,12 @@ Examples:
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tileformer import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,18 +23,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", help="what to fine-tune: reviews")
     add("--list", action="store_true", help="list the methods and stop")
-    add("--method", metavar="M", help="how; --list names them (default full; with --table all, or several: a,b)")
+    add(
+        "--method",
+        type=arguments.name,
+        metavar="M",
+        help="how; --list names them (default full; with --table all, or several: a,b)",
+    )
     add("--labels", default="all", metavar="N", help="texts of the train part whose label is used (default all)")
-    add("--data", type=Path, metavar="FILE", help="your own label<TAB>text instead of the recipe's texts")
-    add("--encoding", default="utf-8", help="of --data (default utf-8)")
-    add("--checkpoint", type=Path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
-    add("--output", type=Path, metavar="DIR", help="default runs/RECIPE-METHOD-N-SEED, with --table runs/RECIPE-table")
-    add("--seed", type=int, default=0, metavar="N", help="which labels, new weights, order, dropout (default 0)")
+    add(
+        "--data",
+        type=arguments.input_file,
+        metavar="FILE",
+        help="your own label<TAB>text instead of the recipe's texts",
+    )
+    add("--encoding", type=arguments.encoding, default="utf-8", metavar="E", help="of --data (default utf-8)")
+    add("--skip-bad-lines", action="store_true", help="leave out lines of --data that cannot be read, and say how many")
+    add("--checkpoint", type=arguments.input_path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
+    about = "default runs/RECIPE-METHOD-N-SEED, with --table runs/RECIPE-table"
+    add("--output", type=arguments.output_folder, metavar="DIR", help=about)
+    add(
+        "--seed",
+        type=arguments.SEED,
+        default=0,
+        metavar="N",
+        help="which labels, new weights, order, dropout (default 0)",
+    )
     add("--table", action="store_true", help="all methods and sizes; goes on where it was stopped")
-    add("--seeds", type=int, default=3, metavar="N", help="of --table (default 3)")
-    add("--workers", type=int, default=1, metavar="N", help="processes of --table (default 1)")
+    add("--seeds", type=arguments.whole(1, 1000), default=3, metavar="N", help="of --table (default 3)")
+    add("--workers", type=arguments.whole(1, 1000), default=1, metavar="N", help="processes of --table (default 1)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads of a process (default 1)")
+    add("--threads", type=arguments.THREADS, default=1, metavar="N", help="CPU threads of a process (default 1)")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
 
 
@@ -49,15 +70,16 @@ def main(args: argparse.Namespace) -> int:
         return 0
     _check(args)
     args.device = require_device(args.device).type
-    if args.checkpoint is not None and not args.checkpoint.exists():
-        raise ValueError(f"--checkpoint {args.checkpoint}: there is nothing")
     args.checkpoint = args.checkpoint or Path("runs") / args.recipe
+    if args.checkpoint.exists():
+        checkpoint.read_state(checkpoint.latest(args.checkpoint))  # damaged, or none: said before the texts are read
+    args.method = args.method or (None if args.table else "full")
+    ending = "table" if args.table else f"{args.method}-{args.labels}-{args.seed}"
+    args.output = args.output or arguments.output_folder(f"runs/{args.recipe}-{ending}")
     for name in ("sklearn", "scipy", "matplotlib"):  # said before the training, not after it
         library(name)
     if args.table:
         return cells.table(args)
-    args.method = args.method or "full"
-    args.output = args.output or Path("runs") / f"{args.recipe}-{args.method}-{args.labels}-{args.seed}"
     if (args.output / checkpoint.STATE).exists() or checkpoint.steps_in(args.output):
         raise ValueError(f"{args.output}: a run is already here; choose another --output")
     for step in (args.output / "stages").glob("*/step-*"):  # of a run that was stopped
@@ -71,7 +93,7 @@ def _single(args: argparse.Namespace) -> None:
     from tileformer.training import cells, checkpoint, metrics, plots
     from tileformer.training.methods import probabilities
 
-    task = cells.load_task(args.recipe, args.data, args.encoding, args.checkpoint)
+    task = cells.load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
     test = task.parts["test"]
     stages = args.output / "stages"
     probability, spent, model = cells.predict(args, task, args.method, args.labels, args.seed, stages)
@@ -134,12 +156,9 @@ def _check(args: argparse.Namespace) -> None:
     known = {*METHODS, BASELINE} if args.table else {*METHODS}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no method {unknown[0]!r}; there is: {', '.join(METHODS)}")
-    if args.labels != "all" and not (args.labels.isdecimal() and int(args.labels) > 1):
+    if args.labels != "all" and not re.fullmatch("[2-9]|[1-9][0-9]{1,8}", args.labels):
         raise ValueError(f"--labels must be a number above 1 or all, got {args.labels!r}")
     if args.labels == "all" and not args.table and METHODS[method].unlabelled:
         raise ValueError(f"{method} needs texts without labels: give --labels N")
     if args.table and (args.labels != "all" or args.seed):
         raise ValueError("--table takes its own --labels and --seed; choose with --method and --seeds")
-    for name in ("threads", "seeds", "workers"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")

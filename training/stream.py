@@ -8,6 +8,7 @@ from the seed and the epoch alone, so a place is two numbers, and to resume is t
 import itertools
 import os
 import random
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tileformer.training.data import PackedBatch, Resumable, check_fits, pack, pieces
-from tileformer.training.text import decode
+from tileformer.training.text import decode, is_damaged
 from tileformer.training.tokens import Tokenizer
 
 GROUP = 16  # blocks whose lines are shuffled together: neighbours come from as many places of the corpus
@@ -37,6 +38,7 @@ class StreamedRows(Resumable[list[int]]):
 
     With a `seed` every epoch has another order, without the lines keep theirs. buffer: bytes of text held at once.
     prepare: what is done to a line before it becomes ids (`text.clean`); what it leaves empty is an empty row.
+    skip_bad_lines: leave out lines with bytes that are no text, with one warning a file that counts them.
 
     Raises ValueError, one line that names file:line, for bytes that are not text in `encoding` (one in which a line end
     is a byte of its own: not utf-16), a line over `longest_line` bytes, files without text, and a file that changed
@@ -53,12 +55,14 @@ class StreamedRows(Resumable[list[int]]):
         encoding: str = "utf-8",
         longest_line: int = 1 << 20,
         prepare: Callable[[str], str] = str.strip,
+        skip_bad_lines: bool = False,
     ) -> None:
         self.tokenizer, self.seed, self.buffer, self.encoding, self.prepare = tokenizer, seed, buffer, encoding, prepare
+        self.skip_bad_lines = skip_bad_lines
         self.blocks: list[Block] = []
         self.paths = [Path(path) for path in paths]
         for path in self.paths:
-            self.blocks += _blocks(path, max(1, buffer // GROUP), encoding, longest_line)
+            self.blocks += _blocks(path, max(1, buffer // GROUP), encoding, longest_line, skip_bad_lines)
         if not any(block.count for block in self.blocks):
             raise ValueError(f"no text in {', '.join(map(str, self.paths)) or 'no files'}")
         # Asked for at every step of a run, and the blocks of a large corpus are many.
@@ -80,8 +84,12 @@ class StreamedRows(Resumable[list[int]]):
         with block.path.open("rb") as file:
             file.seek(block.start)
             content = file.read(block.size)
-        lines = decode(content, block.path, self.encoding, line=block.line, at=block.start).split("\n")
-        lines = [line for line in lines if line.strip()]
+        if self.skip_bad_lines:
+            text = content.decode(self.encoding, "replace")
+            text = text if block.start else text.removeprefix("\ufeff")
+        else:
+            text = decode(content, block.path, self.encoding, line=block.line, at=block.start)
+        lines = [line for line in text.split("\n") if line.strip() and not (self.skip_bad_lines and is_damaged(line))]
         if len(lines) != block.count:
             found = f"{len(lines)} lines from byte {block.start:,} on, {block.count} when it was opened"
             raise ValueError(f"{block.path}:{block.line}: the file changed while it was read: {found}")
@@ -161,9 +169,10 @@ class StreamedBatches(Resumable[PackedBatch]):
         return {**self.rows._identity(), "batch_tokens": self.batch_tokens, "longest": self.longest}
 
 
-def _blocks(path: Path, size: int, encoding: str, longest_line: int) -> Iterator[Block]:
+def _blocks(path: Path, size: int, encoding: str, longest_line: int, skip_bad_lines: bool) -> Iterator[Block]:
     """`path` as blocks of whole lines, each of `size` bytes or, by its last line, a little more."""
     start = at = first = count = 0
+    bad: list[int] = []
     with path.open("rb") as file:
         for number in itertools.count(1):
             line = file.readline(longest_line + 1)
@@ -173,6 +182,13 @@ def _blocks(path: Path, size: int, encoding: str, longest_line: int) -> Iterator
                 yield Block(path, start, at - start, first + 1, count)
                 start, first, count = at, number - 1, 0
             if not line:
-                return
-            count += bool(decode(line, path, encoding, line=number, at=at).strip())
+                break
+            if skip_bad_lines and is_damaged(line.decode(encoding, "replace")):
+                bad.append(number)
+            else:
+                count += bool(decode(line, path, encoding, line=number, at=at).strip())
             at += len(line)
+    if bad:
+        warnings.warn(
+            f"{path}: {len(bad):,} lines are no {encoding} text and left out, the first is {bad[0]}", stacklevel=3
+        )

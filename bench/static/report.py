@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from typing import Any
 import torch
 import triton
 
+from tileformer import arguments
 from tileformer.bench.recording import ARCHITECTURES
+from tileformer.bench.report import Growing
 from tileformer.bench.static import capture, evidence, goals, table
 from tileformer.bench.static.capture import OURS, PEERS
 from tileformer.bench.static.rates import RATES
@@ -33,24 +35,31 @@ BENCH = Path(__file__).resolve().parents[1]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench static`."""
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], metavar="CC", help="default: 80 90 100")
+    about = "default: 80 90 100"
+    parser.add_argument(
+        "--arch", type=arguments.architecture, nargs="+", default=[80, 90, 100], metavar="CC", help=about
+    )
     parser.add_argument("--op", action="append", choices=OPS, help="only this op (repeatable)")
     parser.add_argument(
         "--call",
+        type=arguments.name,
         metavar="PATTERN",
         help="only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run",
     )
     parser.add_argument(
-        "--against", default="", metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}"
+        "--against", type=arguments.name, metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write every figure to FILE")
+    about = "also write every figure to FILE"
+    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help=about)
     parser.add_argument(
         "--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed"
     )
     parser.add_argument(
-        "--evidence", metavar="FILE", help="write the tables of docs/evidence.md into FILE, behind its words"
-    )
-    parser.add_argument("--cache", metavar="FOLDER", help="default: tileformer/static in XDG_CACHE_HOME or ~/.cache")
+        "--evidence", type=arguments.output_file, metavar="FILE",
+        help="write the tables of docs/evidence.md into FILE, behind its words",
+    )  # fmt: skip
+    about = "default: tileformer/static in XDG_CACHE_HOME or ~/.cache"
+    parser.add_argument("--cache", type=arguments.output_folder, metavar="DIR", help=about)
 
 
 def _hash_of(files: Iterable[Path]) -> str:
@@ -126,15 +135,19 @@ def _with_traffic(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
 
 
 def collect(
-    archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*"
-) -> list[dict[str, Any]]:
-    """Every row, in an order that depends on nothing but the arguments."""
-    cache.mkdir(parents=True, exist_ok=True)
+    archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*",
+    grown: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every row, in an order that depends on nothing but the arguments; `grown` is told of those that are there so far."""
     jobs = _jobs(archs, ops, providers, pattern)
+    if not any(job["kind"] == "launches" for job in jobs):
+        raise ValueError(f"--call {pattern!r}: no call of {', '.join(ops)} has a name that fits")
+    cache.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for n, found in enumerate(pool.map(lambda job: _with_traffic(job, cache), jobs), 1):
             rows += found
+            grown(rows)
             if sys.stderr.isatty():
                 print(f"\r{n}/{len(jobs)} jobs", end="\r", file=sys.stderr)
     rows.sort(
@@ -160,10 +173,10 @@ def _beside_peers(rows: list[dict[str, Any]]) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the table; 1 if a goal of class A or B is missed."""
     unknown = set(args.arch) - set(ARCHITECTURES)
-    peers = [name for name in args.against.split(",") if name]
+    peers = args.against.split(",") if args.against else []
     if unknown or set(peers) - set(PEERS):
         raise ValueError(
-            f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against}"
+            f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against!r}"
         )
     providers = [OURS]
     for name in peers:
@@ -174,20 +187,26 @@ def main(args: argparse.Namespace) -> int:
             print(f"{name} skipped: not installed (pip install {PEERS[name]})")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = Path(args.cache or os.path.join(home, "tileformer", "static"))
-    rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*")
-    found = goals.verdicts(goals.load(), rows, part=bool(args.call)) if args.goals or args.evidence else []
-    print(f"Triton {triton.__version__}. Nothing here was measured on a GPU; shares and times are modelled.")
-    for title, columns, of in table.sections(rows, found if args.goals else []):
-        print(f"\n{title}\n{table.text(columns, of)}")
     versions = dict(
         triton=triton.__version__,
         torch=torch.__version__,
         **{name: importlib.metadata.version(PEERS[name]) for name in providers[1:]},
     )
-    if args.json:
-        report = dict(versions=versions, rows=rows, goals=found)
-        Path(args.json).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    report: dict[str, Any] = dict(versions=versions, rows=[], goals=[])
+    file = Growing(args.json, lambda: json.dumps(report, indent=1, sort_keys=True) + "\n")
+
+    def grown(rows: list[dict[str, Any]]) -> None:
+        report["rows"] = rows
+        file.write()
+
+    asked = goals.load() if args.goals or args.evidence else []
+    rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*", grown)
+    report["goals"] = found = goals.verdicts(asked, rows, part=bool(args.call))
+    print(f"Triton {triton.__version__}. Nothing here was measured on a GPU; shares and times are modelled.")
+    for title, columns, of in table.sections(rows, found if args.goals else []):
+        print(f"\n{title}\n{table.text(columns, of)}")
+    file.write(last=True)
     if args.evidence:
-        file = Path(args.evidence)
-        file.write_text(evidence.page(rows, found, versions, file.read_text() if file.exists() else ""))
+        page = Path(args.evidence)
+        page.write_text(evidence.page(rows, found, versions, page.read_text() if page.exists() else ""))
     return int(args.goals and any(v["verdict"] == "miss" for v in found))

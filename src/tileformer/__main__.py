@@ -2,9 +2,11 @@
 
 import argparse
 import ast
+import contextlib
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 import tileformer
 
@@ -23,7 +25,9 @@ ABOUT = """Fused Triton kernels for Transformers: look at this machine, check th
   tileformer generate --checkpoint PATH hello world  pronounce two words with what was learned
   tileformer finetune --list                         ways to make a classifier of a pretrained model
 
-Exit status: 0 done, 1 a check failed or a training diverged, 2 wrong usage or input, 130 interrupted."""
+Exit status: 0 done, 1 a check failed, a training diverged or some inputs could not be read, 2 wrong usage or input,
+130 interrupted."""
+LONGEST = 100  # characters that an error message shows of a word that the user typed
 
 
 def _docstring(name: str) -> str:  # read, not imported: `tileformer --help` must not wait for torch
@@ -32,21 +36,61 @@ def _docstring(name: str) -> str:  # read, not imported: `tileformer --help` mus
         return (ast.get_docstring(ast.parse(source.read())) or name).replace("%", "%%")
 
 
+def _complain(message: str, typed: list[str]) -> None:
+    """One line on standard error. Words that were typed, and long, are cut, as they are or as `repr` shows them."""
+    words = [part for word in typed for part in (word, word.partition("=")[2]) if len(part) > LONGEST]
+    for word in words:
+        for shown in (word, repr(word)[1:-1]):
+            message = message.replace(shown, shown[:LONGEST] + "...")
+    with contextlib.suppress(OSError):  # nowhere to say it: the exit status says the rest
+        print("tileformer: error:", " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def _parser(typed: list[str]) -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:  # argparse would print the usage before it
+            _complain(f"{message}; see {self.prog} --help", typed)
+            raise SystemExit(2)
+
+    return Parser("tileformer", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _text_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _open_closed_streams() -> None:
+    """A stream that the caller closed is None, and the next file opened would get its number and what others print there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit status. Errors a user can expect are one line (`python -X dev`: all of it)."""
     argv = sys.argv[1:] if argv is None else argv
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("tileformer", description=ABOUT, formatter_class=style)
+    nobody_reads = sys.stdout is None
+    _open_closed_streams()
+    if nobody_reads:
+        _complain("standard output is closed: send it to a file, or to /dev/null", argv)
+        return 2
+    parser = _parser(argv)
     parser.add_argument("--version", action="version", version=f"tileformer {tileformer.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     try:
         for verb, name in VERBS.items():
             text = _docstring(name)
-            verb_parser = verbs.add_parser(verb, help=text.splitlines()[0], description=text, formatter_class=style)
+            verb_parser = verbs.add_parser(
+                verb, help=text.splitlines()[0], description=text, formatter_class=parser.formatter_class
+            )
             if argv[:1] == [verb]:
                 importlib.import_module(name).add_arguments(verb_parser)
         args = parser.parse_args(argv)
-        return importlib.import_module(VERBS[args.verb]).main(args)
+        status = importlib.import_module(VERBS[args.verb]).main(args)
+        sys.stdout.flush()  # what a full disk does not take is an error here, not behind the last line
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader left early, as `| head` does: nobody is there for what is left to flush
@@ -57,7 +101,11 @@ def main(argv: list[str] | None = None) -> int:
         hint = ""
         if isinstance(error, ModuleNotFoundError) and VERBS.get(argv[0], "").startswith("tileformer.training"):
             hint = ': pip install "tileformer[train,finetune]"'
-        print("tileformer: error:", " ".join(str(error).split()) + hint, file=sys.stderr)
+        _complain(_text_of(error) + hint, argv)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the interpreter would try once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if isinstance(error, FloatingPointError) else 2
 
 

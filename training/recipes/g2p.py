@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import time
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
 from tileformer.training import checkpoint, corpora, text
 from tileformer.training.data import Batches, Pair
 from tileformer.training.loop import Settings, fit, resolve_precision, sequence_loss
+from tileformer.training.recipes import answers
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 PHONE_NAMES = "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
@@ -37,6 +39,9 @@ RESERVED = 3  # ids of padding, begin and end come first
 LETTER_IDS = {letter: RESERVED + place for place, letter in enumerate(LETTERS)}
 PHONE_IDS = {phone: RESERVED + place for place, phone in enumerate(PHONES)}
 LONGEST = 24  # letters
+APOSTROPHES = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201b\u02bc\u02b9\u2032\u0060\u00b4\uff07", "'")
+)  # as people type them
 SUFFIXES = ("'s", "s", "ed", "ing")
 SHOWN = "transformer government mysterious astrology brochure pneumonia rhythm keough"  # all of the test part
 
@@ -122,12 +127,12 @@ def has_sibling(word: str, train: Entries) -> bool:
 
 def encode(word: str) -> list[int]:
     """Ids of a word's letters. Raises ValueError for a character, or a length, that the model was never trained on."""
-    unknown = sorted(set(word) - LETTER_IDS.keys())
+    unknown = sorted(set(word) - LETTER_IDS.keys())[:5]
     if unknown or not word:
         named = ", ".join(map(repr, unknown)) or "nothing"
-        raise ValueError(f"{word!r}: cannot read {named}; words are made of a-z and the apostrophe")
+        raise ValueError(f"{text.shown(word)}: cannot read {named}; words are made of a-z and the apostrophe")
     if len(word) > LONGEST:
-        raise ValueError(f"{word!r}: {len(word)} letters; the model was trained on at most {LONGEST}")
+        raise ValueError(f"{text.shown(word)}: {len(word):,} letters; the model was trained on at most {LONGEST}")
     return [LETTER_IDS[letter] for letter in word]
 
 
@@ -175,13 +180,25 @@ def load(path: Path, device: torch.device) -> Seq2Seq:
     return model.to(device).eval()
 
 
-def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
-    """`word  P H ONES` for each word, in order: what `tileformer generate` prints."""
-    spelled = [word.lower() for word in words]
-    for word in spelled:
-        encode(word)
-    spoken = transcribe(load(path, device), set(spelled))
-    return [f"{word}  {' '.join(spoken[lower])}" for word, lower in zip(words, spelled, strict=True)]
+def spelled(word: str) -> str:
+    """A word as the model reads it: lower case, without full-width letters, soft hyphens and typographic apostrophes."""
+    letters = unicodedata.normalize("NFKC", word.translate(APOSTROPHES)).lower()
+    return "".join(c for c in letters if unicodedata.category(c) != "Cf").strip()
+
+
+def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str | ValueError]:
+    """`word  P H ONES` for each word, in order: what `tileformer generate` prints; its ValueError where there is none."""
+    model = load(path, device)
+
+    def read(word: str) -> tuple[str, str]:
+        encode(spelled(word))
+        return word, spelled(word)
+
+    def answer(known: list[tuple[str, str]]) -> list[str]:
+        spoken = transcribe(model, {letters for _, letters in known})
+        return [f"{word}  {' '.join(spoken[letters])}" for word, letters in known]
+
+    return answers(words, read, answer)
 
 
 def run(options: argparse.Namespace, device: torch.device, output: Path) -> None:

@@ -32,6 +32,7 @@ from tileformer.training import checkpoint, corpora, text
 from tileformer.training.data import PackedBatches
 from tileformer.training.loop import fit, resolve_precision
 from tileformer.training.losses import language_loss
+from tileformer.training.recipes import answers
 from tileformer.training.settings import Settings
 
 FORMS = {"4x5": (4, 5), "4x7": (4, 7), "8x5": (8, 5), "8x7": (8, 7)}  # lines x characters
@@ -123,10 +124,14 @@ class Vocabulary:
     def row(self, form: str, poem: str) -> list[int]:
         """Ids of a form and a poem, or the beginning of one. ValueError: a form or character that is not known."""
         if form not in FORMS:
-            raise ValueError(f"no form {form!r}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING")
+            raise ValueError(
+                f"no form {text.shown(form)}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
+            )
         if unknown := [symbol for symbol in poem if symbol not in self.ids]:
-            named = ", ".join(map(repr, unknown))
-            raise ValueError(f"{poem!r}: the model never learned {named}; it reads traditional characters, ， and 。")
+            named = ", ".join(map(repr, dict.fromkeys(unknown[:5])))
+            raise ValueError(
+                f"{text.shown(poem)}: the model never learned {named}; it reads traditional characters, ， and 。"
+            )
         return [SPECIAL + list(FORMS).index(form), *(self.ids[symbol] for symbol in poem)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -170,20 +175,24 @@ def load(path: Path, device: torch.device) -> tuple[DecoderLM, Vocabulary]:
     return model.to(device).eval(), Vocabulary(meta["characters"])
 
 
-def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
-    """`word  poem` for each word, `FORM` or `FORM:BEGINNING`: what `tileformer generate` prints."""
+def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str | ValueError]:
+    """`word  poem` for each word, `FORM` or `FORM:BEGINNING`: what `tileformer generate` prints; or its ValueError."""
     model, vocabulary = load(path, device)
-    requests = []
-    for word in words:
+
+    def read(word: str) -> tuple[str, str, str]:
         form, _, beginning = word.replace("：", ":").partition(":")
         vocabulary.row(form, beginning)
         count, length = FORMS[form]
         if len(beginning) > count * (length + 1):
-            raise ValueError(
-                f"{word!r}: a poem {form} has {count * (length + 1)} symbols, this begins with {len(beginning)}"
-            )
-        requests.append((form, beginning))
-    return [f"{word}  {poem}" for word, poem in zip(words, write(model, vocabulary, requests), strict=True)]
+            room = f"a poem {form} has {count * (length + 1)} symbols"
+            raise ValueError(f"{text.shown(word)}: {room}, this begins with {len(beginning)}")
+        return word, form, beginning
+
+    def answer(known: list[tuple[str, str, str]]) -> list[str]:
+        poems = write(model, vocabulary, [(form, beginning) for _, form, beginning in known])
+        return [f"{word}  {poem}" for (word, _, _), poem in zip(known, poems, strict=True)]
+
+    return answers(words, read, answer)
 
 
 def run(options: argparse.Namespace, device: torch.device, output: Path) -> None:

@@ -29,6 +29,7 @@ from tileformer.training.loop import fit, resolve_precision
 from tileformer.training.losses import language_loss
 from tileformer.training.methods import METHODS, probabilities
 from tileformer.training.metrics import perplexity
+from tileformer.training.recipes import answers
 from tileformer.training.settings import Settings
 from tileformer.training.tokens import Tokenizer
 
@@ -39,9 +40,12 @@ STEP = 1024  # tokens of one step: short budgets want many steps
 SHOWN = "这个酒店", "书的内容", "总书记"
 
 
-def parts(file: str | Path | None = None, encoding: str = "utf-8") -> dict[str, text.Labelled]:
+def parts(
+    file: str | Path | None = None, encoding: str = "utf-8", skip_bad_lines: bool = False
+) -> dict[str, text.Labelled]:
     """The reviews, or a file of `label<TAB>text`: distinct, split by hash into train, valid and test, then cleaned."""
-    labelled = corpora.reviews() if file is None else text.read_labelled(file, encoding=encoding)
+    options: dict[str, Any] = dict(encoding=encoding, skip_bad_lines=skip_bad_lines)
+    labelled = corpora.reviews() if file is None else text.read_labelled(file, **options)
     distinct, counts = text.deduplicate(labelled, clean)
     found = text.split(distinct)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in found.items())
@@ -90,12 +94,12 @@ def save_classifier(
     (folder / checkpoint.STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
 
 
-def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str]:
-    """What `tileformer generate` prints: a classifier's judgement of each text, or a language model's continuation."""
+def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str | ValueError]:
+    """What `tileformer generate` prints: a classifier's judgement of each text, or a language model's continuation; or why not."""
     meta, tokenizer = _read(path)
     if "method" not in meta:
         model, tokenizer = load(path, device)
-        return [continue_text(model, tokenizer, word) for word in words]
+        return answers(words, lambda word: continue_text(model, tokenizer, word), list)
     classifier = METHODS[meta["method"]].make(DecoderLMConfig(**meta["model"]), len(meta["names"]))
     checkpoint.load_weights(path, classifier)
     rows = to_rows(tokenizer, list(map(clean, words)))
