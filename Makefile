@@ -47,7 +47,7 @@ format: $(VENV)/.installed ## rewrite the files as lint wants them
 bench: $(VENV)/.installed ## time the ops and the layers
 	$(if $(call has,pytest_benchmark),$(BIN)/pytest bench --benchmark-only,$(BIN)/tileformer bench) $(ARGS)
 
-gpu-day: $(VENV)/.installed ## all that a new GPU should answer, into runs/gpu-day, at most 25 minutes; DRY=1 tries it without a GPU
+gpu-day: $(VENV)/.installed ## all that a new GPU should answer, into runs/gpu-day and one archive (--minutes 25); DRY=1 tries it without a GPU
 	$(BIN)/tileformer bench gpu-day $(if $(DRY),--dry) $(ARGS)
 
 compat: $(TRITON:%=$(COMPAT)/%/.installed) ## run the tests marked `compat` with each supported Triton: values and compilation
