@@ -71,6 +71,8 @@ def compile_for(arch: int, calls: Iterable[Callable[[], Any]], launchers: bool =
     )
     try:
         problems = [problem for problem in pool.map(_compile, jobs.values()) if problem]
+    except concurrent.futures.BrokenExecutor as error:  # each launch compiles what is left
+        problems = [str(error)]
     finally:
         pool.shutdown(cancel_futures=True)
     text = f"{len(jobs)} kernels compiled ahead on {cores} cores in {time.monotonic() - start:.0f} s"

@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tileformer.arguments import ArgumentError, output_folder
 from tileformer.bench.measure import DRY
 from tileformer.bench.providers import OURS
@@ -111,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.minutes - ENDING
     folder = Path(args.output or ("runs/gpu-day-dry" if args.dry else "runs/gpu-day")).resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    device_name = DRY if args.dry else torch.cuda.get_device_name()
+    device_name = DRY if args.dry else _name()
     rows = _earlier(folder / "parts.json", device_name)
     chosen = [part for part in PARTS if not args.only or part.name in args.only]
     code, failed = 0, []
@@ -144,6 +142,15 @@ def main(args: argparse.Namespace) -> int:
     if code or len([n for n in rows if rows[n]["status"] == "done"]) < len(PARTS):
         print("the same command goes on with the parts that are not done")
     return code or int(bool(failed))
+
+
+def _name() -> str:
+    """The GPU's name, asked by a process that ends: this one holds no context beside its parts'."""
+    code = "import torch; print(torch.cuda.get_device_name())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ValueError(f"the GPU does not start: {asked.stderr.strip().splitlines()[-1]}")
+    return asked.stdout.strip()
 
 
 def _earlier(file: Path, device: str) -> dict[str, dict[str, Any]]:

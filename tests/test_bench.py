@@ -391,8 +391,8 @@ def test_gpu_day_survives_parts_that_fail_or_hang(tmp_path, monkeypatch, capsys)
     report = (tmp_path / "report.md").read_text()
     assert "DRY RUN: NOT MEASURED" in report and "[good](logs/good.log) | done" in report
     assert "[broken](logs/broken.log) | FAILED (1)" in report and "[hangs](logs/hangs.log) | STOPPED" in report
-    assert "no part left results to draw" in report
-    assert "FAILED: broken, hangs\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no part left results to draw" in printed and "FAILED: broken, hangs\n" in printed
 
 
 def test_gpu_day_fits_its_25_minutes():
