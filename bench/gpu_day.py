@@ -157,14 +157,18 @@ def _earlier(file: Path, device: str) -> dict[str, dict[str, Any]]:
     """What earlier calls left in this folder, by part."""
     if not file.exists():
         return {}
+    kinds = dict(part=str, status=str, seconds=float, limit=float, last=str)
     try:
         kept = json.loads(file.read_text())
-        rows = {row["part"]: row for row in kept["parts"]}
+        found, rows = (
+            str(kept["device"]),
+            [{name: kind(row[name]) for name, kind in kinds.items()} for row in kept["parts"]],
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): move it away, or choose another --output") from None
-    if kept["device"] != device:
-        raise ValueError(f"{file.parent} holds results of {kept['device']}, this is {device}: choose another --output")
-    return rows
+        raise ValueError(f"{file} is damaged ({error!r}): move it away, or choose another --output") from None
+    if found != device:
+        raise ValueError(f"{file.parent} holds results of {found}, this is {device}: choose another --output")
+    return {row["part"]: row for row in rows}
 
 
 def _order(parts: list[Part], rows: dict[str, dict[str, Any]]) -> list[Part]:
@@ -237,7 +241,14 @@ def _run(part: Part, limit: float, dry: bool, folder: Path) -> dict[str, Any]:
 
 def _reports(folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     files = {name: folder / f"{name}.json" for name in (*OPS, "experiments") if name in rows}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    found = {}
+    for name, file in files.items():
+        if file.exists():
+            try:
+                found[name] = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged ({error}): move it away") from None
+    return found
 
 
 def _publish(folder: Path, device: str, rows: dict[str, dict[str, Any]]) -> list[str]:
