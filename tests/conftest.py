@@ -10,7 +10,7 @@ os.environ.setdefault("TILEFORMER_SELFTEST", "0")  # the tests do more, and coun
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import hypothesis
@@ -104,17 +104,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, Any, Any]:
     items.sort(key=lambda item: "gpu_specialisations" in getattr(item, "fixturenames", ()))
     for item in items:
         if _interprets(item):
             item.add_marker("interprets")
         if _parameters(item).get("backend") == "triton":
             item.add_marker("gpu")
-    yield  # -m and -k select
+    result = yield  # -m and -k select
     step = config.getoption("--sample")
     config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % step])
     items[:] = items[::step]
+    return result
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:
