@@ -112,15 +112,14 @@ def main(args: argparse.Namespace) -> int:
     device_name = DRY if args.dry else _name()
     rows = _earlier(folder / "parts.json", device_name)
     chosen = [part for part in PARTS if not args.only or part.name in args.only]
-    code, failed = 0, []
+    code = 0
     with _terminated_as_interrupted():
         try:
             for part in _order(chosen, {} if args.again else rows):
                 limit = min(3 * part.seconds if args.dry else part.seconds, deadline - time.monotonic())
-                if limit < (part.least or part.seconds):
-                    said = (
-                        f"left for a later call: it takes {part.least or part.seconds} s, there are {max(limit, 0):.0f}"
-                    )
+                least = part.least or part.seconds
+                if limit < least:
+                    said = f"left for a later call: it takes {least} s, there are {max(limit, 0):.0f}"
                     print(f"{part.name:<14} {said}", flush=True)
                     rows.setdefault(part.name, dict(part=part.name, status="left", seconds=0.0, limit=0, last=said))
                     continue
@@ -139,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
     finished = sum(row["status"] == "done" for row in rows.values())
     print(f"{folder}/report.md: {finished} parts done" + (f", FAILED: {', '.join(failed)}" if failed else ""))
     print(f"{folder}.tar.gz has all of it" + (f" but, for its size: {', '.join(dropped)}" if dropped else ""))
-    if code or len([n for n in rows if rows[n]["status"] == "done"]) < len(PARTS):
+    if code or finished < len(PARTS):
         print("the same command goes on with the parts that are not done")
     return code or int(bool(failed))
 
@@ -149,7 +148,7 @@ def _name() -> str:
     code = "import torch; print(torch.cuda.get_device_name())"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if asked.returncode:
-        raise ValueError(f"the GPU does not start: {asked.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"the GPU does not start: {' '.join(asked.stderr.split())[-300:]}")
     return asked.stdout.strip()
 
 
@@ -160,10 +159,8 @@ def _earlier(file: Path, device: str) -> dict[str, dict[str, Any]]:
     kinds = dict(part=str, status=str, seconds=float, limit=float, last=str)
     try:
         kept = json.loads(file.read_text())
-        found, rows = (
-            str(kept["device"]),
-            [{name: kind(row[name]) for name, kind in kinds.items()} for row in kept["parts"]],
-        )
+        found = str(kept["device"])
+        rows = [{name: kind(row[name]) for name, kind in kinds.items()} for row in kept["parts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): move it away, or choose another --output") from None
     if found != device:
