@@ -217,6 +217,7 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any], workloa
     calls = [
         functools.partial(ahead.workload_call, providers.providers(w.op)[providers.OURS](w), w, bench.dtype)
         for w in workloads
+        if wanted(w, providers.OURS, args.provider)
     ]
     if bench.device.type == "cuda" and (said := ahead.compile_here(calls)):
         print(said, flush=True)

@@ -4,6 +4,7 @@ Kernels are compiled ahead first (bench/ahead.py), so this also shows that a rea
 """
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -145,6 +147,37 @@ def test_the_driver_is_handed_what_the_call_says(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "_attention_fwd_kernel" in done.stdout
+
+
+def test_what_is_compiled_ahead_is_for_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, bool]] = []
+    norm = importlib.import_module("tileformer.kernels.layer_norm")
+
+    def compile_for(arch: int, calls: list[Any], launchers: bool) -> str:
+        asked.append((arch, norm._multiprocessors(torch.device("cpu")), launchers))
+        return "done"
+
+    properties = types.SimpleNamespace(major=12, minor=0, multi_processor_count=128)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: properties)
+    monkeypatch.setattr(ahead, "compile_for", compile_for)
+    assert ahead.compile_here([]) == "done" and asked == [(120, 128, True)]
+    assert norm._multiprocessors(torch.device("cpu")) != 128
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ahead.compile_here([]) == "" and len(asked) == 1
+
+
+def test_calls_that_fail_or_launch_nothing_are_no_error() -> None:
+    def fails() -> None:
+        softmax(torch.ones(4, 256))
+        raise AssertionError("values are garbage")
+
+    with ahead.announced(90) as jobs:
+        with pytest.raises(AssertionError):
+            fails()
+    assert [name for _, name, _ in jobs.values()] == ["_softmax_fwd_kernel"]
+    assert ahead.compile_for(90, [lambda: 1 / 0]) == "nothing to compile"
+    assert "sm_75: nothing is compiled ahead" in ahead.compile_for(75, [fails])
 
 
 if __name__ == "__main__":
