@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import statistics
@@ -120,12 +121,7 @@ def search(
         turns = [trial for turn in itertools.zip_longest(*lists) for trial in turn if trial]
         if turns and time.monotonic() < bench.deadline:
             workload = named("attention", FEATURES[feature].format(size))
-            if not bench.clock.dry:
-                print(
-                    ahead.compile_here(
-                        [_uncomputed(bench, workload, tile(bench, n, feature, size, r)) for n, r in turns]
-                    )
-                )
+            _ahead(bench, [(workload, tile(bench, name, feature, size, row)) for name, row in turns])
             trials = {mode: Trial(bench, workload, mode) for mode in dict.fromkeys(TABLES[n][2] for n, _ in turns)}
         for name, row in turns:
             if time.monotonic() > bench.deadline:
@@ -145,28 +141,26 @@ def search(
             )
             figure = DRY if bench.clock.dry else f"{ms:.4f} ms"
             print(f"{name} {feature} {size} {row}: {problem or figure}", flush=True)
-    for name, (table, _, _) in TABLES.items():
-        for feature in (feature for feature in FEATURES if feature in table[arch]):
-            best = dict(table[arch][feature])
-            for size in sizes:
-                right = [
-                    r for r in found if (r["table"], r["arch"], r["feature"], r["size"]) == (name, arch, feature, size)
-                ]
-                if right := [r for r in right if not r["problem"]]:
-                    best[size] = tuple(min(right, key=lambda r: r["ms"])["row"])
-            print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
+    for name, feature in dict.fromkeys((row["table"], row["feature"]) for row in found if row["arch"] == arch):
+        best = dict(TABLES[name][0][arch][feature])
+        right = [
+            r for r in found if (r["table"], r["arch"], r["feature"]) == (name, arch, feature) and not r["problem"]
+        ]
+        for size in {row["size"] for row in right}:
+            fastest = min((row for row in right if row["size"] == size), key=lambda row: row["ms"])
+            best[size] = tuple(fastest["row"])
+        print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
 
 
-def _uncomputed(
-    bench: Bench, workload: Workload, changes: contextlib.AbstractContextManager[Any]
-) -> Callable[[], None]:
-    """The launches of a trial, to be compiled ahead."""
+def _ahead(bench: Bench, trials: list[tuple[Workload, contextlib.AbstractContextManager[Any]]]) -> None:
+    """Compile what the trials will launch, on all cores."""
 
-    def call() -> None:
+    def launches(workload: Workload, changes: contextlib.AbstractContextManager[Any]) -> None:
         with changes:
             ahead.workload_call(providers(workload.op)[OURS](workload), workload, bench.dtype)
 
-    return call
+    if not bench.clock.dry and (said := ahead.compile_here([functools.partial(launches, *trial) for trial in trials])):
+        print(said, flush=True)
 
 
 @contextlib.contextmanager
@@ -297,17 +291,8 @@ def experiments(bench: Bench, found: list[dict[str, Any]], keep: Keep, every: in
             chosen.append((experiment, labels))
     asked = {experiment.question for experiment, _ in chosen}
     found[:] = [row for row in found if row["question"] not in asked]  # what was stopped in the middle is asked again
-    if not bench.clock.dry:
-        print(
-            ahead.compile_here(
-                [
-                    _uncomputed(bench, named(*e.workload), _variant(e, label, bench))
-                    for e, labels in chosen
-                    for label in labels
-                    if label
-                ]
-            )
-        )
+    asked_of = [(named(*e.workload), _variant(e, label, bench)) for e, labels in chosen for label in labels if label]
+    _ahead(bench, asked_of)
     for experiment, labels in chosen:
         row = dict(question=experiment.question, variant="", ms=None, ratio=None, problem=experiment.reason)
         print(f"{experiment.question}{': ' + experiment.reason if experiment.reason else ''}", flush=True)
