@@ -352,6 +352,7 @@ def _op_table(rows: list[dict[str, Any]], dry: bool) -> list[str]:
             cells = ["-" if name not in ms else "dry" if dry else f"{ms[name]:.4f}" for name in who]
             if OURS in ms and ms[OURS] <= min(ms.values()) and not dry:
                 cells[who.index(OURS)] = f"**{cells[who.index(OURS)]}**"
-            share = "dry" if dry else f"{(found.get(OURS) or {}).get('share') or 0:.1%}"
+            figure = (found.get(OURS) or {}).get("share")
+            share = "dry" if dry else "-" if figure is None else f"{figure:.1%}"
             lines.append(f"| {workload} | {mode} | " + " | ".join(cells) + f" | {share} |")
     return lines

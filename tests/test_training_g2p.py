@@ -1,7 +1,9 @@
 """The g2p recipe: the dictionary's facts, the split, the scores, and the verbs `train` and `generate` on few words."""
 
 import argparse
+import dataclasses
 import io
+import re
 import sys
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 pytest.importorskip("rapidfuzz", reason="the train extra is not installed")
 
-from tileformer.training import generate, train
+from tileformer.__main__ import main
+from tileformer.decoder import Seq2Seq, Seq2SeqConfig
+from tileformer.training import checkpoint, generate, train
 from tileformer.training.recipes import RECIPES, g2p
 
 SAMPLE = """\
@@ -117,13 +121,82 @@ def test_train_resume_and_generate(parts, tmp_path, monkeypatch, capsys):
     assert again[again.index("  PER") :] == out[out.index("  PER") :]
     assert call(generate, "--checkpoint", run, "--", "Hello", "tileformer") == 0
     hello, tileformer = capsys.readouterr().out.splitlines()
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    with pytest.raises(ValueError, match="nothing to read"):
-        call(generate, "--checkpoint", run)
     assert hello.startswith("Hello  ") and tileformer.startswith("tileformer  ")
     assert set(hello.split()[1:]) <= set(g2p.PHONES)
-    with pytest.raises(ValueError, match="'ï'"):
-        call(generate, "--checkpoint", run, "hello", "naïve")
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A checkpoint of a tiny model that nothing has trained."""
+    folder = tmp_path_factory.mktemp("untrained")
+    config = Seq2SeqConfig(3 + len(g2p.LETTERS), 3 + len(g2p.PHONES), 16, 2, 1, 1, 32)
+    made = Seq2Seq(config)
+    meta = {"recipe": "g2p", "letters": g2p.LETTERS, "phones": g2p.PHONE_NAMES, "model": dataclasses.asdict(config)}
+    checkpoint.save(folder, made, torch.optim.AdamW(made.parameters()), {"step": 1, "meta": meta})
+    return folder
+
+
+@pytest.fixture
+def say(untrained, monkeypatch, capsys):
+    """(status, lines of output, lines of errors) of `tileformer generate` for words, or for the bytes of its standard input."""
+
+    def run(*words, typed=b""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        status = main(["generate", "--checkpoint", str(untrained), *words])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return run
+
+
+def test_words_of_files_as_people_have_them(say):
+    plain = say("hello", "don't")
+    assert plain[0] == 0 and [line.split()[0] for line in plain[1]] == ["hello", "don't"]
+    phones = [line.split()[1:] for line in plain[1]]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        for lines in (
+            "hello\r\ndon\u2019t\r\n",
+            "\n hello\t\rdon\u02bct",
+            "ｈｅｌｌｏ\n\n\ufeffDON＇T",
+        ):  # joined, the last
+            status, out, err = say(typed=lines.encode(encoding))
+            assert (status, [line.split()[1:] for line in out], err) == (0, phones, [])
+    assert say("--encoding", "utf-16-le", typed="hello".encode("utf-16-le"))[1] == plain[1][:1]
+
+
+def test_a_bad_line_is_named_and_the_others_are_served(say):
+    words = [b"hello"] * 2000
+    words[999:1001] = b"caf\xe9", b"b2b"
+    status, out, err = say(typed=b"\n".join(words))
+    assert status == 1 and len(out) == 2000 and [n for n, line in enumerate(out) if not line] == [999, 1000]
+    assert err == [
+        "tileformer: error: standard input:1000: 'caf\ufffd' is not utf-8 text",
+        "tileformer: error: standard input:1001: 'b2b': cannot read '2'; words are made of a-z and the apostrophe",
+    ]
+    assert say("hello", "na\u00efve", "\udce9t\udce9")[::2] == (
+        1,
+        [
+            "tileformer: error: 'na\u00efve': cannot read 'ï'; words are made of a-z and the apostrophe",
+            "tileformer: error: '\\udce9t\\udce9': no text",
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        (b"\n\r\n", "nothing to read"),
+        (
+            b"b2b\nc3po\n",
+            "standard input:1: 'b2b': cannot read '2'; words are made of a-z and the apostrophe; and 1 more",
+        ),
+        ("你好\n世界\n".encode("gb18030"), "standard input:1: byte 0xc4 .* it reads as gb18030: give that encoding"),
+        ("x" * 5000, "standard input:1: 'x{40}...': 5,000 letters; the model was trained on at most 24"),
+    ],
+)
+def test_where_nothing_can_be_read_there_is_one_line(say, typed, message):
+    status, out, err = say(typed=typed if isinstance(typed, bytes) else typed.encode())
+    assert (status, out) == (2, []) and len(err) == 1 and re.match(f"tileformer: error: {message}", err[0])
 
 
 def test_generate_refuses_what_is_no_model_of_a_recipe(tmp_path):
@@ -140,7 +213,6 @@ def test_generate_refuses_what_is_no_model_of_a_recipe(tmp_path):
         ([], "no recipe given; there is: g2p"),
         (["soup"], "no recipe 'soup'"),
         (["g2p", "--data", "words.txt"], "g2p recipe finds its data itself"),
-        (["g2p", "--threads", "0"], "at least 1, got 0"),
         (["g2p", "--resume", "--overwrite"], "choose one"),
         (["g2p", "--resume", "--output", "nowhere"], "nowhere: expected a checkpoint"),
     ],

@@ -70,6 +70,56 @@ def test_a_labelled_file_is_read(file):
     assert text.read_labelled(file("a\t好\nb\t坏\n".encode("gb18030")), encoding="gb18030").texts == ("好", "坏")
 
 
+SKIP = ": mend {} of {} lines, or leave them out with --skip-bad-lines (skip_bad_lines=True)"
+CHINESE = "今天我们去看了那个房间，感觉很好。\n服务员的态度也不错，下次还会再来。\n"
+
+
+@pytest.mark.parametrize(
+    "content, encoding, advice",
+    [
+        (CHINESE.encode() + b"caf\xe9\n", "utf-8", "most of it is" + SKIP.format(1, 4)),  # not cp1252, which has 0xe9
+        (CHINESE.encode() + b"\xba\xc3\n", "utf-8", "most of it is" + SKIP.format(1, 4)),
+        (CHINESE.encode("gb18030") + b"\xff\n", "gb18030", "most of it is" + SKIP.format(1, 4)),
+        (CHINESE.encode(), "gb18030", "it reads as utf-8: give that encoding"),
+        (CHINESE.encode("gb18030"), "utf-8", "it reads as gb18030: give that encoding"),
+        ("這個房間很好，服務員的態度也不錯。".encode("big5"), "utf-8", "it reads as big5: give that encoding"),
+        ("l’été à la plage, crème brûlée\n".encode("cp1252"), "utf-8", "it reads as cp1252: give that encoding"),
+        ("größere Straßen".encode("latin-1"), "utf-8", "it reads as cp1252: give that encoding"),
+        ("сегодня хорошая погода".encode("cp1251"), "utf-8", "no usual encoding fits" + SKIP.format(1, 1)),
+        ("今日は良い天気ですね。".encode("shift_jis"), "utf-8", "no usual encoding fits" + SKIP.format(1, 1)),
+        ("a好".encode("utf-16-be") + b"\0\n", "utf-8", "it reads as utf-16-be: give that encoding"),
+        ("a".encode("utf-32"), "utf-8", "it reads as utf-32: give that encoding"),
+    ],
+)  # fmt: skip
+def test_an_encoding_is_suggested_only_where_the_text_would_read(content, encoding, advice):
+    with pytest.raises(text.UnreadableError) as caught:
+        text.decode(content, "x.txt", encoding)
+    assert str(caught.value).endswith(f"text; {advice}") and str(caught.value).startswith("x.txt:")
+
+
+def test_lines_of_files_as_people_have_them():
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):  # each with a mark
+        for end in ("\n", "\r\n", "\r"):
+            assert text.lines_of(end.join(["好", "", "b"]).encode(encoding), "x") == ["好", "", "b"]
+    content = b"a\n\xff\nb\0\nc\n"
+    with pytest.raises(text.UnreadableError, match="x:2: byte 0xff"):
+        text.lines_of(content, "x")
+    first, second, third, *others = text.lines_of(content + b"d", "x", skip_bad_lines=True)
+    assert [first, *others] == ["a", "c", "d"]
+    assert str(second) == "x:2: '\ufffd' is not utf-8 text" and str(third) == "x:3: 'b\\x00' is not utf-8 text"
+    with pytest.raises(text.UnreadableError, match="reads as gb18030"):  # the file, not a line of it
+        text.lines_of(CHINESE.encode("gb18030") + b"ok", "x", skip_bad_lines=True)
+
+
+def test_bad_lines_of_a_labelled_file_can_be_left_out(file):
+    path = file(b"a\tok\nb\tc\xff\n" + "\ufeffa\tx\nno tab\n\tno label\nb\t".encode() + CHINESE.split("\n")[0].encode())
+    with pytest.raises(ValueError, match="2: byte 0xff at offset 8 .* most of it is: mend 1 of 6 lines"):
+        text.read_labelled(path)
+    with pytest.warns(UserWarning, match=r"tsv: 3 of 6 lines are left out, the first is 2: '.*' is not utf-8 text$"):
+        read = text.read_labelled(path, skip_bad_lines=True)
+    assert (read.labels, len(read.texts), read.names) == ((0, 0, 1), 3, ("a", "b"))
+
+
 @pytest.mark.parametrize(
     "content, options, message",
     [
@@ -86,10 +136,9 @@ def test_a_labelled_file_is_read(file):
         ("\n".join(f"text {i}\t{i % 2}" for i in range(30)), {}, ": 30 labels in 30 lines; swap columns that are text<TAB>label"),
         ("a\tok\nb\t好\n".encode("gb18030"), {}, ":2: byte 0xba at offset 7 is not utf-8 text; it reads as gb18030: give that encoding"),
         ("a\tok\nb\tcaf\xe9 au\n".encode("cp1252"), {}, ":2: byte 0xe9 at offset 10 is not utf-8 text; it reads as cp1252: give that encoding"),
-        ("a\t好\n".encode("utf-16"), {}, ":1: byte 0xff at offset 0 is not utf-8 text; it reads as utf-16: give that encoding"),
         ("a\tb\n".encode("utf-16-le"), {}, ":1: byte 0x00 at offset 1 is not utf-8 text; it reads as utf-16-le: give that encoding"),
-        (b"a\tb\nb\tc\0d\n", {}, ":2: byte 0x00 at offset 7 is not utf-8 text; no usual encoding fits"),
-        (b"a\tb\xff\x80\n\x9d", {}, ":1: byte 0xff at offset 3 is not utf-8 text; no usual encoding fits"),
+        (b"a\tb\nb\tc\0d\n", {}, ":2: byte 0x00 at offset 7 is not utf-8 text; no usual encoding fits" + SKIP.format(1, 3)),
+        (b"a\tb\xff\x80\n\x9d", {}, ":1: byte 0xff at offset 3 is not utf-8 text; no usual encoding fits" + SKIP.format(2, 2)),
         ("a\t好\n", {"encoding": "ascii"}, ":1: byte 0xe5 at offset 2 is not ascii text; it reads as utf-8: give that encoding"),
         ("a\t好\n", {"encoding": "utf8000"}, ": Python knows no encoding 'utf8000'; try utf-8 or gb18030"),
     ],

