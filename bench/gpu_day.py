@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.dry and (device := require_device()).type != "cuda":
         raise ValueError(f"gpu-day found {device} and no GPU: add --dry to try every part of it here")
     deadline = time.monotonic() + 60 * args.minutes - ENDING
-    folder = Path(args.output or ("runs/gpu-day-dry" if args.dry else "runs/gpu-day")).resolve()
+    folder = output_folder(str(args.output or ("runs/gpu-day-dry" if args.dry else "runs/gpu-day"))).resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     device_name = DRY if args.dry else _name()
     rows = _earlier(folder / "parts.json", device_name)

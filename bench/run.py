@@ -108,6 +108,11 @@ def main(args: argparse.Namespace) -> int:
     searched = getattr(args, "tune", False)
     if args.resume and not (args.json or searched):
         raise ValueError("--resume goes on after a file of results: name it with --json FILE")
+    if searched:
+        args.resume = True
+        if not args.json:
+            os.makedirs("runs", exist_ok=True)
+            args.json = arguments.output_file("runs/tune.json")
     workloads = [] if args.what == "experiments" or searched else _asked(args, device)
     if args.dry:
         providers.compile_backend = "aot_eager"
@@ -115,9 +120,6 @@ def main(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.seconds if args.seconds else float("inf")
     fast = "bf16" if args.dry or (device.type == "cuda" and torch.cuda.is_bf16_supported()) else "fp32"
     bench = Bench(device, DTYPES[args.dtype or fast], dry=args.dry, deadline=deadline)
-    if searched:
-        args.json, args.resume = args.json or "runs/tune.json", True
-        os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
     report: dict[str, Any] = dict(
         device=bench.clock.name, dry=args.dry, torch=torch.__version__, triton=triton.__version__,
         dtype=str(bench.dtype).removeprefix("torch."), ceilings=bench.ceilings, results=[],
