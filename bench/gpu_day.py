@@ -104,10 +104,10 @@ def _minutes(text: str) -> float:
 
 def main(args: argparse.Namespace) -> int:
     """Run the parts that are not done yet; 1 if one failed, 130 if stopped."""
+    folder = output_folder(str(args.output or ("runs/gpu-day-dry" if args.dry else "runs/gpu-day"))).resolve()
     if not args.dry and (device := require_device()).type != "cuda":
         raise ValueError(f"gpu-day found {device} and no GPU: add --dry to try every part of it here")
     deadline = time.monotonic() + 60 * args.minutes - ENDING
-    folder = output_folder(str(args.output or ("runs/gpu-day-dry" if args.dry else "runs/gpu-day"))).resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     device_name = DRY if args.dry else _name()
     rows = _earlier(folder / "parts.json", device_name)
