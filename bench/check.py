@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tileformer import arguments, kernels
-from tileformer.bench import compiled, models
+from tileformer.bench import ahead, compiled, models
 from tileformer.bench.budget import over_budget
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Case, Draw
 from tileformer.bench.cases import CASES, DRAWS, OPS
@@ -286,6 +287,10 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--backend {backend} does not serve {device.type}: triton is for cuda, interpret for cpu")
     calls.sort(key=lambda call: _far(call[0]))  # last: a wrong offset there would take the process or the GPU down
     table = args.json != "-"
+    if backend == "triton":
+        said = ahead.compile_here([functools.partial(_uncomputed, item, dtype) for item, dtype in calls])
+        if table and said:
+            print(said, flush=True)
     if table:
         print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{HEADER}")
     start, environment = time.perf_counter(), surroundings(backend, device)
@@ -327,6 +332,15 @@ def main(args: argparse.Namespace) -> int:
         print(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
     print(summary(found))
     return 1 if found["failed"] else 0
+
+
+def _uncomputed(item: Case | Draw, dtype: str) -> None:
+    """The launches of a call, to be compiled ahead."""
+    cpu = torch.device("cpu")
+    if isinstance(item, Case):
+        results(kernels, item, DTYPES[dtype], cpu, DTYPES[dtype], Memory(cpu))
+    else:
+        examine_draw(item, dtype, "triton", cpu)
 
 
 @contextlib.contextmanager

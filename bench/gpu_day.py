@@ -1,7 +1,8 @@
-"""Everything that a new GPU should answer, in one command and one folder, within 25 minutes.
+"""Everything that a new GPU should answer, in one command, one folder and one archive, within the minutes that there are.
 
 Each part is a process of its own with a limit of its own, the most valuable first: a part that fails, hangs or breaks the GPU's context stops no
-other. `--dry` executes the same parts without a GPU, at small sizes and with stand-in clocks; nothing in its report is measured.
+other. A later call goes on where this one stopped; results, report and archive are written after each part, so that whatever ends this leaves them.
+`--dry` executes the same parts without a GPU, at small sizes and with stand-in clocks; nothing in its report is measured.
 """
 
 from __future__ import annotations
@@ -14,35 +15,41 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tileformer.arguments import output_folder
+from tileformer.arguments import ArgumentError, output_folder
 from tileformer.bench.measure import DRY
-from tileformer.bench.plot import plot
 from tileformer.bench.providers import OURS
 from tileformer.bench.workloads import MODES, OPS
 from tileformer.kernels.info import require_device
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_values.py", "tests/test_attention.py")  # those that compile for a GPU
+ARCHIVE = 8 * 2**20  # bytes: what a machine that is lent sends back
+ENDING = 20  # seconds for plots, report and archive
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command of at most `seconds`, and what a dry run executes instead, in three times as many; {folder} in them is the report's."""
+    """A command of at most `seconds`, and what a dry run executes instead, in three times as many; {folder} in them is the report's.
+
+    With `least` seconds it is worth starting, and is told how many there are: what it does not reach, a later call does.
+    """
 
     name: str
     seconds: int
     command: tuple[str, ...]
     dry: tuple[str, ...] = ()
+    least: int = 0
 
 
 def _bench(op: str, seconds: int) -> Part:
     files = ("--json", "{folder}/" + op + ".json", *(("--csv", "{folder}/" + op + ".csv") if op in OPS else ()))
-    command = ("tileformer", "bench", op, *files)
-    return Part(op, seconds, (*command, "--seconds", str(seconds - 15)), (*command, "--dry", "--every", "1"))
+    command = ("tileformer", "bench", op, *files, "--resume")
+    return Part(op, seconds, command, (*command, "--dry", "--every", "1"), least=min(seconds, 40))
 
 
 _TESTS = ("pytest", "-q", "-p", "no:cacheprovider")
@@ -64,62 +71,141 @@ PARTS = (
     Part("step", 100, _STEP, (*_STEP, "--device", "cpu", "--threads", "1", "--rounds", "1")),
     Part("host", 60, (*_HOST, "--rounds", "10", "--g2p", "20"), (*_HOST, "--rounds", "1", "--g2p", "1")),
     _bench("experiments", 120),
-    Part("check", 190, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout")),
-    Part("tests", 225, (*_TESTS, *GPU_TESTS, "-k", "not interpreted_tests"), (*_TESTS, GPU_TESTS[0])),
+    Part("check", 180, (*_CHECK, "--dtype", "bf16"), (*_CHECK, "--device", "cpu", "--op", "dropout")),
+    Part("tests", 215, (*_TESTS, "-m", "gpu"), (*_TESTS, "tests/test_gpu.py")),
 )  # fmt: skip
-LIMIT = 25 * 60
+MINUTES = 25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench gpu-day`."""
-    about = "the report's folder (default: runs/gpu-day)"
-    parser.add_argument("--output", type=output_folder, metavar="DIR", default="runs/gpu-day", help=about)
+    about = "the report's folder (default: runs/gpu-day, or -dry)"
+    parser.add_argument("--output", type=output_folder, metavar="DIR", help=about)
     parser.add_argument("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=MINUTES, metavar="N", help=f"end within N minutes (default: {MINUTES})"
+    )
+    names = [part.name for part in PARTS]
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="PART", help=f"only these parts: {', '.join(names)}"
+    )
+    parser.add_argument("--again", action="store_true", help="also parts that an earlier call has done")
+
+
+def _minutes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not ENDING < 60 * number <= 1e6:
+        raise ArgumentError(f"a number of minutes from 1 is needed (the report takes {ENDING} seconds), got {text!r}")
+    return number
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the parts and write report.md; 1 if a part failed."""
+    """Run the parts that are not done yet; 1 if one failed, 130 if stopped."""
+    folder = output_folder(str(args.output or ("runs/gpu-day-dry" if args.dry else "runs/gpu-day"))).resolve()
     if not args.dry and (device := require_device()).type != "cuda":
         raise ValueError(f"gpu-day found {device} and no GPU: add --dry to try every part of it here")
-    folder = Path(args.output).resolve()
+    deadline = time.monotonic() + 60 * args.minutes - ENDING
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.json"), *folder.glob("*.csv")):
-        old.unlink()  # figures of an earlier run would be taken for those of a part that failed
-    done = []
-    for part in PARTS:
-        command = (part.dry or part.command) if args.dry else part.command
-        words = [word.replace("{folder}", str(folder)) for word in command]
-        done.append(_run(part.name, 3 * part.seconds if args.dry else part.seconds, words, folder))
-        print("{part:<14} {status:<22} {seconds:>6.0f} s of {limit}".format(**done[-1]), flush=True)
-    start = time.monotonic()
-    reports = {
-        p: json.loads((folder / f"{p}.json").read_text())
-        for p in (*OPS, "experiments")
-        if (folder / f"{p}.json").exists()
-    }
-    done.append(dict(part="plots", status="done", seconds=0.0, limit=60, last=""))
+    device_name = DRY if args.dry else _name()
+    rows = _earlier(folder / "parts.json", device_name)
+    chosen = [part for part in PARTS if not args.only or part.name in args.only]
+    code = 0
+    with _terminated_as_interrupted():
+        try:
+            for part in _order(chosen, {} if args.again else rows):
+                limit = min(3 * part.seconds if args.dry else part.seconds, deadline - time.monotonic())
+                least = part.least or part.seconds
+                if limit < least:
+                    said = f"left for a later call: it takes {least} s, there are {max(limit, 0):.0f}"
+                    print(f"{part.name:<14} {said}", flush=True)
+                    rows.setdefault(part.name, dict(part=part.name, status="left", seconds=0.0, limit=0, last=said))
+                    continue
+                if args.again:
+                    _set_aside(part.name, folder)
+                rows[part.name] = row = _run(part, limit, args.dry, folder)
+                print("{part:<14} {status:<22} {seconds:>6.0f} s of {limit:.0f}".format(**row), flush=True)
+                _publish(folder, device_name, rows)
+                if row["status"] == "interrupted":
+                    raise KeyboardInterrupt
+            _draw(folder, rows)
+        except KeyboardInterrupt:
+            code = 130
+    dropped = _publish(folder, device_name, rows)
+    failed = [name for name, row in rows.items() if row["status"].startswith(("FAILED", "STOPPED"))]
+    finished = sum(row["status"] == "done" for row in rows.values())
+    print(f"{folder}/report.md: {finished} parts done" + (f", FAILED: {', '.join(failed)}" if failed else ""))
+    print(f"{folder}.tar.gz has all of it" + (f" but, for its size: {', '.join(dropped)}" if dropped else ""))
+    if code or finished < len(PARTS):
+        print("the same command goes on with the parts that are not done")
+    return code or int(bool(failed))
+
+
+def _name() -> str:
+    """The GPU's name, asked by a process that ends: this one holds no context beside its parts'."""
+    code = "import torch; print(torch.cuda.get_device_name())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ValueError(f"the GPU does not start: {' '.join(asked.stderr.split())[-300:]}")
+    return asked.stdout.strip()
+
+
+def _earlier(file: Path, device: str) -> dict[str, dict[str, Any]]:
+    """What earlier calls left in this folder, by part."""
+    if not file.exists():
+        return {}
+    kinds = dict(part=str, status=str, seconds=float, limit=float, last=str)
     try:
-        pictures = _plots(reports, folder)
-    except ValueError as error:
-        pictures, done[-1]["status"], done[-1]["last"] = [], "none drawn", str(error)
-    done[-1]["seconds"] = time.monotonic() - start
-    (folder / "report.md").write_text("\n".join(_report(args.dry, done, reports, pictures)) + "\n")
-    failed = [d["part"] for d in done if d["status"] not in ("done", "none drawn")]
-    print(
-        f"{folder}/report.md: {len(done) - len(failed)} parts done"
-        + (f", FAILED: {', '.join(failed)}" if failed else "")
-    )
-    return int(bool(failed))
+        kept = json.loads(file.read_text())
+        found = str(kept["device"])
+        rows = [{name: kind(row[name]) for name, kind in kinds.items()} for row in kept["parts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): move it away, or choose another --output") from None
+    if found != device:
+        raise ValueError(f"{file.parent} holds results of {found}, this is {device}: choose another --output")
+    return {row["part"]: row for row in rows}
 
 
-def _run(name: str, limit: int, command: list[str], folder: Path) -> dict[str, Any]:
+def _order(parts: list[Part], rows: dict[str, dict[str, Any]]) -> list[Part]:
+    """Those that are not done: first what has not been tried to its end, then what failed."""
+    waiting = [part for part in parts if rows.get(part.name, {}).get("status") != "done"]
+    return sorted(waiting, key=lambda part: rows.get(part.name, {}).get("status", "").startswith(("FAILED", "STOPPED")))
+
+
+def _set_aside(name: str, folder: Path) -> None:
+    """Keep an earlier call's results under another name."""
+    for file in (folder / f"{name}{suffix}" for suffix in (".json", ".csv", ".md")):
+        if file.exists():
+            file.rename(file.with_name(f"{name}.{time.time_ns()}{file.suffix}"))
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM (a limit on the command) is a Ctrl-C."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(part: Part, limit: float, dry: bool, folder: Path) -> dict[str, Any]:
     """Run one part in a process group of its own, which ends at the limit."""
-    log = folder / "logs" / f"{name}.log"
-    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [word.replace("{folder}", str(folder)) for word in ((part.dry or part.command) if dry else part.command)]
+    if part.least:
+        command += ["--seconds", f"{max(1, limit - 15):.0f}"]
     if command[0] != "nvidia-smi":
         command = [sys.executable, "-m", *command]
-    start, done = time.monotonic(), dict(part=name, limit=limit, last="")
-    with open(log, "w") as file:
+    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    start, done = time.monotonic(), dict(part=part.name, limit=limit, last="")
+    with open(folder / "logs" / f"{part.name}.log", "a+") as file:
+        begin = file.seek(0, os.SEEK_END)
         try:
             process = subprocess.Popen(
                 command,
@@ -136,20 +222,79 @@ def _run(name: str, limit: int, command: list[str], folder: Path) -> dict[str, A
             status = f"FAILED ({code})" if code else "done"
         except subprocess.TimeoutExpired:
             status = "STOPPED at its limit"
+        except KeyboardInterrupt:
+            status = "interrupted"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with what it started
             process.wait()
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    with open(folder / "logs" / f"{part.name}.log", errors="replace") as file:
+        file.seek(begin)
+        lines = [line for line in file.read().splitlines() if line.strip()]
+    if status == "done" and any(line.startswith("time is up") for line in lines):
+        status = "cut short"
     return done | dict(status=status, seconds=time.monotonic() - start, last=lines[-1] if lines else "")
 
 
-def _plots(reports: dict[str, Any], folder: Path) -> list[str]:
+def _reports(folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    files = {name: folder / f"{name}.json" for name in (*OPS, "experiments") if name in rows}
+    found = {}
+    for name, file in files.items():
+        if file.exists():
+            try:
+                found[name] = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged ({error}): move it away") from None
+    return found
+
+
+def _publish(folder: Path, device: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Write what is known so far: parts.json, report.md and the archive. The files that the archive has no room for."""
+    ordered = [rows[part.name] for part in PARTS if part.name in rows]
+    pictures = sorted(str(path.relative_to(folder)) for path in (folder / "plots").glob("*.png"))
+    report = _report(device == DRY, ordered, _reports(folder, rows), pictures)
+    for name, text in {
+        "parts.json": json.dumps(dict(device=device, parts=ordered), indent=1),
+        "report.md": "\n".join(report) + "\n",
+    }.items():
+        (folder / f"{name}.part").write_text(text)
+        os.replace(folder / f"{name}.part", folder / name)
+    return _pack(folder, Path(f"{folder}.tar.gz"))
+
+
+def _pack(folder: Path, archive: Path, most: int = ARCHIVE) -> list[str]:
+    """Pack a folder into at most `most` bytes. What had no room: the largest logs first, then the largest of the rest."""
+    logs = folder / "logs"
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part")
+    files.sort(key=lambda path: (path.parent == logs, path.stat().st_size))
+    dropped: list[str] = []
+    part = archive.with_name(f"{archive.name}.part")
+    while True:
+        with tarfile.open(part, "w:gz") as tar:
+            for path in files:
+                tar.add(path, f"{folder.name}/{path.relative_to(folder)}")
+        if part.stat().st_size <= most or not files:
+            os.replace(part, archive)
+            return dropped
+        dropped.append(str(files.pop().relative_to(folder)))
+
+
+def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Draw what there is; a machine without matplotlib goes without."""
+    try:
+        _plots(_reports(folder, rows), folder)
+    except (ValueError, ImportError) as error:
+        print(f"plots: none drawn: {error}")
+
+
+def _plots(reports: dict[str, Any], folder: Path) -> None:
+    from tileformer.bench.plot import plot  # with training's figures, which need more packages than timing does
+
     ops = [report for name, report in reports.items() if name in OPS]
     if not ops:
         raise ValueError("no part left results to draw")
     everything = dict(ops[0], results=[row for report in ops for row in report["results"]])
-    return [os.path.relpath(path, folder) for path in plot(everything, str(folder / "plots"))]
+    plot(everything, str(folder / "plots"))
 
 
 def _report(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pictures: list[str]) -> list[str]:
@@ -163,10 +308,9 @@ def _report(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pict
             f"- {name}: " + ", ".join(f"{n} {x:,.1f}" for n, x in r["ceilings"].items()) for name, r in reports.items()
         ]
     lines += ["", "| part | status | seconds | limit | last line |", "|---|---|---|---|---|"]
-    lines += [
-        f"| [{d['part']}](logs/{d['part']}.log) | {d['status']} | {d['seconds']:.0f} | {d['limit']} | {_cell(d['last'])} |"
-        for d in done
-    ]
+    for d in done:
+        name = d["part"] if d["status"] == "left" else f"[{d['part']}](logs/{d['part']}.log)"
+        lines.append(f"| {name} | {d['status']} | {d['seconds']:.0f} | {d['limit']:.0f} | {_cell(d['last'])} |")
     for op in (op for op in OPS if op in reports):
         lines += [
             "",
@@ -184,7 +328,8 @@ def _report(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pict
             "| question | variant | ms | of the time as shipped | remark |",
             "|---|---|---|---|---|",
         ]
-        for row in reports["experiments"]["results"]:
+        number = lambda row: int("".join(c for c in row["question"].split()[0] if c.isdigit()))  # noqa: E731
+        for row in sorted(reports["experiments"]["results"], key=number):
             figures = " | ".join("" if x is None else "dry" if dry else f"{x:.4f}" for x in (row["ms"], row["ratio"]))
             lines.append(f"| {row['question']} | {row['variant']} | {figures} | {_cell(row['problem'])} |")
     return [*lines, *(["", "## Plots", ""] if pictures else []), *(f"![]({path})" for path in pictures)]

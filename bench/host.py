@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from triton import knobs
 from triton.runtime import driver
 
 from tileformer import arguments
+from tileformer.bench.ahead import announced
 from tileformer.bench.recording import ARCHITECTURES, record
 from tileformer.bench.report import Growing, as_json
 from tileformer.decoder import TransformerDecoderLayer
@@ -143,7 +143,7 @@ def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
 
 def compilations(arch: int, shapes: int | None = None) -> collections.Counter[str]:
     """Distinct specialisations by kernel of `tileformer train g2p --full` in bfloat16: every shape of its batches, or about `shapes` of them;
-    evaluation; greedy decoding. Triton says what it would compile, and is told not to. ImportError without the recipe's packages.
+    evaluation; greedy decoding. ImportError without the recipe's packages.
     """  # fmt: skip
     from tileformer.decoder import Seq2Seq, Seq2SeqConfig
     from tileformer.training.data import Batches
@@ -162,21 +162,11 @@ def compilations(arch: int, shapes: int | None = None) -> collections.Counter[st
             g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), dropout=g2p.FULL.dropout, max_length=32
         )
     )
-    seen: set[tuple[str, str]] = set()
-
-    def note(**call: Any) -> bool:
-        seen.add((call["fn"].name, call["key"]))
-        return True  # Triton takes it for compiled elsewhere
-
-    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
-    try:
-        with record(arch), use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
-            for batch in chosen:
-                model.train()
-                sequence_loss(model, batch, 0.1).backward()
-            with torch.no_grad():
-                sequence_loss(model.eval(), chosen[-1], 0.1)
-            g2p.transcribe(model, ["transformer", "a"])
-    finally:
-        knobs.runtime.jit_cache_hook = before
+    with announced(arch) as seen, torch.autocast("cpu", torch.bfloat16):
+        for batch in chosen:
+            model.train()
+            sequence_loss(model, batch, 0.1).backward()
+        with torch.no_grad():
+            sequence_loss(model.eval(), chosen[-1], 0.1)
+        g2p.transcribe(model, ["transformer", "a"])
     return collections.Counter(sorted(name.rpartition(".")[2] for name, _ in seen))

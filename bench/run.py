@@ -9,22 +9,24 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import io
+import json
+import os
 import time
 from typing import Any
 
 import torch
+import triton
 
 from tileformer import arguments
-from tileformer.bench import gpu_day, host, providers, step, tune
+from tileformer.bench import ahead, gpu_day, host, providers, step, tune
 from tileformer.bench.cases import DTYPES
 from tileformer.bench.measure import DRY, Bench, Result, wanted
-from tileformer.bench.plot import plot
 from tileformer.bench.report import Growing, as_json
 from tileformer.bench.static import report as static_report
 from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels.info import require_device
-from tileformer.training.extras import library
 
 ELSEWHERE = {"static": static_report, "host": host, "gpu-day": gpu_day}
 ABOUT = {
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         about = "only every Nth workload"
         command.add_argument("--every", type=arguments.COUNT, default=1, metavar="N", help=about)
+        command.add_argument("--resume", action="store_true", help="go on after what the file of --json has")
         if name == "experiments":
             continue
         command.add_argument("--mode", action="append", choices=MODES, help="only this pass (repeatable)")
@@ -77,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--plot", type=arguments.output_folder, metavar="DIR", help=about)
         if name == "attention":
             command.add_argument(
-                "--tune", action="store_true", help="search tiles, and print rows for kernels/attention/tiles.py"
+                "--tune",
+                action="store_true",
+                help="search tiles (--only TEXT: those of tables, features and head sizes like 'BACKWARD_DQ plain 64'), and print rows for "
+                "kernels/attention/tiles.py; goes on from --json (default: runs/tune.json)",
             )
 
 
@@ -99,7 +105,15 @@ def main(args: argparse.Namespace) -> int:
             file.write()
         file.write(last=True)
         return 0
-    workloads = [] if args.what == "experiments" else _asked(args, device)
+    searched = getattr(args, "tune", False)
+    if args.resume and not (args.json or searched):
+        raise ValueError("--resume goes on after a file of results: name it with --json FILE")
+    if searched:
+        args.resume = True
+        if not args.json:
+            os.makedirs("runs", exist_ok=True)
+            args.json = arguments.output_file("runs/tune.json")
+    workloads = [] if args.what == "experiments" or searched else _asked(args, device)
     if args.dry:
         providers.compile_backend = "aot_eager"
         torch.set_num_threads(1)
@@ -107,17 +121,27 @@ def main(args: argparse.Namespace) -> int:
     fast = "bf16" if args.dry or (device.type == "cuda" and torch.cuda.is_bf16_supported()) else "fp32"
     bench = Bench(device, DTYPES[args.dtype or fast], dry=args.dry, deadline=deadline)
     report: dict[str, Any] = dict(
-        device=bench.clock.name, dry=args.dry, torch=torch.__version__, ceilings=bench.ceilings, results=[]
-    )
+        device=bench.clock.name, dry=args.dry, torch=torch.__version__, triton=triton.__version__,
+        dtype=str(bench.dtype).removeprefix("torch."), ceilings=bench.ceilings, results=[],
+    )  # fmt: skip
+    if args.resume:
+        report["results"] = _kept(args.json, report)
     if args.dry:
         print(DRY.upper())
-    if args.what == "experiments" or getattr(args, "tune", False):
-        report["results"] = (
-            tune.experiments(bench, args.every)
-            if args.what == "experiments"
-            else tune.search(bench, (64,) if args.dry else (64, 128))
-        )
-        Growing(args.json, lambda: as_json(report)).write(last=True)
+    if args.what == "experiments" or searched:
+        file = Growing(args.json, lambda: as_json(report))
+
+        def keep(row: dict[str, Any]) -> None:
+            report["results"].append(row)
+            file.write()
+
+        try:
+            if searched:
+                tune.search(bench, report["results"], keep, args.only or "", (64,) if args.dry else (64, 128))
+            else:
+                tune.experiments(bench, report["results"], keep, args.every)
+        finally:
+            file.write(last=True)
         return 0
     return _ops(args, bench, report, workloads)
 
@@ -130,10 +154,32 @@ def _asked(args: argparse.Namespace, device: torch.device) -> list[Workload]:
             f"unknown provider {', '.join(map(repr, sorted(unknown)))}: there are {', '.join(sorted(known))}"
         )
     if args.plot:
+        from tileformer.training.extras import library  # whose room needs more packages than timing does
+
         library("matplotlib")
     # Those with a slow starter last: where time is short, all the others have their figures.
     workloads = chosen(args.what, device, args.dry, args.only, args.every)
     return sorted(workloads, key=lambda w: _starts_slowly(w, args.provider))
+
+
+def _kept(path: str, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of an earlier call of the same kind, to go on after.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            earlier = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no results ({error}): choose another --json") from None
+    for name in ("device", "dry", "torch", "triton", "dtype"):
+        if not isinstance(earlier, dict) or earlier.get(name) != report[name]:
+            found = earlier.get(name) if isinstance(earlier, dict) else "no report"
+            raise ValueError(f"{path} has results of {name} {found}, this is {report[name]}: choose another --json")
+    return earlier["results"]
 
 
 def chosen(what: str, device: torch.device, dry: bool, only: str | None, every: int = 1) -> list[Workload]:
@@ -168,6 +214,15 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any], workloa
         )
     )
     absent: dict[str, None] = {}
+    done = {(row["op"], row["workload"]) for row in report["results"]}
+    workloads = [workload for workload in workloads if (workload.op, workload.name) not in done]
+    calls = [
+        functools.partial(ahead.workload_call, providers.providers(w.op)[providers.OURS](w), w, bench.dtype)
+        for w in workloads
+        if wanted(w, providers.OURS, args.provider)
+    ]
+    if bench.device.type == "cuda" and (said := ahead.compile_here(calls)):
+        print(said, flush=True)
     files = [Growing(args.json, lambda: as_json(report)), Growing(args.csv, lambda: _csv(report["results"]))]
     for workload in workloads:
         if time.monotonic() > bench.deadline:
@@ -185,6 +240,8 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any], workloa
     if absent:
         print("; ".join(absent))
     if args.plot:
+        from tileformer.bench.plot import plot
+
         print("\n".join(plot(report, args.plot)))
     return int(any(r["failed"] and (args.dry or r["provider"] == providers.OURS) for r in report["results"]))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import statistics
@@ -18,6 +19,7 @@ from typing import Any
 
 from triton.runtime.jit import JITFunction
 
+from tileformer.bench import ahead
 from tileformer.bench.measure import DRY, Bench, Truth, ours, passes
 from tileformer.bench.providers import OURS, providers
 from tileformer.bench.workloads import WORKLOADS, Workload
@@ -88,36 +90,77 @@ def attempt(trial: Trial, changes: contextlib.AbstractContextManager[Any]) -> tu
     return ms, problem
 
 
-def search(bench: Bench, sizes: tuple[int, ...] = (64, 128)) -> list[dict[str, Any]]:
-    """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste; all that was tried."""
+Keep = Callable[[dict[str, Any]], None]
+
+
+def search(
+    bench: Bench, found: list[dict[str, Any]], keep: Keep, only: str = "", sizes: tuple[int, ...] = (64, 128)
+) -> None:
+    """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste.
+
+    Args:
+        found: rows of earlier calls, whose trials are not repeated.
+        keep: is given each new row at once, and adds it to `found`.
+        only: a part of the names to search, such as "BACKWARD_DQ plain 64".
+    """
     with ours(bench.clock.dry):
         arch = family(launch.arch_of(bench.clock.flush))
-    found: list[dict[str, Any]] = []
-    for name, (table, _, mode) in TABLES.items():
-        for feature, workload_name in FEATURES.items():
-            if feature not in table[arch]:
-                continue
-            best = dict(table[arch][feature])
-            for size in sizes:
-                trial = Trial(bench, named("attention", workload_name.format(size)), mode)
-                times: dict[Any, float] = {}
-                candidates = dict.fromkeys([best.get(size, CANDIDATES[name][0]), *CANDIDATES[name]])
-                for row in list(candidates)[: 2 if bench.clock.dry else None]:
-                    if time.monotonic() > bench.deadline:
-                        print(f"time is up: {name} {feature} {size} is not finished")
-                        break
-                    ms, problem = attempt(trial, tile(bench, name, feature, size, row))
-                    found.append(
-                        dict(table=name, arch=arch, feature=feature, size=size, row=row, ms=ms, problem=problem)
-                    )
-                    figure = DRY if bench.clock.dry else f"{ms:.4f} ms"
-                    print(f"{name} {feature} {size} {row}: {problem or figure}", flush=True)
-                    if not problem:
-                        times[row] = ms
-                if times:
-                    best[size] = min(times, key=times.__getitem__)
-            print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
-    return found
+    done = {(r["table"], r["arch"], r["feature"], r["size"], tuple(r["row"])) for r in found}
+    wanted: dict[tuple[str, int], list[Iterator[tuple[str, Row]]]] = {}
+    for feature, size, name in itertools.product(FEATURES, sizes, TABLES):
+        if feature not in TABLES[name][0][arch] or only not in f"{name} {feature} {size}":
+            continue
+        shipped = TABLES[name][0][arch][feature].get(size, CANDIDATES[name][0])
+        rows = list(dict.fromkeys([shipped, *CANDIDATES[name]]))[: 2 if bench.clock.dry else None]
+        left = [(name, row) for row in rows if (name, arch, feature, size, row) not in done]
+        wanted.setdefault((feature, size), []).append(iter(left))
+    if not wanted:
+        raise ValueError(f"no table, feature and head size has {only!r} in its name, like 'BACKWARD_DQ plain 64'")
+    for (feature, size), lists in wanted.items():
+        # A row of each kernel in turn: where time is short, forward and backward have had the same share of it.
+        turns = [trial for turn in itertools.zip_longest(*lists) for trial in turn if trial]
+        if turns and time.monotonic() < bench.deadline:
+            workload = named("attention", FEATURES[feature].format(size))
+            _ahead(bench, [(workload, tile(bench, name, feature, size, row)) for name, row in turns])
+            trials = {mode: Trial(bench, workload, mode) for mode in dict.fromkeys(TABLES[n][2] for n, _ in turns)}
+        for name, row in turns:
+            if time.monotonic() > bench.deadline:
+                print(f"time is up: {feature} {size} is not finished")
+                break
+            ms, problem = attempt(trials[TABLES[name][2]], tile(bench, name, feature, size, row))
+            keep(
+                dict(
+                    table=name,
+                    arch=arch,
+                    feature=feature,
+                    size=size,
+                    row=row,
+                    ms=None if problem else ms,
+                    problem=problem,
+                )
+            )
+            figure = DRY if bench.clock.dry else f"{ms:.4f} ms"
+            print(f"{name} {feature} {size} {row}: {problem or figure}", flush=True)
+    for name, feature in dict.fromkeys((row["table"], row["feature"]) for row in found if row["arch"] == arch):
+        best = dict(TABLES[name][0][arch][feature])
+        right = [
+            r for r in found if (r["table"], r["arch"], r["feature"]) == (name, arch, feature) and not r["problem"]
+        ]
+        for size in {row["size"] for row in right}:
+            fastest = min((row for row in right if row["size"] == size), key=lambda row: row["ms"])
+            best[size] = tuple(fastest["row"])
+        print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
+
+
+def _ahead(bench: Bench, trials: list[tuple[Workload, contextlib.AbstractContextManager[Any]]]) -> None:
+    """Compile what the trials will launch, on all cores."""
+
+    def launches(workload: Workload, changes: contextlib.AbstractContextManager[Any]) -> None:
+        with changes:
+            ahead.workload_call(providers(workload.op)[OURS](workload), workload, bench.dtype)
+
+    if not bench.clock.dry and (said := ahead.compile_here([functools.partial(launches, *trial) for trial in trials])):
+        print(said, flush=True)
 
 
 @contextlib.contextmanager
@@ -233,25 +276,41 @@ EXPERIMENTS = [
 ]  # fmt: skip
 
 
-def experiments(bench: Bench, every: int = 1) -> list[dict[str, Any]]:
-    """Run the list, or every so manieth of those with variants; print and return a row a variant: ms, and its time over the shipped kernel's."""
-    found: list[dict[str, Any]] = []
+def experiments(bench: Bench, found: list[dict[str, Any]], keep: Keep, every: int = 1) -> None:
+    """Run the list, or every so manieth of those with variants: a row a variant with its ms, and its time over the shipped kernel's.
+
+    Args:
+        found: rows of earlier calls; a question that has all of its variants there is not asked again.
+        keep: is given each new row at once, and adds it to `found`.
+    """
+    chosen: list[tuple[Experiment, list[str]]] = []
     for experiment in [e for e in EXPERIMENTS if not e.variants] + [e for e in EXPERIMENTS if e.variants][::every]:
+        labels = ["as shipped", *experiment.variants] if experiment.variants else [""]
+        labels = labels[:: max(1, len(labels) - 1) if bench.clock.dry else 1]  # dry: the first and the last
+        if not {(experiment.question, label) for label in labels} <= {(r["question"], r["variant"]) for r in found}:
+            chosen.append((experiment, labels))
+    asked = {experiment.question for experiment, _ in chosen}
+    found[:] = [row for row in found if row["question"] not in asked]  # what was stopped in the middle is asked again
+    asked_of = [(named(*e.workload), _variant(e, label, bench)) for e, labels in chosen for label in labels if label]
+    _ahead(bench, asked_of)
+    for experiment, labels in chosen:
         row = dict(question=experiment.question, variant="", ms=None, ratio=None, problem=experiment.reason)
         print(f"{experiment.question}{': ' + experiment.reason if experiment.reason else ''}", flush=True)
         if not experiment.variants:
-            found.append(row)
+            keep(row)
             continue
+        if time.monotonic() > bench.deadline:
+            print("time is up")
+            return
         trial, shipped = Trial(bench, named(*experiment.workload), experiment.mode), 0.0
-        variants: dict[str, Context] = {"as shipped": lambda bench: contextlib.nullcontext(), **experiment.variants}
-        for label in [*variants][:: len(variants) - 1 if bench.clock.dry else 1]:  # dry: the first and the last
-            if time.monotonic() > bench.deadline:
-                print("time is up")
-                return found
-            ms, problem = attempt(trial, variants[label](bench))
+        for label in labels:
+            ms, problem = attempt(trial, _variant(experiment, label, bench))
             shipped = shipped or ms
             times = dict(ms=None, ratio=None) if problem else dict(ms=ms, ratio=ms / shipped)
-            found.append(row | dict(variant=label, problem=problem) | times)
+            keep(row | dict(variant=label, problem=problem) | times)
             figures = DRY if bench.clock.dry else f"{ms:.4f} ms, {ms / shipped:.3f} of the time as shipped"
             print(f"    {label}: {problem or figures}", flush=True)
-    return sorted(found, key=lambda row: int("".join(c for c in row["question"].split()[0] if c.isdigit())))
+
+
+def _variant(experiment: Experiment, label: str, bench: Bench) -> contextlib.AbstractContextManager[Any]:
+    return experiment.variants[label](bench) if label in experiment.variants else contextlib.nullcontext()

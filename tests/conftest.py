@@ -7,14 +7,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS sta
 
 os.environ.setdefault("TILEFORMER_SELFTEST", "0")  # the tests do more, and count what is compiled
 
+import contextlib
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+from tileformer.bench import ahead
 from tileformer.kernels import interpreter, use_backend
 
 torch.set_num_threads(1)
@@ -99,20 +103,47 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("tileformer")
 
 
-@pytest.hookimpl(trylast=True)  # after -m and -k have selected
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, Any, Any]:
     items.sort(key=lambda item: "gpu_specialisations" in getattr(item, "fixturenames", ()))
-    for item in filter(_interprets, items):
-        item.add_marker("interprets")
+    for item in items:
+        if _interprets(item):
+            item.add_marker("interprets")
+        if _parameters(item).get("backend") == "triton":
+            item.add_marker("gpu")
+    result = yield  # -m and -k select
     step = config.getoption("--sample")
     config.hook.pytest_deselected(items=[item for place, item in enumerate(items) if place % step])
     items[:] = items[::step]
+    return result
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def _interprets(item: pytest.Item) -> bool:
-    named = getattr(item, "callspec", None)
-    parameters = named.params.values() if named else ()
-    return item.get_closest_marker("interprets") is not None or "interpret" in parameters
+    return item.get_closest_marker("interprets") is not None or "interpret" in _parameters(item).values()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Beside a GPU: compile on all cores what the tests will launch, before the first of them waits for it."""
+    if (
+        torch.cuda.is_available()
+        and not session.config.option.collectonly
+        and not hasattr(session.config, "workerinput")
+    ):
+        said = ahead.compile_here([functools.partial(_uncomputed, item) for item in session.items])
+        session.config.get_terminal_writer().line(said)
+
+
+def _uncomputed(item: pytest.Item) -> None:
+    """Run a test's body on the recording driver, as far as it gets without values: what it launched is compiled ahead."""
+    given = {**_parameters(item), "device": torch.device("cpu")}
+    names = item._fixtureinfo.argnames  # type: ignore[attr-defined]
+    if given.get("backend") == "triton" and set(names) <= set(given):
+        with contextlib.suppress(pytest.fail.Exception, pytest.skip.Exception):
+            item.obj(**{name: given[name] for name in names})  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

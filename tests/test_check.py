@@ -3,9 +3,6 @@
 import itertools
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,12 +10,12 @@ import torch
 from tileformer import __main__ as command
 from tileformer import kernels
 from tileformer.bench import check, pairs, report
+from tileformer.bench.ahead import announced
 from tileformer.bench.calls import Case, Draw
-from tileformer.bench.cases import CASES, row_call
+from tileformer.bench.cases import CASES, DRAWS, row_call
 from tileformer.bench.memory import BAND, Memory
 
 CPU = torch.device("cpu")
-ROOT = pathlib.Path(__file__).parents[1]
 PLAIN = Case("softmax", "planted", "", row_call(6, 10))
 
 
@@ -307,47 +304,13 @@ def test_one_call_can_be_asked_for(capsys):
     assert "row of -inf" in capsys.readouterr().err
 
 
-COUNT = """
-import torch
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-from tileformer import kernels
-from tileformer.bench import check, pairs
-from tileformer.bench.calls import DTYPES, Case
-from tileformer.bench.cases import CASES, DRAWS, OPS
-from tileformer.bench.memory import Memory
-from tileformer.bench.recording import record
-
-seen, cpu = set(), torch.device("cpu")
-
-def run(self, *args, grid, warmup, **options):
-    _, specialisation, options = self.device_caches[driver.active.get_current_device()][4](*args, **options)
-    seen.add((self.fn.__name__, str(specialisation), str(options)))
-
-JITFunction.run = run  # counts what would be compiled
-
-def call(item, name):
-    with record(90), kernels.use_backend("triton"):
-        if isinstance(item, Case):
-            check.results(kernels, item, DTYPES[name], cpu, DTYPES[name], Memory(cpu))
-        else:
-            OPS[item.op].draw(getattr(kernels, item.op), item.p, torch.tensor([1]), cpu, DTYPES[name])
-
-for item in CASES:
-    if item.quick:
-        call(item, "bf16")
-print(len(seen))
-for item in [*CASES, *DRAWS]:
-    for name in [d for d in item.dtypes if d != "fp16"] if item.quick else item.dtypes[:item.suite]:
-        call(item, name)
-print(len(seen))
-"""
-
-
 def test_a_gpu_compiles_few_kernels_for_the_quick_calls_and_for_the_tests():
     """--quick promises 16; the tests may compile 120 in all, and other files need some."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", COUNT], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    quick, suite = map(int, done.stdout.split())
-    assert quick <= 16 and suite <= 100, (quick, suite)
+    with announced(90) as kernels_to_compile:
+        for item in (item for item in CASES if item.quick):
+            check._uncomputed(item, "bf16")
+        quick = len(kernels_to_compile)
+        for item in [*CASES, *DRAWS]:
+            for name in [d for d in item.dtypes if d != "fp16"] if item.quick else item.dtypes[: item.suite]:
+                check._uncomputed(item, name)
+    assert 6 <= quick <= 16 and 60 <= len(kernels_to_compile) <= 100, (quick, len(kernels_to_compile))

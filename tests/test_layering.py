@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tileformer.__main__ import VERBS
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
 OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
@@ -146,6 +148,43 @@ def test_the_parser_sees_a_forbidden_import(path, source):
 )
 def test_the_parser_lets_a_good_import_pass(path, source):
     assert not problems_in(path, source)
+
+
+def _at_import(node: ast.AST) -> list[str]:
+    """The modules that importing a file imports: what stands in a function waits for its call."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        return []
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        (*found,) = imports_of(ast.unparse(node))
+        return [name for x in found for name in (x.module, *(f"{x.module}.{name}" for name in x.names))]
+    return [name for child in ast.iter_child_nodes(node) for name in _at_import(child)]
+
+
+def _reached(module: str, seen: set[str]) -> None:
+    """Add a module of ours, its packages, and all that importing it imports."""
+    for name in (module.rsplit(".", n)[0] for n in range(module.count(".") + 1)):
+        path = ROOT / "src" / name.replace(".", "/")
+        file = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
+        if name not in seen and (file or not name.startswith("tileformer")):
+            seen.add(name)
+            for imported in _at_import(ast.parse(file.read_text())) if file else ():
+                _reached(imported, seen)
+
+
+@pytest.mark.parametrize(
+    ("verb", "extra"),
+    [("info", ""), ("check", ""), ("bench", "bench"), ("train", "train"), ("finetune", "train"), ("generate", "train")],
+)
+def test_a_verb_starts_with_the_packages_that_it_lists(verb, extra):
+    tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml, which Python 3.10 cannot")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *(project["optional-dependencies"][extra] if extra else ())]
+    known = (
+        {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in listed} | {"tileformer"} | sys.stdlib_module_names
+    )
+    seen: set[str] = set()
+    _reached(VERBS[verb], seen)
+    assert VERBS[verb] in seen and {name.split(".")[0] for name in seen} - known == set()
 
 
 def test_every_import_is_a_declared_dependency():

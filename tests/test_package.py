@@ -287,6 +287,21 @@ def test_the_report_is_also_json(capsys):
 # README
 
 
+@pytest.mark.slow
+def test_an_environment_is_made_of_a_lenders_packages_without_a_registry(tmp_path):
+    """What `make test`, `demo`, `bench` and `gpu-day` start with on a GPU machine that reaches nobody."""
+    environment = dict(os.environ, PIP_NO_INDEX="1", PIP_CONFIG_FILE="/dev/null", PYTHON=sys.executable)
+    environment.pop("PYTHONPATH", None)
+    environment.pop("PIP_FIND_LINKS", None)
+    made = subprocess.run(
+        [ROOT / ".ci" / "venv", tmp_path / "venv"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "keeping the torch and triton of" in succeed(made) and len(made.stdout.splitlines()) <= 2, made.stdout
+    for name, arguments in (("tileformer", ("info", "--device", "cpu")), ("pytest", ("--version",))):
+        command = [tmp_path / "venv" / "bin" / name, *arguments]
+        succeed(subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True))
+
+
 def test_the_readme_example_runs():
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     shown = succeed(python("-c", example))

@@ -1,0 +1,141 @@
+"""Compile before anything is launched, on every core: a launch compiles what it needs alone, and the GPU waits.
+
+    ahead.compile_for(90, [lambda: attention(q, k, v, causal=True)])      # CPU tensors of the sizes to come; nothing is computed
+
+The calls go through the recording driver (bench/recording.py), where Triton says what it would compile. Processes then compile it into Triton's cache
+under the keys of a real launch, and with Triton 3.6 the C launchers, of which it has one for each signature.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import importlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+from tileformer.bench import recording
+from tileformer.bench.workloads import Workload
+from tileformer.kernels import use_backend
+
+MOST = 32  # processes: each holds some 400 MB
+Job = tuple[str, str, str]  # module and name of a kernel, and what it is compiled for, as JITFunction.preload takes it
+
+
+@contextlib.contextmanager
+def announced(arch: int) -> Iterator[dict[tuple[str, str], Job]]:
+    """As `record`, but nothing is compiled either: what would be, by kernel and Triton's key."""
+    found: dict[tuple[str, str], Job] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found[fn.name, compile["key"]] = fn.module, fn.name.rpartition(".")[2], compile["specialization_data"]
+        return True  # Triton takes it for compiled elsewhere
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        with recording.record(arch), use_backend("triton"):
+            yield found
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+def compile_for(arch: int, calls: Iterable[Callable[[], Any]], launchers: bool = False) -> str:
+    """Compile what the calls would launch on sm_`arch`. A line that says what was done.
+
+    Args:
+        calls: may fail, since nothing is computed; what they launched before is compiled.
+        launchers: also build Triton 3.6's launchers, which needs the driver's library.
+    """
+    start = time.monotonic()
+    if arch not in recording.ARCHITECTURES:
+        return f"sm_{arch}: nothing is compiled ahead, each launch compiles its own"
+    with announced(arch) as jobs:
+        for call in calls:
+            with contextlib.suppress(Exception):
+                call()
+    cores = min(len(os.sched_getaffinity(0)), MOST, len(jobs))
+    if not jobs:
+        return "nothing to compile"
+    pool = concurrent.futures.ProcessPoolExecutor(
+        cores, multiprocessing.get_context("spawn"), initializer=_start, initargs=(arch, launchers)
+    )
+    try:
+        problems = [problem for problem in pool.map(_compile, jobs.values()) if problem]
+    except concurrent.futures.BrokenExecutor as error:  # each launch compiles what is left
+        problems = [str(error)]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    text = f"{len(jobs)} kernels compiled ahead on {cores} cores in {time.monotonic() - start:.0f} s"
+    return "\n".join([text, *(f"not compiled: {problem}" for problem in problems)])
+
+
+def compile_here(calls: Iterable[Callable[[], Any]]) -> str:
+    """`compile_for` the GPU of this machine; "" where there is none."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return ""
+    properties = torch.cuda.get_device_properties(0)
+    arch = 10 * properties.major + properties.minor
+    norm, count = importlib.import_module("tileformer.kernels.layer_norm"), properties.multi_processor_count
+    with mock.patch.object(norm, "_multiprocessors", lambda device: count):  # whose number a kernel is compiled for
+        return compile_for(arch, calls, launchers=True)
+
+
+_launchers = False
+
+
+def _start(arch: int, launchers: bool) -> None:
+    global _launchers
+    _launchers = launchers
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that compiles takes none of the GPU's memory
+    torch.set_num_threads(1)
+    driver.set_active(recording._RecordingDriver(arch))
+
+
+def _compile(job: Job) -> str:
+    module, name, specialisation = job
+    try:
+        kernel = getattr(importlib.import_module(module), name).preload(specialisation)
+        if _launchers:
+            from triton.backends.nvidia import driver as nvidia
+
+            if hasattr(nvidia, "make_launcher"):
+                nvidia.CudaLauncher(kernel.src, kernel.metadata)
+    except Exception as error:
+        return f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+class _Linear(torch.autograd.Function):
+    """The shapes of F.linear, uncomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(*(t for t in (x, weight, bias) if t is not None))
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        given = [torch.empty_like(x) for x in ctx.saved_tensors]
+        return (*given, None)[:3]
+
+
+def workload_call(call: Callable[..., Any], workload: Workload, dtype: torch.dtype) -> None:
+    """Forward and backward of a workload's call at its full size, on memory that nothing touches."""
+    leaves = {name: torch.empty(shape, dtype=dtype, requires_grad=True) for name, shape in workload._shapes().items()}
+    with mock.patch.object(Workload, "_shapes", lambda self: {}):
+        options = workload.inputs("cpu", dtype)[1]
+    with mock.patch.object(F, "linear", _Linear.apply):
+        for given in (options, {name: x for name, x in options.items() if name != "seed"}):
+            out = call(leaves, given)
+            if "backward" in workload.modes:
+                torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out))
