@@ -140,7 +140,7 @@ LARGEST = {"xavier_uniform": math.sqrt(6 / 300), "kaiming_uniform": math.sqrt(6 
 @pytest.mark.parametrize("name", INITIALISATIONS)
 def test_an_initialisation_by_name_has_its_deviation(name):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(100, 200), nn.LayerNorm(200), nn.Embedding(10, 200), nn.Linear(100, 200))
+    model = nn.Sequential(nn.Linear(100, 200), nn.LayerNorm((20, 10)), nn.Embedding(10, 200), nn.Linear(100, 200))
     model[3].requires_grad_(False)
     before = [p.clone() for layer in model[1:] for p in layer.parameters()]
     initialise(model, name)
