@@ -334,8 +334,9 @@ def test_language_loss_counts_places_that_have_a_next_token():
         return logits
 
     kept = batch.labels[0] != 0
-    expected = nn.functional.cross_entropy(logits[0, kept], batch.labels[0, kept])
-    torch.testing.assert_close(language_loss(model, batch), expected)
+    for smoothing in (0.0, 0.1):
+        expected = nn.functional.cross_entropy(logits[0, kept], batch.labels[0, kept], label_smoothing=smoothing)
+        torch.testing.assert_close(language_loss(model, batch, smoothing), expected)
     assert seen["source"] is batch.source and seen["cu_seqlens"] is batch.cu_seqlens
 
 
