@@ -83,6 +83,19 @@ def test_cached_decoding_gives_the_logits_of_full_recomputation(norm_first):
             assert torch.allclose(torch.cat(parts, 1), full, atol=1e-5)
 
 
+def test_padding_beside_a_cache_is_of_all_keys():
+    torch.manual_seed(0)
+    attn, x = decoder.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(2, 5, 16)
+    padding, causal = torch.tensor([[False] * 5, [False, True, False, False, False]]), torch.ones(5, 5).triu(1).bool()
+    cache = KVCache(1, 5).layers[0].self_attn
+    with torch.no_grad():
+        full = attn(x, x, x, padding, attn_mask=causal, need_weights=False)[0]
+        for at in range(5):
+            new = x[:, at : at + 1]
+            step = attn(new, new, new, padding[:, : at + 1], need_weights=False, cache=cache)[0]
+            assert torch.allclose(step, full[:, at : at + 1], atol=1e-5)
+
+
 def test_cross_attention_keys_are_projected_once(monkeypatch):
     m, (src, tgt) = model(), batch()
     with torch.no_grad():

@@ -1274,7 +1274,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "shared layers are not shared", "range(1 if config.share_layers else config.num_layers)", "range(config.num_layers)"),
         ("module", "layers of a language model share one cache", "cache.layers[i].self_attn", "cache.layers[0].self_attn"),
         ("module", "a model of post-norm is one of pre-norm", "batch_first=True, norm_first=config.norm_first)", "batch_first=True, norm_first=True)"),
-        ("module", "positions behind the last document run on", "masked_fill(at >= cu_seqlens[-1], 0)", "masked_fill(at > cu_seqlens[-1], 0)"),
+        ("module", "positions behind the last document run on", ".masked_fill(at >= cu_seqlens[-1], 0)", ""),
         ("module", "a model is one token shorter than promised", "if longest > self.config.max_length:", "if longest >= self.config.max_length:"),
         ("module", "a cache's tokens are not counted", "tokens.shape[1] + (0 if cache is None else cache.length)", "tokens.shape[1]"),
         ("module", "a cache for another number of layers is taken", "len(cache.layers) != self.config.num_layers:", "len(cache.layers) < self.config.num_layers:"),
