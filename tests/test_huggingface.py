@@ -149,3 +149,29 @@ def test_attention_in_a_model_of_its_own_code_is_reported() -> None:
     report = huggingface.use(transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)))
     assert "GPTJForCausalLM computes attention in its own code" in report.left["attention"]
     assert report.swapped["transformer.ln_f"].endswith("LayerNorm")
+
+
+def test_a_mask_adds_to_a_bias_and_the_scores_are_capped() -> None:
+    q, k, bias = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(1, 2, 3, 5)
+    kept = torch.rand(2, 1, 3, 5) > 0.3
+    kept[..., 0] = True
+    added = torch.zeros(2, 1, 3, 5).masked_fill(~kept, float("-inf"))
+    for mask in (kept, added):
+        scores = 2 * torch.tanh(q @ k.mT * 0.7 / 2) + bias + added
+        options = dict(scaling=0.7, softcap=2.0, position_bias=bias, output_attentions=True)
+        out, weights = huggingface.attend(torch.nn.Module(), q, k, k, mask, **options)
+        torch.testing.assert_close(weights, scores.softmax(-1))
+        torch.testing.assert_close(out, (scores.softmax(-1) @ k).transpose(1, 2))
+
+
+def test_a_models_dropout_reaches_the_weights() -> None:
+    q = torch.randn(2, 2, 30, 8)
+    _, weights = huggingface.attend(torch.nn.Module(), q, q, q, None, dropout=0.5, output_attentions=True)
+    assert 0.4 < (weights == 0).float().mean() < 0.6
+
+
+def test_labels_that_are_shifted_already() -> None:
+    logits, labels = torch.randn(2, 4, 11), torch.tensor([[3, 4, -100, 2], [1, 1, 2, -100]])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    wrong = torch.zeros_like(labels)
+    torch.testing.assert_close(huggingface.causal_lm_loss(logits, wrong, 11, shift_labels=labels), expected)

@@ -164,6 +164,15 @@ def test_damage_is_named_in_one_line(name, damage, copy):
     assert name in message and "expected" in message and "\n" not in message
 
 
+def test_a_state_of_another_format_is_refused(copy):
+    state = json.loads((copy / "state.json").read_text())
+    (copy / "state.json").write_text(json.dumps(state | {"format": "tileformer checkpoint 99"}))
+    with pytest.raises(
+        CheckpointError, match="expected format 'tileformer checkpoint 1', found 'tileformer checkpoint 99'"
+    ):
+        train(copy.parent, resume=True)
+
+
 def test_weights_of_another_model_are_refused(copy):
     other = Seq2Seq(Seq2SeqConfig(9, 8, 16, 2, 1, 1, 32, max_length=8))
     with pytest.raises(CheckpointError, match=r"model.safetensors: expected the weights of Seq2Seq; .*src_embedding"):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,6 +293,23 @@ def test_grams_do_not_see_padding_and_know_order():
     grams = model.grams(torch.tensor([[1, 5, 6, 7, 0]]))
     assert (grams != 0).sum() == 4 + 3 + 2 and grams.unique().numel() == 10
     assert not model(torch.zeros(1, 3, dtype=torch.int64)).isnan().any()
+
+
+def test_a_bucket_is_of_a_gram_in_its_order_and_never_paddings():
+    model = ngrams.NgramClassifier(2, longest=2, buckets=4, pad_id=9)
+    found = model.grams(torch.arange(1, 60)[torch.arange(1, 60) != 9][:, None])[:, 0]
+    assert found.unique().tolist() == [1, 2, 3]
+    wide = ngrams.NgramClassifier(2, longest=2, buckets=1 << 16)
+    first, second = (wide.grams(torch.tensor([row])) for row in ([5, 6], [6, 5]))
+    assert first[0, 2] != second[0, 2] and first[0, 0] == second[0, 1]
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(model(torch.tensor([[3, 9]])), model.bias[None])  # the table starts at 0
+
+
+def test_joint_grams_know_the_models_padding():
+    model = METHODS["joint"].make(replace(CONFIG, pad_id=7), 2)
+    assert model.ngrams.pad_id == 7 and not model.ngrams.grams(torch.tensor([[7, 7]])).any()
 
 
 def test_the_weights_of_a_text_are_its_idf_of_length_one():
