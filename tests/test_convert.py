@@ -134,7 +134,14 @@ def test_softmax(dim) -> None:
     for y in (x, x[0], x[0, 0]):
         if dim is None or dim < y.dim():
             torch.testing.assert_close(decoder.Softmax(dim)(y), nn.Softmax(dim)(y))
+            torch.testing.assert_close(decoder.LogSoftmax(dim)(y), nn.LogSoftmax(dim)(y))
     assert decoder.Softmax(-1)(torch.tensor(3.0)) == 1
+
+
+@pytest.mark.parametrize("eps", [None, 0.5])
+def test_rms_norm(eps) -> None:
+    x, ours, theirs = torch.randn(3, 4, 5), decoder.RMSNorm((4, 5), eps=eps), nn.RMSNorm((4, 5), eps=eps)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

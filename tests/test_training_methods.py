@@ -269,6 +269,44 @@ def test_gan_gives_each_player_its_own_loss(context):
                 torch.testing.assert_close(found[name], 2 * parameter.grad, msg=name)
 
 
+def test_the_losses_of_a_gan_are_those_of_one_more_class(context):
+    torch.manual_seed(0)
+    gan = adversarial.Gan(Classifier(DecoderLM(CONFIG), 2)).eval()
+    batch = make_batch(context, [1.0, 0.0, 0.5, 0.0] * 10)
+
+    def shares(features):
+        return torch.cat([gan.classifier.head(features), gan.fake(features)], 1).softmax(1)  # real classes, fake
+
+    torch.manual_seed(1)
+    discriminator, generator = gan.loss(batch)
+    torch.manual_seed(1)
+    real = gan.classifier.features(batch.source)
+    made = gan.generate(real)
+    known = batch.weights > 0
+    own = gan.classifier.head(real)[known].log_softmax(1)
+    named = -own[range(int(known.sum())), batch.labels[known]].mean()
+    told = -(1 - shares(real)[:, 2]).log().mean() - shares(made)[:, 2].log().mean()
+    torch.testing.assert_close(discriminator, named + told)
+    deceived = -(1 - shares(made)[:, 2]).log().mean()
+    torch.testing.assert_close(generator, deceived + (real.mean(0) - made.mean(0)).square().mean())
+    generator.backward()
+    assert all(p.grad is None for p in gan.classifier.backbone.parameters())
+
+
+def test_the_steps_of_a_gan_add_up(context):
+    torch.manual_seed(0)
+    gan = adversarial.Gan(Classifier(DecoderLM(CONFIG), 2)).eval()
+    batch, found = make_batch(context, [1.0, 0.0] * 20), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss = adversarial.gan_backward(gan, batch, adversarial.gan_loss, torch.tensor(2.0))
+        found.append({name: parameter.grad.clone() for name, parameter in gan.named_parameters()})
+    torch.manual_seed(1)
+    torch.testing.assert_close(loss, gan.loss(batch)[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], 2 * gradient, msg=name)
+
+
 def test_gan_learns_no_class_from_rows_without_a_label(context):
     gan = adversarial.Gan(Classifier(DecoderLM(CONFIG), 2)).eval()
     losses = []

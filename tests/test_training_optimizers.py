@@ -58,6 +58,7 @@ def test_without_warm_up_a_run_starts_at_the_full_rate():
 
 
 def test_warm_up_and_decay_share_a_run():
+    assert Settings(1, schedule="wsd", warmup=0.5, decay=0.5).decay == 0.5  # all of it
     with pytest.raises(ValueError, match="warmup and decay of wsd share the run, got 0.5 and 0.9"):
         Settings(1, schedule="wsd", warmup=0.5, decay=0.9)
 
