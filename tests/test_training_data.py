@@ -45,6 +45,8 @@ def test_rows_are_shuffled_then_sorted_in_pools_then_the_batches_shuffled(seed):
     assert lengths != sorted(lengths)
     alone = identities(Batches(PAIRS, 8, seed=seed, pool=1))  # a pool is a batch: only the rows' own shuffle mixes them
     assert sum(max(batch) - min(batch) < len(batch) for batch in alone) < 2
+    widths = [[len(PAIRS[n - 100][0]) for n in batch] for batch in alone]
+    assert sum(max(batch) - min(batch) > 3 for batch in widths) > 9  # and nothing has sorted them by length
 
 
 def test_a_batch_pads_on_the_right_and_counts_without_padding():
