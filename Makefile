@@ -9,7 +9,7 @@ DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench gpu-day compat aot fuzz mutation soak sanitize clean
+.PHONY: help demo test lint format bench gpu-day compat aot fuzz mutation sanitize clean
 .SECONDARY:
 
 help: ## show this list
@@ -55,6 +55,7 @@ fuzz: $(VENV)/.installed ## FUZZ=2500 new examples of each op against the error 
 mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (hours; --sample N takes some)
 	$(BIN)/python tests/mutation $(ARGS)
 
+.PHONY: soak
 soak: $(VENV)/.installed ## train on 3,000 random shapes: memory may grow no faster than torch.nn's (4 minutes)
 	$(BIN)/python tests/soak.py --steps 3000 --beside torch $(ARGS)
 
