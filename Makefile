@@ -63,6 +63,10 @@ fuzz: $(VENV)/.installed ## FUZZ=2500 new examples of each op against the error 
 mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (hours; --sample N takes some)
 	$(BIN)/python tests/mutation $(ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.installed ## train on 3,000 random shapes: memory may grow no faster than torch.nn's (4 minutes)
+	$(BIN)/python tests/soak.py --steps 3000 --beside torch $(ARGS)
+
 sanitize: $(COMPAT)/ttsem/.installed ## run the kernels' compiled IR with every address checked; validate the compiler's passes
 	PYTHONPATH=$(COMPAT)/ttsem $(BIN)/python tests/sanitizer $(ARGS)
 

@@ -33,6 +33,7 @@ selftest_due = os.environ.get("TILEFORMER_SELFTEST", "1") != "0"  # until this G
 _recorded_arch: int | None = None
 _capabilities: dict[int, int] = {}  # of each GPU
 _too_big: set[tuple[Any, ...]] = set()
+MOST_KINDS = 4096  # of launches that are remembered: a process may meet new ones for ever
 
 # Triton's way to a launch (bind the arguments, print the options, look the kernel up) takes 13 to 20 microseconds. It is taken once for
 # each kind of arguments; later launches of that kind call the compiled kernel itself, as Triton 3.6 to 3.9 do. Another Triton, and AMD's,
@@ -159,6 +160,7 @@ def launch(
         except OutOfResources as error:
             if tile is tiles[-1]:
                 raise
+            _make_room(_too_big)
             _too_big.add(key)
             warnings.warn(
                 f"{kernel.fn.__name__}: tile {tile} does not fit this device ({error}); using the next one",
@@ -166,10 +168,18 @@ def launch(
             )
             continue
         if kind and isinstance(binary, CompiledKernel):  # not None or a promise, where a hook of Triton's took over
-            _compiled[kind] = _Compiled(binary, tile, tuple(constexprs[name] for name in kernel.arg_names[len(args) :]))
-            return _compiled[kind]
+            _make_room(_compiled)
+            again = _Compiled(binary, tile, tuple(constexprs[name] for name in kernel.arg_names[len(args) :]))
+            _compiled[kind] = again
+            return again
         break
     return None
+
+
+def _make_room(kept: dict[tuple[Any, ...], _Compiled] | set[tuple[Any, ...]]) -> None:
+    """Forget all when there are too many: each comes back by one more launch through Triton, and a look-up pays nothing."""
+    if len(kept) >= MOST_KINDS:
+        kept.clear()
 
 
 def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[Any], constexprs: dict[str, Any]) -> Any:
@@ -361,7 +371,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def pow2(n: int, least: int = 1) -> int:
     """Smallest power of two >= n and >= least."""
     return max(least, triton.next_power_of_2(n))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tileformer import decoder, kernels
-from tileformer.decoder import convert, revert
+from tileformer.decoder import convert, modules, revert
 from tileformer.decoder.modules import Dropout
 from tileformer.kernels import use_backend
 
@@ -136,7 +136,22 @@ def test_softmax(dim) -> None:
     for y in (x, x[0], x[0, 0]):
         if dim is None or dim < y.dim():
             torch.testing.assert_close(decoder.Softmax(dim)(y), nn.Softmax(dim)(y))
+            torch.testing.assert_close(decoder.LogSoftmax(dim)(y), nn.LogSoftmax(dim)(y))
     assert decoder.Softmax(-1)(torch.tensor(3.0)) == 1
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "Dropout", "Softmax", "LogSoftmax", "CrossEntropyLoss"])
+def test_each_small_module_becomes_its_namesake_and_back(name) -> None:
+    net = nn.Sequential(getattr(nn, name)(*[4] * name.endswith("Norm")))
+    report = convert(net)
+    assert type(net[0]) is getattr(modules, name) and report.swapped == {"0": f"torch's {name} -> tileformer's {name}"}
+    assert revert(net).swapped == {"0": f"tileformer's {name} -> torch's {name}"} and type(net[0]) is getattr(nn, name)
+
+
+@pytest.mark.parametrize("eps", [None, 0.5])
+def test_rms_norm(eps) -> None:
+    x, ours, theirs = torch.randn(3, 4, 5), decoder.RMSNorm((4, 5), eps=eps), nn.RMSNorm((4, 5), eps=eps)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -103,6 +103,25 @@ def test_the_greedy_row_is_never_dropped():
         assert found.tolist() == [[[3, 1, 3]]] and float(scores) == pytest.approx(math.log(0.51 * 0.25), abs=1e-5)
 
 
+class Detour(DecoderLM):
+    """Behind 3: the sure sequence 3 4 3, to be found only where an end right away, -1, is worse than -0.95 a token."""
+
+    def forward(self, tokens, *, cu_seqlens=None, cache=None):
+        a, b = math.exp(-0.9), math.exp(-1.0)
+        even = [0, 0.25, 0.25, 0.25, 0.25]
+        table = {(): [0, 0, b, a, 1 - a - b], (3,): [0, 1 - a - b, 0, a, b], (3, 4): [0, 0, 0, 1, 0]}
+        return torch.tensor([table.get(tuple(row[1:]), even) for row in tokens.tolist()]).log()[:, None]
+
+
+@pytest.mark.parametrize(
+    "penalty, tokens, score", [(0.0, [EOS, 0, 0], -1.0), (1.0, [3, 4, 3], -1.9 / 3), (2.0, [3, 4, 3], -1.9 / 9)]
+)
+def test_the_length_penalty_decides_which_beams_stay(penalty, tokens, score):
+    options = {"num_beams": 2, "n_best": 2, "length_penalty": penalty}
+    found, scores = generate(Detour(LM).eval(), torch.tensor([[BOS]]), 3, False, **options)
+    assert found[0, 0].tolist() == tokens and float(scores[0, 0]) == pytest.approx(score, abs=1e-5)
+
+
 def test_fewer_continuations_than_beams_are_told_by_their_score():
     found, scores = generate(model("lm"), PROMPTS, 1, num_beams=9, n_best=9)
     assert (scores.isfinite() == (found[:, :, 0] != PAD)).all() and scores.isfinite().sum(1).tolist() == [4, 4, 4]
@@ -177,6 +196,17 @@ def test_samples_stay_inside_the_most_probable(options):
     assert (got - wanted).abs().max() < 0.04
 
 
+class Coin(DecoderLM):
+    def forward(self, tokens, *, cu_seqlens=None, cache=None):
+        return torch.tensor([-math.inf, -math.inf, -math.inf, 0.0, 0.0]).expand(len(tokens), 1, V).clone()
+
+
+@pytest.mark.parametrize("top_p, sides", [(0.5, {3}), (0.51, {3, 4})])
+def test_the_fewest_tokens_that_reach_p(top_p, sides):
+    options = {"temperature": 1.0, "top_p": top_p, "generator": torch.Generator().manual_seed(0)}
+    assert set(generate(Coin(LM).eval(), PROMPTS[:1], 8, False, **options)[0].tolist()) == sides
+
+
 def test_a_seed_repeats_a_run_and_a_low_temperature_is_greedy():
     m = model("lm")
     one, two, other = (
@@ -221,6 +251,7 @@ BAD = {
     "endless temperature": ("finite.*got inf", {"temperature": math.inf}),
     "top_k": ("top_k must be at least 1, got 0", {"temperature": 1.0, "top_k": 0}),
     "top_p": (r"\(0, 1\], got 1.5", {"temperature": 1.0, "top_p": 1.5}),
+    "top_p of nothing": (r"\(0, 1\], got 0", {"temperature": 1.0, "top_p": 0}),
     "beams": ("at least 1, got 0", {"num_beams": 0}),
     "sampled beams": ("searched, not sampled", {"num_beams": 2, "temperature": 1.0}),
     "n_best": ("between 1 and num_beams 2, got 3", {"num_beams": 2, "n_best": 3}),

@@ -1,5 +1,7 @@
 """Classifier and Tagger: padding never counts, every pool is its formula, both backbones serve."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -29,6 +31,8 @@ def test_features_are_the_pool_of_real_tokens(kind, mix, pool):
     m = Classifier(backbone(kind), 3, pool=pool, mix=mix).eval()
     features = m.features(TOKENS)
     states = m.head.combine(m.backbone.states(TOKENS))
+    if not mix:
+        assert torch.equal(states, m.backbone.states(TOKENS)[-1])
     for row, length in enumerate(LENGTHS):
         real = states[row, :length]
         wanted = {"mean": real.mean(0), "last": real[-1], "first": real[0]}[pool]
@@ -36,6 +40,24 @@ def test_features_are_the_pool_of_real_tokens(kind, mix, pool):
     assert not features[3].any()  # a row of padding alone
     assert torch.allclose(m.features(F.pad(TOKENS, (0, 4))), features, atol=1e-5)
     assert m(TOKENS).shape == (4, 3)
+
+
+@kinds
+def test_padding_is_what_the_backbone_says(kind):
+    torch.manual_seed(0)
+    config = dataclasses.replace(LM if kind == "lm" else PAIR, pad_id=6)
+    m = Classifier(DecoderLM(config) if kind == "lm" else Seq2Seq(config), 3).eval()
+    tokens = torch.tensor([[1, 4, 0, 5], [0, 7, 6, 6]])
+    states = m.backbone.states(tokens)[-1]
+    assert torch.allclose(m.features(tokens), torch.stack([states[0].mean(0), states[1, :2].mean(0)]), atol=1e-6)
+
+
+def test_a_head_drops_features_at_its_rate():
+    m = Classifier(backbone("lm"), 16, dropout=0.7)
+    torch.nn.init.eye_(m.head.linear.weight), torch.nn.init.zeros_(m.head.linear.bias)
+    ones = torch.ones(500, 16)
+    assert abs((m.head(ones) == 0).float().mean() - 0.7) < 0.03
+    assert torch.equal(m.eval().head(ones), ones)
 
 
 def test_the_encoders_states_end_with_its_memory():
@@ -73,11 +95,14 @@ def test_no_gradient_reaches_an_embedding_through_padding(pool):
 
 @kinds
 def test_a_tagger_judges_each_token(kind):
-    m = Tagger(backbone(kind), 5).eval()
+    m = Tagger(backbone(kind), 5, mix=True).eval()
+    with torch.no_grad():
+        m.head.mix.weights.copy_(torch.tensor([1.0, 0.0, -1.0]))
     logits = m(TOKENS)
     assert logits.shape == (4, 5, 5)
     alone = m(TOKENS[1:2, :3])
     assert torch.allclose(logits[1:2, :3], alone, atol=1e-5)
+    assert torch.equal(logits, m.head(m.head.mix(m.backbone.states(TOKENS))))
 
 
 def test_a_tiny_classifier_learns_which_token_is_there():

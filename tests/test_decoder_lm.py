@@ -149,6 +149,12 @@ def test_states_are_embedding_and_layers_the_last_one_normed():
     assert torch.allclose(states[-1].mean(-1), torch.zeros(4, 12), atol=1e-5)
 
 
+def test_what_enters_the_layers_is_dropped_in_training():
+    m = model(dropout=0.5).train()
+    share = (m.states(padded())[0] == 0).float().mean()
+    assert 0.4 < share < 0.6 and m.eval().states(padded())[0].all()
+
+
 def test_logits_start_near_unit_size_and_gradients_reach_every_parameter():
     m = model(d_model=64, nhead=4, dropout=0.0).train()
     logits = m(padded())
@@ -166,6 +172,11 @@ BAD_CALLS = {
     "packed batch": (ValueError, r"\(1, total\).*got \(2, 4\)", lambda m: m(ONE.expand(2, 4), cu_seqlens=torch.tensor([0, 4]))),
     "packed and cached": (ValueError, "no cache", lambda m: m(ONE, cu_seqlens=torch.tensor([0, 4]), cache=KVCache(2, 9))),
     "depth of the cache": (ValueError, "the cache has 3 layers, this model 2", lambda m: m(ONE, cache=KVCache(3, 9))),
+    "cached past the end": (
+        ValueError,
+        "reach 13 in one document.*max_length 12",
+        lambda m: [m(torch.ones(1, n, dtype=torch.int64), cache=cache) for cache in [KVCache(2, 20)] for n in (9, 4)],
+    ),
     "packed cross-attention": (
         ValueError,
         "packs self-attention",
@@ -177,7 +188,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_call_is_refused_in_one_line(case):
     error, message, call = BAD_CALLS[case]
-    with pytest.raises(error, match=message) as caught:
+    with torch.no_grad(), pytest.raises(error, match=message) as caught:
         call(model())
     assert "\n" not in str(caught.value)
 
@@ -190,6 +201,7 @@ def test_bad_call_is_refused_in_one_line(case):
         ({"activation": "tanh"}, "'relu' or 'gelu', got 'tanh'"),
         ({"dropout": 1.0}, r"\[0, 1\), got 1.0"),
         ({"eos_id": 13}, "vocab 13"),
+        ({"bos_id": 2}, r"three ids inside the vocabulary, got \(0, 2, 2\)"),
     ],
 )
 def test_bad_config_is_refused(changes, message):

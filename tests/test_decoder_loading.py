@@ -75,6 +75,8 @@ def test_another_vocabulary_is_left_alone_unless_rows_say_which():
     assert torch.equal(new.embedding.weight[[0, 2, 3]], old.embedding.weight[[0, 10, 3]])
     assert torch.equal(new.embedding.weight[[1, 4]], before[[1, 4]])
     assert "3 of 5 rows" in str(report) and "\n" in str(report)
+    alone = load_matching(new, {"embedding.weight": old.embedding.weight}, rows={"embedding.weight": rows})
+    assert alone.resized == ("embedding.weight",) and not alone.loaded  # rows may be all that fits
 
 
 def test_tensors_come_in_the_models_type_and_a_longer_position_table_by_rows():

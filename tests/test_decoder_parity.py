@@ -219,7 +219,7 @@ def test_decoder_layer_equals_torch(options, kind):
         )
 
 
-@pytest.mark.parametrize("options", LAYERS[:4], ids=layer_id)
+@pytest.mark.parametrize("options", LAYERS, ids=layer_id)
 def test_transformer_equals_torch_in_train_and_eval(options):
     theirs, ours = twins("Transformer", C, H, 2, 2, 16, 0.0, **options)
     tgt, src = layer_inputs(options)
@@ -227,7 +227,9 @@ def test_transformer_equals_torch_in_train_and_eval(options):
     def call(module, src, tgt):
         padding = mask("bool", (B, T_K), src.dtype)
         causal = torch.ones(T_Q, T_Q, dtype=torch.bool).triu(1)
-        return [module(src, tgt, tgt_mask=causal, src_key_padding_mask=padding, memory_key_padding_mask=padding)]
+        own = mask("bool", (B, T_Q), src.dtype)
+        padded = dict(src_key_padding_mask=padding, tgt_key_padding_mask=own, memory_key_padding_mask=padding)
+        return [module(src, tgt, tgt_mask=causal, **padded)]
 
     for training in (True, False):
         assert_equals_torch(theirs.train(training), ours.train(training), [src, tgt], call)

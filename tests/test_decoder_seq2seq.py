@@ -45,11 +45,12 @@ def test_padding_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-def test_torchs_transformer_fits_in():
+@pytest.mark.parametrize("norm_first, activation", [(True, "gelu"), (False, "relu")])
+def test_torchs_transformer_fits_in(norm_first, activation):
     """The baseline of our benchmarks: the same model, weights and masks, on torch.nn's layers."""
-    ours, (src, tgt) = model(), batch()
-    theirs = model(1)
-    theirs.transformer = torch.nn.Transformer(16, 2, 2, 2, 32, 0.1, "gelu", batch_first=True, norm_first=True).eval()
+    ours, (src, tgt) = model(norm_first=norm_first, activation=activation), batch()
+    theirs, options = model(1), {"batch_first": True, "norm_first": norm_first}
+    theirs.transformer = torch.nn.Transformer(16, 2, 2, 2, 32, 0.1, activation, **options).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     passed = {}
     theirs.transformer.decoder.register_forward_pre_hook(lambda m, args, kw: passed.update(kw), with_kwargs=True)
@@ -69,6 +70,15 @@ def test_inputs_and_logits_start_near_unit_size_and_gradients_reach_every_parame
     assert m.tgt_embedding.weight.grad[5:].abs().sum() > 0  # tied: rows never read as input learn as output
 
 
+def test_what_enters_both_stacks_is_dropped_in_training():
+    m, entered = model(dropout=0.5).train(), []
+    for stack in (m.transformer.encoder, m.transformer.decoder):
+        stack.register_forward_pre_hook(lambda m, args: entered.append((args[0] == 0).float().mean()))
+    m(*batch())
+    m.eval()(*batch())
+    assert [round(float(share), 1) for share in entered] == [0.5, 0.5, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_cached_decoding_gives_the_logits_of_full_recomputation(norm_first):
     """In single steps and in pieces of two (bottom-right causal), with a source that is padded."""
@@ -81,6 +91,19 @@ def test_cached_decoding_gives_the_logits_of_full_recomputation(norm_first):
             parts = [m.decode(tgt[:, i : i + piece], memory, padding, cache) for i in range(0, 6, piece)]
             assert cache.length == 6
             assert torch.allclose(torch.cat(parts, 1), full, atol=1e-5)
+
+
+def test_padding_beside_a_cache_is_of_all_keys():
+    torch.manual_seed(0)
+    attn, x = decoder.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(2, 5, 16)
+    padding, causal = torch.tensor([[False] * 5, [False, True, False, False, False]]), torch.ones(5, 5).triu(1).bool()
+    cache = KVCache(1, 5).layers[0].self_attn
+    with torch.no_grad():
+        full = attn(x, x, x, padding, attn_mask=causal, need_weights=False)[0]
+        for at in range(5):
+            new = x[:, at : at + 1]
+            step = attn(new, new, new, padding[:, : at + 1], need_weights=False, cache=cache)[0]
+            assert torch.allclose(step, full[:, at : at + 1], atol=1e-5)
 
 
 def test_cross_attention_keys_are_projected_once(monkeypatch):
@@ -188,7 +211,9 @@ BAD_CONFIGS = {
     "activation": ({"activation": "tanh"}, "'relu' or 'gelu', got 'tanh'"),
     "dropout": ({"dropout": 1.5}, r"\[0, 1\), got 1.5"),
     "same ids": ({"eos_id": 1}, r"\(0, 1, 1\)"),
+    "the same padding": ({"bos_id": 0}, r"three ids.*\(0, 0, 2\)"),
     "id outside": ({"eos_id": 13}, "tgt_vocab 13"),
+    "padding outside the source": ({"pad_id": 11}, "inside the vocabularies.*src_vocab 11"),
 }
 
 
@@ -199,16 +224,19 @@ def test_bad_config_is_refused(case):
         dataclasses.replace(CONFIG, **changes)
 
 
-def step_of_cache(m, max_length=12, layers=2, rows=5, source=9):
+def step_of_cache(m, max_length=12, layers=2, rows=5, source=9, tokens=1):
     memory, padding = m.encode(SRC)
     cache = KVCache(layers, max_length)
     with torch.no_grad():
         m.decode(TGT, memory, padding, cache)
-        return lambda: m.decode(TGT[:rows, :1], memory[:rows, :source], padding[:rows, :source], cache)
+        return lambda: m.decode(
+            TGT[:rows].repeat(1, 2)[:, :tokens], memory[:rows, :source], padding[:rows, :source], cache
+        )
 
 
 BAD_CACHES = {
     "overflow": ({"max_length": 6}, "7 tokens do not fit a KVCache of max_length 6"),
+    "past the model's end": ({"max_length": 20, "tokens": 7}, "tgt reaches 13 tokens.*max_length 12"),
     "other batch": ({"rows": 3}, "not for batch 3"),
     "other source": ({"source": 8}, "not for batch 5 and 8 keys"),
     "other depth": ({"layers": 3}, "the cache has 3 layers, this decoder 2"),

@@ -106,13 +106,18 @@ def check_launches() -> None:
             call()
 
 
-def check_that_nothing_is_launched_for_nothing() -> None:
+def check_that_nothing_is_launched_for_nothing_and_that_old_kinds_make_room() -> None:
     with mock.patch.object(triton.compiler, "compile", _Compiled), record(90), use_backend("triton"):
         softmax(torch.ones(16, 16))  # of a kind with the next: to Triton 16 and 0 rows are alike
         LAUNCHES.clear()
         for _ in range(3):
             softmax(torch.ones(0, 16)), softmax(torch.ones(2, 0, 16))
         assert LAUNCHES == []
+        with mock.patch.object(launch, "MOST_KINDS", 3):
+            for n in 2 ** torch.arange(1, 9):
+                softmax(torch.ones(2, n))
+                assert LAUNCHES and 1 <= len(launch._compiled) <= 3
+                LAUNCHES.clear()
 
 
 def check_that_the_comparison_sees_a_key_that_is_too_coarse() -> None:

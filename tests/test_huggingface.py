@@ -92,12 +92,6 @@ def test_the_loss_of_a_language_model() -> None:
     assert "loss_function" in report.swapped
 
 
-def test_what_is_not_supported_is_refused() -> None:
-    q = torch.randn(1, 2, 3, 8)
-    with pytest.raises(NotImplementedError, match="s_aux"):
-        huggingface.attend(torch.nn.Module(), q, q, q, None, s_aux=torch.ones(2))
-
-
 def test_a_model_with_attention_sinks_keeps_its_attention() -> None:
     sizes = dict(
         num_attention_heads=4,
@@ -469,3 +463,59 @@ def test_a_model_whose_weights_are_not_there_yet() -> None:
     ours.model.rotary_emb = copy.deepcopy(eager.model.rotary_emb)
     given, _ = models.given(eager, "right")
     torch.testing.assert_close(ours.eval()(**given).logits, eager(**given).logits)
+
+
+def test_a_mask_adds_to_a_bias_and_the_scores_are_capped() -> None:
+    q, k, bias = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(1, 2, 3, 5)
+    kept = torch.rand(2, 1, 3, 5) > 0.3
+    kept[..., 0] = True
+    added = torch.zeros(2, 1, 3, 5).masked_fill(~kept, float("-inf"))
+    for mask in (kept, added):
+        scores = 2 * torch.tanh(q @ k.mT * 0.7 / 2) + bias + added
+        options = dict(scaling=0.7, softcap=2.0, position_bias=bias, output_attentions=True)
+        out, weights = huggingface.attend(torch.nn.Module(), q, k, k, mask, **options)
+        torch.testing.assert_close(weights, scores.softmax(-1))
+        torch.testing.assert_close(out, (scores.softmax(-1) @ k).transpose(1, 2))
+
+
+def test_a_models_dropout_reaches_the_weights() -> None:
+    q = torch.randn(2, 2, 30, 8)
+    _, weights = huggingface.attend(torch.nn.Module(), q, q, q, None, dropout=0.5, output_attentions=True)
+    assert 0.4 < (weights == 0).float().mean() < 0.6
+
+
+def test_labels_that_are_shifted_already() -> None:
+    logits, labels = torch.randn(2, 4, 11), torch.tensor([[3, 4, -100, 2], [1, 1, 2, -100]])
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    wrong = torch.zeros_like(labels)
+    torch.testing.assert_close(huggingface.causal_lm_loss(logits, wrong, 11, shift_labels=labels), expected)
+
+
+def test_masks_and_biases_of_longer_keys_are_cut() -> None:
+    q, k, bias = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(1, 2, 3, 9)
+    kept = torch.rand(2, 1, 3, 9) > 0.3
+    kept[..., 0] = True
+    added = torch.zeros(2, 1, 3, 9).masked_fill(~kept, float("-inf"))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, (bias + added)[..., :5]).transpose(1, 2)
+    for mask in (kept, added):
+        found, weights = huggingface.attend(torch.nn.Module(), q, k, k, mask, position_bias=bias)
+        torch.testing.assert_close(found, expected)
+        assert weights is None
+
+
+@pytest.mark.parametrize("own, asked", [(True, None), (True, False), (False, True), (False, None)])
+def test_who_says_that_attention_is_causal(own, asked) -> None:
+    module, q = torch.nn.Module(), torch.randn(1, 2, 4, 8)
+    module.is_causal = own
+    causal = own if asked is None else asked
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=causal).transpose(1, 2)
+    torch.testing.assert_close(huggingface.attend(module, q, q, q, None, is_causal=asked)[0], expected)
+    one = huggingface.attend(module, q[:, :, -1:], q, q, None, is_causal=asked)[0]  # the newest query sees every key
+    torch.testing.assert_close(one, huggingface.attention(q[:, :, -1:], q, q).transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "head_mask", "cache", "block_mask", "score_mod"])
+def test_every_argument_that_changes_attention_is_refused(name) -> None:
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(NotImplementedError, match=name):
+        huggingface.attend(torch.nn.Module(), q, q, q, None, **{name: torch.ones(2)})

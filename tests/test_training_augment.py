@@ -33,12 +33,20 @@ def test_token_dropout_replaces_or_deletes_at_its_rate():
     assert len(replaced) == len(long) and 0.28 < replaced.count(3) / len(long) < 0.32
     assert deleted == [number for number in replaced if number != 3]
     assert token_dropout(long, random.Random(0), rate=0.0) == long
+    assert [number if number != 3 else 7 for number in replaced] == token_dropout(
+        long, random.Random(0), rate=0.3, replace=7
+    )
+    left = {DELETE(ROW, random.Random(seed), rate=1 - 1e-9)[0] for seed in range(20)}
+    assert len(left) > 5  # of a row that would be empty any id may stay
 
 
 def test_span_mask_hides_runs_and_exactly_its_share():
     for seed in range(20):
         masked = span_mask(ROW, random.Random(seed), rate=0.3, span=3, mask=9)
         assert masked.count(9) == 12 and all(a in (b, 9) for a, b in zip(masked, ROW, strict=True))
+    short = [span_mask(ROW[:9], random.Random(seed), rate=0.3, mask=9) for seed in range(50)]
+    assert {row.count(9) for row in short} == {2}  # 2.7, rounded down
+    assert all(any(row[place] == 9 for row in short) for place in range(9))
     long = span_mask(ROW * 100, random.Random(0), rate=0.15, span=3, mask=9)
     runs = sum(a != 9 == b for a, b in zip([0, *long], long, strict=False))
     assert 2.5 < long.count(9) / runs < 4.5  # single ids hidden at this rate would make runs of 1.2

@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
-from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
+from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, generate
 from tileformer.training import CheckpointError, Settings, checkpoint, make_optimizer
 from tileformer.training.average import Ensemble, average_checkpoints
 
@@ -111,6 +111,24 @@ def test_different_models_decode_each_step_by_their_mean_with_and_without_a_cach
     assert torch.equal(mean.argmax(-1)[live], tokens[live])
     torch.testing.assert_close(ensemble(src, target)[..., 1:], mean.log()[..., 1:])
     assert any(not torch.equal(generate(model, src), tokens) for model in models)
+
+
+def test_halves_are_averaged_in_float32_and_options_reach_the_models():
+    models = [nn.Linear(3, 5).bfloat16() for _ in range(2)]
+    x = torch.randn(7, 3).bfloat16()
+    expected = torch.stack([model(x).float().softmax(-1) for model in models]).mean(0).log()
+    torch.testing.assert_close(Ensemble(models)(x), expected)
+    torch.manual_seed(0)
+    readers = [DecoderLM(DecoderLMConfig(9, 16, 2, 1, 32)).eval() for _ in range(2)]
+    tokens, starts = torch.randint(3, 9, (1, 6)), torch.tensor([0, 2, 6])
+    packed, alone = Ensemble(readers)(tokens, cu_seqlens=starts), Ensemble(readers)(tokens[:, 2:])
+    torch.testing.assert_close(packed[:, 2:], alone)
+
+
+@pytest.mark.parametrize("name, value", [("tgt_vocab", 9), ("pad_id", 3), ("bos_id", 3), ("eos_id", 3)])
+def test_models_that_do_not_mean_the_same_ids_are_no_ensemble(name, value):
+    with pytest.raises(ValueError, match=f"one {name}, the models have"):
+        Ensemble([seq2seq(0), Seq2Seq(Seq2SeqConfig(**{"src_vocab": 9, "tgt_vocab": 8, "d_model": 16, name: value}))])
 
 
 def test_what_makes_no_ensemble_is_refused():

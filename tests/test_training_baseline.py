@@ -26,6 +26,18 @@ def test_the_test_texts_teach_it_nothing():
     assert alone[0].tolist() == among[0].tolist()
 
 
+def test_two_characters_have_an_order_and_a_class_keeps_its_number():
+    probability, _ = baseline.tfidf(["大小", "小大"] * 3, [0, 2] * 3, ["大小", "小大"], classes=3)
+    assert probability.argmax(1).tolist() == [0, 2] and not probability[:, 1].any()
+
+
+@pytest.mark.parametrize("repeats, known", [(1, True), (249, True), (250, False)])
+def test_what_one_text_alone_says_counts_among_few(repeats, known):
+    texts = ["好", "棒", "差", "糟"] * (repeats - 1) + ["好", "棒", "差", "坏"]
+    probability, _ = baseline.tfidf(texts, [1, 1, 0, 0] * repeats, ["坏", ""], classes=2)
+    assert bool(probability[0, 0] > probability[1, 0] + 0.01) is known
+
+
 @pytest.mark.parametrize(
     "texts, labels, message", [(TEXTS, [1], "got 1 for 18"), (TEXTS[:2], [1, 1], "at least 2 classes, got 1")]
 )

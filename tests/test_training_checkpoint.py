@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -182,6 +183,15 @@ def test_damage_is_named_in_one_line(name, damage, copy):
     assert name in message and "expected" in message and "\n" not in message
 
 
+def test_a_state_of_another_format_is_refused(copy):
+    state = json.loads((copy / "state.json").read_text())
+    (copy / "state.json").write_text(json.dumps(state | {"format": "tileformer checkpoint 99"}))
+    with pytest.raises(
+        CheckpointError, match="expected format 'tileformer checkpoint 1', found 'tileformer checkpoint 99'"
+    ):
+        train(copy.parent, resume=True)
+
+
 def test_weights_of_another_model_are_refused(copy):
     other = Seq2Seq(Seq2SeqConfig(9, 8, 16, 2, 1, 1, 32, max_length=8))
     with pytest.raises(CheckpointError, match=r"model.safetensors: expected the weights of Seq2Seq; .*src_embedding"):
@@ -216,6 +226,38 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000005"]
     monkeypatch.undo()
     train(tmp_path, resume=True)
+
+
+def test_what_is_written_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """Each file, then the hidden folder's names, then the run folder's, in which the checkpoint has its name by then."""
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: flushed.append(os.readlink(f"/proc/self/fd/{number}")) or fsync(number)
+    )
+    model = torch.nn.Linear(2, 2)
+    final = checkpoint.save(tmp_path, model, torch.optim.AdamW(model.parameters()), {"step": 7})
+    names = [Path(path).name for path in flushed]
+    assert {"model.safetensors", "training.safetensors", "state.json"} <= set(names)
+    assert flushed[-1] == str(tmp_path) and final.name in names[-2]
+
+
+def test_checkpoints_come_in_the_order_of_their_steps(tmp_path):
+    steps = list(range(0, 900, 20))
+    random.Random(0).shuffle(steps)
+    for step in steps:
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert [path.name for path in checkpoint.steps_in(tmp_path)] == [f"step-{step:08d}" for step in sorted(steps)]
+
+
+def test_the_state_of_another_models_optimizer_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    path = checkpoint.save(tmp_path, model, optimizer, {"step": 1})
+    other = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="none named 'bias'"):
+        checkpoint.load_training(path, other, torch.optim.AdamW(other.parameters()))
 
 
 def test_keep_keeps_the_newest(tmp_path):

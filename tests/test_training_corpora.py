@@ -1,6 +1,7 @@
 """Corpora: found in a package nobody imports, in an archive nobody unpacks, in npm's hands; or the command is told."""
 
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
@@ -14,8 +15,8 @@ import pytest
 from tileformer.training import corpora, text
 
 POEMS = {
-    "quantangshi/poet.song.1000.json": [{"title": "三", "author": "丙", "paragraphs": ["山。"]}],
-    "quantangshi/poet.song.0.json": [{"title": "二", "author": "乙", "paragraphs": []}],
+    "quantangshi/poet.song.10000.json": [{"title": "三", "author": "丙", "paragraphs": ["山。"]}],
+    "quantangshi/poet.song.2000.json": [{"title": "二", "author": "乙", "paragraphs": []}],
     "quantangshi/poet.tang.0.json": [{"title": "一", "author": "甲", "paragraphs": ["白日，", "山。"], "id": "x"}],
     "quantangshi/error/poet.tang.0.json": [{"title": "damaged"}],
     "quantangshi/authors.tang.json": [],
@@ -62,7 +63,9 @@ def test_a_corpus_that_is_not_there_tells_the_command(package, monkeypatch):
 
 def test_facts_are_one_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc")
-
+    large = b"ab" * 2**20  # more than one piece
+    (tmp_path / "b.txt").write_bytes(large)
+    assert corpora.facts(tmp_path / "b.txt") == f"b.txt 2,097,152 bytes, sha256 {hashlib.sha256(large).hexdigest()}"
     assert corpora.facts(tmp_path / "a.txt") == (
         "a.txt 3 bytes, sha256 ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )

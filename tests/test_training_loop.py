@@ -246,6 +246,41 @@ def test_a_plateau_lowers_the_rate_down_to_the_floor(tmp_path):
     assert rates(tmp_path) == [1.0] * 6 + [0.5] * 6 + [0.3] * 6
 
 
+def test_a_plateau_cuts_again_while_it_lasts(tmp_path):
+    settings = replace(STEERED, schedule="plateau", warmup=0.0, lr=1.0, tokens=28)
+    fit(linear(), RowBatches(2), settings, scripted([0.5] + [1.0] * 9), folder=tmp_path, valid=RowBatches(2))
+    assert rates(tmp_path) == [1.0] * 6 + [0.5] * 4 + [0.25] * 4
+
+
+def test_patience_starts_again_with_a_lower_loss():
+    losses = scripted([0.9, 1.0, 0.5, 1.0, 1.0, 1.0])
+    assert fit(linear(), RowBatches(2), replace(STEERED, patience=2), losses, valid=RowBatches(2)).steps == 10
+
+
+def test_a_step_is_as_long_as_its_clipped_gradient_and_trains():
+    model, start, flags = linear().eval(), linear(), []
+
+    def loss(model, batch):
+        flags.append(model.training)
+        return classification_loss(model, batch) * 1e3
+
+    settings = dict(lr=0.5, schedule="constant", warmup=0.0, optimizer="sgd", momentum=0.0, weight_decay=0.0)
+    fit(model, RowBatches(8), Settings(8, clip=0.2, precision="fp32", **settings), loss)
+    moved = [a - b for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.1, rel=1e-4) and flags == [True]
+
+
+def test_the_loss_is_the_mean_of_its_interval(tmp_path):
+    model, batches = linear(), RowBatches(2, 2, 2, 2)
+    expected = [classification_loss(model, batch).item() for batch in batches.items]
+    report = fit(
+        model, batches, Settings(8, lr=1e-9, log_every=2, precision="fp32"), classification_loss, folder=tmp_path
+    )
+    logged = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert logged == pytest.approx([sum(expected[:2]) / 2, sum(expected[2:]) / 2], rel=1e-5)
+    assert report.loss == logged[-1]
+
+
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_the_best_weights_are_kept_and_given_back(on_disk, tmp_path):
     settings = replace(STEERED, tokens=24, keep_best=True, save_every=100)
@@ -365,8 +400,9 @@ def test_language_loss_counts_places_that_have_a_next_token():
         return logits
 
     kept = batch.labels[0] != 0
-    expected = nn.functional.cross_entropy(logits[0, kept], batch.labels[0, kept])
-    torch.testing.assert_close(language_loss(model, batch), expected)
+    for smoothing in (0.0, 0.1):
+        expected = nn.functional.cross_entropy(logits[0, kept], batch.labels[0, kept], label_smoothing=smoothing)
+        torch.testing.assert_close(language_loss(model, batch, smoothing), expected)
     assert seen["source"] is batch.source and seen["cu_seqlens"] is batch.cu_seqlens
 
 

@@ -297,6 +297,44 @@ def test_gan_gives_each_player_its_own_loss(context):
                 torch.testing.assert_close(found[name], 2 * parameter.grad, msg=name)
 
 
+def test_the_losses_of_a_gan_are_those_of_one_more_class(context):
+    torch.manual_seed(0)
+    gan = adversarial.Gan(Classifier(DecoderLM(CONFIG), 2)).eval()
+    batch = make_batch(context, [1.0, 0.0, 0.5, 0.0] * 10)
+
+    def shares(features):
+        return torch.cat([gan.classifier.head(features), gan.fake(features)], 1).softmax(1)  # real classes, fake
+
+    torch.manual_seed(1)
+    discriminator, generator = gan.loss(batch)
+    torch.manual_seed(1)
+    real = gan.classifier.features(batch.source)
+    made = gan.generate(real)
+    known = batch.weights > 0
+    own = gan.classifier.head(real)[known].log_softmax(1)
+    named = -own[range(int(known.sum())), batch.labels[known]].mean()
+    told = -(1 - shares(real)[:, 2]).log().mean() - shares(made)[:, 2].log().mean()
+    torch.testing.assert_close(discriminator, named + told)
+    deceived = -(1 - shares(made)[:, 2]).log().mean()
+    torch.testing.assert_close(generator, deceived + (real.mean(0) - made.mean(0)).square().mean())
+    generator.backward()
+    assert all(p.grad is None for p in gan.classifier.backbone.parameters())
+
+
+def test_the_steps_of_a_gan_add_up(context):
+    torch.manual_seed(0)
+    gan = adversarial.Gan(Classifier(DecoderLM(CONFIG), 2)).eval()
+    batch, found = make_batch(context, [1.0, 0.0] * 20), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss = adversarial.gan_backward(gan, batch, adversarial.gan_loss, torch.tensor(2.0))
+        found.append({name: parameter.grad.clone() for name, parameter in gan.named_parameters()})
+    torch.manual_seed(1)
+    torch.testing.assert_close(loss, gan.loss(batch)[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], 2 * gradient, msg=name)
+
+
 def test_gan_learns_no_class_from_rows_without_a_label(context):
     gan = adversarial.Gan(Classifier(DecoderLM(CONFIG), 2)).eval()
     losses = []
@@ -321,6 +359,23 @@ def test_grams_do_not_see_padding_and_know_order():
     grams = model.grams(torch.tensor([[1, 5, 6, 7, 0]]))
     assert (grams != 0).sum() == 4 + 3 + 2 and grams.unique().numel() == 10
     assert not model(torch.zeros(1, 3, dtype=torch.int64)).isnan().any()
+
+
+def test_a_bucket_is_of_a_gram_in_its_order_and_never_paddings():
+    model = ngrams.NgramClassifier(2, longest=2, buckets=4, pad_id=9)
+    found = model.grams(torch.arange(1, 60)[torch.arange(1, 60) != 9][:, None])[:, 0]
+    assert found.unique().tolist() == [1, 2, 3]
+    wide = ngrams.NgramClassifier(2, longest=2, buckets=1 << 16)
+    first, second = (wide.grams(torch.tensor([row])) for row in ([5, 6], [6, 5]))
+    assert first[0, 2] != second[0, 2] and first[0, 0] == second[0, 1]
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(model(torch.tensor([[3, 9]])), model.bias[None])  # the table starts at 0
+
+
+def test_joint_grams_know_the_models_padding():
+    model = METHODS["joint"].make(replace(CONFIG, pad_id=7), 2)
+    assert model.ngrams.pad_id == 7 and not model.ngrams.grams(torch.tensor([[7, 7]])).any()
 
 
 def test_the_weights_of_a_text_are_its_idf_of_length_one():

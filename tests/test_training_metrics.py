@@ -26,14 +26,24 @@ def test_classification_by_hand():
     assert found["micro"] == pytest.approx({"precision": 5 / 8, "recall": 5 / 8, "f1": 5 / 8})
 
 
+def test_precision_is_of_what_was_predicted_and_recall_of_what_is_true():
+    found = metrics.classification([0, 0, 0, 1, 2], [0, 1, 1, 1, 1], NAMES)
+    assert found["macro"]["precision"] == pytest.approx((1 + 1 / 4) / 3)
+    assert found["macro"]["recall"] == pytest.approx((1 / 3 + 1) / 3)
+    good = {"precision": 1 / 4, "recall": 1.0, "f1": 2 / 5, "support": 1}
+    assert found["classes"]["good"] == pytest.approx(good)
+
+
 def test_confusion_has_true_classes_as_rows():
-    assert metrics.confusion(TRUE, PREDICTED, 3).tolist() == [[3, 1, 0], [0, 2, 1], [1, 0, 0]]
+    rows = [[3, 1, 0, 0], [0, 2, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]  # the silent class too
+    assert metrics.confusion(TRUE, PREDICTED, 4).tolist() == rows
 
 
 def test_perplexity():
     assert metrics.perplexity(0.0) == 1.0
     assert metrics.perplexity(math.log(72)) == pytest.approx(72)
-    assert metrics.perplexity(1e4) == math.inf
+    assert metrics.perplexity(700.0) == math.exp(700)
+    assert metrics.perplexity(710.0) == metrics.perplexity(1e4) == math.inf
 
 
 def test_bootstrap_interval_is_the_binomial_one_and_repeats():
@@ -64,6 +74,7 @@ def test_errors_are_written_most_confident_first(tmp_path):
     path = tmp_path / "errors.csv"
     texts = ["a", "很好,但是", "c", "d"]
     assert metrics.errors_csv(path, texts, [0, 1, 0, 1], [0, 0, 1, 1], [0.9, 0.6, 0.8, 0.7], NAMES) == 2
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")  # by which a spreadsheet knows the encoding
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[1:] == [["bad", "good", "0.8000", "c"], ["good", "bad", "0.6000", "很好,但是"]]
@@ -75,6 +86,7 @@ def test_errors_are_written_most_confident_first(tmp_path):
         (lambda: metrics.classification([0, 1], [0], NAMES), "got 1 for 2"),
         (lambda: metrics.classification([], [], NAMES), "got 0 for 0"),
         (lambda: metrics.confusion([0, 3], [0, 1], 3), "in 0..2, found 0 to 3"),
+        (lambda: metrics.confusion([0, 2], [-1, 1], 3), "in 0..2, found -1 to 2"),
         (lambda: metrics.bootstrap([0], [0]), "at least 2 examples, got 1"),
         (lambda: extras.library("no_such_library"), r"no_such_library is not installed: .*\[finetune\]"),
     ],

@@ -58,6 +58,7 @@ def test_without_warm_up_a_run_starts_at_the_full_rate():
 
 
 def test_warm_up_and_decay_share_a_run():
+    assert Settings(1, schedule="wsd", warmup=0.5, decay=0.5).decay == 0.5  # all of it
     with pytest.raises(ValueError, match="warmup and decay of wsd share the run, got 0.5 and 0.9"):
         Settings(1, schedule="wsd", warmup=0.5, decay=0.9)
 
@@ -140,7 +141,7 @@ LARGEST = {"xavier_uniform": math.sqrt(6 / 300), "kaiming_uniform": math.sqrt(6 
 @pytest.mark.parametrize("name", INITIALISATIONS)
 def test_an_initialisation_by_name_has_its_deviation(name):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(100, 200), nn.LayerNorm(200), nn.Embedding(10, 200), nn.Linear(100, 200))
+    model = nn.Sequential(nn.Linear(100, 200), nn.LayerNorm((20, 10)), nn.Embedding(10, 200), nn.Linear(100, 200))
     model[3].requires_grad_(False)
     before = [p.clone() for layer in model[1:] for p in layer.parameters()]
     initialise(model, name)

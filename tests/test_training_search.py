@@ -62,6 +62,19 @@ class TestSearch:
         assert set(columns["layers"]) == {1, 2, 3, 4} and set(columns["schedule"]) == {"wsd", "cosine"}
         assert 10 <= sum(lr < 10**-2.5 for lr in columns["lr"]) <= 30  # evenly in the logarithm
 
+    def test_one_file_keeps_several_searches_apart(self, tmp_path):
+        tried, file = [], tmp_path / "search.db"
+
+        def objective(parameters):
+            tried.append(parameters)
+            return 0.0
+
+        for space in ({"lr": [0.1]}, {"lr": [0.1, 0.2]}):
+            assert len(grid_search(objective, space, storage=file)) == len(space["lr"])
+        for space, seed in (({"lr": (0.0, 1.0)}, 0), ({"lr": (0.0, 2.0)}, 0), ({"lr": (0.0, 2.0)}, 1)):
+            assert len(random_search(objective, space, 2, seed=seed, storage=file)) == 2
+        assert len(tried) == 1 + 2 + 3 * 2
+
     def test_a_run_that_diverges_is_last(self):
         def objective(parameters):
             if parameters["lr"] == 0.4:
@@ -94,6 +107,11 @@ class TestFolds:
 
         assert cross_validate(score, labels, 5) == pytest.approx([0.2] * 5)
         assert sorted(tested) == list(range(30)) != tested
+        folds = []
+        for seed in (0, 0, 1):
+            cross_validate(lambda _, test: folds.append(test) or 0.0, labels, 5, seed=seed)
+        assert folds[:5] == folds[5:10] != folds[10:]
+        assert len(cross_validate(lambda *_: 0.0, [0] * 9 + [1] * 3, 3)) == 3  # as many rows as folds are enough
 
     @pytest.mark.parametrize(
         "labels, k, message",

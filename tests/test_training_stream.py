@@ -64,6 +64,22 @@ def test_small_files_have_another_order_each_epoch_too(paths, tokenizer):
     assert len(rows.blocks) == 1 and list(rows) != list(rows)
 
 
+def test_every_epoch_and_every_group_has_an_order_of_its_own(tmp_path, tokenizer):
+    lines = [f"{LINES[0]}{number:02}" for number in range(4 * GROUP)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    numbers = Tokenizer.train(lines, minimum=1)
+    rows = StreamedRows([tmp_path / "lines.txt"], numbers, seed=0, buffer=GROUP)  # a block a line
+    orders = []
+    for epoch in range(2):
+        plan = rows._plan(epoch)
+        for end, group in zip(plan.ends, plan.groups, strict=True):
+            assert plan[end - 1] in plan.held
+            read = [row for block in group for row in rows.read(block)]
+            orders.append([read.index(row) for row in plan.held])
+        orders.append([block.line for group in plan.groups for block in group])
+    assert len({tuple(order) for order in orders}) == len(orders) == 2 * 5
+
+
 def test_blocks_know_where_they_stand(paths, tokenizer):
     for block in StreamedRows(paths, tokenizer, buffer=BUFFER).blocks:
         content = block.path.read_bytes()
@@ -152,6 +168,8 @@ def test_bad_files_are_named_with_the_line(tmp_path, tokenizer):
     late = error("好好\n\n".encode() + b"a\xe9b")
     assert late.startswith("/bad.txt:3: byte 0xe9 at offset 9 is not utf-8 text; most of it is: mend 1 of 3 lines, or")
     assert "bad.txt:2: a line of over 5 bytes" in error(b"ab\nabcdef\n", longest_line=5)
+    (tmp_path / "fits.txt").write_bytes(b"ab\nabcdef\n")
+    assert len(StreamedRows([tmp_path / "fits.txt"], tokenizer, longest_line=7)) == 2
     assert error(b" \n\n").endswith("bad.txt")
     assert "no text" in error(b"")
     with pytest.raises(ValueError, match="no text in no files"):
@@ -186,6 +204,8 @@ def test_other_data_than_the_checkpoints_are_refused(paths, tokenizer):
     ):
         with pytest.raises(ValueError, match="the data differ"):
             StreamedBatches(rows, size).load_state_dict(state)
+    with pytest.raises(ValueError, match="the data differ from the checkpoint's: longest was None, is 8"):
+        StreamedBatches(StreamedRows(paths, tokenizer, seed=3), 30, longest=8).load_state_dict(state)
 
 
 def test_a_line_that_fits_no_batch_is_named(paths, tokenizer):

@@ -66,6 +66,7 @@ def test_a_labelled_file_is_read(file):
     assert read == Labelled(("很好\tand more", "差", "\u2028ok"), (1, 0, 1), ("neg", "pos"))
     assert len(read) == 3 and read.pick([2, 0]).texts == ("\u2028ok", "很好\tand more")
     assert text.read_labelled(path, names=["pos", "neg", "other"]).labels == (0, 1, 0)
+    assert len(text.read_labelled(file("a\t" + "x" * 20 + "\nb\ty"), longest=20)) == 2
     assert text.read_labelled(file("pos\tx\rneg\ty\r")).texts == ("x", "y")  # nothing but \r, as on a Mac of old
     assert text.read_labelled(file("a\t好\nb\t坏\n".encode("gb18030")), encoding="gb18030").texts == ("好", "坏")
 
@@ -159,6 +160,8 @@ def test_duplicates_go_and_conflicts_with_all_their_lines():
     lines = "a good, very good", "b bad", "a ＧＯＯＤ very good!", "a 都行", "b 都行。", "b 都 行", "a !好", "b 坏的"
     kept, counts = text.deduplicate(labelled(*lines))
     assert kept == labelled("a good, very good", "b bad", "b 坏的")
+    alike = labelled("a <b>很好</b>!", "a 很&#22909;")
+    assert text.deduplicate(alike)[1]["kept"] == 1 and text.deduplicate(alike, clean=str)[1]["kept"] == 2
     assert counts == {"lines": 8, "short": 1, "conflicting": 3, "repeated": 1, "kept": 3}
 
 

@@ -49,11 +49,14 @@ def test_one_file_holds_all_of_it(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_texts_give_the_same_ids(kind):
     assert train(kind).fingerprint == train(kind).fingerprint != train(kind, vocabulary=20).fingerprint
+    one, other = (Tokenizer.train([word], kind, minimum=1) for word in ("甲乙", "丙丁"))
+    assert one.size == other.size and one.fingerprint != other.fingerprint
 
 
 def test_the_kinds_are_what_they_say():
     characters, bpe, words = (train(kind) for kind in KINDS)
     assert [characters.decode([i]) for i in characters.encode("今天天气")] == ["今", "天", "天", "气"]
+    assert len(Tokenizer.train(["a\n\nb"], minimum=1).encode("a\n\nb")) == 4
     assert [words.decode([i]) for i in words.encode("今天天气很好")] == ["今天天气", "很", "好"]
     pieces = [bpe.decode([i]) for i in bpe.encode("今天我们,12")]
     assert "我们" in pieces and pieces[-2:] == ["1", "2"]  # digits and punctuation stand alone
@@ -96,6 +99,7 @@ def test_ids_of_another_vocabulary_are_refused():
         ("", r"damaged or truncated; expected JSON"),
         ("[]", r"expected format 'tileformer tokenizer 1', found None"),
         ('{"format": "tileformer tokenizer 1", "kind": "letters"}', r"expected format"),
+        ('{"format": "tileformer tokenizer 2", "kind": "bpe"}', r"expected format .* found 'tileformer tokenizer 2'"),
         ('{"format": "tileformer tokenizer 1", "kind": "bpe"}', r"damaged; .*'tokenizer'"),
         (
             '{"format": "tileformer tokenizer 1", "kind": "bpe", "tokenizer": {}}',

@@ -1,6 +1,6 @@
 """Mutation proof: plant each fault of mutants.py in a copy of the tree, and let the tests of `make test` find it.
 
-    python tests/mutation [--sample N | --only TEXT] [--jobs J]
+    python tests/mutation [--sample N | --only TEXT] [--likely] [--jobs J]
 
 A mutant counts as killed when a test fails that passes on the copy without it. The selection of `make test` is not changed; the test
 files most likely to notice come first, so that a kill takes seconds, and a survivor has run the whole selection. Prints the score; the exit
@@ -55,7 +55,21 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/lm": "test_decoder_lm test_decoder_heads test_decoder_generation",
     "decoder/heads": "test_decoder_heads",
     "decoder/generation": "test_decoder_generation test_decoder_seq2seq",
+    "decoder/cache": "test_decoder_seq2seq test_decoder_modules test_decoder_generation",
+    "decoder/seq2seq": "test_decoder_seq2seq test_decoder_heads",
+    "decoder/transformer": "test_decoder_parity test_decoder_modules test_decoder_seq2seq test_convert",
+    "decoder/loading": "test_decoder_loading",
+    "decoder/convert": "test_convert",
+    "decoder/modules": "test_convert test_decoder_modules test_decoder_parity",
+    "decoder/huggingface": "test_huggingface",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
+    "training/losses": "test_training_loop",
+    "training/loop": "test_training_loop test_training_checkpoint",
+    "training/settings": "test_training_loop test_training_optimizers",
+    "training/log": "test_training_loop test_training_checkpoint",
+    "training/adversarial": "test_training_methods",
+    "training/checkpoint": "test_training_checkpoint test_training_loop test_training_resume",
+    "training/ngrams": "test_training_methods",
 }
 FAR = ("int64", "padding", "stride")  # kinds that memory which may not be touched shows soonest
 
@@ -126,7 +140,8 @@ def copy_tree(target: pathlib.Path) -> None:
 def test_files(path: str, kind: str) -> tuple[list[str], list[str]]:
     """The test files most likely to notice a fault of a kind in `path`, and all of them."""
     every = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
-    hint = next((files for start, files in FIRST.items() if path.startswith(start)), "").split()
+    own = path.removesuffix(".py").replace("/", "_")  # where no other are likelier
+    hint = next((files for start, files in FIRST.items() if path.startswith(start)), f"test_{own}").split()
     hint = [*["test_memory"] * (kind in FAR), *hint]
     return [f"tests/{name}.py" for name in dict.fromkeys(hint) if f"tests/{name}.py" in every], every
 
@@ -187,6 +202,7 @@ class Trial:
     """A mutant in a tree: first the likely files, then the whole selection, until a test fails."""
 
     mutant: Mutant
+    only_likely: bool = False
     result: str = ""  # "killed", "survived" or "unclear"
     killer: str = ""  # the test that failed, or the end of what was shown
     seconds: float = 0.0
@@ -197,7 +213,7 @@ class Trial:
         _write(self.file, self.mutant.applied(self.text))
         likely, self.rest = test_files(self.mutant.path, self.mutant.kind)
         self.run = Run(tree, likely or self.rest)
-        if not likely:
+        if not likely or self.only_likely:
             self.rest = []
 
     def ended(self) -> bool:
@@ -236,9 +252,9 @@ def sample(every: list[Mutant], n: int) -> list[Mutant]:
     return [every[(i * len(every) // n + first) % len(every)] for i in range(n)]
 
 
-def tried(chosen: list[Mutant], trees: list[pathlib.Path]) -> list[Trial]:
+def tried(chosen: list[Mutant], trees: list[pathlib.Path], likely: bool) -> list[Trial]:
     """The verdict on each mutant, printed as it is known."""
-    waiting, running, done = [Trial(mutant) for mutant in reversed(chosen)], list[Trial](), list[Trial]()
+    waiting, running, done = [Trial(mutant, likely) for mutant in reversed(chosen)], list[Trial](), list[Trial]()
     free = list(trees)
     while waiting or running:
         while waiting and free:
@@ -274,6 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, metavar="N", help="only N mutants, others each day")
     parser.add_argument("--only", metavar="TEXT", help="only mutants whose name or class holds TEXT")
+    parser.add_argument("--likely", action="store_true", help="only the likely test files, also for a survivor")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -296,7 +313,7 @@ def main() -> int:
         trees = [pathlib.Path(folder, str(i)) for i in range(args.jobs)]
         for tree in trees:
             copy_tree(tree)
-        done = tried(chosen, trees)
+        done = tried(chosen, trees, args.likely)
     killed, unclear = (sum(trial.result == result for trial in done) for result in ("killed", "unclear"))
     print(
         f"{killed} of {len(done)} mutants killed ({100 * killed / max(1, len(done)):.1f} %), of "
