@@ -5,8 +5,9 @@
 truth is the reference in float64 on the same (rounded) inputs, eager the reference in the kernel's dtype (for half precision: in float32, rounded
 once). The second term is for results that cancel to nearly nothing, where eager may be exact by luck, and for the weights that kernels round before
 a product: S, element by element, is the sum of the absolute values of what is added up; c is 1 for 16-bit types, whose kernels accumulate in
-float32, and 8 for float32, whose error grows with the order of summation. R is for what a backward computes again, in another order than the forward did: a score that is off by e makes its weight wrong by the factor e, so R is S with each weight
-times the sum of the absolute values that its score adds up. Eager keeps its weights, and does not have that error.
+float32, and 8 for float32, whose error grows with the order of summation. R is for what a backward computes again, in another order than the
+forward did: a score that is off by e makes its weight wrong by the factor e, so R is S with each weight times the sum of the absolute values that
+its score adds up. Eager keeps its weights, and does not have that error.
 
 A maximum misses an accumulator that loses a little everywhere; `rms_ratio` sees it on long sums.
 """

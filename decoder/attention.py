@@ -224,7 +224,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             return bias, None
         if mask.dtype == torch.bool:
             return torch.where(mask, bias, float("-inf")), None
-        return mask.to(torch.promote_types(mask.dtype, torch.float32)) + bias, None  # two finite halves may be beyond a half
+        return mask.to(
+            torch.promote_types(mask.dtype, torch.float32)
+        ) + bias, None  # two finite halves may be beyond a half
 
     def _append_keys(
         self, k: Tensor, v: Tensor, mask: Tensor | None, key_mask: Tensor | None

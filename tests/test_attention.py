@@ -213,7 +213,9 @@ def test_accumulators_are_wider_than_the_input(backend: str, device: torch.devic
     """A maximum would not see an accumulator kept in bfloat16; the mean square over 16 key tiles does."""
     q, k, v = (x.detach() for x in _qkv(h=1, t_q=32, t_k=1024, d=64, dtype=torch.bfloat16, device=device))
     truth = reference.attention(q.double(), k.double(), v.double())
-    assert rms_ratio(attention(q, k, v), reference.attention(q, k, v), truth) <= 1.5  # weights are rounded for their product
+    assert (
+        rms_ratio(attention(q, k, v), reference.attention(q, k, v), truth) <= 1.5
+    )  # weights are rounded for their product
 
 
 def test_accumulators_of_the_gradients_are_wider_than_the_input(backend: str, device: torch.device) -> None:
@@ -460,7 +462,9 @@ def test_the_torch_backend_means_the_same_where_torchs_fused_attention_is_faster
     "options",
     [
         dict(),
-        dict(causal=True, key_mask=torch.arange(7) >= torch.tensor([[2], [7]])),  # rows that see nothing, a batch that sees nothing
+        dict(
+            causal=True, key_mask=torch.arange(7) >= torch.tensor([[2], [7]])
+        ),  # rows that see nothing, a batch that sees nothing
         dict(mask=torch.arange(35).view(5, 7) % 3 > 0, query_lengths=torch.tensor([4, 1])),
         dict(bias=torch.arange(5.0)[:, None], causal="bottom_right"),
     ],
@@ -520,7 +524,9 @@ def test_what_torchs_fused_attention_does_not_serve_is_computed_without_it(fused
             got = call()
         with use_backend("reference"):
             want = call() if name != "autocast" else [x.to(torch.bfloat16) for x in autocast(torch.float32)]
-        torch.testing.assert_close(got, tuple(want) if isinstance(got, tuple) else want, msg=lambda m: f"{name}: {m}", **exact)  # noqa: B023
+        if isinstance(got, tuple):
+            want = tuple(want)
+        torch.testing.assert_close(got, want, msg=lambda m: f"{name}: {m}", **exact)  # noqa: B023
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

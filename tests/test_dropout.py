@@ -223,7 +223,9 @@ def test_fast_keep_draws_the_same_elements_in_every_dtype():
 def test_neighbouring_seeds_are_independent():
     """From the first element on: a seed must be mixed before it is used."""
     n = 1000
-    keep = torch.stack([bits.fast_keep(seed_on("cpu", i), (8,), 0.5, 2.0, torch.float32) != 0 for i in range(n)]).double()
+    keep = torch.stack(
+        [bits.fast_keep(seed_on("cpu", i), (8,), 0.5, 2.0, torch.float32) != 0 for i in range(n)]
+    ).double()
     assert (keep.mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(n)
     assert ((keep[1:] == keep[:-1]).double().mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(n)
 

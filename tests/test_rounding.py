@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileformer.kernels import attention, cross_entropy, dropout, dropout_keep, layer_norm, log_softmax, softmax, use_backend
+from tileformer.kernels import (
+    attention,
+    cross_entropy,
+    dropout,
+    dropout_keep,
+    layer_norm,
+    log_softmax,
+    softmax,
+    use_backend,
+)
 
 torch_backend = importlib.import_module("tileformer.kernels.attention.plain")
 B, H = torch.bfloat16, torch.float16
@@ -139,7 +148,7 @@ def test_the_torch_backend_errs_no_more_than_torch(dtype, fused, monkeypatch):
         given = [(std * torch.randn(2, 3, 40, 32, generator=draw)).to(dtype) for _ in range(3)]
         dout = torch.randn(2, 3, 40, 32, generator=draw).to(dtype)
 
-        def gradients(call, wide=lambda x: x):  # noqa: B023
+        def gradients(call, wide=lambda x: x):
             leaves = [wide(x).clone().requires_grad_() for x in given]  # noqa: B023
             out = call(*leaves)
             return out, *torch.autograd.grad(out, leaves, wide(dout))  # noqa: B023

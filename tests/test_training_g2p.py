@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 import io
 import itertools
-import signal
 import re
+import signal
 import sys
 
 import pytest

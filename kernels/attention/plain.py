@@ -390,11 +390,16 @@ class _FusedBackward(torch.autograd.Function):
         if ctx.causal:
             later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
             hidden = hidden.masked_fill(later, -math.inf)
-        empty = (hidden == -math.inf).expand(*hidden.shape[:-1], k.shape[2]).all(-1, keepdim=True) if hidden.dim() else None
+        empty = (
+            (hidden == -math.inf).expand(*hidden.shape[:-1], k.shape[2]).all(-1, keepdim=True) if hidden.dim() else None
+        )
         if empty is not None:
             hidden = hidden.masked_fill(empty, 0.0)
         first, (ddout,) = second_derivative(
-            lambda q, k, v: _definition(q, k, v, key_mask, hidden, empty, None, ctx.scale)[:1], (q, k, v), (dout,), tangents
+            lambda q, k, v: _definition(q, k, v, key_mask, hidden, empty, None, ctx.scale)[:1],
+            (q, k, v),
+            (dout,),
+            tangents,
         )
         return ddout, None, None, *first, None, None, None, None, None
 
