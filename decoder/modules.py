@@ -72,7 +72,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         """
         if target.is_floating_point():
             return super().forward(input, target)
-        if input.is_nested or target.is_nested:
+        if type(input) is not Tensor and input.is_nested:
             raise TypeError(
                 "CrossEntropyLoss: nested tensors are not supported: pass their values (input.values(), target.values())"
             )

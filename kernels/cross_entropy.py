@@ -313,7 +313,7 @@ def cross_entropy(
 
     Source: `tileformer.kernels.reference.cross_entropy` is the definition.
     """
-    if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
+    if type(logits) is not Tensor and by_parts("cross_entropy", logits, 1):
         how = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
         return _on_shards(logits, target, weight, reduction, how)
     _check(logits, target, weight, reduction, label_smoothing)

@@ -127,7 +127,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
 
     Source: Philox-4x32-7 (Salmon et al., SC 2011); `tileformer.kernels.reference.dropout` is the definition.
     """
-    if (type(x) is not Tensor or x.is_nested) and is_special(x):
+    if type(x) is not Tensor and is_special(x):
         own = shard_seed(x, seed)
         return by_rows("dropout", lambda x, r: dropout(x, p, seed=own, residual=r), x, 0, beside=(residual,))
     checks.floating("dropout", x=x)

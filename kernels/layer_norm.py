@@ -468,7 +468,7 @@ def rms_norm(
 def _norm(
     name: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, len(shape)):
+    if type(x) is not Tensor and by_parts(name, x, len(shape)):
         return by_rows(name, lambda x, w, b: _norm(name, x, shape, w, b, eps), x, len(shape), (weight, bias))
     if not x.is_floating_point():
         checks.floating(name, x=x)

@@ -338,7 +338,7 @@ def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, ca
 
 
 def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
-    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, 1 + bool(causal)):
+    if type(x) is not Tensor and by_parts(name, x, 1 + bool(causal)):
         return by_rows(name, lambda x, m: _softmax(name, x, scale, m, causal), x, 1 + bool(causal), beside=(mask,))
     if not x.is_floating_point():
         checks.floating(name, x=x)

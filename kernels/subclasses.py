@@ -27,7 +27,7 @@ def is_sharded(x: Any) -> bool:
 
 
 def is_special(x: Any) -> bool:
-    """Whether x is nested or a DTensor. Only asked of a tensor that is not plain: ``type(x) is not Tensor or x.is_nested``."""
+    """Whether x is nested or a DTensor. Only asked where ``type(x) is not Tensor``, which is all that a plain one pays."""
     return is_sharded(x) or (isinstance(x, Tensor) and x.is_nested)
 
 

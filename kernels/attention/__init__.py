@@ -204,7 +204,7 @@ def attention(
 
     Source: FlashAttention-2, arXiv:2307.08691; `tileformer.kernels.reference.attention` is the definition.
     """
-    if (type(q) is not Tensor or q.is_nested) and is_special(q):
+    if type(q) is not Tensor and is_special(q):
         shared = dict(
             mask=mask, bias=bias, key_mask=key_mask, query_lengths=query_lengths, key_lengths=key_lengths, alibi_slopes=alibi_slopes,
         )  # fmt: skip
@@ -277,7 +277,7 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
-    if isinstance(query, Tensor) and query.is_nested:
+    if type(query) is not Tensor and is_special(query) and query.is_nested:
         refuse("scaled_dot_product_attention", query, key, value)
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
         query, key, value = _broadcast(query, key, value, enable_gqa)
