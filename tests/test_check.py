@@ -224,7 +224,11 @@ def test_a_report_grows_and_outlives_a_stop(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(report.time, "monotonic", lambda: 0.0)  # writing costs nothing
     (tmp_path / "link").symlink_to(markdown)
     assert run("--op", "layer_norm", "--report", str(tmp_path / "link"), "--json", str(data)) == 130
-    assert [len(found["calls"]) for found, _ in seen] == [1, 2] and (tmp_path / "link").is_symlink()
+    assert (
+        not capsys.readouterr().err
+        and [len(found["calls"]) for found, _ in seen] == [1, 2]
+        and (tmp_path / "link").is_symlink()
+    )
     assert seen[1][0]["passed"] == 2 and seen[1][0]["not_reached"] == json.loads(data.read_text())["not_reached"] > 2
     assert "2 passed, 0 failed, " in seen[1][1] and " not reached in " in markdown.read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"r.md", "r.json", "link"}

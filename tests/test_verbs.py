@@ -40,7 +40,7 @@ NOT_A_FOLDER = ANYWHERE | {
     "link": "{tmp}/link",
     "below it": "{tmp}/link/x",
 }
-NOT_A_FILE = ANYWHERE | {"folder": "{tmp}", "none": "{tmp}/none/x", "kernel's": "/proc/x", "link": "{tmp}/link"}
+NOT_A_FILE = ANYWHERE | {"folder": "{tmp}", "none": "{tmp}/none/x", "kernel's": "/proc/x", "link": "{tmp}/far"}
 NOT_THERE = ANYWHERE | {"none": "{tmp}/none", "other": "{tmp}/empty"}
 PATHS = {
     arguments.output_folder: NOT_A_FOLDER,
@@ -135,6 +135,7 @@ def test_a_bad_argument_is_one_line(case, request, tmp_path, monkeypatch, capsys
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "far").symlink_to("none/x")
     (tmp_path / "loop").symlink_to("loop")
     before = sorted(tmp_path.rglob("*"))
     model = request.getfixturevalue("model") if case.words == ("generate",) else ""

@@ -56,9 +56,10 @@ def _parser(typed: list[str]) -> argparse.ArgumentParser:
 
 
 def _text_of(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    named = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return named + error.strerror.lower()
 
 
 def _open_closed_streams() -> None:

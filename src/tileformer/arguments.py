@@ -16,7 +16,7 @@ class ArgumentError(argparse.ArgumentTypeError, ValueError):
 
 
 def _found(text: str) -> os.stat_result | None:
-    """What is at a path, links followed; None where nothing is. Raises ArgumentError where no file can be."""
+    """What is at a path, links followed; None where nothing is. Raises ArgumentError where nothing can be."""
     if not text.strip():
         raise ArgumentError("the path is empty: name a file or a folder")
     if "\0" in text:
@@ -24,8 +24,6 @@ def _found(text: str) -> os.stat_result | None:
     try:
         return os.stat(text)
     except FileNotFoundError:
-        if os.path.islink(text):
-            raise ArgumentError(f"{text}: a link to {os.readlink(text)}, where nothing is") from None
         return None
     except NotADirectoryError:
         file = next(folder for folder in Path(text).parents if folder.exists())
@@ -147,7 +145,7 @@ def seconds(text: str) -> float:
 def architecture(text: str) -> int:
     """A GPU's compute capability as 90, sm_90, sm_90a or 9.0."""
     match = re.fullmatch(
-        r"(?:sm_|compute_)?([1-9]\d{1,2})[af]?|([1-9]\d?)\.(\d)", text.strip(), re.ASCII | re.IGNORECASE
+        r"(?:sm_?|compute_?)?([1-9]\d{1,2})[af]?|([1-9]\d?)\.(\d)", text.strip(), re.ASCII | re.IGNORECASE
     )
     if not match:
         raise ArgumentError(f"a compute capability such as 90, sm_90 or 9.0 is needed, got {text!r}")
