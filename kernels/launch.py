@@ -310,8 +310,8 @@ def apply(function: Any, *args: Any) -> Any:
     if getattr(forward_ad, "_current_level", 0) >= 0:
         return _without_tangents(function).apply(*args)
     if (
-        _dispatch_tls_local_include_set().raw_repr() & _SPECIAL
-        or _has_torch_function(args)  # a mode, or a subclass that listens
+        _has_torch_function(args)  # a mode, or a subclass that listens
+        or _dispatch_tls_local_include_set().raw_repr() & _SPECIAL
         or _profiler_enabled()
     ):
         return function.apply(*args)
