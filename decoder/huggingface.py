@@ -154,10 +154,9 @@ def _join(names: Iterable[Any]) -> str:
 def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report) -> None:
     """Switch the attention of a model, its configurations noted in ``record``, and say which of its modules it serves."""
     kinds: dict[str, set[str]] = {"asks": set(), "sinks": set(), "own": set()}
-    for module in model.modules():
-        computes = _computes(type(module))
-        if computes:
-            kinds[computes].add(type(module).__name__)
+    for cls in map(type, model.modules()):
+        if _computes(cls):
+            kinds[_computes(cls)].add(cls.__name__)
     configs = _configs(model)
     before = {key: config._attn_implementation for key, config in configs.items()}
     if kinds["asks"] and not kinds["sinks"]:
@@ -182,7 +181,7 @@ def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report
 
 
 @functools.cache
-def _computes(kind: type[nn.Module]) -> str:
+def _computes(kind: Any) -> str:
     """How a module's class computes attention: it "asks" transformers for the function, perhaps with "sinks", has its "own" code, or "" (none).
 
     Read from the code that runs: own attention makes a softmax of a product, and never looks the function up.
@@ -270,7 +269,7 @@ def _norm_of(module: Any) -> str | tuple[bool, dict[tuple[torch.dtype, torch.dty
         return f"it holds {', '.join(holds) or 'no weight'}, rms_norm a weight of one axis"
     if not isinstance(_eps(module), float):
         return "it has no number named eps or variance_epsilon"
-    cpu = dict(device="cpu", generator=torch.Generator().manual_seed(0))
+    cpu: dict[str, Any] = dict(device="cpu", generator=torch.Generator().manual_seed(0))
     small = torch.tensor([[[1.0], [1e-3]], [[30.0], [0.0]]], device="cpu")  # small rows show where eps is added
     rows, slope = torch.randn(2, 2, len(weight), **cpu) * small, torch.randn(len(weight), **cpu)
     trial, fits, answers = copy.copy(module), [False, True], {}
@@ -308,7 +307,7 @@ def make_mask(
     given = dict(q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask)
     if _own_code(type(options.get("config")).__module__):
         return masking_utils.eager_mask(batch_size, q_length, kv_length, **given, **options)
-    mask = masking_utils.sdpa_mask(batch_size, q_length, kv_length, **given, **options)
+    mask: Any = masking_utils.sdpa_mask(batch_size, q_length, kv_length, **given, **options)
     aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
     if (
         mask is not None
@@ -331,7 +330,7 @@ def _own_code(file: str) -> bool:
 @functools.cache
 def _own_code_of(file: str) -> bool:
     there = vars(sys.modules.get(file, types)).values()
-    kinds = [x for x in there if isinstance(x, type) and issubclass(x, nn.Module) and x.__module__ == file]
+    kinds: list[Any] = [x for x in there if isinstance(x, type) and issubclass(x, nn.Module) and x.__module__ == file]
     own = [
         x.__name__
         for x in kinds

@@ -105,7 +105,8 @@ def check_shards() -> None:
     kept[1, 4:] = False
     logits, target = torch.randn(7, 5), torch.tensor([0, 1, -100, 3, 4, 2, -100])
 
-    def attend(q, k, bias, kept):
+    def attend(*given):
+        q, k, bias, kept = given
         return kernels.attention(q, k, k, bias=bias, key_mask=kept, causal=True, return_lse=True)[0]
 
     rows: dict[str, tuple[Any, list[torch.Tensor], list[list[Any]]]] = {  # what is called, on what, how it is sharded
@@ -136,22 +137,20 @@ def check_shards() -> None:
         weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
         (expected * weights).sum().backward()
         for places in ways:
-            shards = [
+            shards: list[Any] = [
                 distribute_tensor(t, mesh, [p]).requires_grad_(t.is_floating_point())
                 for t, p in zip(tensors, places, strict=True)
             ]
-            got = call(*shards)
+            got: Any = call(*shards)
             got.full_tensor().mul(weights).sum().backward()
-            torch.testing.assert_close(got.full_tensor(), expected, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(got.full_tensor(), expected, msg=name)
             for ours, theirs in zip(shards, plain, strict=True):
                 if theirs.grad is not None:
-                    torch.testing.assert_close(
-                        ours.grad.full_tensor(), theirs.grad, msg=lambda m, name=name: f"{name}: {m}"
-                    )
+                    torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=name)
 
     for place, seed, same in ((Shard(0), 1, False), (Shard(1), 1, False), (whole, mesh.get_rank(), True)):
         torch.manual_seed(seed)  # shards from one state get bits of their own, copies the same from any
-        shard = distribute_tensor(torch.ones(4, 4, 16), mesh, [place]).requires_grad_()
+        shard: Any = distribute_tensor(torch.ones(4, 4, 16), mesh, [place]).requires_grad_()
         got = kernels.dropout(shard, 0.5)
         got.sum().backward()
         assert torch.equal(shard.grad.full_tensor(), got.full_tensor()) and got.placements == (place,)
@@ -195,7 +194,8 @@ def check_sequence_parallel() -> None:
     plan = {str(i): SequenceParallel(use_local_output=i == 2) for i in range(3)}
     parallelize_module(net, init_device_mesh("cpu", (2,)), plan)
     net(torch.randn(2, 3, 8)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.full_tensor().any() for p in net.parameters())
+    grads: list[Any] = [p.grad for p in net.parameters()]
+    assert all(grad.full_tensor().any() for grad in grads)
 
 
 def process(rank: int, port: int, kind: str, how: str) -> None:

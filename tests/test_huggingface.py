@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
-from transformers import masking_utils, modeling_utils  # noqa: E402
+from transformers import configuration_utils, masking_utils, modeling_utils  # noqa: E402
 
 from tileformer.bench import models  # noqa: E402
 from tileformer.decoder import huggingface  # noqa: E402
@@ -164,7 +164,7 @@ def test_lora_on_our_layers() -> None:
     torch.testing.assert_close(our_grads, grads)
 
 
-class ToyConfig(transformers.PreTrainedConfig):
+class ToyConfig(configuration_utils.PreTrainedConfig):
     model_type = "toy"
 
 
@@ -191,7 +191,7 @@ class AskingAttention(nn.Module):
         return ((q @ k.mT + mask).softmax(-1) @ v).transpose(1, 2), None
 
 
-class ToyModel(transformers.PreTrainedModel):
+class ToyModel(modeling_utils.PreTrainedModel):
     config_class = ToyConfig
 
     def __init__(self, config, asks: bool = True) -> None:
@@ -378,9 +378,16 @@ def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
     report = huggingface.use(net)
     assert {"attention", "loss_function"} <= report.swapped.keys() and not report.left
     calls = []
+
+    def counted(name, function):
+        def call(*args, **options):
+            calls.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(huggingface, name, call)
+
     for name in ("attention", "cross_entropy", "rms_norm"):
-        function = getattr(huggingface, name)
-        monkeypatch.setattr(huggingface, name, lambda *a, f=function, n=name, **k: (calls.append(n), f(*a, **k))[1])
+        counted(name, getattr(huggingface, name))
     got = net(**given)
     assert sorted(calls) == ["attention", "cross_entropy", *3 * ["rms_norm"]]
     torch.testing.assert_close(got.loss, expected.loss)
