@@ -154,6 +154,7 @@ def test_second_derivatives_equal_the_references(op: Op, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+X = OPS["dropout"].tensors["x"]
 LEARNED: dict[str, Callable[[Any], Any]] = {
     "scale": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, scale=s),
     "softcap": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, softcap=s),
@@ -170,7 +171,6 @@ LEARNED: dict[str, Callable[[Any], Any]] = {
     "a module's eps": lambda s: modules.LayerNorm(6, eps=s, dtype=X.dtype)(X),
     "a loss's smoothing": lambda s: modules.CrossEntropyLoss(label_smoothing=s)(X, torch.tensor([0, 1, 2])),
 }  # fmt: skip
-X = OPS["dropout"].tensors["x"]
 
 
 @pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
