@@ -159,7 +159,7 @@ LEARNED: dict[str, Callable[[Any], Any]] = {
     "scale": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, scale=s),
     "softcap": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, softcap=s),
     "attention's dropout_p": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, dropout_p=s, seed=3),
-    "torch's scale": lambda s: kernels.scaled_dot_product_attention(*[OPS["attention"].tensors["q"]] * 3, scale=s),
+    "torch's scale": lambda s: kernels.scaled_dot_product_attention(X[None], X[None], X[None], scale=s),
     "softmax's scale": lambda s: kernels.softmax(X, scale=s),
     "log_softmax's scale": lambda s: kernels.log_softmax(X, scale=s),
     "dropout's p": lambda s: kernels.dropout(X, s, seed=3),
