@@ -154,11 +154,12 @@ def test_second_derivatives_equal_the_references(op: Op, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+X = OPS["dropout"].tensors["x"]
 LEARNED: dict[str, Callable[[Any], Any]] = {
     "scale": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, scale=s),
     "softcap": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, softcap=s),
     "attention's dropout_p": lambda s: kernels.attention(*[OPS["attention"].tensors["q"]] * 3, dropout_p=s, seed=3),
-    "torch's scale": lambda s: kernels.scaled_dot_product_attention(*[OPS["attention"].tensors["q"]] * 3, scale=s),
+    "torch's scale": lambda s: kernels.scaled_dot_product_attention(X[None], X[None], X[None], scale=s),
     "softmax's scale": lambda s: kernels.softmax(X, scale=s),
     "log_softmax's scale": lambda s: kernels.log_softmax(X, scale=s),
     "dropout's p": lambda s: kernels.dropout(X, s, seed=3),
@@ -170,7 +171,6 @@ LEARNED: dict[str, Callable[[Any], Any]] = {
     "a module's eps": lambda s: modules.LayerNorm(6, eps=s, dtype=X.dtype)(X),
     "a loss's smoothing": lambda s: modules.CrossEntropyLoss(label_smoothing=s)(X, torch.tensor([0, 1, 2])),
 }  # fmt: skip
-X = OPS["dropout"].tensors["x"]
 
 
 @pytest.mark.parametrize("name", ["interpret", "torch", "reference"])

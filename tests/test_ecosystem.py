@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -156,7 +156,7 @@ def test_tasks_of_one_thread_keep_their_backends() -> None:
     for name, seen in asyncio.run(together()).items():
         assert seen == [name] * 3 + ["auto"]
 
-    def suspended() -> Iterator[None]:
+    def suspended() -> Generator[None, None, None]:
         with use_backend("reference"):
             yield
 

@@ -3,6 +3,7 @@
 A case is one function, called with torch's names and with ours, on the torch backend and through the interpreter.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -323,9 +324,13 @@ LABELS8 = torch.tensor([1, 2, 3])
 
 def made(kind: str, x: Tensor) -> Any:
     """x as something that is no tensor which the ops compute with."""
-    return {"numpy": x.numpy(), "list": x.tolist(), "jagged": JAGGED, "float8": x.to(FLOAT8), "complex": x.cfloat()}[
-        kind
-    ]
+    return {
+        "numpy": x.numpy(),
+        "list": x.tolist(),
+        "jagged": JAGGED,
+        "float8": x.to(FLOAT8),
+        "complex": x.to(torch.complex64),
+    }[kind]
 
 
 OPS: dict[str, Callable[[Any], Any]] = {
@@ -388,7 +393,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a mask of one value": (lambda: scaled_dot_product_attention(Q, K, K, torch.tensor(True)), "attn_mask has 0 axes"),
     "a scale in words": (lambda: kernels.attention(Q, K, K, scale="0.3"), "scale must be a number, got '0.3'"),
     "no scale": (lambda: kernels.softmax(ROWS8, scale=None), "scale must be a number, got None"),
-    **{f"the seed {seed!r}": (lambda seed=seed: kernels.dropout(ROWS8, 0.5, seed=seed), said) for seed, said in (
+    **{f"the seed {seed!r}": (functools.partial(kernels.dropout, ROWS8, 0.5, seed=seed), said) for seed, said in (
         (True, "must be an integer"), (np.True_, "must be an integer"), (1.5, "must be an integer"), ("a", "must be an integer"),
         (np.ones(1, np.int64), "must be an integer|must be a torch.Tensor"),
         (-1, r"between 0 and 2\*\*63 - 1, got -1"), (10**30, "got 1000"), (2**63, "got 9223372036854775808"))},
