@@ -526,3 +526,12 @@ def test_every_argument_that_changes_attention_is_refused(name) -> None:
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(NotImplementedError, match=name):
         huggingface.attend(torch.nn.Module(), q, q, q, None, **{name: torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "name, norm", [("Gemma 2, soft cap", "Gemma2RMSNorm"), ("Llama, grouped heads", "LlamaRMSNorm")]
+)
+def test_the_norms_of_a_model_are_swapped(name, norm) -> None:
+    _, _, report = build(name)
+    assert sum(norm in said for said in report.swapped.values()) > 2
+    assert not any(norm in why for why in report.left.values())

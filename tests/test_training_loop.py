@@ -372,6 +372,26 @@ def test_fp16_skips_a_step_that_overflows_and_says_so(tmp_path):
     assert (report.steps, report.skipped, lines[-1]["loss_scale"]) == (10, 2, 2.0**14) and model.weight.isfinite().all()
 
 
+def test_a_resumed_run_keeps_its_loss_scale(tmp_path):
+    settings, calls = Settings(24, precision="fp16", log_every=1, save_every=2), itertools.count(1)
+
+    def loss(model, batch):
+        if next(calls) == 6:
+            raise RuntimeError("stopped")
+        return classification_loss(model, batch)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(linear(), RowBatches(2), settings, loss, folder=tmp_path, backward=overflow({2}))
+    fit(linear(), RowBatches(2), settings, classification_loss, folder=tmp_path, resume=True)
+    scales = [json.loads(line)["loss_scale"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert scales == [2.0**16] + [2.0**15] * 11  # halved by the overflow
+
+
+def test_an_infinite_loss_with_a_finite_gradient_has_diverged():
+    with pytest.raises(FloatingPointError, match="step 1: loss inf"):
+        fit(linear(), RowBatches(2), Settings(8, log_every=1), lambda *given: classification_loss(*given) + math.inf)
+
+
 def test_fp16_that_always_overflows_has_diverged(tmp_path):
     settings = Settings(400, precision="fp16", log_every=1)
     with pytest.raises(FloatingPointError, match=r"step 17: loss 0\.\d+, gradient norm (inf|nan)"):
