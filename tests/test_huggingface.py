@@ -214,7 +214,7 @@ def test_attention_in_code_of_its_own_gets_a_mask_that_it_can_add(asks, padded) 
     ids, kept = torch.randint(3, 61, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     kept[1, 6:] = 0
     given = dict(input_ids=ids, attention_mask=kept if padded else None)
-    toy = ToyModel(ToyConfig(attn_implementation="eager"), asks).eval()  # type: ignore[call-arg]  # it hands the rest on
+    toy = ToyModel._from_config(ToyConfig(), asks=asks, attn_implementation="eager").eval()
     expected = toy(**given)
     huggingface.register()
     named = copy.deepcopy(toy)

@@ -204,7 +204,7 @@ def attention(
         checks.misnamed("attention", wrong)
     if (type(q) is not Tensor or q.is_nested) and is_special(q):
         shared = dict(
-            mask=mask, bias=bias, key_mask=key_mask, query_lengths=query_lengths, key_lengths=key_lengths, alibi_slopes=alibi_slopes,
+            key_mask=key_mask, query_lengths=query_lengths, key_lengths=key_lengths, alibi_slopes=alibi_slopes, mask=mask, bias=bias,
         )  # fmt: skip
         everywhere: dict[str, Any] = dict(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
