@@ -224,9 +224,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             return bias, None
         if mask.dtype == torch.bool:
             return torch.where(mask, bias, float("-inf")), None
-        return mask.to(
-            torch.promote_types(mask.dtype, torch.float32)
-        ) + bias, None  # two finite halves may be beyond a half
+        wide = torch.promote_types(mask.dtype, torch.float32)  # the sum of two finite halves may be beyond a half
+        return mask.to(wide) + bias, None
 
     def _append_keys(
         self, k: Tensor, v: Tensor, mask: Tensor | None, key_mask: Tensor | None

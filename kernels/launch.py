@@ -321,7 +321,7 @@ def apply(function: Any, *args: Any) -> Any:
             if _dispatch_keys(x).raw_repr() & _SPECIAL:
                 from tileformer.kernels import subclasses  # which imports this module
 
-                subclasses.refuse(function.launcher.__name__, x)
+                subclasses.refuse(function.__name__.strip("_"), x)
                 return function.apply(*args)
             if x.requires_grad:
                 tracked = True

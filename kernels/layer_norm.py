@@ -483,9 +483,8 @@ def _norm(
     checks.fits(name, "bias", bias, x, shape)
     backend, centre = choose(name, x), name == "layer_norm"
     if backend == "reference":
-        return (
-            reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
-        )
+        given = (weight, bias) if centre else (weight,)
+        return (reference.layer_norm if centre else reference.rms_norm)(x, shape, *given, eps)
     if backend == "torch":
         return _torch_norm(x, shape, weight, bias, eps, centre)
     return apply(_LayerNorm, x, len(shape), weight, bias, eps, centre)[0]
