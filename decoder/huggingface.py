@@ -368,9 +368,9 @@ def attend(
     else:
         kept |= _masks(attention_mask, key, query.dtype)
     if position_bias is not None:
-        position_bias = position_bias[..., : key.shape[2]].to(query.dtype)
-        if "mask" in kept and kept["mask"].is_floating_point():
-            position_bias = position_bias + kept.pop("mask")
+        position_bias = position_bias[..., : key.shape[2]]
+        if "mask" in kept and kept["mask"].is_floating_point():  # the sum of two halves is rounded once
+            position_bias = position_bias.to(torch.promote_types(query.dtype, torch.float32)) + kept.pop("mask")
         kept["bias"] = position_bias
     if not output_attentions:
         return attention(query, key, value, **kept).transpose(1, 2), None

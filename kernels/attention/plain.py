@@ -59,7 +59,7 @@ def torch_attention(
     square = unmasked or (causal and t_q == t_k)
     # An exported program is to serve every length, and other runtimes: no choice by length, no operator but the usual ones.
     exporting = torch.compiler.is_exporting()
-    # What has no derivative of its own: any number of them, of any kind, follow from plain operators.
+    # Derivatives of any kind and number follow from plain operators.
     composed = exporting or return_lse or return_weights or softcap > 0.0 or _transformed()
     composed = composed or (bias is not None and bias.requires_grad)
     if q.is_cuda and not (dense or p or composed) and square and t_k >= 512:
@@ -100,7 +100,9 @@ def torch_attention(
     keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, bits.keep_scale(p), _wide(q))
     if fused:
         padded_q = None if place.real_q is None else ~place.real_q
-        return _Fused.apply(q, k, v, key_mask, bias_, padded_q, triangle, scale)[0]
+        if key_mask is not None:
+            k, v = _ZeroPadding.apply(k, key_mask), _ZeroPadding.apply(v, key_mask)
+        return _Fused.apply(q, k, v, bias_, padded_q, triangle, scale)[0]
     if composed:
         out, lse, weights = _definition(q, k, v, key_mask, bias_, empty, keep, scale, softcap)
         results = [out, lse] if return_lse else [out]
@@ -329,8 +331,9 @@ class _PlainBackward(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active, which the functions here and below have no rules for."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether torch.func, forward mode or torch.jit.trace is at work, which the autograd Functions here have no rules for."""
+    tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return tracing or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _serves_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -341,14 +344,32 @@ def _serves_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return k.shape[2] >= (FUSED_GRADIENTS_FROM if gradients else FUSED_FROM)
 
 
+class _ZeroPadding(torch.autograd.Function):
+    """`_zero_padding` of keys and values whose gradients are 0 in padded rows already, because nothing attends to them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, key_mask):
+        return _zero_padding(x, key_mask)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, None
+
+
 class _Fused(torch.autograd.Function):
     """(out, log-sum-exp of what torch scaled) of torch's fused attention; differentiable in q, k, v through out."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, key_mask, bias, padded_q, causal, scale):
-        q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
+    def forward(q, k, v, bias, padded_q, causal, scale):
+        q, k, v, bias = _fused_operands(q, k, v, bias)
         return _fused(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
     @staticmethod
@@ -361,8 +382,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, _):
         if dout is None:
-            return (None,) * 8
-        return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None, None
+            return (None,) * 7
+        return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None
 
 
 class _FusedBackward(torch.autograd.Function):
@@ -371,10 +392,10 @@ class _FusedBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dout, out, lse, q, k, v, key_mask, bias, padded_q, causal, scale):
+    def forward(dout, out, lse, q, k, v, bias, padded_q, causal, scale):
         if padded_q is not None:
             dout = dout.masked_fill(padded_q, 0.0)
-        q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
+        q, k, v, bias = _fused_operands(q, k, v, bias)
         return _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
 
     @staticmethod
@@ -385,29 +406,21 @@ class _FusedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *tangents):
-        dout, q, k, v, key_mask, bias, _ = ctx.saved_tensors
+        dout, q, k, v, bias, _ = ctx.saved_tensors
         hidden = torch.zeros((), dtype=_wide(q), device=q.device) if bias is None else bias
         if ctx.causal:
             later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
             hidden = hidden.masked_fill(later, -math.inf)
-        empty = (
-            (hidden == -math.inf).expand(*hidden.shape[:-1], k.shape[2]).all(-1, keepdim=True) if hidden.dim() else None
-        )
+        empty = (hidden == -math.inf).all(-1, keepdim=True) if hidden.dim() else None
         if empty is not None:
             hidden = hidden.masked_fill(empty, 0.0)
-        first, (ddout,) = second_derivative(
-            lambda q, k, v: _definition(q, k, v, key_mask, hidden, empty, None, ctx.scale)[:1],
-            (q, k, v),
-            (dout,),
-            tangents,
-        )
-        return ddout, None, None, *first, None, None, None, None, None
+        again = lambda q, k, v: _definition(q, k, v, None, hidden, empty, None, ctx.scale)[:1]  # noqa: E731
+        first, (ddout,) = second_derivative(again, (q, k, v), (dout,), tangents)
+        return ddout, None, None, *first, None, None, None, None
 
 
-def _fused_operands(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
-    """What the fused operator reads: rows of adjacent elements, 0 in padded keys, and a bias of four axes."""
-    if key_mask is not None:
-        k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
+def _fused_operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """What the fused operator reads: rows of adjacent elements, and a bias of four axes."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
