@@ -180,7 +180,7 @@ def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report
         report.left[name] = "; ".join(why)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _computes(kind: Any) -> str:
     """How a module's class computes attention: it "asks" transformers for the function, perhaps with "sinks", has its "own" code, or "" (none).
 
@@ -327,7 +327,7 @@ def _own_code(file: str) -> bool:
     return _own_code_of(file.replace(".configuration_", ".modeling_"))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _own_code_of(file: str) -> bool:
     there = vars(sys.modules.get(file, types)).values()
     kinds: list[Any] = [x for x in there if isinstance(x, type) and issubclass(x, nn.Module) and x.__module__ == file]

@@ -110,7 +110,11 @@ def same_shape(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> Non
 def fits(op: str, name: str, x: Tensor | None, like: Tensor, shape: Sequence[int]) -> None:
     """`floating`, `same_device` and `same_shape` at once, which are asked only for their words."""
     if x is not None and not (
-        isinstance(x, Tensor) and x.dtype in FLOATING and x.shape == shape and x.device == like.device
+        isinstance(x, Tensor)
+        and not x.is_nested
+        and x.dtype in FLOATING
+        and x.shape == shape
+        and x.device == like.device
     ):
         floating(op, **{name: x})
         same_device(op, like, **{name: x})

@@ -64,7 +64,8 @@ def torch_attention(
     composed = composed or (bias is not None and bias.requires_grad)
     if q.is_cuda and not (dense or p or composed) and square and t_k >= 512:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-    fused = not composed and p == 0.0 and _serves_fused(q, k, v)
+    graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    fused = not composed and p == 0.0 and _serves_fused(q, k, v, graph)
 
     if packed and q_lens is not None and q_lens is k_lens and p == 0.0 and not return_weights:
         alone = all(x is None for x in (mask, bias, key_mask, slopes))
@@ -109,7 +110,7 @@ def torch_attention(
         if return_weights:
             results.append((weights.mean(1) if return_weights == "average" else weights).to(q.dtype))
         return tuple(results) if len(results) > 1 else out
-    return _Plain.apply(q, k, v, key_mask, bias_, empty, keep, scale)[0]
+    return (_Plain.apply if graph else _Plain.forward)(q, k, v, key_mask, bias_, empty, keep, scale)[0]
 
 
 def _each_alone(
@@ -336,12 +337,11 @@ def _transformed() -> bool:
     return tracing or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _serves_fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _serves_fused(q: Tensor, k: Tensor, v: Tensor, graph: bool) -> bool:
     """Whether torch's fused operator computes these on a CPU, and faster than three plain ones."""
     if _fused is None or q.device.type != "cpu" or q.shape[3] != v.shape[3] or 0 in q.shape:
         return False
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return k.shape[2] >= (FUSED_GRADIENTS_FROM if gradients else FUSED_FROM)
+    return k.shape[2] >= (FUSED_GRADIENTS_FROM if graph else FUSED_FROM)
 
 
 class _ZeroPadding(torch.autograd.Function):

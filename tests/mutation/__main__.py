@@ -40,7 +40,7 @@ import triton.runtime.interpreter
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
 FIRST = {  # the test files to begin with, for a mutant of each file
-    "kernels/attention/plain": "test_semantics test_rounding test_attention test_decoder_parity test_values test_attention_variants",
+    "kernels/attention/plain": "test_attention_torch test_semantics test_rounding test_attention test_decoder_parity test_values test_attention_variants",
     "kernels/attention/__init__": "test_autograd test_fuzz test_attention_variants test_attention",
     "kernels/attention/": "test_attention_ahead test_rounding test_fuzz test_attention_variants test_attention test_memory test_values",
     "kernels/layer_norm": "test_layer_norm test_rounding test_rms_norm test_values test_autograd test_memory",
@@ -61,14 +61,14 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/loading": "test_decoder_loading",
     "decoder/convert": "test_convert",
     "decoder/modules": "test_convert test_decoder_modules test_decoder_parity",
-    "decoder/huggingface": "test_huggingface",
+    "decoder/huggingface": "test_huggingface_attend test_huggingface",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
     "training/losses": "test_training_loop",
     "training/loop": "test_training_loop test_training_checkpoint",
     "training/settings": "test_training_loop test_training_optimizers",
     "training/log": "test_training_loop test_training_checkpoint",
     "training/adversarial": "test_training_methods",
-    "training/checkpoint": "test_training_checkpoint test_training_loop test_training_resume",
+    "training/checkpoint": "test_training_checkpoint test_training_storable test_training_loop test_training_resume",
     "training/ngrams": "test_training_methods",
 }
 FAR = ("int64", "padding", "stride")  # kinds that memory which may not be touched shows soonest
