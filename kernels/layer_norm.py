@@ -472,9 +472,8 @@ def _norm(
         return by_rows(name, lambda x, w, b: _norm(name, x, shape, w, b, eps), x, len(shape), (weight, bias))
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating(name, x=x)
-    if eps is None and name == "rms_norm":
-        eps = torch.finfo(wider(x.dtype)).eps
-    eps = checks.number(name, "eps", eps)
+    torchs = eps is None and name == "rms_norm"
+    eps = torch.finfo(wider(x.dtype)).eps if torchs else checks.number(name, "eps", eps)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"{name}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
@@ -483,8 +482,9 @@ def _norm(
     checks.fits(name, "bias", bias, x, shape)
     backend, centre = choose(name, x), name == "layer_norm"
     if backend == "reference":
-        given = (weight, bias) if centre else (weight,)
-        return (reference.layer_norm if centre else reference.rms_norm)(x, shape, *given, eps)
+        return (
+            reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
+        )
     if backend == "torch":
         return _torch_norm(x, shape, weight, bias, eps, centre)
     return apply(_LayerNorm, x, len(shape), weight, bias, eps, centre)[0]

@@ -71,6 +71,7 @@ def check_attention(
         raise NotImplementedError(
             "attention: alibi_slopes get no gradient: detach them, or pass bias= for a learned one"
         )
+    checks.tensors("attention", mask=mask)
     for added in (mask, bias):
         # As many columns as k has heads: `broadcastable` would find the fault in the mask.
         fits = isinstance(added, Tensor) and added.shape[-2:] in ((h, h_kv), (1, h_kv), (h_kv,))
