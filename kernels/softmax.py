@@ -376,8 +376,7 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bo
 
 
 def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str, log: bool) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scores = x if scale == 1.0 else x.to(wide) * scale  # what is still to be added must not be rounded before
+    scores = x if scale == 1.0 else _widened(x) * scale  # what is still to be added must not be rounded before
     hidden = []
     if causal:
         t_q, t_k = x.shape[-2:]
@@ -390,7 +389,7 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | 
         hidden.append(~mask)
     elif mask is not None:
         hidden.append(mask == -torch.inf)
-        scores = scores.to(wide) + mask.masked_fill(hidden[-1], 0.0).to(wide)
+        scores = _widened(scores) + _widened(mask.masked_fill(hidden[-1], 0.0))
     if not hidden:
         return (scores.log_softmax(-1) if log else scores.softmax(-1)).to(x.dtype)  # autocast may have made it float32
     hide = functools.reduce(torch.bitwise_or, hidden)
@@ -399,3 +398,7 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | 
     if log:
         return scores.log_softmax(-1).to(x.dtype).masked_fill(hide, -torch.inf)
     return scores.softmax(-1).to(x.dtype).masked_fill(empty, 0.0)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
