@@ -128,7 +128,8 @@ def test_padding_costs_no_more_memory_than_torchs(dtype, causal):
     q, k, v, real = draw(), draw(), draw(), torch.arange(2048)[None] < 2041
 
     def peak(call) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        cpu = torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profiler:
             call().sum().backward()
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
