@@ -9,7 +9,9 @@ os.environ.setdefault("TILEFORMER_SELFTEST", "0")  # the tests do more, and coun
 
 import contextlib
 import functools
+import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -22,6 +24,9 @@ from tileformer.bench import ahead
 from tileformer.kernels import interpreter, use_backend
 
 torch.set_num_threads(1)
+if threading.current_thread() is threading.main_thread():
+    # A shell's background job is born deaf to Ctrl-C, and so are its children: the tests of a stop send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Deterministic mode fills fresh memory with NaN (or the largest integer): an element that a kernel forgot to write
 # cannot pass by luck. torch's own CUDA operators that have no deterministic form may warn, but not fail a test of ours.
 torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())

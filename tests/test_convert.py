@@ -281,10 +281,11 @@ def test_what_convert_would_break_is_left() -> None:
     assert isinstance(net["registered"], decoder.LayerNorm) and _Registered.known == []  # nobody is told of our class
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")  # once in a process
 def test_an_encoder_that_is_left_hands_its_layers_no_nested_tensors() -> None:
     stack = _Stack(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x, padding = torch.randn(2, 5, 16), torch.arange(5).expand(2, 5) > 3
-    with torch.no_grad(), pytest.warns(UserWarning, match="nested tensors"):
+    with torch.no_grad():
         expected = stack(x, src_key_padding_mask=padding)
     report = convert(stack)
     assert list(report.left) == [""] and isinstance(stack, _Stack) and not convert(stack).swapped

@@ -179,7 +179,7 @@ def check_shards() -> None:
         refused[r"layer_norm.*\(8,\) stands beside a DTensor"] = lambda: kernels.layer_norm(
             plain_x, (8,), weight.requires_grad_()
         )
-        refused[r"layer_norm_fwd: a DTensor.*beside plain"] = lambda: kernels.layer_norm(
+        refused[r"LayerNorm: a DTensor.*beside plain"] = lambda: kernels.layer_norm(
             x, (8,), distribute_tensor(weight.detach(), mesh, [whole])
         )
     for message, call in refused.items():
