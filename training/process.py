@@ -29,7 +29,8 @@ def require_single() -> None:
 
 @contextlib.contextmanager
 def lock(folder: PathLike) -> Iterator[None]:
-    """Hold `folder`, which is made if need be, for this thread; taken again inside, it is held already.
+    """Hold `folder`, which is made if need be, for this thread; taken again inside, it is held already. A folder that was
+    made for nothing, because what went on inside refused to begin, is taken away again.
 
     The kernel releases it with the process, however that ends. ValueError when another one has it. A file system that
     knows no locks is used without.
@@ -37,6 +38,7 @@ def lock(folder: PathLike) -> Iterator[None]:
     import fcntl
 
     folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
     if _held.get(key) == threading.get_ident():
@@ -60,6 +62,11 @@ def lock(folder: PathLike) -> Iterator[None]:
         try:
             yield
         finally:
+            with contextlib.suppress(OSError):
+                if made and os.listdir(folder) == [LOCK]:
+                    (folder / LOCK).unlink()
+                    for path in made:
+                        path.rmdir()
             del _held[key]
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
     finally:
