@@ -25,7 +25,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from tileformer.bench import recording
-from tileformer.bench.workloads import Workload
+from tileformer.bench.speed.workloads import Workload
 from tileformer.kernels import use_backend
 
 MOST = 32  # processes: each holds some 400 MB

@@ -1,4 +1,4 @@
-"""How a call is described: its tensors, how they lie in memory, and what the checks of an op need to know. The calls are in bench/cases.py."""
+"""How a call is described: its tensors, how they lie in memory, and what the checks of an op need to know. The calls are in bench/check/cases.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "expanded": lambda x: x[:1].expand(x.shape),  # stride 0 along the first axis
     "scalar": lambda x: x.flatten()[0].expand(x.shape),  # stride 0 everywhere, as the gradient of a sum
-    "far": lambda x: x,  # bench/memory.py: the first axis reaches beyond 2**31 elements
+    "far": lambda x: x,  # bench/check/memory.py: the first axis reaches beyond 2**31 elements
     "far rows": lambda x: x,  # the last but one does
 }
 FAR_AXIS = {"far": 0, "far rows": -2}
@@ -97,7 +97,7 @@ class Op:
 
     Args:
         sizes: of (tensors, options, truth), all float64 on the CPU: for each result whose error budget is not the largest |truth|, the sum of
-            the absolute values of what is added up (bench/budget.py). truth holds the results, and as "given out" the gradient of the output.
+            the absolute values of what is added up (bench/check/budget.py). truth holds the results, and as "given out" the gradient of the output.
         draw: of (op, p, seed, device, dtype): (..., rows, columns) once from the forward and once from the backward, 0 where an element is
             dropped and else what a 1 becomes. None for an op without dropout.
     """

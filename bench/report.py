@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tileformer.bench.pairs import features
+from tileformer.bench.check.pairs import features
 from tileformer.kernels import info
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.decoder.lm import DecoderLM
-from tileformer.decoder.modules import Dropout
+from tileformer.decoder.nn.modules import Dropout
 from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
 
 POOLS = ("mean", "last", "first")

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.convert import TWINS, Report, convert, swap
-from tileformer.decoder.convert import revert as revert_modules
+from tileformer.decoder.nn.convert import TWINS, Report, convert, swap
+from tileformer.decoder.nn.convert import revert as revert_modules
 from tileformer.kernels import attention, cross_entropy, rms_norm
 
 NAME = "tileformer"
@@ -126,7 +126,7 @@ def _models(model: Any) -> dict[str, Any]:
     if not found:
         raise TypeError(
             f"this takes a model of transformers, alone or in a wrapper, got {type(model).__name__}: "
-            "for modules of torch.nn, tileformer.decoder.convert"
+            "for modules of torch.nn, tileformer.decoder.nn.convert"
         )
     return {f"{name}." if len(found) > 1 else "": part for name, part in found.items()}
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.attention import check_config
 from tileformer.decoder.cache import KVCache
-from tileformer.decoder.layer import TransformerEncoderLayer
-from tileformer.decoder.modules import Dropout, LayerNorm
+from tileformer.decoder.nn.attention import check_config
+from tileformer.decoder.nn.layer import TransformerEncoderLayer
+from tileformer.decoder.nn.modules import Dropout, LayerNorm
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.attention import check_config
 from tileformer.decoder.cache import KVCache
-from tileformer.decoder.modules import Dropout
-from tileformer.decoder.transformer import Transformer, TransformerDecoder
+from tileformer.decoder.nn.attention import check_config
+from tileformer.decoder.nn.modules import Dropout
+from tileformer.decoder.nn.transformer import Transformer, TransformerDecoder
 
 
 @dataclass(frozen=True)

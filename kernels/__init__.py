@@ -7,10 +7,10 @@ torch operators serve CPU tensors. `reference` defines each op.
 from tileformer.kernels import reference
 from tileformer.kernels.attention import attention, scaled_dot_product_attention
 from tileformer.kernels.backend import use_backend
-from tileformer.kernels.bits import dropout_keep
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
 from tileformer.kernels.layer_norm import layer_norm, rms_norm
+from tileformer.kernels.random import dropout_keep
 from tileformer.kernels.softmax import log_softmax, softmax
 
 __all__ = [

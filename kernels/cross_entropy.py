@@ -26,9 +26,9 @@ from torch import Tensor
 
 from tileformer.kernels import checks, reference
 from tileformer.kernels.backend import choose
+from tileformer.kernels.double_backward import second_derivative
 from tileformer.kernels.launch import Launch, apply, cdiv, register, wider
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
-from tileformer.kernels.second import second_derivative
 from tileformer.kernels.subclasses import by_parts, on_shards, refuse
 
 MAX_TILE = 8192

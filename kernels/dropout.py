@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tileformer.kernels import bits, checks, reference
+from tileformer.kernels import checks, random, reference
 from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, apply, cdiv, not_traced, register
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
-from tileformer.kernels.steps import dropout_keep
 from tileformer.kernels.subclasses import by_rows, is_special, shard_seed
+from tileformer.kernels.tile_ops import dropout_keep
 
 MAX_TILE = 2048
 
@@ -57,7 +57,7 @@ def _launch(r: int, n: int, stride: int, residual_stride: int, residual: bool, p
     return Launch(
         _dropout_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]) * cdiv(n, tile["BLOCK_N"]),),
-        (stride, residual_stride, r, n, bits.threshold(p), bits.keep_scale(p)),
+        (stride, residual_stride, r, n, random.threshold(p), random.keep_scale(p)),
         dict(RESIDUAL=residual, **row_flags(dtype, n, stride, residual_stride)),
         [tile],
     )
@@ -123,7 +123,7 @@ def dropout(
     Returns:
         A tensor of x's shape, in x's dtype, or the wider one if the residual has another. The same seed drops the
         same elements on the triton, interpret and reference backends; the torch backend has its own generator
-        (`bits.fast_keep`).
+        (`random.fast_keep`).
 
     Raises:
         ValueError, TypeError: for shapes, dtypes, devices or a rate that do not fit.
@@ -148,13 +148,13 @@ def dropout(
         return x if residual is None else residual + x
     not_traced("dropout")
     if seed is None:
-        seed = bits.new_seed(x.device)
+        seed = random.new_seed(x.device)
     if backend == "reference":
         return reference.dropout(x, p, seed=seed, residual=residual)
     if backend == "torch":
         # A scale of float32 would be rounded in half precision: there it waits for the product.
-        scale, late = bits.keep_scale(p), x.dtype.itemsize == 2
-        keep = bits.fast_keep(seed, x.shape, p, 1.0 if late else scale, x.dtype)
+        scale, late = random.keep_scale(p), x.dtype.itemsize == 2
+        keep = random.fast_keep(seed, x.shape, p, 1.0 if late else scale, x.dtype)
         if residual is not None:
             return torch.addcmul(residual, x, keep, value=scale if late else 1)
         return x * keep * scale if late else x * keep

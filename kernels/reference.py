@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileformer.kernels import bits
+from tileformer.kernels import random
 
 LOWEST = -2.3e38  # log2(e) times anything below is beyond float32
 
@@ -169,7 +169,7 @@ def attention(
     if dropout_p > 0.0:
         drawn = seed is not None and seed.dtype == torch.bool  # the bits of one packed sequence, cut from those of all
         keep = seed if seed is not None and drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
-        weights = weights * keep.to(weights.dtype) * bits.keep_scale(dropout_p)
+        weights = weights * keep.to(weights.dtype) * random.keep_scale(dropout_p)
     results = [torch.where(real_q, weights @ v, 0.0).to(dtype)]
     if return_lse:
         results.append(lse)
@@ -270,7 +270,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     dtype, x = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype), _wide(x)
     if p > 0.0:
         keep = dropout_keep(seed, (x.numel() // max(x.shape[-1], 1), x.shape[-1]), p).view(x.shape)
-        x = x * keep.to(x.dtype) * bits.keep_scale(p)
+        x = x * keep.to(x.dtype) * random.keep_scale(p)
     return (x if residual is None else residual + x).to(dtype)
 
 
@@ -290,7 +290,7 @@ def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     drawn = _philox(low, high, index(words, 1, 1, -1), index(heads, -1, 1, 1), index(rows, 1, -1, 1), zero)
     word = torch.stack(torch.broadcast_tensors(*drawn), -1).expand(heads, rows, words, 4)
-    return ((word >> 1) >= bits.threshold(p)).reshape(heads, rows, 4 * words)[..., :cols].reshape(tuple(shape))
+    return ((word >> 1) >= random.threshold(p)).reshape(heads, rows, 4 * words)[..., :cols].reshape(tuple(shape))
 
 
 _MASK = 0xFFFFFFFF

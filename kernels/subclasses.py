@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileformer.kernels import bits
+from tileformer.kernels import random
 from tileformer.kernels.backend import choose
 
 Roles = Sequence[Any]
@@ -153,13 +153,13 @@ def shard_seed(x: Any, seed: Any) -> Tensor | None:
     if not is_sharded(x):
         return seed
     mesh, drawn, index = x.device_mesh, seed is None, 0
-    own: Any = bits.new_seed(x.device) if seed is None else seed.to_local() if is_sharded(seed) else seed
+    own: Any = random.new_seed(x.device) if seed is None else seed.to_local() if is_sharded(seed) else seed
     for axis, (placement, place) in enumerate(zip(x.placements, mesh.get_coordinate(), strict=True)):
         if placement.is_shard():
             index = index * mesh.size(axis) + place
         elif drawn and mesh.size(axis) > 1:  # their generators may differ
             torch.distributed.broadcast(own, group=mesh.get_group(axis), group_src=0)
-    return own + index * _SPREAD % bits.SEED_LIMIT
+    return own + index * _SPREAD % random.SEED_LIMIT
 
 
 def attention_on_shards(

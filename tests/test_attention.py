@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tileformer.bench.budget import assert_within_budget, attention_sizes, rms_ratio
-from tileformer.bench.cases import Case, attention_call
-from tileformer.bench.check import judge
+from tileformer.bench.check.budget import assert_within_budget, attention_sizes, rms_ratio
+from tileformer.bench.check.cases import Case, attention_call
+from tileformer.bench.check.run import judge
 from tileformer.kernels import attention, reference, scaled_dot_product_attention, use_backend
 
 EVERY_BACKEND = pytest.mark.parametrize("name", ["interpret", "torch", "reference"])

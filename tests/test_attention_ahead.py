@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 from triton.runtime import _allocation
 
-from tileformer.bench.cases import Case, attention_call
-from tileformer.bench.check import judge
+from tileformer.bench.check.cases import Case, attention_call
+from tileformer.bench.check.run import judge
 from tileformer.kernels import attention, launch, use_backend
 from tileformer.kernels.attention.tiles import FORWARD, tiles_for
 

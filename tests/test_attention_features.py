@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tileformer.bench import pairs
 from tileformer.bench.calls import Case
-from tileformer.bench.check import examine
+from tileformer.bench.check import pairs
+from tileformer.bench.check.run import examine
 from tileformer.bench.static.traffic import Counter
 from tileformer.kernels import attention, dropout_keep, reference, use_backend
 from tileformer.kernels.attention import launchers

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tileformer.kernels import attention, use_backend
-from tileformer.kernels.attention.plain import FUSED_FROM
+from tileformer.kernels.attention.torch_backend import FUSED_FROM
 
 
 def _qkv(
@@ -63,7 +63,7 @@ def test_the_torch_backend_means_the_same_where_torchs_fused_attention_is_faster
 )
 def test_derivatives_of_torchs_fused_attention(options, monkeypatch):
     """First ones, second ones, and many at once, as the loop gives them one by one."""
-    plain = sys.modules["tileformer.kernels.attention.plain"]
+    plain = sys.modules["tileformer.kernels.attention.torch_backend"]
     monkeypatch.setattr(plain, "FUSED_GRADIENTS_FROM", 1)
     inputs = [x.detach() for x in _qkv(b=2, t_q=5, t_k=7, d=4, dtype=torch.float32)]
 
@@ -88,7 +88,7 @@ def test_derivatives_of_torchs_fused_attention(options, monkeypatch):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func.jvp's own
 @pytest.mark.parametrize("fused", [1, 10**9], ids=["fused", "plain"])
 def test_what_torchs_fused_attention_does_not_serve_is_computed_without_it(fused, monkeypatch):
-    plain = sys.modules["tileformer.kernels.attention.plain"]
+    plain = sys.modules["tileformer.kernels.attention.torch_backend"]
     for name in ("FUSED_FROM", "FUSED_GRADIENTS_FROM"):
         monkeypatch.setattr(plain, name, fused)
     q, k, v = _qkv(b=2, t_q=7, t_k=7, d=4, dtype=torch.float64)

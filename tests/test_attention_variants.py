@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.check.budget import assert_within_budget
 from tileformer.kernels import attention, reference, use_backend
 
 pytestmark = pytest.mark.interprets
@@ -335,7 +335,7 @@ ALONE = {
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_torch_backend_takes_packed_sequences_apart(starts: str, dtype: torch.dtype, monkeypatch) -> None:
     """What bounds the lengths saves the scores between sequences; NaN past the last one reaches nothing."""
-    plain = importlib.import_module("tileformer.kernels.attention.plain")
+    plain = importlib.import_module("tileformer.kernels.attention.torch_backend")
     apart, taken = plain._each_alone, []
 
     def counted(*given):

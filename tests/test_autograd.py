@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from tileformer import decoder, kernels
-from tileformer.decoder import modules
+from tileformer.decoder.nn import modules
 from tileformer.kernels import reference, use_backend
 from tileformer.kernels.launch import Launch
 

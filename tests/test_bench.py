@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tileformer.__main__ import main
-from tileformer.bench import gpu_day, measure, plot, providers, run, step, tune
-from tileformer.bench.measure import Bench, Clock, Result, Truth
-from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
+from tileformer.bench.speed import gpu_day, measure, plot, providers, run, step, tune
+from tileformer.bench.speed.measure import Bench, Clock, Result, Truth
+from tileformer.bench.speed.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels import softmax, use_backend
 
 CPU = torch.device("cpu")

@@ -9,11 +9,13 @@ import torch
 
 from tileformer import __main__ as command
 from tileformer import kernels
-from tileformer.bench import check, pairs, report
+from tileformer.bench import report
 from tileformer.bench.ahead import announced
 from tileformer.bench.calls import Case, Draw
-from tileformer.bench.cases import CASES, DRAWS, row_call
-from tileformer.bench.memory import BAND, Memory
+from tileformer.bench.check import pairs
+from tileformer.bench.check import run as check
+from tileformer.bench.check.cases import CASES, DRAWS, row_call
+from tileformer.bench.check.memory import BAND, Memory
 
 CPU = torch.device("cpu")
 PLAIN = Case("softmax", "planted", "", row_call(6, 10))

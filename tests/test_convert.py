@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tileformer import decoder, kernels
-from tileformer.decoder import convert, modules, revert
-from tileformer.decoder.modules import Dropout
+from tileformer.decoder import convert, revert
+from tileformer.decoder.nn import modules
+from tileformer.decoder.nn.modules import Dropout
 from tileformer.kernels import use_backend
 
 

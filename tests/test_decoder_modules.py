@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tileformer import decoder, kernels
-from tileformer.decoder.modules import Dropout
+from tileformer.decoder.nn.modules import Dropout
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"  # torch.compile does
@@ -199,7 +199,7 @@ def test_each_residual_is_added_by_its_dropout(compiled, monkeypatch):
         residuals.append(residual is not None)
         return kernels.dropout(x, p, residual=residual)
 
-    monkeypatch.setattr("tileformer.decoder.modules.dropout", record)
+    monkeypatch.setattr("tileformer.decoder.nn.modules.dropout", record)
     tgt, memory, masks = decoder_inputs()
     layer = decoder_layer(dropout=0.1)
     layer = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer

@@ -1,6 +1,6 @@
 """Our modules compute what torch.nn's compute: outputs, weights and every gradient, for every constructor and mask.
 
-The verdict is the error budget of `tileformer.bench.budget`.
+The verdict is the error budget of `tileformer.bench.check.budget`.
 """
 
 import copy
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tileformer import decoder
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.check.budget import assert_within_budget
 
 # torch's own remarks about its fast path and about masks of two types; ours make none.
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:Support for mismatched")

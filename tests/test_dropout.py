@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from tileformer.bench.budget import assert_within_budget, rms_ratio
-from tileformer.kernels import bits, dropout, reference, use_backend
+from tileformer.bench.check.budget import assert_within_budget, rms_ratio
+from tileformer.kernels import dropout, random, reference, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.dropout")  # the package's attribute of that name is the op
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -77,7 +77,7 @@ def test_a_residual_is_added_before_rounding(dtype, device):
 
 
 def test_seeds_differ():
-    seeds = torch.cat([bits.new_seed(torch.device("cpu")) for _ in range(200)])
+    seeds = torch.cat([random.new_seed(torch.device("cpu")) for _ in range(200)])
     assert len(seeds.unique()) == 200 and seeds.min() >= 0 and seeds.max() > 2**32, "63 bits, not a few"
 
 
@@ -98,7 +98,7 @@ def test_rows_do_not_repeat(device, backend):
 
 @pytest.mark.parametrize("p", [1e-9, 1e-5, 0.1, 1 / 3, 0.999999, 1.0])
 def test_a_rate_has_31_bits(p):
-    assert abs(bits.threshold(p) / 2**31 - p) <= 2**-31
+    assert abs(random.threshold(p) / 2**31 - p) <= 2**-31
 
 
 def test_a_long_row_needs_one_axis_of_programs():
@@ -203,11 +203,11 @@ def test_every_derivative_in_float64():
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("shape", [(0,), (3,), (2, 1, 7), (64, 100)])
 def test_fast_keep(shape, dtype):
-    keep = bits.fast_keep(seed_on("cpu"), shape, 0.25, 1 / 0.75, dtype)
+    keep = random.fast_keep(seed_on("cpu"), shape, 0.25, 1 / 0.75, dtype)
     scale = torch.tensor(1 / 0.75, dtype=dtype)
     assert keep.shape == shape and keep.dtype == dtype and keep.is_contiguous()
     assert ((keep == 0) | (keep == scale)).all()
-    assert torch.equal(keep, bits.fast_keep(seed_on("cpu"), shape, 0.25, 1 / 0.75, dtype))
+    assert torch.equal(keep, random.fast_keep(seed_on("cpu"), shape, 0.25, 1 / 0.75, dtype))
     torch.library.opcheck(
         torch.ops.tileformer.fast_keep.default,
         (seed_on("cpu"), shape, 0.25, 1 / 0.75, dtype),
@@ -216,7 +216,7 @@ def test_fast_keep(shape, dtype):
 
 
 def test_fast_keep_draws_the_same_elements_in_every_dtype():
-    drawn = [bits.fast_keep(seed_on("cpu"), (50, 50), 0.5, 2.0, dtype) != 0 for dtype in DTYPES]
+    drawn = [random.fast_keep(seed_on("cpu"), (50, 50), 0.5, 2.0, dtype) != 0 for dtype in DTYPES]
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
@@ -224,7 +224,7 @@ def test_neighbouring_seeds_are_independent():
     """From the first element on: a seed must be mixed before it is used."""
     n = 1000
     keep = torch.stack(
-        [bits.fast_keep(seed_on("cpu", i), (8,), 0.5, 2.0, torch.float32) != 0 for i in range(n)]
+        [random.fast_keep(seed_on("cpu", i), (8,), 0.5, 2.0, torch.float32) != 0 for i in range(n)]
     ).double()
     assert (keep.mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(n)
     assert ((keep[1:] == keep[:-1]).double().mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(n)

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tileformer import kernels
-from tileformer.bench.budget import assert_within_budget, attention_sizes
-from tileformer.bench.cases import DTYPES, Case
-from tileformer.bench.check import results
+from tileformer.bench.check.budget import assert_within_budget, attention_sizes
+from tileformer.bench.check.cases import DTYPES, Case
+from tileformer.bench.check.run import results
 from tileformer.kernels import scaled_dot_product_attention, use_backend
 
 pytestmark = pytest.mark.interprets
@@ -66,7 +66,7 @@ def tiles(op, limit):
 
 
 def hold(op, build, dtype, size):
-    """`size(truth, tensors, options)`: for each result, the sum of the absolute values of what is added up (bench/budget.py)."""
+    """`size(truth, tensors, options)`: for each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
     case, dtype = Case(op, "fuzz", "drawn", build), DTYPES[dtype]
     truth = results(kernels.reference, case, torch.float64, CPU, dtype)
     eager = results(kernels.reference, case, dtype, CPU, dtype)
@@ -211,7 +211,7 @@ def key_mask_of(kind, b, t_k, generator):
 
 
 def attention_size(truth, tensors, options):
-    """bench/budget.py's, and that of a bias: of the scores' gradient, summed over what the bias broadcasts over."""
+    """bench/check/budget.py's, and that of a bias: of the scores' gradient, summed over what the bias broadcasts over."""
     given = dict(out=truth["out"], dout=truth["given out"], dlse=truth.get("given lse"))
     sizes = attention_sizes(**tensors, **given, **options)
     sizes = {name: size for name, size in sizes.items() if name in truth}

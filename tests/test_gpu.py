@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.cases import CASES, Case
+from tileformer.bench.check.cases import CASES, Case
 from tileformer.kernels import attention, use_backend
 from tileformer.kernels.backend import choose
 

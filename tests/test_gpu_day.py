@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tileformer.__main__ import main
-from tileformer.bench import gpu_day
-from tileformer.bench.gpu_day import Part
+from tileformer.bench.speed import gpu_day
+from tileformer.bench.speed.gpu_day import Part
 
 TALKS = """
 import pathlib, sys, time

@@ -16,8 +16,8 @@ import triton.compiler
 from torch.autograd import forward_ad
 from triton.compiler import CompiledKernel
 
-from tileformer.bench.host import compilations
 from tileformer.bench.recording import record
+from tileformer.bench.speed.host import compilations
 from tileformer.kernels import attention, cross_entropy, dropout, launch, layer_norm, softmax, use_backend
 
 LAUNCHES: list[tuple[Any, ...]] = []

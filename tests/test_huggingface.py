@@ -14,7 +14,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 from transformers import configuration_utils, masking_utils, modeling_utils  # noqa: E402
 
-from tileformer.bench import models  # noqa: E402
+from tileformer.bench.check import models  # noqa: E402
 from tileformer.decoder import huggingface  # noqa: E402
 from tileformer.kernels import use_backend  # noqa: E402
 

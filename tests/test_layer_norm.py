@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tileformer.bench.budget import assert_within_budget, rms_ratio
+from tileformer.bench.check.budget import assert_within_budget, rms_ratio
 from tileformer.kernels import layer_norm, reference, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.layer_norm")  # the package's attribute of that name is the op

@@ -13,8 +13,8 @@ from tileformer.__main__ import VERBS
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
 OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
-# An op dispatches to its definition; on CUDA the torch backend's dropout (in bits.py) draws the definition's bits.
-MAY_READ_THE_REFERENCE = (*OPS, "bits")
+# An op dispatches to its definition; on CUDA the torch backend's dropout (in random.py) draws the definition's bits.
+MAY_READ_THE_REFERENCE = (*OPS, "random")
 LONGEST_FILE = 500
 
 ROOM_FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -115,20 +115,20 @@ def test_the_command_and_the_tests_use_full_names():
     ("path", "source"),
     [
         ("kernels/softmax.py", "from tileformer.decoder import Seq2Seq"),
-        ("kernels/softmax.py", "def f():\n    import tileformer.bench.check"),
-        ("decoder/layer.py", "from tileformer import training"),
+        ("kernels/softmax.py", "def f():\n    import tileformer.bench.check.run"),
+        ("decoder/nn/layer.py", "from tileformer import training"),
         ("training/loop.py", "from tileformer.bench import timing"),
         ("kernels/softmax.py", "from . import reference"),
         ("kernels/softmax.py", "from .reference import softmax"),
-        ("decoder/layer.py", "from kernels import attention"),
-        ("decoder/layer.py", "import kernels.attention"),
-        ("decoder/layer.py", "import tileformer.kernels.attention as attention_module"),
-        ("decoder/layer.py", "from tileformer.kernels.attention import _Attention"),
+        ("decoder/nn/layer.py", "from kernels import attention"),
+        ("decoder/nn/layer.py", "import kernels.attention"),
+        ("decoder/nn/layer.py", "import tileformer.kernels.attention as attention_module"),
+        ("decoder/nn/layer.py", "from tileformer.kernels.attention import _Attention"),
         ("kernels/softmax.py", "from tileformer.kernels.attention import attention"),
         ("kernels/attention/forward.py", "from tileformer.kernels import softmax"),
-        ("kernels/steps.py", "from tileformer.kernels import reference"),
+        ("kernels/tile_ops.py", "from tileformer.kernels import reference"),
         ("kernels/reference.py", "from tileformer.kernels.softmax import softmax"),
-        ("bench/check.py", "from tests.conftest import device_for"),
+        ("bench/check/run.py", "from tests.conftest import device_for"),
     ],
 )
 def test_the_parser_sees_a_forbidden_import(path, source):
@@ -140,10 +140,10 @@ def test_the_parser_sees_a_forbidden_import(path, source):
     [
         ("kernels/softmax.py", "from tileformer.kernels import reference"),
         ("kernels/attention/forward.py", "from tileformer.kernels.attention.tiles import table"),
-        ("decoder/layer.py", "from tileformer.kernels import attention, dropout"),
+        ("decoder/nn/layer.py", "from tileformer.kernels import attention, dropout"),
         ("training/loop.py", "from tileformer.decoder import Seq2Seq\nfrom tileformer.kernels import cross_entropy"),
-        ("bench/check.py", "from tileformer.kernels.info import require_device"),
-        ("decoder/layer.py", "from __future__ import annotations\nimport torch.nn.functional as F"),
+        ("bench/check/run.py", "from tileformer.kernels.info import require_device"),
+        ("decoder/nn/layer.py", "from __future__ import annotations\nimport torch.nn.functional as F"),
     ],
 )
 def test_the_parser_lets_a_good_import_pass(path, source):

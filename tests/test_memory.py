@@ -20,7 +20,7 @@ GUARDED = """
     import ctypes, faulthandler, importlib, itertools, sys
     import torch
     from tileformer import kernels
-    from tileformer.bench.cases import CASES, Case, attention_call, class_call, row_call
+    from tileformer.bench.check.cases import CASES, Case, attention_call, class_call, row_call
 
     faulthandler.enable()
     torch.use_deterministic_algorithms(True)

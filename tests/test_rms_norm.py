@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tileformer.bench.budget import assert_within_budget, rms_ratio
+from tileformer.bench.check.budget import assert_within_budget, rms_ratio
 from tileformer.decoder import RMSNorm, convert, revert
 from tileformer.kernels import reference, rms_norm, use_backend
 
@@ -138,8 +138,8 @@ class LlamaRMSNorm(nn.Module):
 
 @pytest.mark.parametrize("first", [0.0, 1.0, 0.5])
 def test_norms_of_transformers_are_swapped_if_they_compute_the_same(first):
-    from tileformer.decoder.convert import Report
     from tileformer.decoder.huggingface import swap_norms
+    from tileformer.decoder.nn.convert import Report
 
     net = nn.Sequential(LlamaRMSNorm(6, first=first))
     x = torch.randn(3, 6, requires_grad=True)

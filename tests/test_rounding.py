@@ -1,7 +1,8 @@
 """Everything between the inputs and a result is float32: a result in half precision is float64's, rounded once.
 
-The error budget (bench/budget.py) forgives what eager PyTorch loses, and eager rounds sums, statistics and wide side tensors in the same places as a
-careless kernel would. Here float64 alone is the measure: sums of one sign, large means, gradients that follow what they meet.
+The error budget (bench/check/budget.py) forgives what eager PyTorch loses, and eager rounds sums, statistics and wide side
+tensors in the same places as a careless kernel would. Here float64 alone is the measure: sums of one sign, large means,
+gradients that follow what they meet.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tileformer.kernels import (
     use_backend,
 )
 
-torch_backend = importlib.import_module("tileformer.kernels.attention.plain")
+torch_backend = importlib.import_module("tileformer.kernels.attention.torch_backend")
 B, H = torch.bfloat16, torch.float16
 Convert = Callable[[Tensor], Tensor]  # an input as the kernels get it, or as float64
 pytestmark = pytest.mark.interprets

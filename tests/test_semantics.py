@@ -31,7 +31,7 @@ def _qkv(t_q: int = 5, t_k: int = 7, h_kv: int = 2) -> tuple[Tensor, Tensor, Ten
 def _each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     backend, _, fused = request.param.partition(", ")
     if fused:  # torch's fused attention, at any length
-        plain = importlib.import_module("tileformer.kernels.attention.plain")
+        plain = importlib.import_module("tileformer.kernels.attention.torch_backend")
         monkeypatch.setattr(plain, "FUSED_FROM", 1)
         monkeypatch.setattr(plain, "FUSED_GRADIENTS_FROM", 1)
     with use_backend(backend):

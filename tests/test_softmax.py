@@ -10,7 +10,7 @@ import torch
 from torch.autograd import gradcheck
 
 from tileformer import kernels
-from tileformer.bench.budget import assert_within_budget, rms_ratio
+from tileformer.bench.check.budget import assert_within_budget, rms_ratio
 from tileformer.kernels import log_softmax, reference, softmax, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.softmax")  # the package's attribute of that name is the op

@@ -179,7 +179,7 @@ def test_the_goals_file_is_complete() -> None:
 _COUNT = """
 import json, sys, torch
 from tileformer.bench.static import capture, traffic
-from tileformer.bench.workloads import Workload
+from tileformer.bench.speed.workloads import Workload
 
 found = []
 for workload in (

@@ -9,7 +9,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 from tileformer import decoder, kernels
-from tileformer.decoder.convert import TWINS
+from tileformer.decoder.nn.convert import TWINS
 from tileformer.kernels import use_backend
 
 SERVERS = [  # backend, share of the samples: interpreting all takes minutes

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from tileformer.training.augment import shuffle_segments, span_mask, token_dropout
+from tileformer.training.data.augment import shuffle_segments, span_mask, token_dropout
 
 ROW = list(range(10, 50))
 DELETE = partial(token_dropout, replace=None)

@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from tileformer.training import baseline
+from tileformer.training.finetune import baseline
 
 pytest.importorskip("sklearn")
 

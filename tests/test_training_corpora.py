@@ -12,7 +12,7 @@ import tarfile
 
 import pytest
 
-from tileformer.training import corpora, text
+from tileformer.training.data import corpora, text
 
 POEMS = {
     "quantangshi/poet.song.10000.json": [{"title": "三", "author": "丙", "paragraphs": ["山。"]}],

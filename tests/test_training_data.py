@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tileformer.training import Batches
-from tileformer.training.augment import token_dropout
-from tileformer.training.data import LabelledBatches, PackedBatches
+from tileformer.training.data.augment import token_dropout
+from tileformer.training.data.batches import LabelledBatches, PackedBatches
 
 # Lengths 1..9 and 0..6, 103 examples: ragged in both sequences, and no multiple of the batch size.
 PAIRS = [([3 + i % 5] * (1 + i % 9), [100 + i] * (1 + i % 7)) for i in range(103)]

@@ -10,9 +10,11 @@ import signal
 
 import pytest
 
-from tileformer.training import cells as table_cells
-from tileformer.training import checkpoint, finetune, generate, methods, train
-from tileformer.training.methods import METHODS
+from tileformer.training import checkpoint, generate, train
+from tileformer.training.finetune import methods
+from tileformer.training.finetune import run as finetune
+from tileformer.training.finetune import table as table_cells
+from tileformer.training.finetune.methods import METHODS
 from tileformer.training.recipes import reviews
 
 for optional in ("tokenizers", "sklearn", "matplotlib", "peft"):

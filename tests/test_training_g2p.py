@@ -16,7 +16,8 @@ pytest.importorskip("rapidfuzz", reason="the train extra is not installed")
 
 from tileformer.__main__ import main
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig
-from tileformer.training import checkpoint, finetune, generate, train
+from tileformer.training import checkpoint, generate, train
+from tileformer.training.finetune import run as finetune
 from tileformer.training.recipes import RECIPES, g2p
 
 SAMPLE = """\

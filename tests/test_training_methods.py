@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, MultiheadAttention
-from tileformer.training import adversarial, methods, ngrams
-from tileformer.training.data import LabelledBatches
+from tileformer.training.data.batches import LabelledBatches
+from tileformer.training.finetune import adversarial, methods, ngrams
+from tileformer.training.finetune.methods import METHODS, Context
 from tileformer.training.losses import classification_loss
-from tileformer.training.methods import METHODS, Context
 
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")

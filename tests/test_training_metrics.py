@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from tileformer.training import extras, metrics
+from tileformer.training import extras
+from tileformer.training.finetune import metrics
 
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from tileformer.training import plots
+from tileformer.training.finetune import plots
 
 image = pytest.importorskip("matplotlib.image", reason="the finetune extra is not installed")
 

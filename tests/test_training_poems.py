@@ -13,7 +13,8 @@ import torch
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
 from tileformer.decoder import DecoderLM, DecoderLMConfig
-from tileformer.training import corpora, generate, text, train
+from tileformer.training import generate, train
+from tileformer.training.data import corpora, text
 from tileformer.training.recipes import poems
 
 CHARACTERS = "春風秋月花鳥山水雲雨天地日夜人心江海松竹梅雪酒詩書劍琴夢"

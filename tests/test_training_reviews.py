@@ -11,15 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.check.budget import assert_within_budget
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, revert
 from tileformer.kernels import cross_entropy
-from tileformer.training import checkpoint, corpora, generate, train
-from tileformer.training.data import LabelledBatches, PackedBatches
+from tileformer.training import checkpoint, generate, train
+from tileformer.training.data import corpora
+from tileformer.training.data.batches import LabelledBatches, PackedBatches
+from tileformer.training.data.text import Labelled
 from tileformer.training.loop import fit
 from tileformer.training.recipes import reviews
 from tileformer.training.settings import Settings
-from tileformer.training.text import Labelled
 
 pytest.importorskip("tokenizers")
 

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="the finetune extra is not installed")
 
-from tileformer.training.data import PackedBatches
-from tileformer.training.stream import GROUP, StreamedBatches, StreamedRows
-from tileformer.training.tokens import Tokenizer
+from tileformer.training.data.batches import PackedBatches
+from tileformer.training.data.stream import GROUP, StreamedBatches, StreamedRows
+from tileformer.training.data.tokens import Tokenizer
 
 # 120 distinct lines of 1 to 17 characters in two files, a blank one here and there, the last without its end.
 LINES = [chr(0x4E00 + number) + "好" * (number % 17) for number in range(120)]
@@ -142,7 +142,7 @@ def test_in_order_it_packs_as_documents_in_memory_do(paths, tokenizer):
 
 def test_lines_are_prepared_and_empty_ones_left_out(tmp_path, tokenizer):
     (tmp_path / "c.txt").write_text("好<br>\n<br>\n好好\n", "utf-8")
-    from tileformer.training.text import clean
+    from tileformer.training.data.text import clean
 
     rows = StreamedRows([tmp_path / "c.txt"], tokenizer, prepare=clean)
     assert [tokenizer.decode(row) for row in rows] == ["好", "", "好好"]

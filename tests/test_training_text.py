@@ -7,8 +7,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from tileformer.training import text
-from tileformer.training.text import Labelled
+from tileformer.training.data import text
+from tileformer.training.data.text import Labelled
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="the finetune extra is not installed")
 
-from tileformer.training import tokens
-from tileformer.training.tokens import KINDS, Tokenizer
+from tileformer.training.data import tokens
+from tileformer.training.data.tokens import KINDS, Tokenizer
 
 TEXTS = ["今天天气很好，我们去公园。 very good <eos> 12", "今天 我们 very ok", "天气好　good\n"] * 2
 

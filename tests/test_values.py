@@ -1,11 +1,11 @@
-"""Every call of bench/cases.py, forward and every gradient, within its error budget against float64 and within its memory; every dropout."""
+"""Every call of bench/check/cases.py, forward and every gradient, within its error budget against float64 and within its memory; every dropout."""
 
 import pytest
 import torch
 
 from tileformer.bench.calls import Case, Draw
-from tileformer.bench.cases import CASES, DRAWS
-from tileformer.bench.check import examine, examine_draw
+from tileformer.bench.check.cases import CASES, DRAWS
+from tileformer.bench.check.run import examine, examine_draw
 
 
 def _dtypes(item: Case | Draw) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ Needs the `train` extra (`pip install "tileformer[train]"`).
 """
 
 from tileformer.training.checkpoint import CheckpointError, latest, load_weights, read_state
-from tileformer.training.data import Batch, Batches, LabelledBatches, PackedBatches
+from tileformer.training.data.batches import Batch, Batches, LabelledBatches, PackedBatches
 from tileformer.training.loop import evaluate, fit, resolve_precision
 from tileformer.training.losses import classification_loss, language_loss, sequence_loss
 from tileformer.training.optimizers import make_optimizer

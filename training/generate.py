@@ -62,7 +62,7 @@ def _given(words: list[str]) -> Iterator[tuple[str, str | ValueError]]:
 
 def _typed(encoding: str) -> Iterator[tuple[str, str | ValueError]]:
     """(where it stands, the line or why it is none) for each line of standard input that is not blank."""
-    from tileformer.training import text
+    from tileformer.training.data import text
 
     name = "standard input"
     for number, line in enumerate(text.lines_of(sys.stdin.buffer.read(), name, encoding, skip_bad_lines=True), 1):

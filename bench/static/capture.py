@@ -18,12 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tileformer import kernels
-from tileformer.bench import compiled
-from tileformer.bench import providers as available
 from tileformer.bench.recording import Launch, every_configuration, pretend, record
-from tileformer.bench.static import figures, traffic
+from tileformer.bench.speed import providers as available
+from tileformer.bench.speed.workloads import WORKLOADS, Workload
+from tileformer.bench.static import compiled, figures, traffic
 from tileformer.bench.static.rates import RATES
-from tileformer.bench.workloads import WORKLOADS, Workload
 
 OURS = available.OURS
 PEERS = {"liger": "liger-kernel", "flag_gems": "flag-gems", "fla": "fla-core"}  # distributions
@@ -111,7 +110,7 @@ def rows(provider: str, arch: int, op: str, names: list[str]) -> list[dict[str, 
 
 
 def tables(arch: int, op: str) -> list[dict[str, Any]]:
-    """One row for each kernel of each default configuration of ours (bench/compiled.py)."""
+    """One row for each kernel of each default configuration of ours (bench/static/compiled.py)."""
     seen: set[bytes] = set()
     return [
         dict(row, provider=OURS, excess_stack=max(0, row["stack"] - row["allowed_stack"]))

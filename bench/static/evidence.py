@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tileformer.bench.cases import CASES
-from tileformer.bench.compiled import MATRIX
+from tileformer.bench.check.cases import CASES
+from tileformer.bench.speed.workloads import WORKLOADS
 from tileformer.bench.static import table
-from tileformer.bench.workloads import WORKLOADS
+from tileformer.bench.static.compiled import MATRIX
 
 
 def _ops() -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from tileformer.bench.recording import Binary, Launch
+from tileformer.bench.speed.workloads import Workload
 from tileformer.bench.static import model
 from tileformer.bench.static.rates import LOADS, RATES, STORES, TENSOR, Rates
 from tileformer.bench.static.sass import Code, Instruction, accesses, cycles, occupancy, spills, tensor_shapes
-from tileformer.bench.workloads import Workload
 
 
 @functools.lru_cache(maxsize=64)

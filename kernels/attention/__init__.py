@@ -11,15 +11,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tileformer.kernels import bits, checks, reference
-from tileformer.kernels.attention.arguments import check_attention
+from tileformer.kernels import checks, random, reference
 from tileformer.kernels.attention.launchers import NO_LIMIT, bwd, fwd, weights_of
-from tileformer.kernels.attention.plain import torch_attention
+from tileformer.kernels.attention.params import check_attention
+from tileformer.kernels.attention.torch_backend import torch_attention
 from tileformer.kernels.backend import choose
+from tileformer.kernels.double_backward import second_derivative
 from tileformer.kernels.launch import apply, not_traced, registered
-from tileformer.kernels.second import second_derivative
-from tileformer.kernels.steps import LN2
 from tileformer.kernels.subclasses import attention_on_shards, is_special, refuse
+from tileformer.kernels.tile_ops import LN2
 
 SIDES = 7  # gradients of key_mask, q_lens, k_lens, slopes, seed and the two groups of numbers: none
 BIAS_GRAD = 6  # the place among the whole numbers
@@ -238,7 +238,7 @@ def attention(
     if mask is not None and mask.dtype != torch.bool:
         mask, bias = None, mask
     if dropout_p > 0.0 and seed is None:
-        seed = bits.new_seed(q.device)
+        seed = random.new_seed(q.device)
     left, right, bottom_right = reference.limits(causal, window, align)
     longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
     limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)

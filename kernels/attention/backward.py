@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.scores import (
+from tileformer.kernels.attention.mask import (
     LOG2E,
     bend,
     hide,
@@ -26,7 +26,7 @@ from tileformer.kernels.attention.scores import (
     schedule,
     sequence,
 )  # fmt: skip
-from tileformer.kernels.steps import dropout_keep, load_tile, store_tile
+from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.scores import LOG2E, bend, hide, in_sight, key_tiles, real_keys, schedule, sequence
-from tileformer.kernels.steps import dropout_keep, load_tile, store_tile
+from tileformer.kernels.attention.mask import LOG2E, bend, hide, in_sight, key_tiles, real_keys, schedule, sequence
+from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
 @triton.jit

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileformer.kernels import bits
+from tileformer.kernels import random
 from tileformer.kernels.attention.backward import (
     _attention_bwd_bias_kernel,
     _attention_bwd_dkdv_kernel,
     _attention_bwd_dq_kernel,
 )
 from tileformer.kernels.attention.forward import _attention_fwd_kernel, _attention_weights_kernel
-from tileformer.kernels.attention.scores import _attention_bounds_kernel
+from tileformer.kernels.attention.mask import _attention_bounds_kernel
 from tileformer.kernels.attention.tiles import BACKWARD_BIAS, BACKWARD_DKDV, BACKWARD_DQ, FORWARD, WEIGHTS, tiles_for
 from tileformer.kernels.launch import arch_of, cdiv, dot_flags, launch, pow2, register
 
@@ -97,7 +97,7 @@ class _Call:
         self.heads, self.group = (h, h_kv), h // h_kv
         self.sizes = (h, self.group, t_q, t_k)
         self.limits = (shift, -left, right)
-        self.reals = (scale, softcap, bits.threshold(p), bits.keep_scale(p))
+        self.reals = (scale, softcap, random.threshold(p), random.keep_scale(p))
         self.flags: dict[str, Any] = dict(
             LOW=left != NO_LIMIT,
             HIGH=right != NO_LIMIT,

@@ -12,10 +12,10 @@ import tileformer
 
 VERBS = {
     "info": "tileformer.kernels.info",
-    "check": "tileformer.bench.check",
-    "bench": "tileformer.bench.run",
+    "check": "tileformer.bench.check.run",
+    "bench": "tileformer.bench.speed.run",
     "train": "tileformer.training.train",
-    "finetune": "tileformer.training.finetune",
+    "finetune": "tileformer.training.finetune.run",
     "generate": "tileformer.training.generate",
 }
 ABOUT = """Fused Triton kernels for Transformers: look at this machine, check the kernels on it, train and use a model.

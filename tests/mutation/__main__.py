@@ -40,15 +40,15 @@ import triton.runtime.interpreter
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
 FIRST = {  # the test files to begin with, for a mutant of each file
-    "kernels/attention/plain": "test_attention_torch test_semantics test_rounding test_attention test_values test_attention_variants",
+    "kernels/attention/torch_backend": "test_attention_torch test_semantics test_rounding test_attention test_values test_attention_variants",
     "kernels/attention/__init__": "test_autograd test_fuzz test_attention_variants test_attention",
     "kernels/attention/": "test_attention_ahead test_rounding test_fuzz test_attention_variants test_attention test_memory test_values",
     "kernels/layer_norm": "test_layer_norm test_rounding test_rms_norm test_values test_autograd test_memory",
     "kernels/softmax": "test_softmax test_rounding test_values test_autograd test_memory",
     "kernels/cross_entropy": "test_cross_entropy test_rounding test_values test_memory",
     "kernels/dropout": "test_dropout test_rounding test_values test_memory",
-    "kernels/steps": "test_dropout test_attention test_fuzz",
-    "kernels/bits": "test_dropout test_attention",
+    "kernels/tile_ops": "test_dropout test_attention test_fuzz",
+    "kernels/random": "test_dropout test_attention",
     "kernels/rows": "test_layer_norm test_softmax test_cross_entropy test_dropout test_memory",
     "kernels/launch": "test_host test_autograd test_attention test_softmax",
     "kernels/": "test_attention test_dropout test_softmax test_autograd",
@@ -57,19 +57,19 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/generation": "test_decoder_generation test_decoder_seq2seq",
     "decoder/cache": "test_decoder_seq2seq test_decoder_modules test_decoder_generation",
     "decoder/seq2seq": "test_decoder_seq2seq test_decoder_heads",
-    "decoder/transformer": "test_decoder_parity test_decoder_modules test_decoder_seq2seq test_convert",
+    "decoder/nn/transformer": "test_decoder_parity test_decoder_modules test_decoder_seq2seq test_convert",
     "decoder/loading": "test_decoder_loading",
-    "decoder/convert": "test_convert",
-    "decoder/modules": "test_convert test_decoder_modules test_decoder_parity",
+    "decoder/nn/convert": "test_convert",
+    "decoder/nn/modules": "test_convert test_decoder_modules test_decoder_parity",
     "decoder/huggingface": "test_huggingface_attend test_huggingface",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
     "training/losses": "test_training_loop",
     "training/loop": "test_training_loop test_training_checkpoint",
     "training/settings": "test_training_loop test_training_optimizers",
     "training/log": "test_training_loop test_training_checkpoint",
-    "training/adversarial": "test_training_methods",
+    "training/finetune/adversarial": "test_training_methods",
     "training/checkpoint": "test_training_checkpoint test_training_storable test_training_loop test_training_resume",
-    "training/ngrams": "test_training_methods",
+    "training/finetune/ngrams": "test_training_methods",
 }
 FAR = ("int64", "padding", "stride")  # kinds that memory which may not be touched shows soonest
 

@@ -43,7 +43,7 @@ TAXONOMY = {
     "text": "a text is cleaned, told apart, split or encoded wrongly",
 }
 
-SCORES = "kernels/attention/scores.py"
+SCORES = "kernels/attention/mask.py"
 FORWARD = "kernels/attention/forward.py"
 BACKWARD = "kernels/attention/backward.py"
 MUTANTS: dict[str, list[tuple[str, ...]]] = {
@@ -568,7 +568,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "tl.store(dbias_ptr + rows, tl.sum(total, 1).to(ty), mask=rows < T_q)",
          "tl.store(dbias_ptr + rows, tl.sum(total, 0).to(ty), mask=rows < T_q)"),
     ],
-    "kernels/steps.py": [
+    "kernels/tile_ops.py": [
         ("dropout bits", "rows repeat after 65,536", "tl.philox(seed, words[None, :], head, rows[:, None], 0, 7)", "tl.philox(seed, words[None, :], head, rows[:, None] & 65535, 0, 7)"),
         ("dropout bits", "neighbouring words repeat", "words = col_start // 4 + tl.arange", "words = col_start + tl.arange"),
         ("dropout bits", "six rounds instead of seven",
@@ -632,9 +632,9 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("causal", "every diagonal is top left", "shift = t_k - t_q if align and not has_bounds else 0", "shift = 0"),
         ("window", "the left side of a window is the right one", "self.limits = (shift, -left, right)", "self.limits = (shift, -right, left)"),
         ("dropout", "the threshold is that of the kept share",
-         "bits.threshold(p), bits.keep_scale(p))",
-         "bits.threshold(1 - p), bits.keep_scale(p))"),
-        ("dropout", "kept weights are scaled by the rate", "bits.threshold(p), bits.keep_scale(p))", "bits.threshold(p), bits.keep_scale(1 - p))"),
+         "random.threshold(p), random.keep_scale(p))",
+         "random.threshold(1 - p), random.keep_scale(p))"),
+        ("dropout", "kept weights are scaled by the rate", "random.threshold(p), random.keep_scale(p))", "random.threshold(p), random.keep_scale(1 - p))"),
         ("grid", "the last tile of queries has no program",
          'lambda tile: (heads * cdiv(call.max_q, tile["BLOCK_M"]),),',
          'lambda tile: (heads * max(1, call.max_q // tile["BLOCK_M"]),),',
@@ -681,7 +681,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("-inf", "a negative scale is not guarded", "if scale < 0:", "if False:"),
         ("mask", "a floating mask is lost", "mask, bias = None, mask", "mask, bias = None, bias"),
         ("dropout bits", "the seed is the same in every call",
-         "seed = bits.new_seed(q.device)",
+         "seed = random.new_seed(q.device)",
          "seed = torch.zeros(1, dtype=torch.int64, device=q.device)"),
         ("lse", "the log-sum-exp is returned in base 2", "results = [out, lse * LN2] if return_lse", "results = [out, lse] if return_lse"),
         ("dtype", "autocast is ignored", 'if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):', "if False:"),
@@ -701,7 +701,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          'weights.squeeze(1) if return_weights == "average"',
          'weights if return_weights == "average"'),
     ],
-    "kernels/attention/arguments.py": [
+    "kernels/attention/params.py": [
         ("host", "a key mask of another shape is taken", "key_mask.shape != (b, t_k)", "False"),
         ("host", "v may have another length", "if v.shape[:3] != k.shape[:3]:", "if False:"),
         ("host", "heads need not divide", "if h_kv == 0 or h % h_kv:", "if h_kv == 0:"),
@@ -711,7 +711,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          '        if False:\n            raise ValueError(f"attention: {name} and cu_seqlens'),
         ("host", "a negative window is taken", "not 0 <= side < 2**30", "not side < 2**30"),
     ],
-    "kernels/attention/plain.py": [
+    "kernels/attention/torch_backend.py": [
         ("heads", "key heads take turns",
          "k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)",
          "k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)"),
@@ -1164,11 +1164,11 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("dtype", "the residual's gradient has the dtype of x", "dresidual = dy.to(residual_dtype)", "dresidual = dy.to(x_dtype)"),
         ("host", "rate 0 forgets the residual", "return x if residual is None else residual + x", "return x"),
         ("dropout bits", "the seed is the same in every call",
-         "seed = bits.new_seed(x.device)",
+         "seed = random.new_seed(x.device)",
          "seed = torch.zeros(1, dtype=torch.int64, device=x.device)"),
         ("host", "the residual is lost on the torch backend", "torch.addcmul(residual, x, keep, value=scale if late else 1)", "x * keep"),
     ],
-    "kernels/bits.py": [
+    "kernels/random.py": [
         ("dropout", "rates are exact to 16 bits alone", "min(int(p * 2**31), 2**31 - 1)", "min(int(p * 2**16) << 15, 2**31 - 1)"),
         ("dropout", "the threshold is off by a bit", "min(int(p * 2**31), 2**31 - 1)", "min(int(p * 2**30), 2**31 - 1)"),
         ("dropout", "kept elements are divided by the rate", "return 1.0 / (1.0 - p) if p < 1.0 else 0.0", "return 1.0 / p if p < 1.0 else 0.0"),
@@ -1216,7 +1216,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "zip(x.shape, shape, strict=False)"),
         ("host", "any rate is taken", "if not 0.0 <= p <= 1.0:", "if p != p:"),
     ],
-    "kernels/second.py": [
+    "kernels/double_backward.py": [
         ("backward", "a missing gradient counts as one", "torch.zeros_like(o) if t is None", "torch.ones_like(o) if t is None"),
     ],
     "kernels/reference.py": [
@@ -1230,10 +1230,10 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "(centred * centred).mean(axes, keepdim=True) + eps",
          "centred.var(axes, keepdim=True) + eps"),
         ("smoothing", "the definition's smoothing is not weighted", "label_smoothing * (log_p * weights).sum(1)", "label_smoothing * log_p.sum(1)"),
-        ("dropout", "the definition does not scale what it keeps", "x = x * keep.to(x.dtype) * bits.keep_scale(p)", "x = x * keep.to(x.dtype)"),
+        ("dropout", "the definition does not scale what it keeps", "x = x * keep.to(x.dtype) * random.keep_scale(p)", "x = x * keep.to(x.dtype)"),
         ("dropout bits", "the definition's generator has another key", "0x9E3779B9", "0x9E3779B1"),
     ],
-    "decoder/attention.py": [
+    "decoder/nn/attention.py": [
         ("module", "a boolean attn_mask is not inverted", "                mask = ~mask\n", "                mask = mask\n"),
         ("module", "a boolean padding mask is not inverted", "return mask, ~key_padding_mask", "return mask, key_padding_mask"),
         ("module", "a float padding mask is lost beside an attn_mask", "return mask.to(wide) + bias, None", "return mask, None"),
@@ -1262,7 +1262,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "out = attention(q, k, v, mask=mask,"),
         ("module", "packed sequences see each other", '"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}', "}"),
     ],
-    "decoder/layer.py": [
+    "decoder/nn/layer.py": [
         ("module", "the residual is lost", "return dropout(branch, residual)", "return dropout(branch)"),
         ("module", "the causal hint is lost", '"is_causal": is_causal}', '"is_causal": False}'),
         ("module", "the cross-attention has the mask of the target",
@@ -1313,7 +1313,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "a head without outputs is built", "if outputs < 1:", "if outputs < 0:"),
         ("module", "a tagger reads no mix", "self.head(self.head.combine(self.backbone.states(tokens)))", "self.head(self.backbone.states(tokens)[-1])"),
     ],
-    "decoder/modules.py": [
+    "decoder/nn/modules.py": [
         ("module", "dropout in evaluation", "if self.training and self.p > 0.0:", "if self.p > 0.0:"),
         ("module", "the residual is not passed on", "return dropout(input, self.p, residual=residual)", "return dropout(input, self.p)"),
         ("statistics", "the module's eps is not passed on", "self.weight, self.bias, self.eps)", "self.weight, self.bias)"),
@@ -1408,7 +1408,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "a penalty below 0 is taken", "if length_penalty < 0:", "if length_penalty < -9:"),
         ("decoding", "a p of 0 is taken", "not 0 < self.top_p <= 1", "not 0 <= self.top_p <= 1"),
     ],
-    "decoder/transformer.py": [
+    "decoder/nn/transformer.py": [
         ("module", "the final norm is left out", "return output if self.norm is None else self.norm(output)", "return output", "TransformerDecoder"),
         ("module", "layers share one cache", "cache.layers[i]", "cache.layers[0]"),
         ("module", "the encoder's padding is lost",
@@ -1472,7 +1472,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("targets", "a place without a next token counts", "ignore_index=0, label_smoothing", "label_smoothing", "language_loss"),
         ("smoothing", "label smoothing of a language model is lost", "ignore_index=0, label_smoothing=label_smoothing", "ignore_index=0", "language_loss"),
     ],
-    "training/data.py": [
+    "training/data/batches.py": [
         ("batches", "a batch that moves leaves tensors behind", "isinstance(value, Tensor)}", 'isinstance(value, Tensor) and name != "weights"}'),
         ("batches", "the budget counts the source alone", "return self.source_tokens + self.label_tokens", "return self.source_tokens"),
         ("batches", "a labelled row counts its label", "return self.source_tokens", "return self.source_tokens + self.label_tokens", "LabelledBatch"),
@@ -1521,7 +1521,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("batches", "a document that just does not fit is taken", "if len(row) + 1 > batch_tokens:", "if len(row) > batch_tokens:"),
         ("batches", "a document that just fits is refused", "if len(row) + 1 > batch_tokens:", "if len(row) + 1 >= batch_tokens:"),
     ],
-    "training/metrics.py": [
+    "training/finetune/metrics.py": [
         ("score", "a class that is never predicted has precision 1", '{"zero_division": 0}', '{"zero_division": 1}'),
         ("score", "classes are found, not named", "average=None, labels=range(len(names)), **options", "average=None, **options"),
         ("swapped", "truth and prediction are exchanged in the means", "score(true, predicted, average=average", "score(predicted, true, average=average"),
@@ -1567,7 +1567,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("dtype", "opinions are averaged in half", "log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)))", "log_softmax(x)"),
         ("learning", "an ensemble's options are lost", "model(*inputs, **options) for", "model(*inputs) for"),
     ],
-    "training/augment.py": [
+    "training/data/augment.py": [
         ("batches", "token dropout keeps its share", "random.random() < rate", "random.random() >= rate"),
         ("batches", "a row is emptied", "return kept or [random.choice(row) for _ in row[:1]]", "return kept"),
         ("batches", "a row that is emptied keeps its first id", "[random.choice(row) for _ in row[:1]]", "row[:1]"),
@@ -1582,7 +1582,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("batches", "the last segment is lost", "[*cuts, len(row)]", "[*cuts, len(row) - 1]"),
         ("batches", "a rate of 1 is taken", "if not 0 <= rate < 1:", "if not 0 <= rate <= 1:"),
     ],
-    "training/ngrams.py": [
+    "training/finetune/ngrams.py": [
         ("learning", "grams of one text count", "(seen >= 2)", "(seen >= 1)"),
         ("learning", "the idf has no 1", ".log() + 1) * (seen", ".log()) * (seen"),
         ("learning", "the idf is not smoothed", "(1 + len(rows)) / (1 + seen)", "len(rows) / (1 + seen)"),
@@ -1595,14 +1595,14 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("learning", "the joint loss is that of the transformer", "for logits in branches]).mean()", "for logits in branches])[0]"),
         ("learning", "the n-grams do not vote", "super().forward(tokens) + self.ngrams(tokens)", "super().forward(tokens)"),
     ],
-    "training/baseline.py": [
+    "training/finetune/baseline.py": [
         ("score", "characters are cut at words", '"analyzer": "char"', '"analyzer": "word"'),
         ("score", "a character has no neighbours", '"ngram_range": (1, 3)', '"ngram_range": (1, 1)'),
         ("score", "columns are those of the classes that occur", "probability[:, model.classes_] =", "probability[:, : len(model.classes_)] ="),
         ("score", "rare n-grams of small data are left out", "len(texts) >= 1000", "len(texts) >= 4"),
         ("score", "the fit costs nothing", "spent = time.process_time() - start", "spent = 0.0"),
     ],
-    "training/corpora.py": [
+    "training/data/corpora.py": [
         ("text", "praise and blame are exchanged", '((1, "sentiment/pos.txt"), (0, "sentiment/neg.txt"))', '((0, "sentiment/pos.txt"), (1, "sentiment/neg.txt"))'),
         ("text", "a word with a slash loses its beginning", 'word.rpartition("/")[0]', 'word.partition("/")[0]'),
         ("text", "files are in the order of their names", 'int(match.group(2))', 'match.group(2)'),
@@ -1644,7 +1644,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("checkpoint", "a state of a parameter that is not there is left out", "if unknown := moments.keys()", "if unknown := set() and moments.keys()"),
         ("checkpoint", "the folder's names are not flushed", "        _flush(folder)\n", ""),
     ],
-    "training/tokens.py": [
+    "training/data/tokens.py": [
         ("text", "one id too many", "one.ids[:max_length]", "one.ids[: max_length and max_length + 1]"),
         ("text", "unknown is left out of a text", "if number >= self.unk_id]", "if number > self.unk_id]"),
         ("text", "a frequency does not matter", "min_frequency=minimum", "min_frequency=0"),
@@ -1662,7 +1662,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("text", "the fingerprint knows only the size", "json.dumps(self._content(), sort_keys=True)", "json.dumps(self.size)"),
         ("text", "another program's file is read", "if found != FORMAT or", "if found is None or"),
     ],
-    "training/text.py": [
+    "training/data/text.py": [
         ("text", "a place is of the last bytes", '"surrogatepass")).digest()[:8], "big")', '"surrogatepass")).digest()[-8:], "big")'),
         ("text", "valid takes from train", "where < test + valid", "where < test + valid + 1"),
         ("text", "valid and test are exchanged", '"test" if where < test else "valid" if', '"valid" if where < test else "test" if'),
@@ -1720,7 +1720,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("loading", "a report forgets what was skipped", 'for kind in ("resized", "skipped", "initialised"):', 'for kind in ("resized", "initialised"):'),
         ("loading", "a model without memory is filled", "if any(x.is_meta for x in own.values()):", "if False:"),
     ],
-    "decoder/convert.py": [
+    "decoder/nn/convert.py": [
         ("loading", "dropout that works in place is swapped", "isinstance(module, nn.Dropout) and module.inplace", "False"),
         ("loading", "heads that are too wide are swapped", "module.head_dim > WIDEST_HEAD", "module.head_dim > 512"),
         ("loading", "what a user put into a module is lost", "    changed = computed & set(vars(module))", "    changed = computed & set()"),
@@ -1793,7 +1793,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("score", "the report forgets skipped steps", "valid_loss, place.skipped)", "valid_loss)"),
         ("learning", "an infinite loss goes on", "math.isfinite(loss) and (", "("),
     ],
-    "training/adversarial.py": [
+    "training/finetune/adversarial.py": [
         ("learning", "the embedding stays where FGM moved it", "            weight.copy_(before)", "            pass"),
         ("learning", "FGM's step has no length of its own", "weight.grad / weight.grad.norm().clamp(min=1e-12)", "weight.grad"),
         ("learning", "FGM steps down the gradient", "weight += EPSILON", "weight -= EPSILON"),
@@ -1824,7 +1824,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("checkpoint", "the line of the checkpoint goes", '["step"] <= step', '["step"] < step'),
         ("checkpoint", "a log starts anew", 'path.open("a",', 'path.open("w",'),
     ],
-    "training/stream.py": [
+    "training/data/stream.py": [
         ("batches", "streamed blocks have one order", 'random.Random(f"{rows.seed}/{epoch}")', 'random.Random(f"{rows.seed}")'),
         ("batches", "every group of lines is shuffled alike", '{self.epoch}/{group}")', '{self.epoch}")'),
         ("batches", "lines keep their order in a group", ".shuffle(self.held)", ".random()"),
@@ -1852,6 +1852,6 @@ EQUIVALENT: list[tuple[str, str, str]] = [
     (SCORES, "the 32-bit products that only the padding's and bounds' offsets need", "a batch of 2**31 padding bytes: no test holds it"),
     (FORWARD, "_fwd_tile: the maximum kept in the input's dtype", "the same rounded maximum is subtracted throughout, and divides out"),
     (FORWARD, "weights rounded to float16 instead of bfloat16 before the dot", "they lie between 0 and 1, where float16 is the finer of the two"),
-    ("training/ngrams.py", "count: without unique()", "an assignment by index adds once for each row, however often it is named"),
+    ("training/finetune/ngrams.py", "count: without unique()", "an assignment by index adds once for each row, however often it is named"),
     (FORWARD, "offsets into outputs in 32 bits", "need an output of 2**31 elements: only a GPU holds one (test_gpu.py)"),
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tileformer import kernels
-from tileformer.bench.budget import assert_within_budget
+from tileformer.bench.check.budget import assert_within_budget
 from tileformer.kernels import reference
 
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -27,8 +27,9 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
-from tileformer.training import checkpoint, corpora, text
-from tileformer.training.data import Batches, Pair
+from tileformer.training import checkpoint
+from tileformer.training.data import corpora, text
+from tileformer.training.data.batches import Batches, Pair
 from tileformer.training.files import shorten
 from tileformer.training.loop import Settings, fit, resolve_precision, sequence_loss
 from tileformer.training.recipes import answers

@@ -28,8 +28,9 @@ import torch
 
 from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
 from tileformer.kernels import cross_entropy
-from tileformer.training import checkpoint, corpora, text
-from tileformer.training.data import PackedBatches
+from tileformer.training import checkpoint
+from tileformer.training.data import corpora, text
+from tileformer.training.data.batches import PackedBatches
 from tileformer.training.files import shorten
 from tileformer.training.loop import fit, resolve_precision
 from tileformer.training.losses import language_loss

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, generate
-from tileformer.training import checkpoint, corpora, text
-from tileformer.training.data import PackedBatches
+from tileformer.training import checkpoint
+from tileformer.training.data import corpora, text
+from tileformer.training.data.batches import PackedBatches
+from tileformer.training.data.tokens import Tokenizer
 from tileformer.training.files import shorten, to_json, write
+from tileformer.training.finetune.methods import METHODS, probabilities
+from tileformer.training.finetune.metrics import perplexity
 from tileformer.training.loop import fit, resolve_precision
 from tileformer.training.losses import language_loss
-from tileformer.training.methods import METHODS, probabilities
-from tileformer.training.metrics import perplexity
 from tileformer.training.recipes import answers
 from tileformer.training.settings import Settings
-from tileformer.training.tokens import Tokenizer
 
 LONGEST = 128  # tokens of a text that a model reads, begin included; 18 % of the reviews are longer
 TOKENIZER = "tokenizer.json"  # beside the checkpoints of the run

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from tileformer.bench.budget import attention_sizes
 from tileformer.bench.calls import DTYPES as DTYPES
 from tileformer.bench.calls import LAYOUTS, Build, Case, Draw, Op, Options, Tensors
+from tileformer.bench.check.budget import attention_sizes
 
 
 def _normal(generator: Generator, *shape: int) -> Tensor:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadReport, load_matching
 from tileformer.training import checkpoint
-from tileformer.training.adversarial import Gan, fgm_backward, gan_backward, gan_loss
-from tileformer.training.augment import token_dropout
-from tileformer.training.data import Augment, LabelledBatches, PackedBatches
+from tileformer.training.data.augment import token_dropout
+from tileformer.training.data.batches import Augment, LabelledBatches, PackedBatches
 from tileformer.training.extras import library
+from tileformer.training.finetune.adversarial import Gan, fgm_backward, gan_backward, gan_loss
+from tileformer.training.finetune.ngrams import JointClassifier, joint_loss
 from tileformer.training.loop import fit
 from tileformer.training.losses import classification_loss, language_loss
-from tileformer.training.ngrams import JointClassifier, joint_loss
 from tileformer.training.settings import Settings
 
 Rows = Sequence[Sequence[int]]

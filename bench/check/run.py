@@ -1,10 +1,10 @@
 """Check each op on this machine: every output and gradient against float64, its bits, its memory, its dropout.
 
-Every call of bench/cases.py runs on a backend and is held to
+Every call of bench/check/cases.py runs on a backend and is held to
 
-  the error budget of bench/budget.py, forward and every gradient, in each dtype;
+  the error budget of bench/check/budget.py, forward and every gradient, in each dtype;
   the same bits in two runs;
-  its own memory: fresh memory is NaN between guard bands, inputs lie between NaN (bench/memory.py);
+  its own memory: fresh memory is NaN between guard bands, inputs lie between NaN (bench/check/memory.py);
   for dropout: a rate, a mean and an independence of calls, batches, heads, rows and columns within 5 standard deviations of the binomial
   distribution, the same bits for the same seed, forward and backward, and those of the definition.
 
@@ -28,13 +28,15 @@ import torch
 from torch import Tensor
 
 from tileformer import arguments, kernels
-from tileformer.bench import ahead, compiled, models
-from tileformer.bench.budget import over_budget
+from tileformer.bench import ahead
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Case, Draw
-from tileformer.bench.cases import CASES, DRAWS, OPS
-from tileformer.bench.memory import FRESH, RED, Memory
-from tileformer.bench.pairs import PAIRS
+from tileformer.bench.check import models
+from tileformer.bench.check.budget import over_budget
+from tileformer.bench.check.cases import CASES, DRAWS, OPS
+from tileformer.bench.check.memory import FRESH, RED, Memory
+from tileformer.bench.check.pairs import PAIRS
 from tileformer.bench.report import HEADER, Finding, Growing, as_json, collect, line, markdown, summary, surroundings
+from tileformer.bench.static import compiled
 from tileformer.kernels import info, launch
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
@@ -92,7 +94,7 @@ def _wanted(found: dict[str, Tensor]) -> list[str]:
 
 
 def _sizes(case: Case, truth: dict[str, Tensor], rounded: torch.dtype) -> dict[str, Tensor]:
-    """For each result, the sum of the absolute values of what is added up (bench/budget.py)."""
+    """For each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
 
     def wide(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.cases import DTYPES, Case, attention_call, class_call, row_call
+from tileformer.bench.check.cases import DTYPES, Case, attention_call, class_call, row_call
 from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
 from tileformer.bench.report import Growing, as_json
 from tileformer.bench.static.figures import exact

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tileformer.kernels import bits
+from tileformer.kernels import random
 from tileformer.kernels.attention.launchers import NO_LIMIT
+from tileformer.kernels.double_backward import second_derivative
 from tileformer.kernels.reference import LOWEST
-from tileformer.kernels.second import second_derivative
 
 FUSED_FROM = 32  # keys from which torch's fused attention beats three plain operators on a CPU
 FUSED_GRADIENTS_FROM = 192  # the same, where there is a backward to come
@@ -98,7 +98,11 @@ def torch_attention(
     always = fused or (always and key_mask is None and additive is None)
     exact = q.dtype if fused and additive is None else _wide(q)  # 0 and -inf alone are the same in any type
     bias_, empty = _bias(seen, key_mask, additive, not always, exact)
-    keep = None if seed is None or p == 0.0 else bits.fast_keep(seed, [b, h, t_q, t_k], p, bits.keep_scale(p), _wide(q))
+    keep = (
+        None
+        if seed is None or p == 0.0
+        else random.fast_keep(seed, [b, h, t_q, t_k], p, random.keep_scale(p), _wide(q))
+    )
     if fused:
         padded_q = None if place.real_q is None else ~place.real_q
         if key_mask is not None:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.attention import check_heads
 from tileformer.decoder.cache import KVCache
-from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
-from tileformer.decoder.modules import LayerNorm
+from tileformer.decoder.nn.attention import check_heads
+from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
+from tileformer.decoder.nn.modules import LayerNorm
 
 
 class TransformerEncoder(nn.TransformerEncoder):

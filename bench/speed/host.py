@@ -146,7 +146,7 @@ def compilations(arch: int, shapes: int | None = None) -> collections.Counter[st
     evaluation; greedy decoding. ImportError without the recipe's packages.
     """  # fmt: skip
     from tileformer.decoder import Seq2Seq, Seq2SeqConfig
-    from tileformer.training.data import Batches
+    from tileformer.training.data.batches import Batches
     from tileformer.training.loop import sequence_loss
     from tileformer.training.recipes import g2p
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from tileformer.decoder.attention import MultiheadAttention
-from tileformer.decoder.layer import TransformerDecoderLayer, TransformerEncoderLayer
-from tileformer.decoder.modules import CrossEntropyLoss, Dropout, LayerNorm, LogSoftmax, RMSNorm, Softmax
-from tileformer.decoder.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from tileformer.decoder.nn.attention import MultiheadAttention
+from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
+from tileformer.decoder.nn.modules import CrossEntropyLoss, Dropout, LayerNorm, LogSoftmax, RMSNorm, Softmax
+from tileformer.decoder.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tileformer.bench.cases import DTYPES
-from tileformer.bench.measure import Clock, Truth, elapsed, passes, wanted
-from tileformer.bench.providers import GRADIENT_IN_FORWARD, OURS, Unavailable, providers
-from tileformer.bench.run import chosen
-from tileformer.bench.workloads import MODES, Workload
+from tileformer.bench.check.cases import DTYPES
+from tileformer.bench.speed.measure import Clock, Truth, elapsed, passes, wanted
+from tileformer.bench.speed.providers import GRADIENT_IN_FORWARD, OURS, Unavailable, providers
+from tileformer.bench.speed.run import chosen
+from tileformer.bench.speed.workloads import MODES, Workload
 
 pytestmark = pytest.mark.filterwarnings("default")  # other libraries may warn
 CALLS = [

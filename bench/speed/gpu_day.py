@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from tileformer.arguments import ArgumentError, output_folder
-from tileformer.bench.measure import DRY
-from tileformer.bench.providers import OURS
-from tileformer.bench.workloads import MODES, OPS
+from tileformer.bench.speed.measure import DRY
+from tileformer.bench.speed.providers import OURS
+from tileformer.bench.speed.workloads import MODES, OPS
 from tileformer.kernels.info import require_device
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHIVE = 8 * 2**20  # bytes: what a machine that is lent sends back
 ENDING = 20  # seconds for plots, report and archive
 
@@ -288,7 +288,7 @@ def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def _plots(reports: dict[str, Any], folder: Path) -> None:
-    from tileformer.bench.plot import plot  # with training's figures, which need more packages than timing does
+    from tileformer.bench.speed.plot import plot  # with training's figures, which need more packages than timing does
 
     ops = [report for name, report in reports.items() if name in OPS]
     if not ops:

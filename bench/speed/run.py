@@ -1,7 +1,7 @@
 """Time the ops, a decoder layer, training steps and the host, beside PyTorch and other libraries; compile without a GPU; tune tiles.
 
-`tileformer bench attention` times one op: every workload of bench/workloads.py that has its name, by every provider of bench/providers.py. A result
-is judged against float64 before it is timed. `gpu-day` runs all that a new GPU should answer, in one folder.
+`tileformer bench attention` times one op: every workload of bench/speed/workloads.py that has its name, by every provider of
+bench/speed/providers.py. A result is judged against float64 before it is timed. `gpu-day` runs all that a new GPU should answer, in one folder.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 import triton
 
 from tileformer import arguments
-from tileformer.bench import ahead, gpu_day, host, providers, step, tune
-from tileformer.bench.cases import DTYPES
-from tileformer.bench.measure import DRY, Bench, Result, wanted
+from tileformer.bench import ahead
+from tileformer.bench.check.cases import DTYPES
 from tileformer.bench.report import Growing, as_json
+from tileformer.bench.speed import gpu_day, host, providers, step, tune
+from tileformer.bench.speed.measure import DRY, Bench, Result, wanted
+from tileformer.bench.speed.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.bench.static import report as static_report
-from tileformer.bench.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels.info import require_device
 
 ELSEWHERE = {"static": static_report, "host": host, "gpu-day": gpu_day}
@@ -240,7 +241,7 @@ def _ops(args: argparse.Namespace, bench: Bench, report: dict[str, Any], workloa
     if absent:
         print("; ".join(absent))
     if args.plot:
-        from tileformer.bench.plot import plot
+        from tileformer.bench.speed.plot import plot
 
         print("\n".join(plot(report, args.plot)))
     return int(any(r["failed"] and (args.dry or r["provider"] == providers.OURS) for r in report["results"]))

@@ -60,9 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """One run, or the table. ValueError: wrong arguments or input."""
     from tileformer.kernels.info import require_device
-    from tileformer.training import cells, checkpoint, process
+    from tileformer.training import checkpoint, process
     from tileformer.training.extras import library
-    from tileformer.training.methods import METHODS
+    from tileformer.training.finetune import table
+    from tileformer.training.finetune.methods import METHODS
 
     if args.list:
         width = max(map(len, METHODS))
@@ -91,22 +92,23 @@ def main(args: argparse.Namespace) -> int:
     if args.resume and not saved():
         raise ValueError(f"{args.output}: expected a run that was stopped, to resume; it holds none")
     with process.lock(args.output), process.interruptible(again, saved):
-        return cells.table(args) if args.table else _single(args)
+        return table.table(args) if args.table else _single(args)
 
 
 def _single(args: argparse.Namespace) -> int:
     """One method beside the baseline, with everything to look at in the output folder."""
-    from tileformer.training import cells, checkpoint, metrics, plots
+    from tileformer.training import checkpoint
     from tileformer.training.files import to_json, write
-    from tileformer.training.methods import probabilities
+    from tileformer.training.finetune import metrics, plots, table
+    from tileformer.training.finetune.methods import probabilities
 
-    task = cells.load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
+    task = table.load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
     test = task.parts["test"]
     stages = args.output / "stages"
-    probability, spent, model = cells.predict(args, task, args.method, args.labels, args.seed, stages)
-    scores = {args.method: cells.score(task, probability) | {"core_seconds": spent}}
-    other, seconds, _ = cells.predict(args, task, cells.BASELINE, args.labels, args.seed)
-    scores[cells.BASELINE] = cells.score(task, other) | {"core_seconds": seconds}
+    probability, spent, model = table.predict(args, task, args.method, args.labels, args.seed, stages)
+    scores = {args.method: table.score(task, probability) | {"core_seconds": spent}}
+    other, seconds, _ = table.predict(args, task, table.BASELINE, args.labels, args.seed)
+    scores[table.BASELINE] = table.score(task, other) | {"core_seconds": seconds}
 
     valid = task.parts["valid"]
     guessed = probabilities(model, task.recipe.to_rows(task.tokenizer, valid.texts)).argmax(1)
@@ -152,9 +154,9 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from tileformer.training.cells import BASELINE
     from tileformer.training.files import shorten
-    from tileformer.training.methods import METHODS
+    from tileformer.training.finetune.methods import METHODS
+    from tileformer.training.finetune.table import BASELINE
     from tileformer.training.recipes import FINETUNED
 
     if args.recipe not in FINETUNED:

@@ -2,7 +2,7 @@
 
 Small ones with random weights: logits and the gradient of every parameter, padding on either side. The truth is the model in float64 with torch's
 attention. (transformers' eager one computes softmax in float32, and gives NaN for a padded row in float64: it is taken only where torch's does not
-serve the model.) Ours may err at most twice as much as the eager model does in float32, plus a few roundings (bench/budget.py). Where a model
+serve the model.) Ours may err at most twice as much as the eager model does in float32, plus a few roundings (bench/check/budget.py). Where a model
 generates, the tokens are the same.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tileformer.bench.budget import over_budget
+from tileformer.bench.check.budget import over_budget
 from tileformer.bench.report import Growing
 from tileformer.decoder import convert, huggingface
 from tileformer.kernels import use_backend

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy
 
-from tileformer.bench.providers import OURS
-from tileformer.bench.workloads import MODES, WORKLOADS
-from tileformer.training.plots import new_figure, save
+from tileformer.bench.speed.providers import OURS
+from tileformer.bench.speed.workloads import MODES, WORKLOADS
+from tileformer.training.finetune.plots import new_figure, save
 
 _COLOURS = (
     "#d62728",

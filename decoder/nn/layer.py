@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.attention import MultiheadAttention, check_heads
 from tileformer.decoder.cache import AttentionCache, LayerCache
-from tileformer.decoder.modules import Dropout, LayerNorm
+from tileformer.decoder.nn.attention import MultiheadAttention, check_heads
+from tileformer.decoder.nn.modules import Dropout, LayerNorm
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,

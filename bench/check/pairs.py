@@ -9,7 +9,7 @@ import itertools
 from typing import Any
 
 from tileformer.bench.calls import Case
-from tileformer.bench.cases import attention_call
+from tileformer.bench.check.cases import attention_call
 
 Level = dict[str, Any]
 SEQUENCES = ((0, 13, 13, 14), (0, 11, 20, 27))  # for packing, as parts of T_q and T_k

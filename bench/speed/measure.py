@@ -21,9 +21,17 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.providers import GRADIENT_IN_FORWARD, OURS, SLOW_START, Call, Unavailable, providers, reference
 from tileformer.bench.recording import record
-from tileformer.bench.workloads import Workload
+from tileformer.bench.speed.providers import (
+    GRADIENT_IN_FORWARD,
+    OURS,
+    SLOW_START,
+    Call,
+    Unavailable,
+    providers,
+    reference,
+)
+from tileformer.bench.speed.workloads import Workload
 
 LARGEST_TRUTH = 2**27  # scores that the float64 reference may hold at once; beyond, one group of heads is judged
 DRY, DRY_ARCH = "dry run: not measured", 90
@@ -204,7 +212,7 @@ def _gradient(shape: Iterable[int], device: torch.device, dtype: torch.dtype) ->
 
 
 def over_budget(got: Tensor, eager: Tensor, truth: Tensor) -> float:
-    """Largest error over its budget, 2 max|eager - truth| + c eps max|truth| (bench/budget.py), without leaving the device.
+    """Largest error over its budget, 2 max|eager - truth| + c eps max|truth| (bench/check/budget.py), without leaving the device.
 
     c is 5 for 16-bit types and 256 for float32, not the 1 and the 8 that `tileformer check` holds our kernels to: other libraries, PyTorch among
     them, round scores and weights on their way, and add up thousands of numbers one by one. Products in TF32 are still far beyond it.

@@ -20,9 +20,9 @@ from typing import Any
 from triton.runtime.jit import JITFunction
 
 from tileformer.bench import ahead
-from tileformer.bench.measure import DRY, Bench, Truth, ours, passes
-from tileformer.bench.providers import OURS, providers
-from tileformer.bench.workloads import WORKLOADS, Workload
+from tileformer.bench.speed.measure import DRY, Bench, Truth, ours, passes
+from tileformer.bench.speed.providers import OURS, providers
+from tileformer.bench.speed.workloads import WORKLOADS, Workload
 from tileformer.kernels import launch
 from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, Row, family, tiles_for
 

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
-from tileformer.training import baseline, checkpoint, metrics, text
+from tileformer.training import checkpoint
+from tileformer.training.data import text
 from tileformer.training.files import read_json, to_json, write
+from tileformer.training.finetune import baseline, metrics
+from tileformer.training.finetune.methods import METHODS, Context, probabilities
 from tileformer.training.loop import resolve_precision
-from tileformer.training.methods import METHODS, Context, probabilities
 
 SIZES = ("100", "1000", "all")
 BASELINE = "tfidf"

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tileformer import kernels
-from tileformer.bench.workloads import Workload
+from tileformer.bench.speed.workloads import Workload
 from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import launch
 

@@ -1,0 +1,1 @@
+"""Values: every op against its definition, on this machine."""

@@ -1,0 +1,1 @@
+"""Time: what is timed, who is timed beside it, the host's part, tiles."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: methods, the table of their results, scores, plots."""
