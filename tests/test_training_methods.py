@@ -124,7 +124,7 @@ def test_adapters_hold_the_projections_still(context, trained):
     plain = Classifier(DecoderLM(CONFIG), 2)
     plain.backbone.load_state_dict(context.weights)
     torch.testing.assert_close(
-        methods.over(fresh.features, fresh, rows), methods.over(plain.features, plain, rows)
+        methods.predict_batched(fresh.features, fresh, rows), methods.predict_batched(plain.features, plain, rows)
     )  # adapters start as the identity
 
 
@@ -139,7 +139,7 @@ def test_shared_layers_are_one(trained, context):
 
 def test_decay_lowers_the_rate_towards_the_embeddings(context, monkeypatch):
     seen = {}
-    monkeypatch.setattr(methods, "train", lambda context, model, **options: seen.update(options) or model)
+    monkeypatch.setattr(methods, "fit_labelled", lambda context, model, **options: seen.update(options) or model)
     model, _ = METHODS["decay"].start(context)
     METHODS["decay"].recipe(context, model)
     scales = {id(p): group["lr_scale"] for group in seen["groups"] for p in group["params"]}
@@ -160,7 +160,7 @@ def test_gradual_frees_a_layer_a_stage(context, monkeypatch):
         }
         stages.append((free, layers, epochs))
 
-    monkeypatch.setattr(methods, "train", record)
+    monkeypatch.setattr(methods, "fit_labelled", record)
     model, _ = METHODS["gradual"].start(context)
     METHODS["gradual"].recipe(context, model)
     norm, everything = {"norm"}, {"embedding", "position", "layers", "norm"}

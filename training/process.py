@@ -119,10 +119,10 @@ def command(verb: str, add_arguments: Callable[[argparse.ArgumentParser], None],
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     words = ["tileformer", verb, args.recipe]
-    for name, usual in vars(parser.parse_args([])).items():
-        given = getattr(args, name)
-        if given != usual and name not in ("recipe", "resume", "overwrite"):
-            words += [f"--{name.replace('_', '-')}", *([] if given is True else [str(given)])]
+    for name, usual in vars(parser.parse_args([args.recipe])).items():
+        value = getattr(args, name)
+        if value != usual and name not in ("recipe", "resume", "overwrite"):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join([*words, "--resume"])
 
 

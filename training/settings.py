@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tileformer.training.files import shorten
+from tileformer.training.files import quote
 
 CHOICES = {
     "optimizer": ("adamw", "sgd", "rmsprop"),
@@ -62,9 +62,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {shorten(repr(getattr(self, name)))}"
-                )
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {quote(getattr(self, name), 200)}")
         for name, value in vars(self).items():
             if any(isinstance(x, float) and not math.isfinite(x) for x in (value if name == "betas" else (value,))):
                 raise ValueError(f"{name} must be finite, got {value}; a large number has the effect of infinity")
@@ -86,7 +84,7 @@ class Settings:
             raise ValueError(f"plateau_factor must be in (0, 1), got {self.plateau_factor}")
         every = self.valid_every
         if every not in ("save", "epoch") and not (isinstance(every, int) and every > 0):
-            raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {shorten(repr(every))}")
+            raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {quote(every, 200)}")
         if self.steered and every == "save":
             raise ValueError(
                 f"valid_every must be 'epoch' or a number of steps with {self.steered}: "

@@ -67,6 +67,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "training/loop": "test_training_loop test_training_checkpoint",
     "training/settings": "test_training_loop test_training_optimizers",
     "training/log": "test_training_loop test_training_checkpoint",
+    "training/files": "test_training_text test_training_g2p test_training_resume",
     "training/finetune/adversarial": "test_training_methods",
     "training/checkpoint": "test_training_checkpoint test_training_storable test_training_loop test_training_resume",
     "training/finetune/ngrams": "test_training_methods",

@@ -32,13 +32,13 @@ def span_mask(
     hidden: set[int] = set()
     while len(hidden) < budget:
         start, length = random.randrange(len(row)), random.randint(1, 2 * span - 1)
-        free = [place for place in range(start, min(start + length, len(row))) if place not in hidden]
+        free = [position for position in range(start, min(start + length, len(row))) if position not in hidden]
         hidden.update(free[: budget - len(hidden)])
-    return [mask if place in hidden else number for place, number in enumerate(row)]
+    return [mask if position in hidden else number for position, number in enumerate(row)]
 
 
 def shuffle_segments(row: list[int], random: random.Random, *, segments: int = 3) -> list[int]:
-    """Cut the row at random places into `segments` runs (fewer in a shorter row), and put them in another order."""
+    """Cut the row at random positions into `segments` runs (fewer in a shorter row), and put them in another order."""
     if segments < 1:
         raise ValueError(f"segments must be at least 1, got {segments}")
     cuts = sorted(random.sample(range(1, len(row)), min(segments, len(row)) - 1)) if row else []
