@@ -176,7 +176,7 @@ def test_pseudo_labels_are_sure_balanced_and_new_each_round(context, monkeypatch
     calls = []
     monkeypatch.setattr(
         methods,
-        "train",
+        "fit_labelled",
         lambda context, model, rows=None, labels=None, **options: calls.append((rows, labels)) or model,
     )
     # Of the 60 unlabelled, guess 0 for 40 with rising certainty and 1 for 20; labels are 3 : 1.

@@ -115,7 +115,7 @@ def test_rows_and_back():
 def test_train_resume_and_generate(archive, tmp_path, monkeypatch, capsys):
     """The whole command on few poems; quality is not the claim here."""
     monkeypatch.setattr(poems, "SAMPLED", 3)
-    sizes = {"d_model": 32, "nhead": 2, "num_layers": 1, "dim_feedforward": 128}
+    sizes = {"dropout": 0.0, "d_model": 32, "nhead": 2, "num_layers": 1, "dim_feedforward": 128}
     quick = Scale(dataclasses.replace(poems.LEARNING, tokens=4000), 1024, sizes)
     monkeypatch.setitem(RECIPES, "poems", dataclasses.replace(poems.RECIPE, quick=quick))
     run = tmp_path / "run"

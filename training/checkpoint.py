@@ -95,8 +95,8 @@ def check(path: Path) -> None:
     """Read all of one checkpoint of a run. CheckpointError for the first thing in it that is missing or damaged."""
     if "settings" in read_state(path):
         read_training_state(path)
-    tensors, _ = _read(path / WEIGHTS, "weights")
-    moments = _moments(path / TRAINING, _read(path / TRAINING, "optimiser and random states")[0])
+    tensors, _ = read_tensors(path / WEIGHTS, "weights")
+    moments = _moments(path / TRAINING, read_tensors(path / TRAINING, "optimiser and random states")[0])
     _check_finite(path / WEIGHTS, tensors, moments)
 
 
@@ -141,7 +141,7 @@ def build(path: Path, kind: type[Any], make: Callable[[Any], M]) -> M:
         config = parse(kind, read_state(path).get("meta", {}).get("model"), where)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    tensors, ties = _read(path / WEIGHTS, "weights")
+    tensors, ties = read_tensors(path / WEIGHTS, "weights")
     longest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     for name, value in vars(config).items():
         most = max(len(tensors), MOST_LAYERS) if "layers" in name else longest
@@ -166,7 +166,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights takes the model first and then the path, got a {type(model).__name__} first")
     file = Path(path) / WEIGHTS
-    result = _matched(file, model, *_read(file, f"the weights of {type(model).__name__}"))
+    result = _matched(file, model, *read_tensors(file, f"the weights of {type(model).__name__}"))
     _check_finite(file, result, (name for name, parameter in model.named_parameters() if parameter.requires_grad))
     model.load_state_dict(result)
 
@@ -174,7 +174,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimiser's state and torch's random states. CheckpointError: a damaged file, or another model's."""
     file = path / TRAINING
-    tensors, _ = _read(file, "optimiser and random states")
+    tensors, _ = read_tensors(file, "optimiser and random states")
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments, wanted = _moments(file, tensors), _state_keys(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -189,10 +189,8 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             raise CheckpointError(f"{file}: expected {sorted(wanted)} of {name}, found {sorted(moments[name])}")
         for key, tensor in moments[name].items():
             if tensor.shape not in (parameter.shape, ()) or not tensor.is_floating_point():
-                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise CheckpointError(
-                    f"{file}: expected {key} of {name} as its {tuple(parameter.shape)}, found {found}"
-                )
+                found = f"{tuple(parameter.shape)}, found {tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise CheckpointError(f"{file}: expected {key} of {name} as its {found}")
             # Laid out in memory as the parameter is: fused optimisers walk through both alike.
             like = torch.empty_like(parameter if tensor.ndim else tensor, dtype=tensor.dtype)
             moments[name][key] = like.copy_(tensor)
@@ -211,17 +209,15 @@ def check_storable(model: nn.Module) -> None:
     """ValueError for a model that no checkpoint can hold, which must not come out at the end of the first hour."""
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} is a {type(value).__name__}: a checkpoint holds tensors only; train without folder="
-            )
+            kind = type(value).__name__
+            raise ValueError(f"{name} is a {kind}: a checkpoint holds tensors only; train without folder=")
         try:
             if value.is_meta or value.layout != torch.strided:
                 raise ValueError("it has no values" if value.is_meta else f"its layout is {value.layout}")
             safetensors.torch.load(safetensors.torch.save({name: torch.empty(0, dtype=value.dtype)}))
         except (ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"{name!r} ({value.dtype}) cannot be held by a checkpoint: {shorten(error)}; train without folder="
-            ) from None
+            why = f"cannot be held by a checkpoint: {shorten(error)}; train without folder="
+            raise ValueError(f"{name!r} ({value.dtype}) {why}") from None
 
 
 def save(
@@ -311,7 +307,7 @@ def _save(tensors: Tensors, metadata: dict[str, str], file: Path) -> None:
     os.chmod(file, mode)  # that of the umask: safetensors makes it the owner's alone
 
 
-def _read(file: Path, what: str) -> tuple[Tensors, dict[str, str]]:
+def read_tensors(file: Path, what: str) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     try:
         with safe_open(str(file), framework="pt") as content:
@@ -376,9 +372,7 @@ def _moments(file: Path, tensors: Tensors) -> dict[str, Tensors]:
     wanted, found = torch.get_rng_state(), tensors.get("random/torch/cpu")
     if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
         kind = "none" if found is None else f"{found.dtype} {tuple(found.shape)}"
-        raise CheckpointError(
-            f"{file}: expected the state of torch's generator, uint8 {tuple(wanted.shape)}, found {kind}"
-        )
+        raise CheckpointError(f"{file}: expected torch's random state, uint8 {tuple(wanted.shape)}, found {kind}")
     return moments
 
 

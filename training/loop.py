@@ -95,9 +95,7 @@ def evaluate(model: nn.Module, batches: AnyBatches, loss_fn: LossFunction, *, pr
     position = batches.state_dict()
     total, labels = torch.zeros((), device=device), 0
     model.eval()
-    batches.load_state_dict(
-        position | {"index": 0, "piece": 0}
-    )  # where an epoch starts; only a stream cuts into pieces
+    batches.load_state_dict(position | {"index": 0, "piece": 0})  # where an epoch starts; a stream has pieces
     try:
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), _cast(device, precision):
@@ -235,9 +233,7 @@ def fit(
                 if validating and valid is not None:
                     measured = evaluate(model, valid, loss_fn, precision=precision)
                     if not math.isfinite(measured):
-                        raise FloatingPointError(
-                            f"step {state.step}: validation loss {measured}; try a lower lr or clip"
-                        )
+                        raise FloatingPointError(f"step {state.step}: validation loss {measured}; try a lower lr")
                     state.last["valid_loss"], improved = measured, state.record_validation(measured, settings)
                     saving = saving or state.ended(settings) or improved and settings.keep_best
                     if improved and settings.keep_best and folder is None:

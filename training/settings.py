@@ -75,9 +75,8 @@ class Settings:
         if not (0 <= self.warmup < 1 and 0 < self.decay <= 1):
             raise ValueError(f"warmup must be in [0, 1) and decay in (0, 1], got {self.warmup} and {self.decay}")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(
-                f"warmup and decay of wsd share the run, got {self.warmup} and {self.decay}, over 1 together"
-            )
+            both = f"{self.warmup} and {self.decay}"
+            raise ValueError(f"warmup and decay of wsd share the run, got {both}, over 1 together")
         if self.schedule == "inverse_sqrt" and not self.warmup:
             raise ValueError("warmup must be above 0 for inverse_sqrt, which falls from its end, got 0")
         if not 0 < self.plateau_factor < 1:

@@ -113,6 +113,7 @@ class Resumable(Generic[B]):
     position to mean the same data (`_identity`).
     """
 
+    position: tuple[str, ...] = ("epoch", "index")  # the attributes that say where it is
     epoch = 0
     index = 0
 
@@ -132,18 +133,19 @@ class Resumable(Generic[B]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last item handed out, and what must be the same for it to mean the same data."""
-        return {"epoch": self.epoch, "index": self.index, **self._identity()}
+        return {**{name: getattr(self, name) for name in self.position}, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises ValueError when the data or the order are not the same."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ValueError(f"the data differ from the checkpoint's: {name} was {state.get(name)}, is {value}")
-        for name in self.state_dict().keys() - self._identity().keys():
-            position = state.get(name)
-            if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-                raise ValueError(f"the position in the data is damaged: expected {name} from 0 on, found {position!r}")
-        self.epoch, self.index = state["epoch"], state["index"]
+        for name in self.position:
+            value = state.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"the position in the data is damaged: expected {name} from 0 on, found {value!r}")
+        for name in self.position:
+            setattr(self, name, state[name])
 
     def _plan(self, epoch: int) -> Sequence[Any]:
         raise NotImplementedError

@@ -128,8 +128,11 @@ class StreamedBatches(Resumable[PackedBatch]):
     batches. Raises ValueError for a line that fits no batch, when its turn comes.
     """
 
+    position = ("epoch", "index", "piece")
+    piece = 0
+
     def __init__(self, rows: StreamedRows, batch_tokens: int, *, longest: int | None = None) -> None:
-        self.rows, self.batch_tokens, self.longest, self.piece = rows, batch_tokens, longest, 0
+        self.rows, self.batch_tokens, self.longest = rows, batch_tokens, longest
 
     def __iter__(self) -> Iterator[PackedBatch]:
         rows, piece = self.rows, self.piece
@@ -156,15 +159,6 @@ class StreamedBatches(Resumable[PackedBatch]):
     def __len__(self) -> int:
         raise TypeError("the number of batches is known when the epoch has been read; len(rows) is the number of lines")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out, and what must be the same for it to mean the same data."""
-        return {**super().state_dict(), "piece": self.piece}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError when the data or the order are not the same."""
-        super().load_state_dict(state)
-        self.piece = state["piece"]
-
     def _identity(self) -> dict[str, Any]:
         return {**self.rows._identity(), "batch_tokens": self.batch_tokens, "longest": self.longest}
 
@@ -189,6 +183,5 @@ def _blocks(path: Path, size: int, encoding: str, longest_line: int, skip_bad_li
                 count += bool(decode(line, path, encoding, line=number, at=at).strip())
             at += len(line)
     if bad:
-        warnings.warn(
-            f"{path}: {len(bad):,} lines are no {encoding} text and left out, the first is {bad[0]}", stacklevel=3
-        )
+        count = f"{len(bad):,} lines are no {encoding} text and left out"
+        warnings.warn(f"{path}: {count}, the first is {bad[0]}", stacklevel=3)

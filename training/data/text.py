@@ -96,9 +96,8 @@ def read_labelled(
         if isinstance(line, ValueError):
             faults.append((number, str(line).removeprefix(f"{path}:{number}: ")))
             continue
-        label, tab, text = (
-            part.strip(" \u3000") for part in line.removeprefix("\ufeff").partition("\t")
-        )  # joined files
+        line = line.removeprefix("\ufeff")  # of joined files
+        label, tab, text = (part.strip(" \u3000") for part in line.partition("\t"))
         if not (label or tab):
             continue
         if not tab:

@@ -35,9 +35,7 @@ class Tokenizer:
         self._segment = optional_import("rjieba").cut if kind == "words" else None
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], kind: str = "characters", vocabulary: int = 8000, minimum: int = 2
-    ) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], kind: str = KINDS[0], vocabulary: int = 8000, minimum: int = 2) -> "Tokenizer":
         """Learn at most `vocabulary` ids, the special ones too, of what `texts` say at least `minimum` times.
 
         The same texts give the same ids, the most frequent first. "bpe": at most three quarters of the ids are single

@@ -297,10 +297,8 @@ def _clusters(context: Context, model: Model, clusters: int = 20) -> Classifier:
     rows = [*context.rows, *context.unlabelled]
     rows = random.Random(context.seed).sample(rows, min(UNLABELLED, len(rows)))
     states = predict_batched(model.features, model, rows)
-    means = optional_import("sklearn.cluster").KMeans(
-        min(clusters, len(rows)), n_init=3, random_state=context.seed % 2**32
-    )
-    result = means.fit_predict(states.numpy()).tolist()
+    seed, kmeans = context.seed % 2**32, optional_import("sklearn.cluster").KMeans
+    result = kmeans(min(clusters, len(rows)), n_init=3, random_state=seed).fit_predict(states.numpy()).tolist()
     guesser = Classifier(model.backbone, clusters).to(context.device)
     fit_labelled(context, guesser, rows, result, epochs=1, stage="clusters")
     return fit_labelled(context, model)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tileformer import arguments
+from tileformer.training import process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,19 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", help="what to fine-tune: reviews")
     add("--list", action="store_true", help="list the methods and stop")
-    add(
-        "--method",
-        type=arguments.name,
-        metavar="M",
-        help="how; --list names them (default full; with --table all, or several: a,b)",
-    )
+    about = "how; --list names them (default full; with --table all, or several: a,b)"
+    add("--method", type=arguments.name, metavar="M", help=about)
     add("--labels", default="all", metavar="N", help="texts of the train part whose label is used (default all)")
-    add(
-        "--data",
-        type=arguments.input_file,
-        metavar="FILE",
-        help="your own label<TAB>text instead of the recipe's texts",
-    )
+    about = "your own label<TAB>text instead of the recipe's texts"
+    add("--data", type=arguments.input_file, metavar="FILE", help=about)
     add("--encoding", type=arguments.encoding, default="utf-8", metavar="E", help="of --data (default utf-8)")
     add("--skip-bad-lines", action="store_true", help="leave out lines of --data that cannot be read, and say how many")
     add("--checkpoint", type=arguments.input_path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
@@ -42,25 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=arguments.output_folder, metavar="DIR", help=about)
     about = "go on with the run in the output folder; without it too, if there is one"
     add("--resume", action="store_true", help=about)
-    add(
-        "--seed",
-        type=arguments.SEED,
-        default=0,
-        metavar="N",
-        help="which labels, new weights, order, dropout (default 0)",
-    )
     add("--table", action="store_true", help="all methods and sizes; goes on where it was stopped")
     add("--seeds", type=arguments.whole(1, 1000), default=3, metavar="N", help="of --table (default 3)")
     add("--workers", type=arguments.whole(1, 1000), default=1, metavar="N", help="processes of --table (default 1)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
-    add("--threads", type=arguments.THREADS, default=1, metavar="N", help="CPU threads of a process (default 1)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
+    process.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """One run, or the table. ValueError: wrong arguments or input."""
     from tileformer.kernels.info import require_device
-    from tileformer.training import checkpoint, process
+    from tileformer.training import checkpoint
     from tileformer.training.extras import optional_import
     from tileformer.training.finetune import table
     from tileformer.training.finetune.methods import METHODS
@@ -127,16 +111,15 @@ def _single(args: argparse.Namespace) -> int:
     (row,) = texts.to_rows(task.tokenizer, [shown])
     letters = ["begin", *(task.tokenizer.decode([number]) for number in row[1:])]
     plots.attention(attention_weights(model, row), letters, args.output / "attention.png")
-    wrong = metrics.errors_csv(
-        args.output / "errors.csv", test.texts, test.labels, predicted, probability.max(1), test.names
-    )
+    shares, errors = probability.max(1), args.output / "errors.csv"
+    wrong = metrics.errors_csv(errors, test.texts, test.labels, predicted, shares, test.names)
     print(f"test, {len(test):,} texts never seen; {args.labels} labels, seed {args.seed}:")
     for name, scored in scores.items():
         low, high = scored["accuracy_interval"]
         figures = f"accuracy {scored['accuracy']:.2%} ({low:.1%} to {high:.1%}), macro F1 {scored['macro']['f1']:.2%}"
         print(f"  {name:<9} {figures}, {scored['core_seconds']:.1f} core-seconds")
     print(f"valid, {len(valid):,} texts, by which to choose between methods: {args.method} {chosen_by:.2%}")
-    print(f"{wrong} errors in {args.output}/errors.csv; plots beside it")
+    print(f"{wrong} errors in {errors}; plots beside it")
     print(f"use it: tileformer generate --checkpoint {args.output} TEXT ...")
     return 0
 

@@ -214,7 +214,6 @@ def render(cells: Sequence[dict[str, Any]]) -> str:
     rows.append("")
     if seeds > 1:
         rows += [f"Mean over {seeds} seeds (labels, weights, order) and the 95 % Student interval of that mean."]
-    rows += [
-        f"The {examples:,} test texts are a sample too: for one model, up to ± {50 * widest:.1f} points (bootstrap)."
-    ]
+    sample = f"for one model, up to ± {50 * widest:.1f} points (bootstrap)"
+    rows.append(f"The {examples:,} test texts are a sample too: {sample}.")
     return "\n".join(rows) + "\n"

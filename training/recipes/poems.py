@@ -53,8 +53,8 @@ Lines = tuple[str, ...]
 
 
 LEARNING = Settings(1_200_000, schedule="wsd", decay=0.5, save_every=1000)
-QUICK = Scale(LEARNING, 512, {"d_model": 128, "nhead": 4, "num_layers": 3, "dim_feedforward": 512})
-LARGE = {"d_model": 192, "nhead": 6, "num_layers": 4, "dim_feedforward": 768}
+QUICK = Scale(LEARNING, 512, {"dropout": 0.0, "d_model": 128, "nhead": 4, "num_layers": 3, "dim_feedforward": 512})
+LARGE = {"dropout": 0.0, "d_model": 192, "nhead": 6, "num_layers": 4, "dim_feedforward": 768}
 FULL = Scale(replace(LEARNING, tokens=12_000_000), 2048, LARGE)
 SCORED = 2048  # tokens scored at once
 
@@ -98,9 +98,8 @@ def split(poems: Iterable[Lines]) -> tuple[dict[str, list[Lines]], str]:
     for name in ("valid", "test"):
         kept[name] = [lines for lines in kept[name] if learned.isdisjoint(lines)]
     if empty := [name for name, part in kept.items() if not part]:
-        raise ValueError(
-            f"no poems in the {empty[0]} part: expected many regular poems, found {sum(map(len, parts.values())):,}"
-        )
+        count = sum(map(len, parts.values()))
+        raise ValueError(f"no poems in the {empty[0]} part: expected many regular poems, found {count:,}")
     return kept, "".join(known)
 
 
@@ -116,14 +115,12 @@ class Vocabulary:
     def row(self, form: str, poem: str) -> list[int]:
         """Ids of a form and a poem, or the beginning of one. ValueError: a form or character that is not known."""
         if form not in FORMS:
-            raise ValueError(
-                f"no form {quote(form, 40)}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
-            )
+            forms = f"{', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
+            raise ValueError(f"no form {quote(form, 40)}; there is: {forms}")
         if unknown := [symbol for symbol in poem if symbol not in self.ids]:
             named = ", ".join(map(repr, dict.fromkeys(unknown[:5])))
-            raise ValueError(
-                f"{quote(poem, 40)}: the model never learned {named}; it reads traditional characters, ， and 。"
-            )
+            known = "it reads traditional characters, ， and 。"
+            raise ValueError(f"{quote(poem, 40)}: the model never learned {named}; {known}")
         return [SPECIAL + list(FORMS).index(form), *(self.ids[symbol] for symbol in poem)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -243,9 +240,7 @@ RECIPE = Recipe(
     quick=QUICK,
     full=FULL,
     data=read,
-    config=lambda args, data: DecoderLMConfig(
-        data.vocabulary.size, dropout=0.0, max_length=LONGEST, **args.scale.model
-    ),
+    config=lambda args, data: DecoderLMConfig(data.vocabulary.size, max_length=LONGEST, **args.scale.model),
     config_type=DecoderLMConfig,
     model=DecoderLM,
     loss=language_loss,

@@ -86,14 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     add = parser.add_argument
     if recipe.full:
         add("--full", action="store_true", help="train for quality instead of the quick start")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
-    add("--threads", type=arguments.THREADS, default=1, metavar="N", help="CPU threads (default 1)")
+    process.add_arguments(parser)
     folder = f"runs/{recipe.name}"
     add("--output", type=arguments.output_folder, default=folder, metavar="DIR", help=f"run folder (default {folder})")
     add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="remove the run in the output folder first")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
-    add("--seed", type=arguments.SEED, default=0, metavar="N", help="weights, order and dropout (default 0)")
     add("--tokens", type=arguments.TOKENS, metavar="N", help="token budget instead of the recipe's own")
     recipe.arguments(parser.add_argument_group(f"of {recipe.name}"))
 
