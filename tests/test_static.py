@@ -248,7 +248,13 @@ def test_the_same_figures_twice(tmp_path: Path) -> None:
     assert sorted(rows, key=key) == sorted(again, key=key)
 
 
-def test_the_evidence_page_keeps_its_words() -> None:
-    page = evidence.page([], [], {"triton": "3.7"}, "# Words\n\n## Tables\n\nof yesterday\n")
-    assert page.startswith("# Words\n\n## Tables\n\nThis run: ; triton 3.7.\n") and "yesterday" not in page
+def test_the_evidence_page_keeps_its_words_and_its_tables_are_files(tmp_path: Path) -> None:
+    page = tmp_path / "evidence.md"
+    page.write_text("# Words\n\n## Tables\n\nof yesterday\n")
+    skipped = dict(provider="liger", op="softmax", workload="rows", arch=90, skipped="has | none")
+    files = evidence.pages(page, [skipped], [], {"triton": "3.7"})
+    assert set(files) == {page, tmp_path / "evidence" / "skipped.md"}
+    assert files[page].startswith("# Words\n\n## Tables\n\nThis run: sm_90; triton 3.7.\n")
+    assert "yesterday" not in files[page] and "(evidence/skipped.md): 1 rows" in files[page]
+    assert "| 90 | liger | softmax rows | has \\| none |" in files[tmp_path / "evidence" / "skipped.md"]
     assert "## Tables" in (ROOT / "docs" / "evidence.md").read_text()

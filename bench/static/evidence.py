@@ -1,7 +1,8 @@
-"""The tables of docs/evidence.md; its words, before them, are written by hand and stay."""
+"""docs/evidence.md and its tables: the words are written by hand and stay; each long table is a file of docs/evidence/."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tileformer.bench.check.cases import CASES
@@ -24,14 +25,27 @@ def _ops() -> str:
     return "### What each op is held to\n\n" + "\n".join(lines) + "\n"
 
 
-def page(rows: list[dict[str, Any]], goals: list[dict[str, Any]], versions: dict[str, str], words: str) -> str:
-    """`words`, the page as it was up to its tables, and the tables of this run."""
+def pages(
+    page: Path, rows: list[dict[str, Any]], goals: list[dict[str, Any]], versions: dict[str, str]
+) -> dict[Path, str]:
+    """The text of each file: `page` with its words up to "## Tables" and this run's goals; beside it a folder of tables.
+
+    Returns:
+        By path: docs/evidence.md, docs/evidence/attention.md, rows.md, traffic.md and skipped.md, as far as they have rows.
+    """
+    words = page.read_text().partition("## Tables")[0] if page.exists() else ""
     archs = ", ".join(f"sm_{arch}" for arch in sorted({row["arch"] for row in rows}))
-    parts = [
-        words.partition("## Tables")[0]
-        + f"## Tables\n\nThis run: {archs}; {', '.join(f'{name} {version}' for name, version in versions.items())}.\n",
-        _ops(),
-    ]
-    for title, columns, of in reversed(table.sections(rows, goals)):
-        parts.append(f"### {title}\n\n{table.markdown(columns, of)}\n")
-    return "\n".join(parts)
+    run = f"This run: {archs}; {', '.join(f'{name} {version}' for name, version in versions.items())}.\n"
+    found, parts, links = {}, [words + "## Tables\n\n" + run, _ops()], []
+    for name, title, columns, of in reversed(table.sections(rows, goals)):
+        text = table.markdown(columns, of) + "\n"
+        if name == "goals":
+            parts.append(f"### {title}\n\n{text}")
+            continue
+        found[page.with_suffix("") / f"{name}.md"] = (
+            f"# {title}\n\nWritten by `make evidence` with [the evidence](../{page.name}). {run}\n{text}"
+        )
+        links.append(f"- [{title}]({page.stem}/{name}.md): {len(of)} rows")
+    if links:
+        parts.append("### Every figure\n\n" + "\n".join(reversed(links)) + "\n")
+    return {page: "\n".join(parts)} | found

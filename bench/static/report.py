@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--evidence", type=arguments.output_file, metavar="FILE",
-        help="write the tables of docs/evidence.md into FILE, behind its words",
+        help="write the goals of docs/evidence.md into FILE, behind its words, and the tables into the folder beside it",
     )  # fmt: skip
     about = "default: tileformer/static in XDG_CACHE_HOME or ~/.cache"
     parser.add_argument("--cache", type=arguments.output_folder, metavar="DIR", help=about)
@@ -193,20 +193,21 @@ def main(args: argparse.Namespace) -> int:
         **{name: importlib.metadata.version(PEERS[name]) for name in providers[1:]},
     )
     report: dict[str, Any] = dict(versions=versions, rows=[], goals=[])
-    file = Growing(args.json, lambda: json.dumps(report, indent=1, sort_keys=True) + "\n")
+    report_file = Growing(args.json, lambda: json.dumps(report, indent=1, sort_keys=True) + "\n")
 
     def grown(rows: list[dict[str, Any]]) -> None:
         report["rows"] = rows
-        file.write()
+        report_file.write()
 
     asked = goals.load() if args.goals or args.evidence else []
     rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*", grown)
     report["goals"] = found = goals.verdicts(asked, rows, part=bool(args.call))
     print(f"Triton {triton.__version__}. Nothing here was measured on a GPU; shares and times are modelled.")
-    for title, columns, of in table.sections(rows, found if args.goals else []):
+    for _, title, columns, of in table.sections(rows, found if args.goals else []):
         print(f"\n{title}\n{table.text(columns, of)}")
-    file.write(last=True)
+    report_file.write(last=True)
     if args.evidence:
-        page = Path(args.evidence)
-        page.write_text(evidence.page(rows, found, versions, page.read_text() if page.exists() else ""))
+        for file, text in evidence.pages(Path(args.evidence), rows, found, versions).items():
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
     return int(args.goals and any(v["verdict"] == "miss" for v in found))

@@ -73,17 +73,17 @@ GOALS: list[Column] = [
 ]
 
 
-def sections(rows: list[Row], goals: list[Row]) -> list[tuple[str, list[Column], list[Row]]]:
-    """(title, columns, rows) of each table that has rows."""
+def sections(rows: list[Row], goals: list[Row]) -> list[tuple[str, str, list[Column], list[Row]]]:
+    """(name, title, columns, rows) of each table that has rows."""
     launched = [row for row in rows if "configurations" in row]
     found = [
-        ("Attention: machine code, main loop, model", ATTENTION, [row for row in launched if row["op"] == "attention"]),
-        ("Row kernels: machine code, model", ROWS, [row for row in launched if row["op"] != "attention"]),
-        ("Traffic and FLOPs", TRAFFIC, [row for row in rows if "bytes_total" in row]),
-        ("Skipped", MISSING, [row for row in rows if "skipped" in row or "uncounted" in row]),
-        ("Goals", GOALS, goals),
+        ("attention", "Attention: machine code, main loop, model", ATTENTION, [row for row in launched if row["op"] == "attention"]),
+        ("rows", "Row kernels: machine code, model", ROWS, [row for row in launched if row["op"] != "attention"]),
+        ("traffic", "Traffic and FLOPs", TRAFFIC, [row for row in rows if "bytes_total" in row]),
+        ("skipped", "Skipped", MISSING, [row for row in rows if "skipped" in row or "uncounted" in row]),
+        ("goals", "Goals", GOALS, goals),
     ]
-    return [section for section in found if section[2]]
+    return [section for section in found if section[3]]
 
 
 def text(columns: list[Column], rows: list[Row]) -> str:
