@@ -40,7 +40,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
         taken.append(tiles[0])
         return launch.launch(kernel, grid, like, args, flags, tiles)
 
-    monkeypatch.setattr(LAUNCHERS, "AHEAD_LEAST", 0)
+    monkeypatch.setattr(LAUNCHERS, "OVERLAP_LEAST_KEYS", 0)
     monkeypatch.setattr(LAUNCHERS, "launch", noted)
     yield taken
 
@@ -54,7 +54,7 @@ def test_values_and_gradients_are_within_budget(call: str, dtype: str, tiles: li
     case = Case("attention", call, "one tile ahead", attention_call(shape, **options), dtypes=(dtype,))
     over = judge(case, dtype, "interpret", torch.device("cpu"))
     assert over and all(x <= 1 for x in over.values()), over
-    assert sum("AHEAD" in tile for tile in tiles) == 1  # the forward alone
+    assert sum("OVERLAP" in tile for tile in tiles) == 1  # the forward alone
 
 
 @pytest.mark.interprets
@@ -63,9 +63,9 @@ def test_it_is_the_same_arithmetic(tiles: list[dict[str, int]], monkeypatch: pyt
     q, k, v = (torch.randn(1, 2, t, 32, dtype=torch.float16) for t in (70, 128, 128))
     with use_backend("interpret"):
         ahead = attention(q, k, v)
-        monkeypatch.setattr(LAUNCHERS, "AHEAD_LEAST", 10**9)
+        monkeypatch.setattr(LAUNCHERS, "OVERLAP_LEAST_KEYS", 10**9)
         plain = attention(q, k, v)
-    assert ["AHEAD" in tile for tile in tiles] == [True, False]
+    assert ["OVERLAP" in tile for tile in tiles] == [True, False]
     assert torch.equal(ahead, plain)  # no masked tile stands between the others, so the order of the sums is one
 
 
@@ -100,11 +100,11 @@ def test_keys_that_a_descriptor_reaches_get_it(name: str, monkeypatch: pytest.Mo
     tensors, options = change(*(torch.zeros(1, 1, t, 128, dtype=torch.bfloat16) for t in (8, 1024, 1024)))
     with use_backend("interpret"):
         attention(*tensors, **options)
-    assert [tile.get("AHEAD", 0) for tile in chosen if "EDGE" in tile] == [int(expected)]
+    assert [tile.get("OVERLAP", 0) for tile in chosen if "BLOCK_MASKED" in tile] == [int(expected)]
 
 
 def test_only_a_row_of_its_own_works_ahead() -> None:
-    assert [tile.get("AHEAD", 0) for tile in tiles_for(FORWARD, 90, 128, torch.bfloat16, "ahead")] == [1, 0]
+    assert [tile.get("OVERLAP", 0) for tile in tiles_for(FORWARD, 90, 128, torch.bfloat16, "ahead")] == [1, 0]
     assert tiles_for(FORWARD, 80, 128, torch.bfloat16, "ahead") == tiles_for(FORWARD, 80, 128, torch.bfloat16, "plain")
 
 

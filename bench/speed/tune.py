@@ -203,7 +203,7 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
     with ours(bench.clock.dry):
         arch = launch.arch_of(bench.clock.flush)
     with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
-        usual = {"maxnreg": 255, "AHEAD": 0} if table is FORWARD else {"maxnreg": 255}
+        usual = {"maxnreg": 255, "OVERLAP": 0} if table is FORWARD else {"maxnreg": 255}
         return changed(kernel, **usual | tiles_for(table, arch, size, bench.dtype, feature)[0])
 
 
@@ -255,7 +255,7 @@ _NORM, _WIDE_NORM, _LOSS = (
 )
 EXPERIMENTS = [
     Experiment("1 every kernel against float64", reason="the parts self-test and check of gpu-day"),
-    Experiment("2 D 128 forward: ahead and through descriptors (TMA), or not", _D128, "forward", _options(_FWD, "AHEAD", 0, 1)),
+    Experiment("2 D 128 forward: ahead and through descriptors (TMA), or not", _D128, "forward", _options(_FWD, "OVERLAP", 0, 1)),
     Experiment("3 D 64 forward: 128x64, 4 warps (two programs a multiprocessor) or 128x128, 8 warps", _D64, "forward",
                _tiles("FORWARD", 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
     Experiment("4 D 128 dk, dv: 64x128 or 64x64, 2 or 3 stages", _CAUSAL, "backward",
