@@ -12,13 +12,21 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
-from tileformer.kernels.attention.launchers import NO_LIMIT, bwd, fwd, weights_of
+from tileformer.kernels.attention.launchers import (
+    NO_LIMIT,
+    attention_bwd,
+    attention_fwd,
+    attention_weights,
+    bwd,
+    fwd,
+    weights_of,
+)
 from tileformer.kernels.attention.params import check_attention
 from tileformer.kernels.attention.torch_backend import torch_attention
+from tileformer.kernels.autograd import KernelFunction
 from tileformer.kernels.backend import choose
 from tileformer.kernels.double_backward import second_derivative
-from tileformer.kernels.launch import apply, not_traced, registered
-from tileformer.kernels.subclasses import attention_on_shards, is_special, refuse
+from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
 SIDES = 7  # gradients of key_mask, q_lens, k_lens, slopes, seed and the two groups of numbers: none
@@ -29,7 +37,6 @@ class _Attention(torch.autograd.Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_fwd"))
 
     @staticmethod
     def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
@@ -48,7 +55,7 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * (5 + SIDES)
         dout = torch.zeros_like(out) if dout is None else dout
-        *grads, dbias = apply(_AttentionBackward, dout, dlse, out, lse, bounds, *tensors, ctx.whole, ctx.real)
+        *grads, dbias = _attention_backward(dout, dlse, out, lse, bounds, *tensors, ctx.whole, ctx.real)
         dbias = dbias.view(tensors[4].shape) if ctx.whole[BIAS_GRAD] else None
         return *grads, None, dbias, *(None,) * SIDES
 
@@ -57,7 +64,6 @@ class _AttentionBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice, so it is right, and needs T_q x T_k memory."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_bwd"))
 
     @staticmethod
     def forward(
@@ -96,7 +102,6 @@ class _Weights(torch.autograd.Function):
     """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_weights"))
 
     @staticmethod
     def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
@@ -122,6 +127,11 @@ class _Weights(torch.autograd.Function):
         _, pull = torch.func.vjp(weights, *primals)
         dq, dk, *dbias = pull(dweights)
         return None, None, None, dq, dk, None, None, *(dbias or (None,)), *(None,) * SIDES
+
+
+_attention_forward = KernelFunction(attention_fwd, _Attention)
+_attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
+_attention_weights = KernelFunction(attention_weights, _Weights)
 
 
 def _reference_options(mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real) -> dict[str, Any]:
@@ -249,7 +259,7 @@ def attention(
         options = _reference_options(mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
         return reference.attention(q, k, v, **options, return_lse=return_lse, return_weights=return_weights)
     if backend != "torch" or dropout_p > 0.0:
-        not_traced("attention")
+        checks.not_traced("attention")
     if backend == "torch":
         sides = (mask, bias, key_mask, *lens, alibi_slopes, seed)
         return torch_attention(q, k, v, sides, whole, real, return_lse, return_weights)
@@ -260,10 +270,10 @@ def attention(
     if scale < 0:  # the kernels take the maximum before they scale
         q, real = -q, (-scale, *real[1:])
     arguments = (q, k, v, mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
-    out, lse, bounds = apply(_Attention, *arguments)
+    out, lse, bounds = _attention_forward(*arguments)
     results = [out, lse * LN2] if return_lse else [out]
     if return_weights:
-        weights = apply(_Weights, lse.detach(), bounds, return_weights == "average", *arguments)
+        weights = _attention_weights(lse.detach(), bounds, return_weights == "average", *arguments)
         results.append(weights.squeeze(1) if return_weights == "average" else weights)
     return tuple(results) if len(results) > 1 else out
 
@@ -290,7 +300,7 @@ def scaled_dot_product_attention(
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
     if isinstance(query, Tensor) and query.is_nested:
-        refuse("scaled_dot_product_attention", query, key, value)
+        checks.plain("scaled_dot_product_attention", query, key, value)
     checks.tensors("scaled_dot_product_attention", query=query, key=key, value=value, attn_mask=attn_mask)
     for name, x, least in (("query", query, 2), ("key", key, 2), ("value", value, 2), ("attn_mask", attn_mask, 1)):
         if x is not None and x.dim() < least:

@@ -22,7 +22,9 @@ from tileformer.kernels.attention.backward import (
 from tileformer.kernels.attention.forward import _attention_fwd_kernel, _attention_weights_kernel
 from tileformer.kernels.attention.mask import _attention_bounds_kernel
 from tileformer.kernels.attention.tiles import BACKWARD_BIAS, BACKWARD_DKDV, BACKWARD_DQ, FORWARD, WEIGHTS, tiles_for
-from tileformer.kernels.launch import arch_of, cdiv, dot_flags, launch, pow2, register
+from tileformer.kernels.autograd import register
+from tileformer.kernels.device import arch_of, dot_flags
+from tileformer.kernels.launch import Launch, cdiv, pow2
 
 AHEAD_LEAST = 1024  # keys that make up for what a tensor descriptor costs each program
 FARTHEST = 2**23  # elements between neighbours of a tile: its offsets have 32 bits, and a tile has at most 128 rows
@@ -136,7 +138,8 @@ class _Call:
         self, kernel: Any, table: Any, grid: Any, args: tuple[Any, ...], without: Sequence[str] = (), **more: Any
     ) -> None:
         flags = {name: value for name, value in self.flags.items() if name not in without} | more
-        launch(kernel, grid, self.q, args, flags, self.tiles(table))
+        n = next(n for n, x in enumerate(args) if not isinstance(x, Tensor))
+        Launch(kernel, grid, flags, self.tiles(table), args[n:])(*args[:n])
 
 
 def _bounds(sides: Sequence[Tensor | None], whole: Sequence[int], q: Tensor, t_k: int) -> Tensor:
@@ -155,8 +158,9 @@ def _bounds(sides: Sequence[Tensor | None], whole: Sequence[int], q: Tensor, t_k
             ALIGN=bool(align),
         )
         most = whole[4:6] if packed else (q.shape[2], t_k)
-        args = (key_mask_, *lens, table, *most)
-        launch(_attention_bounds_kernel, lambda _: (table.shape[0],), q, args, flags, [dict(BLOCK=1024, num_warps=4)])
+        tiles = [dict(BLOCK=1024, num_warps=4)]
+        run = Launch(_attention_bounds_kernel, lambda _: (table.shape[0],), flags, tiles, tuple(most))
+        run(key_mask_, *lens, table)
     return table
 
 
