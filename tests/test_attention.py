@@ -11,6 +11,7 @@ from torch import Tensor
 from tileformer.bench.check.budget import assert_within_budget, attention_sizes, rms_ratio
 from tileformer.bench.check.cases import Case, attention_call
 from tileformer.bench.check.run import judge
+from tileformer.bench.recording import record
 from tileformer.kernels import attention, reference, scaled_dot_product_attention, use_backend
 
 EVERY_BACKEND = pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
@@ -316,32 +317,33 @@ def test_a_strided_key_mask(backend: str, device: torch.device) -> None:
     assert torch.equal(attention(q, k, v, key_mask=key_mask), attention(q, k, v, key_mask=key_mask.contiguous()))
 
 
-@pytest.mark.interprets
 def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
     from tileformer.kernels import launch
 
     q, k, v = _qkv()
-    with use_backend("interpret"):
-        expected = attention(q, k, v)
     room = sys.modules["tileformer.kernels.attention.launchers"]
     rows = [dict(BLOCK_M=m, BLOCK_N=32, BLOCK_MASKED=16, num_warps=4, num_stages=1) for m in (64, 32)]
     monkeypatch.setattr(room, "tiles_for", lambda *_: rows)
-    run = launch._run
+    tried, run = [], launch._run
 
     def small_device(kernel, programs, like, args, constexprs):
-        if constexprs.get("BLOCK_M") == 64:
+        tried.append(constexprs["BLOCK_M"])
+        if constexprs["BLOCK_M"] == 64:
             raise OutOfResources(200_000, 101_376, "shared memory")
-        run(kernel, programs, like, args, constexprs)
+        return run(kernel, programs, like, args, constexprs)
 
     monkeypatch.setattr(launch, "_run", small_device)
-    monkeypatch.setattr(launch, "_too_big", set())
-    with use_backend("interpret"), pytest.warns(UserWarning, match="does not fit this device"):
-        assert torch.equal(attention(q, k, v), expected)
-    with use_backend("interpret"), warnings.catch_warnings():
-        warnings.simplefilter("error")  # remembered: no second warning
-        assert torch.equal(attention(q, k, v), expected)
+    monkeypatch.setattr(launch, "out_of_resources", set())
+    with record(86) as launches, use_backend("triton"):
+        with pytest.warns(UserWarning, match="does not fit this device"):
+            attention(q, k, v)
+        monkeypatch.setattr(launch, "cached_kernels", {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # remembered: no second warning
+            attention(q, k, v)
+    assert tried == [64, 32, 32] and [x.constants["BLOCK_M"] for x in launches] == [32, 32]
 
 
 @pytest.mark.interprets

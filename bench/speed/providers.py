@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tileformer import kernels
 from tileformer.bench.speed.workloads import Workload
 from tileformer.decoder import TransformerDecoderLayer
-from tileformer.kernels import launch
+from tileformer.kernels import device
 
 Tensors = dict[str, Tensor]
 Options = dict[str, Any]
@@ -97,7 +97,7 @@ def _peer(
 
         def run(t: Tensors, o: Options) -> Tensor:
             x = next(iter(t.values()))
-            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (launch.recording() and not half))})
+            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (device.recording() and not half))})
             _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
             return call(_package(module), t, o)
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
-from tileformer.kernels.attention.launchers import bwd, fwd, weights_of
+from tileformer.kernels.attention.launchers import attention_bwd, attention_fwd, attention_weights, bwd, fwd, weights_of
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams, check_attention
 from tileformer.kernels.attention.torch_backend import torch_attention
+from tileformer.kernels.autograd import KernelFunction
 from tileformer.kernels.backend import choose
 from tileformer.kernels.double_backward import second_derivative
-from tileformer.kernels.launch import apply, not_traced, registered
-from tileformer.kernels.subclasses import attention_on_shards, is_special, refuse
+from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
 _NO_GRADIENTS = (None,) * 7  # of key_mask, q_lens, k_lens, slopes, seed and the two lists of numbers
@@ -28,7 +28,6 @@ class _Attention(torch.autograd.Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_fwd"))
 
     @staticmethod
     def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats):
@@ -48,7 +47,7 @@ class _Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 5 + _NO_GRADIENTS
         dout = torch.zeros_like(out) if dout is None else dout
-        *grads, dbias = apply(_AttentionBackward, dout, dlse, out, lse, bounds, *tensors, *ctx.params.flat())
+        *grads, dbias = _attention_backward(dout, dlse, out, lse, bounds, *tensors, *ctx.params.flat())
         dbias = dbias.view(tensors[4].shape) if ctx.params.bias_grad else None
         return *grads, None, dbias, *_NO_GRADIENTS
 
@@ -57,7 +56,6 @@ class _AttentionBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice, so it is right, and needs T_q x T_k memory."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_bwd"))
 
     @staticmethod
     def forward(
@@ -98,7 +96,6 @@ class _Weights(torch.autograd.Function):
     """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_weights"))
 
     @staticmethod
     def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats):
@@ -127,6 +124,11 @@ class _Weights(torch.autograd.Function):
         _, pull = torch.func.vjp(weights, *primals)
         dq, dk, *dbias = pull(dweights)
         return None, None, None, dq, dk, None, None, *(dbias or (None,)), *_NO_GRADIENTS
+
+
+_attention_forward = KernelFunction(attention_fwd, _Attention)
+_attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
+_attention_weights = KernelFunction(attention_weights, _Weights)
 
 
 def _reference_options(masks: AttentionMasks, params: AttentionParams) -> dict[str, Any]:
@@ -254,7 +256,7 @@ def attention(
         options = _reference_options(masks, params)
         return reference.attention(q, k, v, **options, return_lse=return_lse, return_weights=return_weights)
     if backend != "torch" or dropout_p > 0.0:
-        not_traced("attention")
+        checks.not_traced("attention")
     if backend == "torch":
         return torch_attention(q, k, v, masks, params, return_lse, return_weights)
     if bias_grad and packed:
@@ -264,10 +266,10 @@ def attention(
     if scale < 0:  # the kernels take the maximum before they scale
         q, params = -q, params._replace(scale=-scale)
     arguments = (q, k, v, *masks, *params.flat())
-    out, lse, bounds = apply(_Attention, *arguments)
+    out, lse, bounds = _attention_forward(*arguments)
     results = [out, lse * LN2] if return_lse else [out]
     if return_weights:
-        weights = apply(_Weights, lse.detach(), bounds, return_weights == "average", *arguments)
+        weights = _attention_weights(lse.detach(), bounds, return_weights == "average", *arguments)
         results.append(weights.squeeze(1) if return_weights == "average" else weights)
     return tuple(results) if len(results) > 1 else out
 
@@ -294,7 +296,7 @@ def scaled_dot_product_attention(
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
     if isinstance(query, Tensor) and query.is_nested:
-        refuse("scaled_dot_product_attention", query, key, value)
+        checks.plain("scaled_dot_product_attention", query, key, value)
     checks.tensors("scaled_dot_product_attention", query=query, key=key, value=value, attn_mask=attn_mask)
     for name, x, least in (("query", query, 2), ("key", key, 2), ("value", value, 2), ("attn_mask", attn_mask, 1)):
         if x is not None and x.dim() < least:

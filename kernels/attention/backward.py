@@ -18,8 +18,20 @@ import triton
 import triton.language as tl
 
 from tileformer.kernels.attention.mask import (
-    LOG2E, Matrix, apply_mask_and_bias, block_scores, key_tiles, load_rows, mask_of_head, of_head, query_block, query_tiles, schedule, sequence,
-    softcap_and_alibi, valid_keys,
+    LOG2E,
+    Matrix,
+    apply_mask_and_bias,
+    block_scores,
+    key_tiles,
+    load_rows,
+    mask_of_head,
+    of_head,
+    query_block,
+    query_tiles,
+    schedule,
+    sequence,
+    softcap_and_alibi,
+    valid_keys,
 )  # fmt: skip
 from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
@@ -68,9 +80,7 @@ def _attention_bwd_dq_kernel(
     if F.PACKED:  # noqa: SIM102
         if row_start >= bounds.q_len:
             return
-    block = query_block(q, masks, bounds, head, row_start, H, T_k, low, high, threshold, scaling, F, BLOCK_M)
-    keys = of_head(k, block.batch, block.h // group, bounds.k_start, F)
-    values = of_head(v, block.batch, block.h // group, bounds.k_start, F)
+    block = query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M)
     near_m = tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, F.BLOCK_DV)
     in_q = block.rows < bounds.q_len
@@ -96,8 +106,13 @@ def _attention_bwd_dq_kernel(
     start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = key_tiles(block, BLOCK_M, BLOCK_N, BLOCK_MASKED, F)
     BLOCK_D: tl.constexpr = F.BLOCK_D
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    k_ptr = keys.ptr + unmasked_start.to(tl.int64) * k.strides[2]
-    v_ptr = values.ptr + unmasked_start.to(tl.int64) * v.strides[2]
+    for i in range(n_masked_left + n_masked_right):
+        at = tl.where(i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED)
+        k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
+        v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
+        dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
+    k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
+    v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
     for i in range((unmasked_end - unmasked_start) // BLOCK_N):
         k_next = Matrix(k_ptr, k.strides)
         v_next = Matrix(v_ptr, v.strides)
@@ -105,11 +120,6 @@ def _attention_bwd_dq_kernel(
         dq = _dq_tile(dq, block, do_tile, lse, delta, k_next, v_next, at, scaling.keep_scale, False, BLOCK_N, F)
         k_ptr += BLOCK_N * k.strides[2]
         v_ptr += BLOCK_N * v.strides[2]
-    for i in range(n_masked_left + n_masked_right):
-        at = tl.where(i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED)
-        k_at = Matrix(keys.ptr + at.to(tl.int64) * k.strides[2], k.strides)
-        v_at = Matrix(values.ptr + at.to(tl.int64) * v.strides[2], v.strides)
-        dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
     dq_at = dq_ptr + out_row * (H * F.D) + block.h * F.D
     store_tile(dq_at, dq * scaling.scale, near_m, H * F.D, tl.arange(0, F.BLOCK_D), in_out, F.D)
 

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.mask import Matrix, block_scores, key_tiles, of_head, query_block, schedule, sequence, valid_keys
+from tileformer.kernels.attention.mask import (
+    Matrix,
+    block_scores,
+    key_tiles,
+    query_block,
+    schedule,
+    sequence,
+    valid_keys,
+)
 from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
@@ -69,7 +77,7 @@ def _fwd_tile(state, block, k, v, start, MASKED: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def _fwd_overlapped(state, block, k, v, n, BLOCK_N: tl.constexpr, F: tl.constexpr):
+def _fwd_overlapped(state, block, n, BLOCK_N: tl.constexpr, F: tl.constexpr):
     """Fold the first n > 0 tiles of keys, unmasked, into the state, each tile's values one step behind its scores.
 
     The order of the statements is what lets Triton leave the second product in flight while the weights are computed: its result is read after
@@ -78,8 +86,8 @@ def _fwd_overlapped(state, block, k, v, n, BLOCK_N: tl.constexpr, F: tl.constexp
     """
     BLOCK_D: tl.constexpr = F.BLOCK_D
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
-    k_tiles = tl.make_tensor_descriptor(k.ptr, [block.last, BLOCK_D], [k.strides[2], 1], [BLOCK_N, BLOCK_D])
-    v_tiles = tl.make_tensor_descriptor(v.ptr, [block.last, BLOCK_DV], [v.strides[2], 1], [BLOCK_N, BLOCK_DV])
+    k_tiles = tl.make_tensor_descriptor(block.k.ptr, [block.last, BLOCK_D], [block.k.strides[2], 1], [BLOCK_N, BLOCK_D])
+    v_tiles = tl.make_tensor_descriptor(block.v.ptr, [block.last, BLOCK_DV], [block.v.strides[2], 1], [BLOCK_N, BLOCK_DV])
     acc = state.acc
     m = state.running_max
     l = state.sum
@@ -116,9 +124,7 @@ def _attention_fwd_kernel(
     if F.PACKED:  # noqa: SIM102
         if row_start >= bounds.q_len:
             return
-    block = query_block(q, masks, bounds, head, row_start, H, T_k, low, high, threshold, scaling, F, BLOCK_M)
-    keys = of_head(k, block.batch, block.h // group, bounds.k_start, F)
-    values = of_head(v, block.batch, block.h // group, bounds.k_start, F)
+    block = query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M)
     start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = key_tiles(block, BLOCK_M, BLOCK_N, BLOCK_MASKED, F)
 
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
@@ -129,15 +135,15 @@ def _attention_fwd_kernel(
         if part != OVERLAP:
             for i in range(n_masked_left + n_masked_right):
                 at = tl.where(i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED)
-                k_at = Matrix(keys.ptr + at.to(tl.int64) * k.strides[2], k.strides)
-                v_at = Matrix(values.ptr + at.to(tl.int64) * v.strides[2], v.strides)
+                k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
+                v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
                 state = _fwd_tile(state, block, k_at, v_at, at, True, BLOCK_MASKED, F)
         elif OVERLAP:  # only where the first key is the first of all
             if n > 0:
-                state = _fwd_overlapped(state, block, keys, values, n, BLOCK_N, F)
+                state = _fwd_overlapped(state, block, n, BLOCK_N, F)
         else:
-            k_ptr = keys.ptr + unmasked_start.to(tl.int64) * k.strides[2]
-            v_ptr = values.ptr + unmasked_start.to(tl.int64) * v.strides[2]
+            k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
+            v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
             for i in range(n):
                 k_next = Matrix(k_ptr, k.strides)
                 v_next = Matrix(v_ptr, v.strides)

@@ -18,24 +18,24 @@ from tileformer.kernels.attention.backward import _attention_bwd_dkdv_kernel, _a
 from tileformer.kernels.attention.forward import _attention_fwd_kernel
 from tileformer.kernels.attention.mask import Features, Masks, Matrix, Scaling, _attention_bounds_kernel
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
-from tileformer.kernels.attention.tiles import BACKWARD_BIAS, BACKWARD_DKDV, BACKWARD_DQ, FORWARD, WEIGHTS, Table, tiles_for
+from tileformer.kernels.attention.tiles import (
+    BACKWARD_BIAS,
+    BACKWARD_DKDV,
+    BACKWARD_DQ,
+    FORWARD,
+    WEIGHTS,
+    Table,
+    tiles_for,
+)
 from tileformer.kernels.attention.weights import _attention_bwd_bias_kernel, _attention_weights_kernel
-from tileformer.kernels.launch import Tile, arch_of, cdiv, dot_flags, launch, pow2, register
+from tileformer.kernels.autograd import register
+from tileformer.kernels.device import arch_of, dot_precision
+from tileformer.kernels.launch import Launch, Tile, cdiv, pow2
 
 OVERLAP_LEAST_KEYS = 1024  # that make up for what a tensor descriptor costs each program
 MAX_ROW_STRIDE = 2**23  # between neighbours of a tile, in elements: its offsets have 32 bits, and a tile has at most 128 rows
 # Keys and values of the heads that run side by side: half of an A100's L2 cache, a third of an H100's.
 SECTION_BYTES = 16 << 20
-
-
-class Launch:
-    def __init__(self, kernel, grid, flags, tiles, scalars=(), arrange=None):
-        self.a = kernel, grid, flags, tiles, scalars, arrange
-
-    def __call__(self, *tensors):
-        kernel, grid, flags, tiles, scalars, arrange = self.a
-        args = arrange(*tensors) if arrange else tensors
-        launch(kernel, grid, tensors[0], args + scalars, flags, tiles)
 
 
 def _empty_bthd(b: int, h: int, t: int, d: int, like: Tensor, zero: bool = False) -> Tensor:
@@ -193,7 +193,7 @@ def _planned(
     plan = _plan(
         _layout(q), _layout(k), _layout(v), _layout(mask), _layout(bias), (key_mask is not None, n > 0, slopes is not None), sequences, params,
         () if dout is None else dout.stride(), variant, long and _tma_compatible(k) and _tma_compatible(v),
-        (arch_of(q), dot_flags(q)["PRECISION"], tiles_for, SECTION_BYTES),
+        (arch_of(q), dot_precision(q), tiles_for, SECTION_BYTES),
     )  # fmt: skip
     tensors = (
         None if mask is None else _bytes(mask),

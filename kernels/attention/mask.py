@@ -81,9 +81,11 @@ class Bounds(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A tile of queries of one head, and what restricts the keys that they see."""
+    """A tile of queries of one head, the keys and values of that head, and what restricts the keys that they see."""
 
     q: Any  # [BLOCK_M, BLOCK_D]
+    k: Matrix  # from the first row of the sequence
+    v: Matrix
     rows: Any
     row_start: Any
     batch: Any  # in the tensors; packed sequences share one
@@ -183,7 +185,7 @@ def schedule(n_tiles, n_heads, section, LAST_FIRST: tl.constexpr):
 @triton.jit
 def of_head(x, batch, h, start, F: tl.constexpr):
     """The Matrix of one head, from row `start` on where sequences are packed."""
-    ptr = x.ptr + batch * x.strides[0] + h * x.strides[1]
+    ptr = x.ptr + (batch * x.strides[0] + h * x.strides[1])
     if F.PACKED:
         ptr += start.to(tl.int64) * x.strides[2]
     return Matrix(ptr, x.strides)
@@ -206,7 +208,7 @@ def load_rows(x, batch, h, row, in_rows, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def query_block(q, masks, bounds, head, row_start, H, T_k, low, high, threshold, scaling, F: tl.constexpr, BLOCK_M: tl.constexpr):
+def query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F: tl.constexpr, BLOCK_M: tl.constexpr):
     """The `Block` of rows row_start to row_start + BLOCK_M of a sequence. `head` counts the heads of all sequences."""
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
@@ -216,13 +218,17 @@ def query_block(q, masks, bounds, head, row_start, H, T_k, low, high, threshold,
     last = bounds.last
     if F.BOUNDS:
         last = tl.where(row_start < bounds.q_len, last, bounds.first)
+    keys = of_head(k, batch, h // group, bounds.k_start, F)
+    values = of_head(v, batch, h // group, bounds.k_start, F)
+    mask = mask_of_head(masks.mask, batch, h, bounds, F)
+    bias = mask_of_head(masks.bias, batch, h, bounds, F)
     # [BLOCK_M, BLOCK_D]
     q_tile = load_rows(q, batch, h, q_row, rows < bounds.q_len, F.D, F.BLOCK_D)
     return Block(
-        q_tile, rows, row_start, batch, h, head, q_row, bounds.q_len, bounds.first, last, bounds.padding_inside, bounds.shift,
+        q_tile, keys, values, rows, row_start, batch, h, head, q_row, bounds.q_len, bounds.first, last, bounds.padding_inside, bounds.shift,
         low + bounds.shift, high + bounds.shift, tl.load(masks.slopes + head) * LOG2E if F.ALIBI else 0.0,
         tl.load(masks.seed) if F.DROPOUT else 0, threshold, scaling.scale * LOG2E, scaling.softcap,
-        mask_of_head(masks.mask, batch, h, bounds, F), mask_of_head(masks.bias, batch, h, bounds, F), masks.key_mask + b * T_k,
+        mask, bias, masks.key_mask + b * T_k,
     )  # fmt: skip
 
 
@@ -351,10 +357,10 @@ def apply_mask_and_bias(s, rows, cols, seen, mask, bias, row_start, col_start, G
 @triton.jit
 def block_scores(s, block, cols, col_start, valid, MASKED: tl.constexpr, F: tl.constexpr):
     """What becomes of a block's scaled base-2 scores against the keys `cols`, and the soft cap's tanh."""
-    rows = block.rows[:, None]
-    s, t = softcap_and_alibi(s, rows, cols[None, :], block.shift, block.slope, block.softcap, F)
+    s, t = softcap_and_alibi(s, block.rows[:, None], cols[None, :], block.shift, block.slope, block.softcap, F)
     seen = valid[None, :]
     if MASKED:
         end = tl.where(block.rows < block.q_len, block.last, 0)
-        seen = causal_window_mask(rows, cols[None, :], seen, end[:, None], block.low, block.high, F)
-    return apply_mask_and_bias(s, rows, cols[None, :], seen, block.mask, block.bias, block.row_start, col_start, MASKED, F), t
+        seen = causal_window_mask(block.rows[:, None], cols[None, :], seen, end[:, None], block.low, block.high, F)
+    s = apply_mask_and_bias(s, block.rows[:, None], cols[None, :], seen, block.mask, block.bias, block.row_start, col_start, MASKED, F)
+    return s, t

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from tileformer.kernels.launch import INTERPRETED, Tile
+from tileformer.kernels.device import INTERPRETED
+from tileformer.kernels.launch import Tile
 
 # The values of _OPTIONS; the last one only where fewer registers let another block in, or let nothing spill.
 Row = tuple[int, ...]
