@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import checks
+from tileformer.kernels.autograd import register
 from tileformer.kernels.backend import current_backend
-from tileformer.kernels.launch import cdiv, register
 
 SEED_LIMIT = 2**62
 
@@ -71,7 +71,7 @@ class _Generator(threading.local):
         words: Any = {"state": np.array([seed, seed, seed, 1], np.uint64)}
         self.sfc64.state = {"bit_generator": "SFC64", "state": words, "has_uint32": 0, "uinteger": 0}
         self.sfc64.random_raw(12, output=False)  # its author's way to mix a 64-bit seed
-        return self.sfc64.random_raw(cdiv(n, 4)).view(np.uint16)[:n]
+        return self.sfc64.random_raw(-(-n // 4)).view(np.uint16)[:n]
 
 
 _generator = _Generator()
