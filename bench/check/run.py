@@ -172,6 +172,8 @@ def examine_draw(draw: Draw, dtype_name: str, backend: str, device: torch.device
     seed = torch.tensor([0x5EED_0123_4567], device=device)
     first, backward = pull(seed)
     keep, scale = first != 0, 1 / (1 - p)
+    with kernels.use_backend(backend):
+        looked_up = kernels.dropout_keep(seed, keep.shape, p)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(1)
         own, following = pull(None)[0], pull(None)[0]
@@ -195,6 +197,7 @@ def examine_draw(draw: Draw, dtype_name: str, backend: str, device: torch.device
             backend != "torch" and not torch.equal(keep, kernels.reference.dropout_keep(seed, keep.shape, p)),
             "other elements are kept than reference.dropout_keep keeps",
         ),
+        (not torch.equal(keep, looked_up), "kernels.dropout_keep names other elements than are kept"),
     ):
         finding.problems += [text] * wrong
     return finding

@@ -21,7 +21,7 @@ from tileformer.kernels.attention.launchers import (
     fwd,
     weights_of,
 )
-from tileformer.kernels.attention.params import check_attention
+from tileformer.kernels.attention.params import check_attention, limits
 from tileformer.kernels.attention.torch_backend import torch_attention
 from tileformer.kernels.autograd import KernelFunction
 from tileformer.kernels.backend import choose
@@ -249,11 +249,11 @@ def attention(
         mask, bias = None, mask
     if dropout_p > 0.0 and seed is None:
         seed = random.new_seed(q.device)
-    left, right, bottom_right = reference.limits(causal, window, align)
+    left, right, bottom_right = limits(causal, window, align)
     longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
-    limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
+    sides = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    whole = (*limits, int(bottom_right), int(packed), *longest, int(bias_grad))
+    whole = (*sides, int(bottom_right), int(packed), *longest, int(bias_grad))
     real = (scale, softcap, dropout_p)
     if backend == "reference":
         options = _reference_options(mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
