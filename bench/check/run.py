@@ -162,6 +162,8 @@ def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.devic
     seed = torch.tensor([0x5EED_0123_4567], device=device)
     first, backward = drawn(seed)
     keep, scale = first != 0, 1 / (1 - p)
+    with kernels.use_backend(backend):
+        looked_up = kernels.dropout_keep(seed, keep.shape, p)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(1)
         unseeded, following = drawn(None)[0], drawn(None)[0]
@@ -185,6 +187,7 @@ def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.devic
             backend != "torch" and not torch.equal(keep, kernels.reference.dropout_keep(seed, keep.shape, p)),
             "other elements are kept than reference.dropout_keep keeps",
         ),
+        (not torch.equal(keep, looked_up), "kernels.dropout_keep names other elements than are kept"),
     ):
         finding.problems += [text] * wrong
     return finding

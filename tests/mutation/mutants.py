@@ -1194,7 +1194,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("accumulator", "torch's TF32 switch is not followed", '"tf32" if tf32 else "ieee"', '"ieee"'),
     ],
     "kernels/autograd.py": [
-        ("host", "a lazy or wrapped tensor is taken for a plain one", "if not is_plain(x):", "if False:"),
+        ("host", "a lazy or wrapped tensor is taken for a plain one", "if is_special(x):", "if False:"),
         ("host", "a thread in which ops are listened to is taken for a plain one", "or listens_to_ops() ", "or False "),
         ("host", "the gradient is lost on the short way", "if tracked and torch.is_grad_enabled():", "if False:"),
         ("host", "forward mode gets a silent zero", "if in_forward_mode():", "if False:"),
@@ -1238,7 +1238,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "(centred * centred).mean(axes, keepdim=True) + eps",
          "centred.var(axes, keepdim=True) + eps"),
         ("smoothing", "the definition's smoothing is not weighted", "label_smoothing * (log_p * weights).sum(1)", "label_smoothing * log_p.sum(1)"),
-        ("dropout", "the definition does not scale what it keeps", "x = x * keep.to(x.dtype) * random.keep_scale(p)", "x = x * keep.to(x.dtype)"),
+        ("dropout", "the definition does not scale what it keeps", "x = x * keep.to(x.dtype) * _keep_scale(p)", "x = x * keep.to(x.dtype)"),
         ("dropout bits", "the definition's generator has another key", "0x9E3779B9", "0x9E3779B1"),
     ],
     "decoder/nn/attention.py": [
