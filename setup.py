@@ -11,5 +11,7 @@ elif all(os.path.isfile(f"{room}/__init__.py") for room in ROOMS):  # an archive
     packages = ["tileformer", *(f"tileformer.{name}" for room in ROOMS for name in find_packages(include=[f"{room}*"]))]
     folders = {"tileformer": "src/tileformer", **{f"tileformer.{room}": room for room in ROOMS}}
 else:
-    raise SystemExit(f"tileformer is not whole here: {', '.join(ROOMS)} are neither in {os.getcwd()} nor in src/tileformer")
+    raise SystemExit(
+        f"tileformer is not whole here: {', '.join(ROOMS)} are neither in {os.getcwd()} nor in src/tileformer"
+    )
 setup(packages=packages, package_dir=folders)
