@@ -45,7 +45,7 @@ format: $(VENV)/.installed ## rewrite the files as lint wants them
 	$(BIN)/ruff format .
 
 docs: $(COMPAT)/docs/.installed ## build the documentation site into build/site, strictly: a link or a name that leads nowhere fails
-	PYTHONPATH=$(COMPAT)/docs $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site $(ARGS)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(COMPAT)/docs $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site $(ARGS)
 
 bench: $(VENV)/.installed ## time the ops and the layers
 	$(if $(call has,pytest_benchmark),$(BIN)/pytest bench --benchmark-only,$(BIN)/tileformer bench) $(ARGS)
