@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("safetensors", reason="the train extra is not installed")
-pytest.importorskip("rapidfuzz", reason="the train extra is not installed")
+pytest.importorskip("rapidfuzz", reason="the data extra is not installed")
 
 from tileformer.__main__ import main
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig

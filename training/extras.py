@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-EXTRAS = {"peft": "hf"}  # of the libraries that are not in `finetune`
+from tileformer.extras import advice
 
 
 def optional_import(name: str) -> Any:
@@ -11,5 +11,4 @@ def optional_import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(name, "finetune")
-        raise ValueError(f'{error.name} is not installed: pip install "tileformer[{extra}]"') from None
+        raise ValueError(f"{error.name} is not installed: {advice(name) or f'pip install {name}'}") from None
