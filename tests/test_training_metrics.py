@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tileformer.training import extras
+from tileformer import extras
 from tileformer.training.finetune import metrics
 
 pytest.importorskip("sklearn")

@@ -150,7 +150,7 @@ def _asked(args: argparse.Namespace, device: torch.device) -> list[Call]:
         names = ", ".join(map(repr, sorted(unknown)))
         raise ValueError(f"unknown provider {names}: there are {', '.join(sorted(known))}")
     if args.plot:
-        from tileformer.training.extras import optional_import  # whose room needs more packages than timing does
+        from tileformer.extras import optional_import  # whose room needs more packages than timing does
 
         optional_import("matplotlib")
     # Those with a slow starter last: where time is short, all the others have their figures.

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from tileformer import arguments
+from tileformer.extras import optional_import
 from tileformer.kernels.info import require_device
 from tileformer.training import checkpoint, process
-from tileformer.training.extras import optional_import
 from tileformer.training.files import quote, to_json, write
 from tileformer.training.finetune import metrics, plots, table, texts
 from tileformer.training.finetune.methods import METHODS, probabilities
