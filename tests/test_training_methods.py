@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, MultiheadAttention
+from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig
+from tileformer.decoder.blocks import Attention
 from tileformer.training.data.batches import LabelledBatches
 from tileformer.training.finetune import adversarial, methods, ngrams
 from tileformer.training.finetune.methods import METHODS, Context
@@ -103,7 +104,7 @@ def test_only_the_named_weights_learn(name, learns, context, trained):
 def test_lora_reaches_every_projection_and_leaves_plain_modules(context, trained):
     model = trained["lora"]
     for layer in model.backbone.layers:
-        assert type(layer.self_attn) is MultiheadAttention and type(layer.linear1) is torch.nn.Linear
+        assert type(layer.self_attn) is Attention and type(layer.linear1) is torch.nn.Linear
     for part in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"):
         for number in range(2):
             name = f"layers.{number}.{part}"

@@ -126,10 +126,10 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
     backbone = model.backbone
     device = next(model.parameters()).device
     tokens = torch.tensor([list(row)], device=device)
-    layer, causal = backbone.layers[-1], torch.ones(len(row), len(row), dtype=torch.bool, device=device).triu(1)
+    layer = backbone.layers[-1]
     with torch.no_grad():
         x = layer.norm1(backbone.states(tokens)[-2])
-        return layer.self_attn(x, x, x, attn_mask=causal, is_causal=True, average_attn_weights=False)[1][0]
+        return layer.self_attn(x, x, x, need_weights=True, causal=True)[1][0]
 
 
 def _check(args: argparse.Namespace) -> None:
