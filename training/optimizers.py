@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tileformer.training.settings import Settings
 
+Groups = Sequence[dict[str, Any]]
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 # 0.02 for the normal ones: GPT-2 (Radford et al. 2019) and BERT (Devlin et al. 2018, cut at two deviations).
@@ -66,9 +67,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def make_optimizer(
-    model: nn.Module, settings: Settings, groups: Sequence[dict[str, Any]] | None = None
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Settings, groups: Groups | None = None) -> torch.optim.Optimizer:
     """`settings.optimizer` over the trainable parameters of `model`, in decayed and plain groups.
 
     groups: {"params": parameters, "lr_scale": share of the learning rate} each, for rates that differ by layer; what no
@@ -124,7 +123,7 @@ def initialise(model: nn.Module, name: str) -> None:
             INITIALISATIONS[name](parameter)
 
 
-def _scales(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, float]:
+def _scales(model: nn.Module, groups: Groups) -> dict[nn.Parameter, float]:
     """The learning rate's share of every parameter that a group names."""
     own = set(model.parameters())
     scales: dict[nn.Parameter, float] = {}

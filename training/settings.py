@@ -85,17 +85,12 @@ class Settings:
         if every not in ("save", "epoch") and not (isinstance(every, int) and every > 0):
             raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {quote(every, 200)}")
         if self.steered and every == "save":
-            raise ValueError(
-                f"valid_every must be 'epoch' or a number of steps with {self.steered}: "
-                "how often a checkpoint is written must not decide what is learnt"
-            )
+            why = "how often a checkpoint is written must not decide what is learnt"
+            raise ValueError(f"valid_every must be 'epoch' or a number of steps with {self.steered}: {why}")
 
     @property
     def steered(self) -> str:
         """The first setting that lets the validation loss decide something; empty when none does."""
-        asked = {
-            "schedule='plateau'": self.schedule == "plateau",
-            f"patience={self.patience}": self.patience > 0,
-            "keep_best": self.keep_best,
-        }
+        plateau, patience = self.schedule == "plateau", f"patience={self.patience}"
+        asked = {"schedule='plateau'": plateau, patience: self.patience > 0, "keep_best": self.keep_best}
         return next((name for name, wanted in asked.items() if wanted), "")

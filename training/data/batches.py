@@ -113,6 +113,9 @@ class Resumable(Generic[B]):
     position to mean the same data (`_identity`).
     """
 
+    _plan: Callable[[int], Sequence[Any]]
+    _collate: Callable[[Any], B]
+    _identity: Callable[[], dict[str, Any]]
     position: tuple[str, ...] = ("epoch", "index")  # the attributes that say where it is
     epoch = 0
     index = 0
@@ -146,15 +149,6 @@ class Resumable(Generic[B]):
                 raise ValueError(f"the position in the data is damaged: expected {name} from 0 on, found {value!r}")
         for name in self.position:
             setattr(self, name, state[name])
-
-    def _plan(self, epoch: int) -> Sequence[Any]:
-        raise NotImplementedError
-
-    def _collate(self, entry: Any) -> B:
-        raise NotImplementedError
-
-    def _identity(self) -> dict[str, Any]:
-        raise NotImplementedError
 
 
 class Bucketed(Resumable[B]):

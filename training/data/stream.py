@@ -183,5 +183,5 @@ def _blocks(path: Path, size: int, encoding: str, longest_line: int, skip_bad_li
                 count += bool(decode(line, path, encoding, line=number, at=at).strip())
             at += len(line)
     if bad:
-        count = f"{len(bad):,} lines are no {encoding} text and left out"
-        warnings.warn(f"{path}: {count}, the first is {bad[0]}", stacklevel=3)
+        lost = f"{len(bad):,} lines are no {encoding} text and left out"
+        warnings.warn(f"{path}: {lost}, the first is {bad[0]}", stacklevel=3)

@@ -4,7 +4,6 @@ Where no installed font has a character (Chinese on a bare server), its code poi
 on standard error says which font to install.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import numpy
 
 from tileformer.extras import optional_import
+from tileformer.training.files import PathLike
 from tileformer.training.log import records
 
-PathLike = str | os.PathLike[str]
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
 LONGEST = 40  # characters of a label
 _told: set[str] = set()  # characters without a glyph that a line was printed about
