@@ -65,7 +65,7 @@ def _layer_norm_fwd_kernel(
         tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < N))
     else:
         mean = tl.zeros([BLOCK_R], ACC)
-        spread = tl.zeros([BLOCK_R], ACC)
+        m2 = tl.zeros([BLOCK_R], ACC)
         for start in range(0, N, BLOCK_N):
             near = start + cols
             # [BLOCK_R, BLOCK_N]
@@ -73,11 +73,11 @@ def _layer_norm_fwd_kernel(
             count = tl.minimum(N - start, BLOCK_N)
             tile_mean = tl.sum(x, 1) / count if CENTRE else tl.zeros([BLOCK_R], ACC)
             centred = tl.where(near < N, x - tile_mean[:, None], 0.0)
-            apart = tile_mean - mean
-            share = apart * (count / (start + count))
-            mean += share
-            spread += tl.sum(centred * centred, 1) + apart * share * start
-        rstd = tl.rsqrt(spread / N + eps)
+            delta = tile_mean - mean
+            step = delta * (count / (start + count))  # delta * n_b / n
+            mean += step
+            m2 += tl.sum(centred * centred, 1) + delta * step * start
+        rstd = tl.rsqrt(m2 / N + eps)
         last = (N - 1) // BLOCK_N * BLOCK_N
         for back in range(0, N, BLOCK_N):  # backwards: the last tiles are still in the cache
             near = last - back + cols

@@ -88,10 +88,10 @@ def _softmax_fwd_kernel(
     if WHOLE:
         # [BLOCK_R, BLOCK_N]
         s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, cols, scale, T_k, CAUSAL, MASK, ACC)
-        top = _finite_max(tl.max(s, 1))
-        p = tl.exp(s - top[:, None])
+        row_max = _finite_max(tl.max(s, 1))
+        p = tl.exp(s - row_max[:, None])
         if LOG:
-            y = s - (top + _log_sum(tl.sum(p, 1)))[:, None]
+            y = s - (row_max + _log_sum(tl.sum(p, 1)))[:, None]
         else:
             y = p * _inverse_sum(tl.sum(p, 1))[:, None]
         tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < T_k))
@@ -103,12 +103,12 @@ def _softmax_fwd_kernel(
             # [BLOCK_R, BLOCK_N]
             s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, near, scale, T_k, CAUSAL, MASK, ACC)
             m_new = tl.maximum(m, tl.max(s, 1))
-            top = _finite_max(m_new)
-            total = total * tl.exp(m - top) + tl.sum(tl.exp(s - top[:, None]), 1)
+            row_max = _finite_max(m_new)
+            total = total * tl.exp(m - row_max) + tl.sum(tl.exp(s - row_max[:, None]), 1)
             m = m_new
-        top = _finite_max(m)
+        row_max = _finite_max(m)
         inverse = _inverse_sum(total)
-        log_sum = top + _log_sum(total)
+        log_sum = row_max + _log_sum(total)
         last = (T_k - 1) // BLOCK_N * BLOCK_N
         for back in range(0, T_k, BLOCK_N):  # backwards: the last tiles are still in the cache
             near = last - back + cols
@@ -117,7 +117,7 @@ def _softmax_fwd_kernel(
             if LOG:
                 y = s - log_sum[:, None]
             else:
-                y = tl.exp(s - top[:, None]) * inverse[:, None]
+                y = tl.exp(s - row_max[:, None]) * inverse[:, None]
             tl.store(y_ptrs + near, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (near < T_k))
 
 
