@@ -128,7 +128,11 @@ def _cross_entropy_bwd_kernel(
             # [BLOCK_N]
             class_weight = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
             weight_sum = share * tl.load(weight_sum_ptr)
-            d = p * (target_weight + weight_sum)[:, None] - class_weight - tl.where(is_target, target_weight[:, None], 0.0)
+            d = (
+                p * (target_weight + weight_sum)[:, None]
+                - class_weight
+                - tl.where(is_target, target_weight[:, None], 0.0)
+            )
         else:
             d = p * (target_weight + smoothing)[:, None] - share - tl.where(is_target, target_weight[:, None], 0.0)
     else:
@@ -145,14 +149,9 @@ def _weights(weight: Tensor | None, wide: torch.dtype, absent: Tensor) -> tuple[
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
-    backward: bool,
-    shape: tuple[int, int],
-    strides: tuple[int, ...],
-    weight: bool,
-    ignore_index: int,
-    label_smoothing: float,
+    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, ignore_index: int, label_smoothing: float,
     dtype: torch.dtype,
-) -> Launch:
+) -> Launch:  # fmt: skip
     r, v = shape
     return Launch(
         _cross_entropy_bwd_kernel if backward else _cross_entropy_fwd_kernel,
@@ -164,14 +163,9 @@ def _launch(
 
 
 def cross_entropy_fwd(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, reduced, in `dtype`; the log-sum-exp of each row (R,); the weight of each row's target (0 if ignored), or for a mean their sum."""
     loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
@@ -187,16 +181,15 @@ def cross_entropy_fwd(
 def _cross_entropy_fwd_fake(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    weight: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
     reduction: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
-    one = lse.new_empty(())
-    loss = (lse if reduction == "none" else one).to(dtype, copy=True)
-    return loss, lse, one if reduction == "mean" else lse.clone()
+    loss = torch.empty_like(lse, dtype=dtype) if reduction == "none" else lse.new_empty((), dtype=dtype)
+    return loss, lse, lse.new_empty(()) if reduction == "mean" else torch.empty_like(lse)
 
 
 def cross_entropy_bwd(
@@ -209,7 +202,7 @@ def cross_entropy_bwd(
     label_smoothing: float,
 ) -> Tensor:
     """The gradient of the logits."""
-    dlogits = _cross_entropy_bwd_fake(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
+    dlogits = _cross_entropy_bwd_fake(dloss, logits)
     x, stride = rows_of(logits, logits.shape[1])
     strides = (dloss.stride(0), stride)
     run = _launch(True, logits.shape, strides, weight is not None, ignore_index, label_smoothing, logits.dtype)
@@ -217,15 +210,7 @@ def cross_entropy_bwd(
     return dlogits
 
 
-def _cross_entropy_bwd_fake(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -333,14 +318,8 @@ def cross_entropy(
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
-        return reference.cross_entropy(
-            logits,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        how: Any = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        return reference.cross_entropy(logits, target, weight=weight, **how)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype

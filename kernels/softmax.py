@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -173,15 +173,9 @@ def _softmax_bwd_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _fwd_launch(
-    shape: tuple[int, ...],
-    stride: int,
-    mask_strides: tuple[int, ...],
-    mask_kind: int,
-    causal_shift: int | None,
-    scale: float,
-    log: bool,
-    dtype: torch.dtype,
-) -> Launch:
+    shape: tuple[int, ...], stride: int, mask_strides: tuple[int, ...], mask_kind: int, causal_shift: int | None, scale: float,
+    log: bool, dtype: torch.dtype,
+) -> Launch:  # fmt: skip
     h, t_q, t_k = (1, 1, 1, *shape)[-3:]
     r = math.prod(shape[:-1]) if t_k else 0
     return Launch(
@@ -216,7 +210,7 @@ def _bwd_launch(
 
 def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
     """softmax(scale x + mask), or its logarithm, over the last axis of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k), usually expanded."""
-    y = _softmax_fwd_fake(x, mask, causal_shift, scale, log)
+    y = _softmax_fwd_fake(x)
     rows, stride = rows_of(x, x.shape[-1])
     if mask is None:
         _fwd_launch(x.shape, stride, (0, 0, 0, 0), 0, causal_shift, scale, log, x.dtype)(rows, rows, y)
@@ -229,20 +223,20 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale:
     return y
 
 
-def _softmax_fwd_fake(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
+def _softmax_fwd_fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def softmax_bwd(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
     """scale y (dy - sum(y dy)) over the last axis; of the logarithm, scale (dy - exp(y) sum(dy))."""
-    dx = _softmax_bwd_fake(dy, y, scale, log)
+    dx = _softmax_bwd_fake(dy, y)
     n = y.shape[-1]
     (dy_rows, dy_stride), (y_rows, y_stride) = rows_of(dy, n), rows_of(y, n)
     _bwd_launch(y.shape, dy_stride, y_stride, scale, log, y.dtype)(dy_rows, y_rows, dx)
     return dx
 
 
-def _softmax_bwd_fake(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
+def _softmax_bwd_fake(dy: Tensor, y: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
