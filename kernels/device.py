@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -65,7 +63,7 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def dot_flags(x: Tensor) -> dict[str, Any]:
-    """Accumulator type (the wider of float32 and x's) and the precision of float32 dots (IEEE unless torch allows TF32)."""
+def dot_precision(x: Tensor) -> str:
+    """Of float32 dots: IEEE unless torch allows TF32."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return dict(ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, PRECISION="tf32" if tf32 else "ieee")
+    return "tf32" if tf32 else "ieee"
