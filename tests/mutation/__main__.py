@@ -4,8 +4,10 @@
 
 A mutant counts as killed when a test fails that passes on the copy without it. The selection of `make test` is not changed; the test
 files most likely to notice come first, so that a kill takes seconds, and a survivor has run the whole selection. Prints the score; the exit
-status is 1 when a mutant survives, and 2 when a patch does not apply exactly once or a kill cannot be told from a broken tree. With `--judge check`, `tileformer check` of the op in question
-judges instead of the tests: where kernel and definition need one rule, a fault in either must show as a difference.
+status is 1 when a mutant survives, and 2 when a patch does not apply exactly once or a kill cannot be told from a broken tree.
+
+With `--judge check`, `tileformer check` of the op in question judges instead of the tests: where kernel and definition need one rule, a fault
+in either must show as a difference.
 """
 
 # ruff: noqa: E402, F401
