@@ -246,9 +246,7 @@ class Trial:
         self.text = self.file.read_text()
         _write(self.file, self.mutant.applied(self.text))
         likely, self.rest = test_files(self.mutant.path, self.mutant.kind)
-        self.run: Run | Check = (
-            Check(tree, checked(self.mutant)) if self.by_check else Run(tree, likely or self.rest)
-        )
+        self.run: Run | Check = Check(tree, checked(self.mutant)) if self.by_check else Run(tree, likely or self.rest)
         if not likely or self.only_likely or self.by_check:
             self.rest = []
 
