@@ -107,7 +107,9 @@ def test_keys_that_a_descriptor_reaches_get_it(name: str, monkeypatch: pytest.Mo
 
 def test_only_a_row_of_its_own_works_ahead() -> None:
     assert [tile.get("OVERLAP", 0) for tile in tiles_for(FORWARD, 90, 128, torch.bfloat16, "overlap")] == [1, 0]
-    assert tiles_for(FORWARD, 80, 128, torch.bfloat16, "overlap") == tiles_for(FORWARD, 80, 128, torch.bfloat16, "plain")
+    assert tiles_for(FORWARD, 80, 128, torch.bfloat16, "overlap") == tiles_for(
+        FORWARD, 80, 128, torch.bfloat16, "plain"
+    )
 
 
 def test_memory_is_lent_where_nobody_has_set_an_allocator() -> None:

@@ -250,7 +250,9 @@ def attention(
     longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
     limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    params = AttentionParams(*limits, int(bottom_right), int(packed), *longest, int(bias_grad), scale, softcap, dropout_p)
+    params = AttentionParams(
+        *limits, int(bottom_right), int(packed), *longest, int(bias_grad), scale, softcap, dropout_p
+    )
     masks = AttentionMasks(mask, bias, key_mask, *lens, alibi_slopes, seed)
     if backend == "reference":
         options = _reference_options(masks, params)

@@ -25,6 +25,7 @@ from tileformer.kernels.attention.mask import (
     key_tiles,
     load_rows,
     mask_of_head,
+    masked_tile,
     of_head,
     query_block,
     query_tiles,
@@ -37,7 +38,9 @@ from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
 @triton.jit
-def _dq_tile(dq, block, do, lse, delta, k, v, start, keep_scale, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
+def _dq_tile(
+    dq, block, do, lse, delta, k, v, start, keep_scale, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
+):
     """Add one tile of keys to dq (without the scale)."""
     ACC: tl.constexpr = dq.dtype
     near = tl.arange(0, BLOCK_N)
@@ -80,7 +83,9 @@ def _attention_bwd_dq_kernel(
     if F.PACKED:  # noqa: SIM102
         if row_start >= bounds.q_len:
             return
-    block = query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M)
+    block = query_block(
+        q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M
+    )
     near_m = tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, F.BLOCK_DV)
     in_q = block.rows < bounds.q_len
@@ -103,23 +108,29 @@ def _attention_bwd_dq_kernel(
     tl.store(safe_lse_ptr + at_row, lse, mask=in_out)
     tl.store(delta_ptr + at_row, delta, mask=in_out)
 
-    start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = key_tiles(block, BLOCK_M, BLOCK_N, BLOCK_MASKED, F)
+    start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = key_tiles(
+        block, BLOCK_M, BLOCK_N, BLOCK_MASKED, F
+    )
     BLOCK_D: tl.constexpr = F.BLOCK_D
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for i in range(n_masked_left + n_masked_right):
-        at = tl.where(i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED)
-        k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
-        v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
-        dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
-    k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
-    v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
-    for i in range((unmasked_end - unmasked_start) // BLOCK_N):
-        k_next = Matrix(k_ptr, k.strides)
-        v_next = Matrix(v_ptr, v.strides)
-        at = unmasked_start + i * BLOCK_N
-        dq = _dq_tile(dq, block, do_tile, lse, delta, k_next, v_next, at, scaling.keep_scale, False, BLOCK_N, F)
-        k_ptr += BLOCK_N * k.strides[2]
-        v_ptr += BLOCK_N * v.strides[2]
+    DENSE: tl.constexpr = F.MASK or F.BIAS
+    for part in tl.static_range(2):  # first the tiles that hold fewer registers: the masked ones of a dense mask
+        if (part == 0) == DENSE:
+            for i in range(n_masked_left + n_masked_right):
+                at = masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
+                k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
+                v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
+                dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
+        else:
+            k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
+            v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
+            for i in range((unmasked_end - unmasked_start) // BLOCK_N):
+                k_next = Matrix(k_ptr, k.strides)
+                v_next = Matrix(v_ptr, v.strides)
+                at = unmasked_start + i * BLOCK_N
+                dq = _dq_tile(dq, block, do_tile, lse, delta, k_next, v_next, at, scaling.keep_scale, False, BLOCK_N, F)
+                k_ptr += BLOCK_N * k.strides[2]
+                v_ptr += BLOCK_N * v.strides[2]
     dq_at = dq_ptr + out_row * (H * F.D) + block.h * F.D
     store_tile(dq_at, dq * scaling.scale, near_m, H * F.D, tl.arange(0, F.BLOCK_D), in_out, F.D)
 
@@ -155,7 +166,9 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
+def _dkdv_tile(
+    dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
+):
     """Add one tile of queries, those from `start`, to dk (without the scale) and dv (without 1 / (1 - p))."""
     ACC: tl.constexpr = dk.dtype
     near = tl.arange(0, BLOCK_M)
@@ -168,7 +181,9 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
     q_at = queries.q.ptr + start.to(tl.int64) * q_stride
     q = load_tile(q_at, near, q_stride, tl.arange(0, F.BLOCK_D), in_q, F.D, F.BLOCK_D, MASKED)
     # [BLOCK_M]
-    near_row = tl.minimum(rows, keys.q_len - 1) if MASKED else rows  # the scores hide rows outside; a mask here costs 50 registers
+    near_row = (
+        tl.minimum(rows, keys.q_len - 1) if MASKED else rows
+    )  # the scores hide rows outside; a mask here costs 50 registers
     lse = tl.load(queries.safe_lse_ptr + near_row)
     delta = tl.load(queries.delta_ptr + near_row)
     # [BLOCK_N, BLOCK_M]
@@ -259,9 +274,7 @@ def _attention_bwd_dkdv_kernel(
             if unmasked:
                 at = unmasked_start + step * BLOCK_M
             else:
-                at = tl.where(
-                    step < n_masked_left, start + step * BLOCK_MASKED, unmasked_end + (step - n_masked_left) * BLOCK_MASKED
-                )
+                at = masked_tile(step, start, unmasked_end, n_masked_left, BLOCK_MASKED)
             queries = Queries(
                 Matrix(q_batch.ptr + h * q.strides[1], q.strides), Matrix(do_batch.ptr + h * do.strides[1], do.strides),
                 safe_lse_ptr + first_row + h * T_q, delta_ptr + first_row + h * T_q,
@@ -269,7 +282,9 @@ def _attention_bwd_dkdv_kernel(
                 Matrix(bias_batch.ptr + h * masks.bias.strides[1], masks.bias.strides),
                 tl.load(masks.slopes + b * H + h) * LOG2E if F.ALIBI else 0.0, (b * H + h).to(tl.int32),
             )  # fmt: skip
-            dk, dv = _dkdv_tile(dk, dv, keys, queries, at, unmasked == 0, BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F)
+            dk, dv = _dkdv_tile(
+                dk, dv, keys, queries, at, unmasked == 0, BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F
+            )
     out_row = (batch * T_k + k_row) * H_kv + h_kv
     dk = tl.where(valid[:, None], dk * scaling.scale, 0.0)
     dv = tl.where(valid[:, None], dv * scaling.keep_scale, 0.0)

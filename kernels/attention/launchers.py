@@ -29,11 +29,13 @@ from tileformer.kernels.attention.tiles import (
 )
 from tileformer.kernels.attention.weights import _attention_bwd_bias_kernel, _attention_weights_kernel
 from tileformer.kernels.autograd import register
-from tileformer.kernels.device import arch_of, dot_precision
+from tileformer.kernels.device import arch_of, dot_precision, wider
 from tileformer.kernels.launch import Launch, Tile, cdiv, pow2
 
 OVERLAP_LEAST_KEYS = 1024  # that make up for what a tensor descriptor costs each program
-MAX_ROW_STRIDE = 2**23  # between neighbours of a tile, in elements: its offsets have 32 bits, and a tile has at most 128 rows
+MAX_ROW_STRIDE = (
+    2**23
+)  # between neighbours of a tile, in elements: its offsets have 32 bits, and a tile has at most 128 rows
 # Keys and values of the heads that run side by side: half of an A100's L2 cache, a third of an H100's.
 SECTION_BYTES = 16 << 20
 
@@ -59,10 +61,6 @@ def _tma_compatible(x: Tensor) -> bool:
     d = x.shape[-1]
     steps = x.element_size() == 2 and all(step % 8 == 0 for step in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return steps and d >= 16 and d & (d - 1) == 0 and x.stride(-1) == 1
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Layout(NamedTuple):
@@ -100,7 +98,7 @@ class _Plan:
         self, q: _Layout, k: _Layout, v: _Layout, mask: _Layout | None, bias: _Layout | None, others: tuple[bool, bool, bool], sequences: int,
         params: AttentionParams, do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int],
     ) -> None:  # fmt: skip
-        (b, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
+        (_, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
         self.params, self.q, self.bias, self.variant = params, q, bias, variant
         self.arch, precision, self.tiles_for, section_bytes = settings
         key_mask, bounds, alibi = others
@@ -124,7 +122,15 @@ class _Plan:
         self.mask_strides = _broadcast_strides(mask), _broadcast_strides(bias)
         self.present = (f.MASK, f.BIAS, f.KEY_MASK, f.BOUNDS, f.ALIBI, f.DROPOUT)
 
-    def _launch(self, kernel: Any, matrices: int, table: Table, grid: Callable[[Tile], int], scalars: tuple[int, ...], **flags: Any) -> Launch:
+    def _launch(
+        self,
+        kernel: Any,
+        matrices: int,
+        table: Table,
+        grid: Callable[[Tile], int],
+        scalars: tuple[int, ...],
+        **flags: Any,
+    ) -> Launch:
         """A launch of a kernel that takes so many Matrix, the masks, other tensors, and `scalars` between sizes and threshold."""
         f, p = self.features, self.params
 
@@ -172,7 +178,9 @@ class _Plan:
         b, h, t_q, t_k = self.q.shape[0], *self.sizes[:1], *self.sizes[2:]
         n = b if self.variant else b * h
         grid = lambda tile: n * cdiv(t_q, tile["BLOCK_M"]) * cdiv(t_k, tile["BLOCK_N"])  # noqa: E731
-        return self._launch(_attention_weights_kernel, 2, WEIGHTS, grid, (*self.sizes, *self.limits), AVERAGE=self.variant)
+        return self._launch(
+            _attention_weights_kernel, 2, WEIGHTS, grid, (*self.sizes, *self.limits), AVERAGE=self.variant
+        )
 
 
 _plan = functools.lru_cache(maxsize=1024)(_Plan)  # a process may meet new kinds for ever
@@ -249,9 +257,8 @@ def attention_fwd(
 def _fwd_outputs(q: Tensor, v: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor]:
     (b, h, t_q, _), packed = q.shape, bool(params.packed)
     out = _empty_bthd(b, h, t_q, v.shape[3], q, packed)  # rows that belong to no packed sequence stay 0
-    if packed:
-        return out, torch.full((b, h, t_q), -torch.inf, dtype=_wide(q), device=q.device)
-    return out, torch.empty((b, h, t_q), dtype=_wide(q), device=q.device)
+    lse = torch.empty((b, h, t_q), dtype=wider(q.dtype), device=q.device)
+    return out, lse.fill_(-torch.inf) if packed else lse
 
 
 def _attention_fwd_fake(
@@ -284,7 +291,9 @@ def attention_bwd(
 def _bwd_outputs(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, params: AttentionParams
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_empty_bthd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x, bool(params.packed)) for x in (q, k, v))
+    dq, dk, dv = (
+        _empty_bthd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x, bool(params.packed)) for x in (q, k, v)
+    )
     if bias is None or not params.bias_grad:
         return dq, dk, dv, torch.empty((0,), dtype=q.dtype, device=q.device)
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)

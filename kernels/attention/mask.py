@@ -112,9 +112,9 @@ class Block(NamedTuple):
 @triton.jit(do_not_specialize=["T_q", "T_k"])
 def _attention_bounds_kernel(key_mask_ptr, q_lens_ptr, k_lens_ptr, bounds_ptr, T_q, T_k, KEY_MASK: tl.constexpr, Q_LENS: tl.constexpr,
                              K_LENS: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Per sequence eight int32: query start and count, key start, shift of the diagonal, first valid key, one past the last, 1 if a
-    padded key lies between, 0. Lengths are counts, or with PACKED the starts of all sequences and the end of the last, and T_q and T_k the longest that
-    a sequence may be. ALIGN: to the bottom right."""
+    """Per sequence eight int32: query start and count, key start, shift of the diagonal, first valid key, one past the last, 1 if a padded key
+    lies between, 0. Lengths are counts; with PACKED they are the starts of all sequences and the end of the last, and T_q and T_k the longest
+    that a sequence may be. ALIGN: to the bottom right."""
     b = tl.program_id(0).to(tl.int64)
     q_start = 0
     q_len = T_q
@@ -204,11 +204,30 @@ def mask_of_head(x, batch, h, bounds, F: tl.constexpr):
 def load_rows(x, batch, h, row, in_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The rows of a head that begin at `row`, as many as in_rows has elements: 0 where that is false."""
     ptr = x.ptr + batch * x.strides[0] + h * x.strides[1] + row * x.strides[2]
-    return load_tile(ptr, tl.arange(0, in_rows.shape[0]), x.strides[2], tl.arange(0, BLOCK_D), in_rows, D, BLOCK_D, True)
+    return load_tile(
+        ptr, tl.arange(0, in_rows.shape[0]), x.strides[2], tl.arange(0, BLOCK_D), in_rows, D, BLOCK_D, True
+    )
 
 
 @triton.jit
-def query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F: tl.constexpr, BLOCK_M: tl.constexpr):
+def query_block(
+    q,
+    k,
+    v,
+    masks,
+    bounds,
+    head,
+    row_start,
+    H,
+    group,
+    T_k,
+    low,
+    high,
+    threshold,
+    scaling,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """The `Block` of rows row_start to row_start + BLOCK_M of a sequence. `head` counts the heads of all sequences."""
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
@@ -263,7 +282,22 @@ def key_tiles(block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED:
 
 
 @triton.jit
-def query_tiles(bounds, col_start, low, high, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, F: tl.constexpr):
+def masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED: tl.constexpr):
+    """Where masked tile i starts: the first n_masked_left lie before the unmasked tiles, the others after."""
+    return tl.where(i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED)
+
+
+@triton.jit
+def query_tiles(
+    bounds,
+    col_start,
+    low,
+    high,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_MASKED: tl.constexpr,
+    F: tl.constexpr,
+):
     """The query tiles of a key tile: unmasked, BLOCK_M high: [unmasked_start, unmasked_end), n_unmasked; masked, BLOCK_MASKED high: n_masked_left
     from `start`, n_masked in all."""
     start = 0
@@ -362,5 +396,7 @@ def block_scores(s, block, cols, col_start, valid, MASKED: tl.constexpr, F: tl.c
     if MASKED:
         end = tl.where(block.rows < block.q_len, block.last, 0)
         seen = causal_window_mask(block.rows[:, None], cols[None, :], seen, end[:, None], block.low, block.high, F)
-    s = apply_mask_and_bias(s, block.rows[:, None], cols[None, :], seen, block.mask, block.bias, block.row_start, col_start, MASKED, F)
+    s = apply_mask_and_bias(
+        s, block.rows[:, None], cols[None, :], seen, block.mask, block.bias, block.row_start, col_start, MASKED, F
+    )
     return s, t

@@ -17,7 +17,9 @@ def _weights_tile(q, k, masks, lse_ptr, head, row_start, col_start, H, group, T_
                   F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """(weights before dropout [BLOCK_M, BLOCK_N], which of them dropout keeps, the block of queries, which keys are valid)."""
     bounds = sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
-    block = query_block(q, k, k, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M)
+    block = query_block(
+        q, k, k, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M
+    )
     cols = col_start + tl.arange(0, BLOCK_N)
     in_q = block.rows < bounds.q_len
     valid = valid_keys(cols, block.first, block.last, block.key_mask, F)
