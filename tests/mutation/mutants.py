@@ -1646,7 +1646,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("checkpoint", "the best is not kept", "if best is None or old.name != _name(best):", "if True:"),
         ("checkpoint", "a checkpoint is not flushed", "            _flush(path)\n        if final.exists()", "            pass\n        if final.exists()"),
         ("checkpoint", "another program's state is read", "    if found != FORMAT:", "    if found is None:"),
-        ("checkpoint", "the best is the newest", "if kept == newest or not kept.exists():", "if True:"),
+        ("checkpoint", "the best is the newest", "newest if kept == newest or not kept.exists() else _first_whole([kept, newest])", "newest"),
         ("checkpoint", "checkpoints are in no order", "return sorted(result, key=lambda path: int(path.name[5:]))", "return result[::-1]"),
         ("checkpoint", "a state of a parameter that is not there is left out", "if unknown := moments.keys()", "if unknown := set() and moments.keys()"),
         ("checkpoint", "the folder's names are not flushed", "        _flush(folder)\n", ""),
