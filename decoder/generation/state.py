@@ -141,7 +141,7 @@ class RowState:
 
     def reorder(self, rows: Tensor) -> None:
         """As `select`, but what a row has from its start stays: rows go on with one of their own source's, as beams do."""
-        self.assign([_select_used(x, rows, self.length) for x in self.growing()], self.fixed())
+        self.assign([x.index_select(0, rows) for x in self.growing()], self.fixed())
         if self.row_lengths is not None:
             self.row_lengths = self.row_lengths.index_select(0, rows)
         if self.live is not None:
@@ -208,13 +208,6 @@ class JoinedState:
 def _time(x: Tensor) -> int:
     """The axis of the tokens: keys and values are (R, H, T, D), all else is (R, T, ...)."""
     return 2 if x.dim() == 4 else 1
-
-
-def _select_used(x: Tensor, rows: Tensor, used: int) -> Tensor:
-    """``x[rows]``, of which only the first ``used`` tokens are copied; what is no token id behind them is not defined."""
-    new = (x.new_empty if x.is_floating_point() else x.new_zeros)(len(rows), *x.shape[1:])
-    new.narrow(_time(x), 0, used).copy_(x.narrow(_time(x), 0, used).index_select(0, rows))
-    return new
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

@@ -91,15 +91,16 @@ class MultiheadAttention(Attention):
         mask, key_mask = self._kernel_masks(None if causal else attn_mask, key_padding_mask)
         if appends:
             k, v, mask, key_mask = self._append_keys(k, v, mask, key_mask)
-        options: dict[str, Any] = {"causal": causal, "dropout_p": self.dropout if self.training else 0.0}
+        p = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {"causal": causal, "mask": mask, "key_mask": key_mask, "dropout_p": p}
         if cache is not None and cache.grows:
-            options |= cache.reach(q.shape[2])
+            options |= cache.reach(q.shape[2], mask)
         # A bound without sequences is the kernel's error to name.
         options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         if need_weights:
             options["return_weights"] = "average" if average_attn_weights else True
-        out, weights = attention(q, k, v, mask=mask, key_mask=key_mask, **options), None
+        out, weights = attention(q, k, v, **options), None
         if need_weights:
             out, weights = out
             weights = weights if query.dim() == 3 else weights.squeeze(0)
