@@ -125,7 +125,7 @@ def test_adapters_hold_the_projections_still(context, trained):
     plain = Classifier(DecoderLM(CONFIG), 2)
     plain.backbone.load_state_dict(context.weights)
     torch.testing.assert_close(
-        methods.over(fresh.features, fresh, rows), methods.over(plain.features, plain, rows)
+        methods.predict_batched(fresh.features, fresh, rows), methods.predict_batched(plain.features, plain, rows)
     )  # adapters start as the identity
 
 
@@ -140,7 +140,7 @@ def test_shared_layers_are_one(trained, context):
 
 def test_decay_lowers_the_rate_towards_the_embeddings(context, monkeypatch):
     seen = {}
-    monkeypatch.setattr(methods, "train", lambda context, model, **options: seen.update(options) or model)
+    monkeypatch.setattr(methods, "fit_labelled", lambda context, model, **options: seen.update(options) or model)
     model, _ = METHODS["decay"].start(context)
     METHODS["decay"].recipe(context, model)
     scales = {id(p): group["lr_scale"] for group in seen["groups"] for p in group["params"]}
@@ -161,7 +161,7 @@ def test_gradual_frees_a_layer_a_stage(context, monkeypatch):
         }
         stages.append((free, layers, epochs))
 
-    monkeypatch.setattr(methods, "train", record)
+    monkeypatch.setattr(methods, "fit_labelled", record)
     model, _ = METHODS["gradual"].start(context)
     METHODS["gradual"].recipe(context, model)
     norm, everything = {"norm"}, {"embedding", "position", "layers", "norm"}
@@ -177,7 +177,7 @@ def test_pseudo_labels_are_sure_balanced_and_new_each_round(context, monkeypatch
     calls = []
     monkeypatch.setattr(
         methods,
-        "train",
+        "fit_labelled",
         lambda context, model, rows=None, labels=None, **options: calls.append((rows, labels)) or model,
     )
     # Of the 60 unlabelled, guess 0 for 40 with rising certainty and 1 for 20; labels are 3 : 1.

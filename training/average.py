@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tileformer.decoder.generation import JoinedState
@@ -24,16 +23,10 @@ def average_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Te
     """
     mean: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    ties: dict[str, str] = {}
     count = 0
     for path in map(checkpoint.latest, paths):
         file, count = path / checkpoint.WEIGHTS, count + 1
-        try:
-            with safe_open(str(file), framework="pt") as content:
-                found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, it is no dict
-                ties = {name: kept for name, kept in (content.metadata() or {}).items() if kept in found}
-        except (SafetensorError, FileNotFoundError) as error:
-            raise checkpoint.CheckpointError(f"{file}: expected weights; {error}") from None
+        found, ties = checkpoint.read_tensors(file, "weights")
         shapes = {name: tensor.shape for name, tensor in found.items()}
         if mean and shapes != (wanted := {name: tensor.shape for name, tensor in mean.items()}):
             name = min(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
@@ -47,7 +40,7 @@ def average_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Te
     if not mean:
         raise ValueError("no checkpoints to average")
     result = {name: tensor.to(dtypes[name]) for name, tensor in mean.items()}
-    return result | {name: result[kept] for name, kept in ties.items()}
+    return result | {name: result[kept] for name, kept in ties.items() if kept in result}
 
 
 class Ensemble(nn.Module):
