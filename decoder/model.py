@@ -106,6 +106,7 @@ class Model(Decoding, nn.Module):
     also the output projection.
     """
 
+    dropout: Dropout
     conditioned = False  # whether `generate` is handed a source
 
     def __init__(self, config: DecoderLMConfig | Seq2SeqConfig) -> None:
@@ -340,8 +341,8 @@ class Seq2Seq(Model):
             cache.advance(T)
         return F.linear(x, self.tgt_embedding.weight)
 
-    def read(self, tokens: Tensor, *inputs: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.decode(tokens, *inputs, cache=cache)
+    def read(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.decode(tgt, memory, src_padding, cache)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -22,14 +22,30 @@ def generate(
     max_length: int | None = None,
     use_cache: bool = True,
     *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     n_best: None = None,
-    **options: Any,
 ) -> Tensor: ...
 
 
 @overload
 def generate(
-    model: Decodable, src: Tensor, max_length: int | None = None, use_cache: bool = True, *, n_best: int, **options: Any
+    model: Decodable,
+    src: Tensor,
+    max_length: int | None = None,
+    use_cache: bool = True,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    n_best: int,
 ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -122,7 +122,7 @@ class KVCache(RowState):
         self.inputs = inputs
 
     @property
-    def length(self) -> int:  # type: ignore[override]
+    def length(self) -> int:
         """Target tokens stored so far, of the longest row."""
         return self.layers[0].self_attn.length
 
@@ -132,7 +132,7 @@ class KVCache(RowState):
             layer.self_attn.length = length
 
     @property
-    def row_lengths(self) -> Tensor | None:  # type: ignore[override]
+    def row_lengths(self) -> Tensor | None:
         return self.layers[0].self_attn.row_lengths
 
     @row_lengths.setter

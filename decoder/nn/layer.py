@@ -162,8 +162,16 @@ class TransformerDecoderLayer(_Blocks, nn.TransformerDecoderLayer):
 
         Masks as in ``MultiheadAttention.forward``. With ``cache``, tgt holds only tokens that the cache has not seen.
         """
-        sa = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
-        mha = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        sa: dict[str, Any] = {
+            "attn_mask": tgt_mask,
+            "key_padding_mask": tgt_key_padding_mask,
+            "is_causal": tgt_is_causal,
+        }
+        mha: dict[str, Any] = {
+            "attn_mask": memory_mask,
+            "key_padding_mask": memory_key_padding_mask,
+            "is_causal": memory_is_causal,
+        }
         if cache is not None:
             sa["cache"], mha["cache"] = cache.self_attn, cache.cross_attn
         if not self._is_fused(TransformerDecoderLayer):

@@ -1260,8 +1260,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
     "decoder/nn/layer.py": [
         ("module", "the residual is lost", "return self.dropout2(self._feed_forward(self.norm2(x)), x)", "return self.dropout2(self._feed_forward(self.norm2(x)))"),
         ("module", "the causal hint is lost", '"key_padding_mask": src_key_padding_mask, "is_causal": is_causal}', '"key_padding_mask": src_key_padding_mask, "is_causal": False}'),
-        ("module", "the causal hint of a target is lost", '"is_causal": tgt_is_causal}', '"is_causal": False}'),
-        ("module", "the cross-attention has the mask of the target", 'mha = {"attn_mask": memory_mask', 'mha = {"attn_mask": tgt_mask'),
+        ("module", "the causal hint of a target is lost", '"is_causal": tgt_is_causal,', '"is_causal": False,'),
+        ("module", "the cross-attention has the mask of the target", '"attn_mask": memory_mask,', '"attn_mask": tgt_mask,'),
         ("module", "the padding of the memory is lost", '"key_padding_mask": memory_key_padding_mask', '"key_padding_mask": None'),
         ("module", "pre-norm leaves out a norm", "h = self.norm2(x)", "h = x"),
         ("module", "the cross-attention writes the cache of the self-attention", "cache.self_attn, cache.cross_attn", "cache.self_attn, cache.self_attn"),
