@@ -127,7 +127,7 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(d_model) if cross else None
         self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
         self.dropout3 = Dropout(dropout) if cross else None
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[activation]
+        self.activation: Any = {"relu": F.relu, "gelu": F.gelu}[activation]
 
     def forward(
         self,

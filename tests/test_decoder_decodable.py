@@ -245,7 +245,8 @@ def test_selected_rows_go_on_in_their_new_places(kind, use_cache):
 @states
 @pytest.mark.parametrize("width", [4, 1])
 def test_inserted_rows_go_on_beside_others(kind, use_cache, width):
-    """Also where their source is wider than that of the rows that are there, or less wide, and their room is another."""
+    """Also where their source is wider than that of the rows that are there, or less wide, and their room is
+    another."""
     m = model(kind)
     _, state = start(m, kind, [2, 1, 2], use_cache, 2, capacity=8)
     m.step(NEXT[:, 0], state)

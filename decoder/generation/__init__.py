@@ -1,4 +1,4 @@
-"""generate and stream: the next tokens of a batch by anything that is `Decodable`, such as Seq2Seq, DecoderLM or a model of yours."""
+"""generate and stream: the next tokens of a batch, by any model that is `Decodable`, ours or yours."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def generate(
 
     Args:
         model: a `Decodable`.
-        src: int64 (B, T_s), padded with ``pad_id`` behind or before each row. A Seq2Seq's source; else the prompts, with
-            ``bos_id`` where the model was trained with one, each at least one token long and of any lengths together.
+        src: int64 (B, T_s), padded with ``pad_id`` behind or before each row. A Seq2Seq's source; else the prompts,
+            with ``bos_id`` where the model was trained with one, each at least one token long and of any lengths.
         max_length: new tokens of a row at most; default: what the model has room for behind each.
         use_cache: False computes everything again at each step, by our own models: the same tokens, for comparison.
         temperature: sample from the softmax of logits / temperature; None takes the most probable token.

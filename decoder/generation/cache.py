@@ -63,8 +63,8 @@ class AttentionCache:
             self.k, self.v = k, v
             return k, v
         if self.k is None or self.v is None:
-            # One allocation for the whole run; its length is never seen by a kernel as a constant. Finite from the start:
-            # behind a mask, what a shorter row has not written yet is read.
+            # One allocation for the whole run; its length is never seen by a kernel as a constant. Finite from the
+            # start: behind a mask, what a shorter row has not written yet is read.
             self.k, self.v = k.new_zeros(B, H, self.max_length, D), v.new_zeros(B, H, self.max_length, D)
         if self.row_lengths is None:
             self.k[:, :, self.length : end] = k
@@ -79,7 +79,8 @@ class AttentionCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def reach(self, T: int, mask: Tensor | None = None) -> dict[str, Any]:
-        """Which keys the T newest queries see beside ``mask``, as options of the attention, once their own were stored."""
+        """Which keys the T newest queries see beside ``mask``, as options of the attention, once their own were
+        stored."""
         # The newest query sees every key: one query alone needs no causal mask.
         options: dict[str, Any] = {"causal": "bottom_right" if T > 1 else False, "mask": mask}
         if self.row_lengths is not None:
@@ -195,11 +196,13 @@ class Decoding:
     def start(
         self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1, use_cache: bool = True
     ) -> tuple[Tensor, KVCache | TokenState]:
-        """See `Decodable.start`; without ``use_cache`` every step reads all tokens again: the same logits, for comparison."""
+        """See `Decodable.start`; without ``use_cache`` every step reads all tokens again: the same logits, for
+        comparison."""
         tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id)
         if not longest <= capacity <= self.max_length:
             raise ValueError(
-                f"capacity must be from the {longest} tokens that are there to the model's {self.max_length}, got {capacity}"
+                f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
+                f"got {capacity}"
             )
         inputs = self.inputs_of(source)
         state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)

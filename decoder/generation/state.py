@@ -13,10 +13,9 @@ from torch.nn import functional as F
 class DecodeState(Protocol):
     """What a `Decodable` remembers of R rows.
 
-    ``lengths`` int32 (R,), on the rows' device: the tokens of each row that it has read. The verbs that move rows change
-    the state in place. A state may also have ``reorder(rows)``: as ``select``, where each row goes on with one of its own
-    source's, as beams do.
-    """
+    ``lengths`` int32 (R,), on the rows' device: the tokens of each row that it has read. The verbs that move rows
+    change the state in place. A state may also have ``reorder(rows)``: as ``select``, where each row goes on with one
+    of its own source's, as beams do."""
 
     @property
     def lengths(self) -> Tensor: ...
@@ -44,9 +43,8 @@ class Decodable(Protocol):
             def step(self, tokens, state): ...                                # -> logits (R, V)
 
     It may also say: ``max_length``, how many tokens it can read (else `generate` has to be told where to end);
-    ``conditioned = True`` and ``bos_id``, where what `generate` is handed is the source and each row begins with bos_id;
-    ``training``, true while it is not to be decoded.
-    """
+    ``conditioned = True`` and ``bos_id``, where what `generate` is handed is the source and each row begins with
+    bos_id; ``training``, true while it is not to be decoded."""
 
     @property
     def eos_id(self) -> int: ...
@@ -59,10 +57,9 @@ class Decodable(Protocol):
     ) -> tuple[Tensor, Any]:
         """Read the rows' first tokens: logits (B * beams, V) of each row's next token, and the state of these rows.
 
-        tokens: int64 (B, T), each row padded with ``pad_id`` on one side, of any lengths. capacity: how many tokens a row
-        will have read at the most. source: what the rows are conditioned on. beams: so many copies of each row, beside
-        each other.
-        """
+        tokens: int64 (B, T), each row padded with ``pad_id`` on one side, of any lengths. capacity: how many tokens a
+            row will have read at the most. source: what the rows are conditioned on. beams: so many copies of each row,
+            beside each other."""
 
     def step(self, tokens: Tensor, state: Any) -> Tensor:
         """Logits (R, V) of the next token behind ``tokens`` int64 (R,), one more of each row; a model may also take
@@ -140,7 +137,8 @@ class RowState:
         self.assign(self.growing(), [x.index_select(0, rows) for x in self.fixed()])
 
     def reorder(self, rows: Tensor) -> None:
-        """As `select`, but what a row has from its start stays: rows go on with one of their own source's, as beams do."""
+        """As `select`, but what a row has from its start stays: rows go on with one of their own source's, as beams
+        do."""
         self.assign([x.index_select(0, rows) for x in self.growing()], self.fixed())
         if self.row_lengths is not None:
             self.row_lengths = self.row_lengths.index_select(0, rows)

@@ -57,8 +57,8 @@ class MultiheadAttention(Attention):
 
         Shapes: query (B, T_q, C), key (B, T_k, kdim), value (B, T_k, vdim) with ``batch_first``, else (T, B, C); all
         three 2-D without a batch. ``key_padding_mask`` (B, T_k), ``attn_mask`` (T_q, T_k) or (B * H, T_q, T_k), each
-        boolean (True = masked out) or floating (added to the scores); a ``CausalBias`` of torch.nn.attention.bias is the
-        mask that it names. ``cache`` holds earlier keys and values.
+        boolean (True = masked out) or floating (added to the scores); a ``CausalBias`` of torch.nn.attention.bias is
+        the mask that it names. ``cache`` holds earlier keys and values.
 
         ``cu_seqlens`` int32 or int64 (N + 1,), ascending from 0: the one row of a batch of 1 is N sequences behind each
         other, and attention stays inside each; ``is_causal`` then needs no mask, and there are no weights.

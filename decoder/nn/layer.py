@@ -36,7 +36,8 @@ def _drop_none(**options) -> dict[str, Any]:
 
 
 class _Blocks:
-    """torch's names for the parts of a layer, for who overrides or calls them: each returns its branch, after its dropout."""
+    """torch's names for the parts of a layer, for who overrides or calls them: each returns its branch, after its
+    dropout."""
 
     def _sa_block(self: Any, x, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
