@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from tileformer.kernels import launch
+from tileformer.kernels import device
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Largest dynamic shared memory of one block, bytes, and number of multiprocessors of the architecture's usual part:
@@ -159,11 +159,11 @@ def record(arch: int, then: Callable[[Launch], None] | None = None) -> Iterator[
     launches: list[Launch] = []
     _launches, _then = launches, then
     driver.set_active(_RecordingDriver(arch))
-    launch.record_for(arch)
+    device.record_for(arch)
     try:
         yield launches
     finally:
-        launch.record_for(None)
+        device.record_for(None)
         driver._active, (_launches, _then) = before, outer
 
 

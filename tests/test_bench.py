@@ -356,7 +356,7 @@ def test_the_search_keeps_the_fastest_right_tile(monkeypatch, capsys):
     times = {(128, 128, 8, 3): (1.0, ""), (128, 32, 4, 2): (0.5, "error is 7 times its budget")}
     monkeypatch.setattr(tune, "tile", tile)
     monkeypatch.setattr(tune, "Trial", lambda bench, workload, mode: lambda: times.get(now[0], (2.0, "")))
-    monkeypatch.setattr(tune.launch, "arch_of", lambda x: 90)
+    monkeypatch.setattr(tune.device, "arch_of", lambda x: 90)
     bench = SimpleNamespace(clock=SimpleNamespace(dry=False, flush=None), deadline=float("inf"))
     tried = []
     with pytest.raises(KeyboardInterrupt):

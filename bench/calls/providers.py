@@ -26,7 +26,7 @@ from tileformer import kernels
 from tileformer.bench.calls import Call, Function, function_of
 from tileformer.bench.calls.ops import Options, Tensors
 from tileformer.decoder import TransformerDecoderLayer
-from tileformer.kernels import launch
+from tileformer.kernels import device
 
 Provider = Callable[[Call], Function]
 OURS = "tileformer"
@@ -90,7 +90,7 @@ def _peer(module: str, compute: Any, *limits: str, half: bool = False, heads_las
 
         def run(t: Tensors, o: Options) -> Tensor:
             x = next(iter(t.values()))
-            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (launch.recording() and not half))})
+            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (device.recording() and not half))})
             _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
             return compute(_package(module), t, o)
 

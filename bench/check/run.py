@@ -40,7 +40,7 @@ from tileformer.bench.check.memory import FRESH, RED, Memory
 from tileformer.bench.check.report import TABLE, Finding, collect, page, summary, surroundings
 from tileformer.bench.static import compiled
 from tileformer.bench.tables import Growing, as_json, head, line
-from tileformer.kernels import info, launch
+from tileformer.kernels import info, interpreter, launch
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
@@ -152,6 +152,8 @@ def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.devic
     seed = torch.tensor([0x5EED_0123_4567], device=device)
     first, backward = drawn(seed)
     keep, scale = first != 0, 1 / (1 - p)
+    with kernels.use_backend(backend):
+        looked_up = kernels.dropout_keep(seed, keep.shape, p)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(1)
         unseeded, following = drawn(None)[0], drawn(None)[0]
@@ -175,6 +177,7 @@ def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.devic
             backend != "torch" and not torch.equal(keep, kernels.reference.dropout_keep(seed, keep.shape, p)),
             "other elements are kept than reference.dropout_keep keeps",
         ),
+        (not torch.equal(keep, looked_up), "kernels.dropout_keep names other elements than are kept"),
     ):
         finding.problems += [text] * wrong
     return finding
@@ -300,15 +303,20 @@ def _uncomputed(call: Call, dtype: str) -> None:
 def _tiles() -> Iterator[dict[str, list[str]]]:
     """The tiles that each kernel is launched with inside."""
     seen: dict[str, list[str]] = {}
-    run = launch._run
 
-    def noted(kernel: Any, programs: Any, like: Tensor, args: Any, constexprs: dict[str, Any]) -> Any:
-        tile = ", ".join(f"{name} {x}" for name, x in constexprs.items() if name.startswith(("BLOCK_", "num_")))
-        if tile not in seen.setdefault(kernel.fn.__name__, []):
-            seen[kernel.fn.__name__].append(tile)
-        return run(kernel, programs, like, args, constexprs)
+    def noting(run: Any) -> Any:
+        def noted(kernel: Any, *call: Any) -> Any:
+            tile = ", ".join(f"{name} {x}" for name, x in call[-1].items() if name.startswith(("BLOCK_", "num_")))
+            if tile not in seen.setdefault(kernel.fn.__name__, []):
+                seen[kernel.fn.__name__].append(tile)
+            return run(kernel, *call)
 
-    with mock.patch.object(launch, "_run", noted):
+        return mock.Mock(side_effect=noted)
+
+    with (
+        mock.patch.object(launch, "_run", noting(launch._run)),
+        mock.patch.object(interpreter, "run", noting(interpreter.run)),
+    ):
         yield seen
 
 

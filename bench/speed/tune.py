@@ -11,21 +11,19 @@ import functools
 import importlib
 import itertools
 import statistics
-import sys
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
-
-from triton.runtime.jit import JITFunction
 
 from tileformer.bench import ahead
 from tileformer.bench.calls import Call
 from tileformer.bench.calls.providers import OURS, providers
 from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.bench.speed.measure import DRY, Bench, Truth, ours, passes
-from tileformer.kernels import launch
+from tileformer.kernels import device
 from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, Row, family, tiles_for
+from tileformer.kernels.launch import Launch
 
 TABLES = {
     "FORWARD": (FORWARD, "_attention_fwd_kernel", "forward"),
@@ -40,7 +38,7 @@ CANDIDATES: dict[str, list[Row]] = {
 }
 FEATURES = {
     "plain": "D {} causal T 4096",
-    "ahead": "D {} causal T 4096",
+    "overlap": "D {} causal T 4096",
     "mask": "D {} boolean mask",
     "dropout": "D {} dropout",
 }
@@ -102,7 +100,7 @@ def search(
         only: a part of the names to search, such as "BACKWARD_DQ plain 64".
     """
     with ours(bench.clock.dry):
-        arch = family(launch.arch_of(bench.clock.flush))
+        arch = family(device.arch_of(bench.clock.flush))
     done = {(r["table"], r["arch"], r["feature"], r["size"], tuple(r["row"])) for r in tried}
     wanted: dict[tuple[str, int], list[Iterator[tuple[str, Row]]]] = {}
     for feature, size, name in itertools.product(FEATURES, sizes, TABLES):
@@ -158,27 +156,17 @@ def changed(kernel: str, **change: int) -> Iterator[None]:
     Raises:
         RuntimeError: at the end, if the kernel was not launched: the experiment would have compared the same with the same.
     """
-    original, count = launch.launch, 0
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("tileformer.kernels.")]
-    values = {id(x): x for module in modules for x in vars(module).values()}
-    functions = {key: x for key, x in values.items() if isinstance(x, JITFunction) and x.fn.__name__ == kernel}
+    original, count = Launch.__call__, 0
 
-    def instead(function: Any, grid: Any, like: Any, args: Any, flags: Any, tiles: Any) -> Any:
+    def instead(launch: Launch, *tensors: Any) -> None:
         nonlocal count
-        if id(function) in functions:
-            count, tiles = count + 1, [{**tiles[0], **change}]
-        return original(function, grid, like, args, flags, tiles)
+        if launch.kernel.fn.__name__ == kernel:
+            count += 1
+            tiles = [{**launch.tiles[0], **change}]
+            launch = Launch(launch.kernel, launch.grid, launch.flags, tiles, launch.scalars, launch.arrange)
+        original(launch, *tensors)
 
-    def listen(*args: Any, **options: Any) -> None:
-        """Somebody who listens to a kernel's launches keeps launchers from repeating the one that they remember."""
-
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            if getattr(module, "launch", None) is original:
-                stack.enter_context(unittest.mock.patch.object(module, "launch", instead))
-        for function in functions.values():
-            function.add_pre_run_hook(listen)
-            stack.callback(function.pre_run_hooks.remove, listen)
+    with unittest.mock.patch.object(Launch, "__call__", instead):
         yield
     if not count:
         raise RuntimeError(f"{kernel} was not launched: the op has another kernel now")
@@ -188,9 +176,9 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
     """Inside, an attention kernel uses this row of its table."""
     table, kernel, _ = TABLES[name]
     with ours(bench.clock.dry):
-        arch = launch.arch_of(bench.clock.flush)
+        arch = device.arch_of(bench.clock.flush)
     with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
-        usual = {"maxnreg": 255, "AHEAD": 0} if table is FORWARD else {"maxnreg": 255}
+        usual = {"maxnreg": 255, "OVERLAP": 0} if table is FORWARD else {"maxnreg": 255}
         return changed(kernel, **usual | tiles_for(table, arch, size, bench.dtype, feature)[0])
 
 
@@ -238,7 +226,7 @@ _NORM, _WIDE_NORM, _LOSS = (
 )
 EXPERIMENTS = [
     Experiment("1 every kernel against float64", reason="the parts self-test and check of gpu-day"),
-    Experiment("2 D 128 forward: ahead and through descriptors (TMA), or not", _D128, "forward", _options(_FWD, "AHEAD", 0, 1)),
+    Experiment("2 D 128 forward: ahead and through descriptors (TMA), or not", _D128, "forward", _options(_FWD, "OVERLAP", 0, 1)),
     Experiment("3 D 64 forward: 128x64, 4 warps (two programs a multiprocessor) or 128x128, 8 warps", _D64, "forward",
                _tiles("FORWARD", 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
     Experiment("4 D 128 dk, dv: 64x128 or 64x64, 2 or 3 stages", _CAUSAL, "backward",
