@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from tileformer.kernels import launch
+from tileformer.kernels import device
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Largest dynamic shared memory of one block, bytes, and number of multiprocessors of the architecture's usual part:
@@ -65,10 +65,10 @@ class Binary:
     @functools.cached_property
     def usage(self) -> dict[str, int]:
         """Registers and stack bytes a thread (a stack that is not 0 holds spilled registers), from the machine code's own table."""
-        found = re.search(r"REG:(\d+) STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))
-        if found is None:
+        match = re.search(r"REG:(\d+) STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))
+        if match is None:
             raise RuntimeError(f"cuobjdump reports no resources for {self.name}")
-        return dict(registers=int(found[1]), stack=int(found[2]))
+        return dict(registers=int(match[1]), stack=int(match[2]))
 
     @functools.cached_property
     def sass(self) -> str:
@@ -170,23 +170,23 @@ def record(arch: int, then: Callable[[Launch], None] | None = None) -> Iterator[
     launches: list[Launch] = []
     _launches, _then = launches, then
     driver.set_active(_RecordingDriver(arch))
-    launch.record_for(arch)
+    device.record_for(arch)
     try:
         yield launches
     finally:
-        launch.record_for(None)
+        device.record_for(None)
         driver._active, (_launches, _then) = before, outer
 
 
 class _OnGpu(TorchFunctionMode):
     """CPU tensors say that they lie on cuda:0, and what is asked for there is made on the CPU."""
 
-    _PLACE = torch.device("cuda", 0)
+    _GPU = torch.device("cuda", 0)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         owner = getattr(function, "__self__", None)
         if owner is torch.Tensor.device:
-            return self._PLACE
+            return self._GPU
         if owner is torch.Tensor.is_cuda:
             return True
         name, kwargs = getattr(function, "__name__", ""), dict(kwargs or {})

@@ -4,7 +4,7 @@ Every function takes ordinary tensors. `use_backend` says what serves a call; by
 torch operators serve CPU tensors. `reference` defines each op.
 """
 
-from tileformer.kernels import reference
+from tileformer.kernels import launch, reference, selftest
 from tileformer.kernels.attention import attention, scaled_dot_product_attention
 from tileformer.kernels.backend import use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
@@ -12,6 +12,8 @@ from tileformer.kernels.dropout import dropout
 from tileformer.kernels.layer_norm import layer_norm, rms_norm
 from tileformer.kernels.random import dropout_keep
 from tileformer.kernels.softmax import log_softmax, softmax
+
+launch.selftest = selftest.run_once  # before a process's first launch on a GPU
 
 __all__ = [
     "attention",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from tileformer.kernels import launch
+from tileformer.kernels import checks, device
 
 BACKENDS = ("auto", "triton", "interpret", "torch", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -84,19 +84,19 @@ def choose(op: str, x: Tensor) -> str:
     if name == "auto":
         if not x.is_cuda or x.dtype not in TRITON_DTYPES:
             return "torch"
-        arch = launch.arch_of(x)
+        arch = device.arch_of(x)
         if arch < OLDEST_ARCH:
             _warn_old_arch(arch)
             return "torch"
         return "triton"
     if name == "triton":
-        if not (x.is_cuda or launch.recording()):
+        if not (x.is_cuda or device.recording()):
             raise ValueError(
                 f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}: move them, or use_backend('interpret')"
             )
         if x.dtype not in TRITON_DTYPES:
             raise ValueError(
-                f"{op}: backend 'triton' takes float16, bfloat16 or float32, got {_short(x.dtype)}: use_backend('torch')"
+                f"{op}: backend 'triton' takes float16, bfloat16 or float32, got {checks.name_of(x.dtype)}: use_backend('torch')"
             )
     if name == "interpret" and x.device.type != "cpu":
         raise ValueError(
@@ -114,7 +114,3 @@ def _warn_old_arch(arch: int) -> None:
         warnings.warn(
             f"sm_{arch} is older than sm_{OLDEST_ARCH}: tileformer uses the torch backend there", stacklevel=4
         )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

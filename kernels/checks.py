@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -52,6 +53,35 @@ def tensors(op: str, **given: Any) -> None:
             raise TypeError(
                 f"{op}: {name} is a nested tensor: pad it (torch.nested.to_padded_tensor), or pass its .values()"
             )
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether x is a DTensor. Its module is loaded if there is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def plain(op: str, *tensors: Any) -> None:
+    """Raise TypeError where a DTensor or a nested tensor came to code that reads plain memory."""
+    for x in tensors:
+        if is_sharded(x):
+            placed = ", ".join(map(str, x.placements))
+            raise TypeError(
+                f"{op}: a DTensor with placements ({placed}) stands beside plain tensors: distribute them all, or pass x.to_local()"
+            )
+        if isinstance(x, Tensor) and x.is_nested:
+            raise TypeError(
+                f"{op}: nested tensors are not supported: pad them and pass a mask, or pass their values (x.values())"
+            )
+
+
+def not_traced(op: str) -> None:
+    """Raise NotImplementedError inside torch.jit.trace, which would write this call's sizes and random bits down for all others."""
+    if not is_compiling() and torch._C._is_tracing():
+        raise NotImplementedError(
+            f"{op}: torch.jit.trace records neither dropout nor the fused attention kernels: use torch.export, or trace "
+            "in evaluation under use_backend('torch')"
+        )
 
 
 def floating(op: str, **given: Any) -> None:

@@ -15,7 +15,6 @@ the loss and the gradient; nothing is read out of bounds.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -25,11 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, reference
+from tileformer.kernels.autograd import KernelFunction, register
 from tileformer.kernels.backend import choose
+from tileformer.kernels.device import wider
 from tileformer.kernels.double_backward import second_derivative
-from tileformer.kernels.launch import Launch, apply, cdiv, register, wider
+from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
-from tileformer.kernels.subclasses import by_parts, on_shards, refuse
+from tileformer.kernels.subclasses import by_parts, on_shards
 
 MAX_TILE = 8192
 
@@ -156,28 +157,46 @@ def _launch(
     return Launch(
         _cross_entropy_bwd_kernel if backward else _cross_entropy_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]), cdiv(v, tile["BLOCK_N"])) if backward else (cdiv(r, tile["BLOCK_R"]),),
-        (*strides, r, v, ignore_index, label_smoothing, label_smoothing / max(v, 1)),
         dict(WEIGHT=weight, SMOOTH=label_smoothing > 0.0, **row_flags(dtype, v, strides[-1])),
         [row_tile(v, MAX_TILE, 1024, 16)],
+        (*strides, r, v, ignore_index, label_smoothing, label_smoothing / max(v, 1)),
     )
 
 
 def cross_entropy_fwd(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-sum-exp and weight of the target (0 if ignored) of each row (R,)."""
-    outputs = _cross_entropy_fwd_fake(logits, target, weight, ignore_index, label_smoothing)
+    """The loss, reduced, in `dtype`; the log-sum-exp of each row (R,); the weight of each row's target (0 if ignored), or for a mean their sum."""
+    loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
+    lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
     x, stride = rows_of(logits, logits.shape[1])
     run = _launch(False, logits.shape, (stride,), weight is not None, ignore_index, label_smoothing, logits.dtype)
-    run(x, target.contiguous(), *_weights(weight, outputs[0].dtype, x), *outputs)
-    return outputs
+    run(x, target.contiguous(), *_weights(weight, loss.dtype, x), loss, lse, target_weight)
+    if reduction == "mean":
+        target_weight = target_weight.sum()
+        return (loss.sum() / target_weight).type(dtype), lse, target_weight
+    return (loss if reduction == "none" else loss.sum()).type(dtype), lse, target_weight
 
 
 def _cross_entropy_fwd_fake(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
-    return loss, torch.empty_like(loss), torch.empty_like(loss)
+    lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
+    one = lse.new_empty(())
+    loss = (lse if reduction == "none" else one).to(dtype, copy=True)
+    return loss, lse, one if reduction == "mean" else lse.clone()
 
 
 def cross_entropy_bwd(
@@ -214,27 +233,14 @@ _fwd = register(cross_entropy_fwd, _cross_entropy_fwd_fake)
 _bwd = register(cross_entropy_bwd, _cross_entropy_bwd_fake)
 
 
-def _reduced(forward: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, reduced and in its dtype; the log-sum-exp of each row; what a mean is divided by (each row's weight for the others)."""
-    *given, reduction, dtype = args
-    loss, lse, own = forward(*given)
-    if reduction == "none":
-        return loss.to(dtype), lse, own
-    if reduction == "mean":
-        own = own.sum()
-        return (loss.sum() / own).type(dtype), lse, own
-    return loss.sum().type(dtype), lse, own
-
-
 class _CrossEntropy(torch.autograd.Function):
     """(loss, log-sum-exp of each row, weights); differentiable in the logits through the loss."""
 
     generate_vmap_rule = True
-    launcher = functools.partial(_reduced, cross_entropy_fwd)
 
     @staticmethod
     def forward(logits, target, weight, ignore_index, label_smoothing, reduction, dtype):
-        return _reduced(_fwd, logits, target, weight, ignore_index, label_smoothing, reduction, dtype)
+        return _fwd(logits, target, weight, ignore_index, label_smoothing, reduction, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -254,7 +260,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.reduction != "none":
             dloss = dloss.expand(target.shape)
         options = ctx.ignore_index, ctx.label_smoothing
-        dlogits = apply(_CrossEntropyBackward, dloss, logits, target, weight, lse, *options)
+        dlogits = _cross_entropy_backward(dloss, logits, target, weight, lse, *options)
         return dlogits, None, None, None, None, None, None
 
 
@@ -262,7 +268,6 @@ class _CrossEntropyBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(cross_entropy_bwd)
 
     @staticmethod
     def forward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
@@ -281,6 +286,10 @@ class _CrossEntropyBackward(torch.autograd.Function):
             lambda x: (reference.cross_entropy(x, target, weight=weight, **options),), (logits,), (dloss,), (ddlogits,)
         )
         return second, first, None, None, None, None, None
+
+
+_cross_entropy_forward = KernelFunction(cross_entropy_fwd, _CrossEntropy)
+_cross_entropy_backward = KernelFunction(cross_entropy_bwd, _CrossEntropyBackward)
 
 
 def cross_entropy(
@@ -345,15 +354,15 @@ def cross_entropy(
         ).to(dtype)  # fmt: skip
     options = weight, int(ignore_index), label_smoothing, reduction, dtype
     if logits.dim() == 2:
-        return apply(_CrossEntropy, logits, target, *options)[0]
-    loss = apply(_CrossEntropy, logits[None], target[None], *options)[0]
+        return _cross_entropy_forward(logits, target, *options)[0]
+    loss = _cross_entropy_forward(logits[None], target[None], *options)[0]
     return loss.view(()) if reduction == "none" else loss
 
 
 def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]) -> Tensor:
     """Of DTensors: each process computes the losses of its rows; sums are DTensors' own."""
     if logits.is_nested:
-        refuse("cross_entropy", logits, target)
+        checks.plain("cross_entropy", logits, target)
     split = any(p.is_shard() for p in logits.placements)
     if split and reduction == "mean" and weight is not None:
         raise TypeError(

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
+from tileformer.kernels.autograd import KernelFunction, register
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import Launch, apply, cdiv, not_traced, register
+from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_rows, is_special, shard_seed
 from tileformer.kernels.tile_ops import dropout_keep
@@ -57,9 +58,9 @@ def _launch(r: int, n: int, stride: int, residual_stride: int, residual: bool, p
     return Launch(
         _dropout_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]) * cdiv(n, tile["BLOCK_N"]),),
-        (stride, residual_stride, r, n, random.threshold(p), random.keep_scale(p)),
         dict(RESIDUAL=residual, **row_flags(dtype, n, stride, residual_stride)),
         [tile],
+        (stride, residual_stride, r, n, random.threshold(p), random.keep_scale(p)),
     )
 
 
@@ -85,7 +86,6 @@ class _Dropout(torch.autograd.Function):
     """y; its gradient for x is itself on dy, so every derivative is fused."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(dropout_fwd)
 
     @staticmethod
     def forward(x, residual, seed, p):
@@ -101,9 +101,12 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx, dy):
         (seed,) = ctx.saved_tensors
         x_dtype, residual_dtype = ctx.dtypes
-        dx = apply(_Dropout, dy.to(x_dtype), None, seed, ctx.p) if ctx.needs_input_grad[0] else None
+        dx = _drop(dy.to(x_dtype), None, seed, ctx.p) if ctx.needs_input_grad[0] else None
         dresidual = dy.to(residual_dtype) if ctx.needs_input_grad[1] else None
         return dx, dresidual, None, None
+
+
+_drop = KernelFunction(dropout_fwd, _Dropout)
 
 
 def dropout(
@@ -146,7 +149,7 @@ def dropout(
     backend = choose("dropout", x)
     if p == 0.0:
         return x if residual is None else residual + x
-    not_traced("dropout")
+    checks.not_traced("dropout")
     if seed is None:
         seed = random.new_seed(x.device)
     if backend == "reference":
@@ -158,4 +161,4 @@ def dropout(
         if residual is not None:
             return torch.addcmul(residual, x, keep, value=scale if late else 1)
         return x * keep * scale if late else x * keep
-    return apply(_Dropout, x, residual, seed, p)
+    return _drop(x, residual, seed, p)

@@ -28,10 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tileformer.kernels import checks, reference
+from tileformer.kernels import checks, device, reference
+from tileformer.kernels.autograd import KernelFunction, register
 from tileformer.kernels.backend import choose
+from tileformer.kernels.device import wider
 from tileformer.kernels.double_backward import second_derivative
-from tileformer.kernels.launch import Launch, apply, cdiv, pow2, recording, register, wider
+from tileformer.kernels.launch import Launch, cdiv, pow2
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
 
@@ -212,16 +214,9 @@ def _layer_norm_partial_kernel(
         tl.store(dbias_ptr + cols, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=cols < N)
 
 
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda" or not torch.cuda.is_available():  # compiled without being run: any number serves
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _programs(x: Tensor) -> int:
     """How many programs share the rows in the backward: two for each multiprocessor."""
-    return 2 * _multiprocessors(x.device) if x.is_cuda or recording() else 3
+    return 2 * device.multiprocessors(x.device) if x.is_cuda or device.recording() else 3
 
 
 @functools.lru_cache(maxsize=1024)
@@ -236,9 +231,9 @@ def _fwd_launch(
     return Launch(
         _layer_norm_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,),
-        (stride, r, n, eps),
         dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, FULL=full, **row_flags(dtype, n, stride)),
         [tile],
+        (stride, r, n, eps),
     )
 
 
@@ -261,20 +256,20 @@ def _bwd_launches(
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
     flags = dict(CENTRE=centre, WEIGHT=weight, **row_flags(dtype, n, x_stride, dy_stride))
     scalars = (dy_stride, x_stride, r, n)
-    sums = Launch(_layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), scalars, flags, tiles)
+    sums = Launch(_layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, scalars)
     main = Launch(
         _layer_norm_bwd_kernel,
         lambda _: (programs, columns),
-        scalars,
         dict(flags, PARTIAL=partial, WHOLE=whole),
         tiles,
+        scalars,
     )
     add = Launch(
         _layer_norm_partial_kernel,
         lambda tile: (cdiv(n, tile["BLOCK_N"]),),
-        (programs, n),
         dict(DWEIGHT=need_dweight, DBIAS=need_dbias, ACC=flags["ACC"]),
         [dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)],
+        (programs, n),
     )
     return programs, None if whole else sums, main, add if partial else None
 
@@ -363,7 +358,6 @@ class _LayerNorm(torch.autograd.Function):
     """(y, stats); differentiable in x, weight and bias through y."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(layer_norm_fwd)
 
     @staticmethod
     def forward(x, axes, weight, bias, eps, centre):
@@ -383,7 +377,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, bias, stats = ctx.saved_tensors
         _, _, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         how = need_dweight, need_dbias, ctx.eps, ctx.centre
-        dx, dweight, dbias = apply(_LayerNormBackward, dy, x, ctx.axes, weight, bias, stats, *how)
+        dx, dweight, dbias = _layer_norm_backward(dy, x, ctx.axes, weight, bias, stats, *how)
         return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 
@@ -391,7 +385,6 @@ class _LayerNormBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(layer_norm_bwd)
 
     @staticmethod
     def forward(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
@@ -422,6 +415,10 @@ class _LayerNormBackward(torch.autograd.Function):
         first, (second,) = second_derivative(outputs, primals, (dy,), tangents)
         named = dict(zip(given, first, strict=True))
         return second, named["x"], None, named.get("weight"), None, None, None, None, None, None
+
+
+_layer_norm_forward = KernelFunction(layer_norm_fwd, _LayerNorm)
+_layer_norm_backward = KernelFunction(layer_norm_bwd, _LayerNormBackward)
 
 
 def layer_norm(
@@ -487,7 +484,7 @@ def _norm(
         )
     if backend == "torch":
         return _torch_norm(x, shape, weight, bias, eps, centre)
-    return apply(_LayerNorm, x, len(shape), weight, bias, eps, centre)[0]
+    return _layer_norm_forward(x, len(shape), weight, bias, eps, centre)[0]
 
 
 def _torch_norm(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ import torch
 import triton
 
 import tileformer
-from tileformer import kernels
-from tileformer.kernels import launch
+from tileformer.kernels import launch, reference
+from tileformer.kernels.attention import attention
+from tileformer.kernels.backend import use_backend
+from tileformer.kernels.cross_entropy import cross_entropy
+from tileformer.kernels.dropout import dropout
+from tileformer.kernels.layer_norm import layer_norm
+from tileformer.kernels.softmax import softmax
 
 TOLERANCE = 0.05  # of the largest element: garbage, not rounding, which makes 0.01 in bfloat16
 CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # differentiable tensors, other arguments
@@ -32,25 +38,32 @@ CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # diffe
     "cross_entropy": (dict(logits=(37, 128)), dict(target=torch.arange(37), reduction="sum")),
     "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
 }
+OPS: dict[str, Callable[..., Any]] = {
+    op.__name__: op for op in (attention, cross_entropy, dropout, layer_norm, softmax)
+}
 
 
 def failures(backend: str, device: torch.device) -> list[str]:
     """The results that are not what the definition gives, "attention: dk" say, forward and backward in bfloat16."""
     wrong = []
-    for op, (shapes, options) in CALLS.items():
+    for call, (shapes, options) in CALLS.items():
+        op = call.partition(",")[0]
         results: list[list[torch.Tensor]] = []
-        for namespace, place, dtype in ((kernels.reference, "cpu", torch.float32), (kernels, device, torch.bfloat16)):
+        for compute, place, dtype in (
+            (getattr(reference, op), "cpu", torch.float32),
+            (OPS[op], device, torch.bfloat16),
+        ):
             generator = torch.Generator().manual_seed(1)
             draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().to(place, dtype)  # noqa: B023, E731
             leaves = {name: draw(*shape).requires_grad_() for name, shape in shapes.items()}
             # clone: whoever uses the GPU first may do so in inference mode, which is then the mode that this module was imported in
             more = {name: x.clone().to(place) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-            with kernels.use_backend(backend):
-                out = getattr(namespace, op.partition(",")[0])(**leaves, **more)
+            with use_backend(backend):
+                out = compute(**leaves, **more)
             results.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), draw(*out.shape))])
         for name, truth, got in zip(["out", *(f"d{name}" for name in shapes)], *results, strict=True):
             if not (got.cpu().float() - truth).abs().max() <= TOLERANCE * truth.abs().max():
-                wrong.append(f"{op}: {name}")
+                wrong.append(f"{call}: {name}")
     return wrong
 
 

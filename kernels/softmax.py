@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, reference
+from tileformer.kernels.autograd import KernelFunction, register
 from tileformer.kernels.backend import choose
-from tileformer.kernels.launch import Launch, apply, cdiv, register
+from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
 
@@ -186,7 +187,6 @@ def _fwd_launch(
     return Launch(
         _softmax_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]),),
-        (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale),
         dict(
             LOG=log,
             CAUSAL=causal_shift is not None,
@@ -195,6 +195,7 @@ def _fwd_launch(
             **row_flags(dtype, t_k, stride),
         ),
         [row_tile(t_k, MAX_FWD, 2048, 16)],
+        (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale),
     )
 
 
@@ -207,9 +208,9 @@ def _bwd_launch(
     return Launch(
         _softmax_bwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]),),
-        (dy_stride, y_stride, r, n, scale),
         dict(LOG=log, WHOLE=n <= MAX_BWD, **row_flags(dtype, n, dy_stride, y_stride)),
         [row_tile(n, MAX_BWD, 2048, 16)],
+        (dy_stride, y_stride, r, n, scale),
     )
 
 
@@ -253,7 +254,6 @@ class _Softmax(torch.autograd.Function):
     """y; differentiable in x."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(softmax_fwd)
 
     @staticmethod
     def forward(x, mask, causal_shift, scale, log):
@@ -267,14 +267,13 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return apply(_SoftmaxBackward, dy, y, ctx.scale, ctx.log), None, None, None, None
+        return _softmax_backward(dy, y, ctx.scale, ctx.log), None, None, None, None
 
 
 class _SoftmaxBackward(torch.autograd.Function):
     """dx as a function of dy and y; its own derivative is written out, and leads back to x through y."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(softmax_bwd)
 
     @staticmethod
     def forward(dy, y, scale, log):
@@ -298,7 +297,11 @@ class _SoftmaxBackward(torch.autograd.Function):
             grad_y = -ctx.scale * p * u * g.sum(-1, keepdim=True)
             return grad_dy.to(dy.dtype), grad_y.to(y.dtype), None, None
         grad_y = ctx.scale * (u * (g - along(p, g)) - g * along(p, u))
-        return apply(_SoftmaxBackward, ddx, y, ctx.scale, False), grad_y.to(y.dtype), None, None
+        return _softmax_backward(ddx, y, ctx.scale, False), grad_y.to(y.dtype), None, None
+
+
+_softmax_forward = KernelFunction(softmax_fwd, _Softmax)
+_softmax_backward = KernelFunction(softmax_bwd, _SoftmaxBackward)
 
 
 def softmax(
@@ -371,8 +374,8 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bo
         checks.no_mask_gradient(name, mask, backend)
         four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
         mask = mask.expand(x.shape).reshape(four)
-    shift = reference.causal_shift(causal, x.shape[-2], x.shape[-1]) if causal else None
-    return apply(_Softmax, x, mask, shift, scale, log)
+    shift = (x.shape[-1] - x.shape[-2] if causal == "bottom_right" else 0) if causal else None
+    return _softmax_forward(x, mask, shift, scale, log)
 
 
 def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str, log: bool) -> Tensor:

@@ -6,24 +6,18 @@ Each axis of a tensor has a role: a name where rows along it are independent, so
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tileformer.kernels import random
+from tileformer.kernels import checks, random
 from tileformer.kernels.backend import choose
+from tileformer.kernels.checks import is_sharded
 
 Roles = Sequence[Any]
 _SPREAD = 0x1E3779B97F4A7C15  # odd: seeds of neighbouring shards differ in all their bits
-
-
-def is_sharded(x: Any) -> bool:
-    """Whether x is a DTensor. Its module is loaded if there is one."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
 
 
 def is_special(x: Any) -> bool:
@@ -38,19 +32,6 @@ def by_parts(op: str, x: Any, axes: int) -> bool:
         return is_special(x)
     whole = all(p.is_replicate() or (type(p).__name__ == "Shard" and p.dim < x.dim() - axes) for p in x.placements)
     return whole or choose(op, x) not in ("torch", "reference")
-
-
-def refuse(op: str, *tensors: Any) -> None:
-    """Raise TypeError where a DTensor or a nested tensor came to code that reads plain memory."""
-    for x in tensors:
-        if is_sharded(x):
-            raise TypeError(
-                f"{op}: a DTensor with placements {_said(x.placements)} stands beside plain tensors: distribute them all, or pass x.to_local()"
-            )
-        if isinstance(x, Tensor) and x.is_nested:
-            raise TypeError(
-                f"{op}: nested tensors are not supported: pad them and pass a mask, or pass their values (x.values())"
-            )
 
 
 def by_rows(
@@ -167,7 +148,7 @@ def attention_on_shards(
 ) -> Any:
     """``attention`` of DTensors with the batch or the heads sharded; ``sides``: mask, bias and what has a value a sequence or a head."""
     if not is_sharded(q) or q.dim() != 4:
-        refuse("attention", q, k, v)
+        checks.plain("attention", q, k, v)
     roles = ("batch", "heads", None, None)
     named: dict[str, Roles] = dict(key_mask=("batch", None), query_lengths=("batch",), key_lengths=("batch",))
     slopes = sides["alibi_slopes"]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tileformer.bench.check.budget import assert_within_budget, attention_sizes, rms_ratio
-from tileformer.bench.check.cases import Case, attention_call
-from tileformer.bench.check.run import judge
+from tileformer.bench.calls import describe
+from tileformer.bench.calls.ops import attention_sizes
+from tileformer.bench.check.budget import assert_within_budget, rms_ratio
+from tileformer.bench.check.run import errors_of
+from tileformer.bench.recording import record
 from tileformer.kernels import attention, reference, scaled_dot_product_attention, use_backend
 
 EVERY_BACKEND = pytest.mark.parametrize("name", ["interpret", "torch", "reference"])
@@ -144,7 +146,7 @@ def test_dropout_bits_are_those_of_the_reference_for_any_tile(
     keep = reference.dropout_keep(seed, (2, 2, t_q, t_k), 0.4)
     room = sys.modules["tileformer.kernels.attention.launchers"]
     for tile in ((32, 32), (64, 16)):
-        rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], EDGE=16, num_warps=4, num_stages=1)]
+        rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], BLOCK_MASKED=16, num_warps=4, num_stages=1)]
         monkeypatch.setattr(room, "tiles_for", lambda *_, rows=rows: rows)
         out = attention(q, v, v, scale=0.0, dropout_p=0.4, seed=seed)
         assert torch.equal(out[..., :t_k] > 0, keep)
@@ -260,11 +262,10 @@ TILES = [(16, 32), (32, 16)]  # neither the height nor the width alone explains 
 def _assert_within_budget_for_tiles(
     tile, shape, monkeypatch: pytest.MonkeyPatch, dtype: str = "fp32", **options
 ) -> None:
-    rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], EDGE=16, num_warps=4, num_stages=1)]
+    rows = [dict(BLOCK_M=tile[0], BLOCK_N=tile[1], BLOCK_MASKED=16, num_warps=4, num_stages=1)]
     monkeypatch.setattr(sys.modules["tileformer.kernels.attention.launchers"], "tiles_for", lambda *_, **__: rows)
-    ratios = judge(
-        Case("attention", "tiles", "", attention_call(shape, **options)), dtype, "interpret", torch.device("cpu")
-    )
+    call = describe("attention", "tiles", "", *shape, lse=True, **options)
+    ratios = errors_of(call, dtype, "interpret", torch.device("cpu"))
     assert max(ratios.values()) <= 1.0, f"tile {tile}, {shape}, {options}: error over budget: {ratios}"
 
 
@@ -299,7 +300,7 @@ PADDINGS = {
 @pytest.mark.interprets
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_padding_of_many_keys(padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [dict(BLOCK_M=32, BLOCK_N=256, EDGE=256, num_warps=4, num_stages=1)]
+    rows = [dict(BLOCK_M=32, BLOCK_N=256, BLOCK_MASKED=256, num_warps=4, num_stages=1)]
     monkeypatch.setattr(sys.modules["tileformer.kernels.attention.launchers"], "tiles_for", lambda *_, **__: rows)
     q, k, v = (x.detach() for x in _qkv(b=2, h=1, t_q=3, t_k=LONG, d=4))
     key_mask = torch.stack([torch.arange(LONG) < 5, PADDINGS[padding](torch.arange(LONG))])
@@ -316,32 +317,33 @@ def test_a_strided_key_mask(backend: str, device: torch.device) -> None:
     assert torch.equal(attention(q, k, v, key_mask=key_mask), attention(q, k, v, key_mask=key_mask.contiguous()))
 
 
-@pytest.mark.interprets
 def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
     from tileformer.kernels import launch
 
     q, k, v = _qkv()
-    with use_backend("interpret"):
-        expected = attention(q, k, v)
     room = sys.modules["tileformer.kernels.attention.launchers"]
-    rows = [dict(BLOCK_M=m, BLOCK_N=32, EDGE=16, num_warps=4, num_stages=1) for m in (64, 32)]
+    rows = [dict(BLOCK_M=m, BLOCK_N=32, BLOCK_MASKED=16, num_warps=4, num_stages=1) for m in (64, 32)]
     monkeypatch.setattr(room, "tiles_for", lambda *_: rows)
-    run = launch._run
+    tried, run = [], launch._run
 
     def small_device(kernel, programs, like, args, constexprs):
-        if constexprs.get("BLOCK_M") == 64:
+        tried.append(constexprs["BLOCK_M"])
+        if constexprs["BLOCK_M"] == 64:
             raise OutOfResources(200_000, 101_376, "shared memory")
-        run(kernel, programs, like, args, constexprs)
+        return run(kernel, programs, like, args, constexprs)
 
     monkeypatch.setattr(launch, "_run", small_device)
-    monkeypatch.setattr(launch, "_too_big", set())
-    with use_backend("interpret"), pytest.warns(UserWarning, match="does not fit this device"):
-        assert torch.equal(attention(q, k, v), expected)
-    with use_backend("interpret"), warnings.catch_warnings():
-        warnings.simplefilter("error")  # remembered: no second warning
-        assert torch.equal(attention(q, k, v), expected)
+    monkeypatch.setattr(launch, "out_of_resources", set())
+    with record(86) as launches, use_backend("triton"):
+        with pytest.warns(UserWarning, match="does not fit this device"):
+            attention(q, k, v)
+        monkeypatch.setattr(launch, "cached_kernels", {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # remembered: no second warning
+            attention(q, k, v)
+    assert tried == [64, 32, 32] and [x.constants["BLOCK_M"] for x in launches] == [32, 32]
 
 
 @pytest.mark.interprets

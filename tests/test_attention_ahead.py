@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 from triton.runtime import _allocation
 
-from tileformer.bench.check.cases import Case, attention_call
-from tileformer.bench.check.run import judge
+from tileformer.bench.calls import describe
+from tileformer.bench.check.run import errors_of
 from tileformer.kernels import attention, launch, use_backend
 from tileformer.kernels.attention.tiles import FORWARD, tiles_for
 
@@ -36,12 +36,14 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
     """However few the keys; yields the tiles of the launches."""
     taken: list[dict[str, int]] = []
 
-    def noted(kernel: Any, grid: Any, like: Tensor, args: Any, flags: Any, tiles: Any) -> Any:
-        taken.append(tiles[0])
-        return launch.launch(kernel, grid, like, args, flags, tiles)
+    original = launch.Launch.__call__
 
-    monkeypatch.setattr(LAUNCHERS, "AHEAD_LEAST", 0)
-    monkeypatch.setattr(LAUNCHERS, "launch", noted)
+    def noted(self: launch.Launch, *tensors: Tensor) -> None:
+        taken.append(self.tiles[0])
+        original(self, *tensors)
+
+    monkeypatch.setattr(LAUNCHERS, "OVERLAP_LEAST_KEYS", 0)
+    monkeypatch.setattr(launch.Launch, "__call__", noted)
     yield taken
 
 
@@ -51,10 +53,10 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
 @pytest.mark.parametrize("call", CALLS)
 def test_values_and_gradients_are_within_budget(call: str, dtype: str, tiles: list[dict[str, int]]) -> None:
     shape, options = CALLS[call]
-    case = Case("attention", call, "one tile ahead", attention_call(shape, **options), dtypes=(dtype,))
-    over = judge(case, dtype, "interpret", torch.device("cpu"))
+    described = describe("attention", call, "one tile ahead", *shape, lse=True, **options)
+    over = errors_of(described, dtype, "interpret", torch.device("cpu"))
     assert over and all(x <= 1 for x in over.values()), over
-    assert sum("AHEAD" in tile for tile in tiles) == 1  # the forward alone
+    assert sum("OVERLAP" in tile for tile in tiles) == 1  # the forward alone
 
 
 @pytest.mark.interprets
@@ -63,9 +65,9 @@ def test_it_is_the_same_arithmetic(tiles: list[dict[str, int]], monkeypatch: pyt
     q, k, v = (torch.randn(1, 2, t, 32, dtype=torch.float16) for t in (70, 128, 128))
     with use_backend("interpret"):
         ahead = attention(q, k, v)
-        monkeypatch.setattr(LAUNCHERS, "AHEAD_LEAST", 10**9)
+        monkeypatch.setattr(LAUNCHERS, "OVERLAP_LEAST_KEYS", 10**9)
         plain = attention(q, k, v)
-    assert ["AHEAD" in tile for tile in tiles] == [True, False]
+    assert ["OVERLAP" in tile for tile in tiles] == [True, False]
     assert torch.equal(ahead, plain)  # no masked tile stands between the others, so the order of the sums is one
 
 
@@ -95,29 +97,31 @@ VARIANTS: dict[str, tuple[bool, Callable[[Tensor, Tensor, Tensor], tuple[tuple[T
 def test_keys_that_a_descriptor_reaches_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[dict[str, int]] = []
     monkeypatch.setattr(LAUNCHERS, "arch_of", lambda x: 90)
-    monkeypatch.setattr(LAUNCHERS, "launch", lambda kernel, grid, like, args, flags, tiles: chosen.append(tiles[0]))
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self, *tensors: chosen.append(self.tiles[0]))
     expected, change = VARIANTS[name]
     tensors, options = change(*(torch.zeros(1, 1, t, 128, dtype=torch.bfloat16) for t in (8, 1024, 1024)))
     with use_backend("interpret"):
         attention(*tensors, **options)
-    assert [tile.get("AHEAD", 0) for tile in chosen if "EDGE" in tile] == [int(expected)]
+    assert [tile.get("OVERLAP", 0) for tile in chosen if "BLOCK_MASKED" in tile] == [int(expected)]
 
 
 def test_only_a_row_of_its_own_works_ahead() -> None:
-    assert [tile.get("AHEAD", 0) for tile in tiles_for(FORWARD, 90, 128, torch.bfloat16, "ahead")] == [1, 0]
-    assert tiles_for(FORWARD, 80, 128, torch.bfloat16, "ahead") == tiles_for(FORWARD, 80, 128, torch.bfloat16, "plain")
+    assert [tile.get("OVERLAP", 0) for tile in tiles_for(FORWARD, 90, 128, torch.bfloat16, "overlap")] == [1, 0]
+    assert tiles_for(FORWARD, 80, 128, torch.bfloat16, "overlap") == tiles_for(
+        FORWARD, 80, 128, torch.bfloat16, "plain"
+    )
 
 
 def test_memory_is_lent_where_nobody_has_set_an_allocator() -> None:
     held = _allocation._allocator
     assert isinstance(held.get(), _allocation.NullAllocator)
-    with launch._lent_memory():
+    with launch.scratch_allocator():
         assert not isinstance(held.get(), _allocation.NullAllocator)
     assert isinstance(held.get(), _allocation.NullAllocator)
     before = held.get()
     try:
         triton.set_allocator(theirs := lambda size, alignment, stream: None)
-        with launch._lent_memory():
+        with launch.scratch_allocator():
             assert held.get() is theirs
         assert held.get() is theirs
     finally:

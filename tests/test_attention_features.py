@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tileformer.bench.calls import Case
-from tileformer.bench.check import pairs
+from tileformer.bench.calls import Call, pairs
 from tileformer.bench.check.run import examine
 from tileformer.bench.static.traffic import Counter
 from tileformer.kernels import attention, dropout_keep, reference, use_backend
@@ -98,7 +97,7 @@ def test_a_row_of_the_table_exists_for_every_head_size() -> None:
     for size in range(1, 257):
         for feature in ("plain", "mask", "dropout", "both"):
             tile = tiles_for(FORWARD, 90, size, torch.bfloat16, feature)[0]
-            assert tile["EDGE"] <= tile["BLOCK_N"] and tile["BLOCK_N"] % tile["EDGE"] == 0
+            assert tile["BLOCK_MASKED"] <= tile["BLOCK_N"] and tile["BLOCK_N"] % tile["EDGE"] == 0
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -257,6 +256,6 @@ def test_the_pairs_are_all_pairs() -> None:
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in pairs.PAIRS])
-def test_features_meet_in_pairs(case: Case) -> None:
+def test_features_meet_in_pairs(case: Call) -> None:
     found = examine(case, case.dtypes[0], "interpret", torch.device("cpu"), runs=1)
     assert found.passed, f"{case.reason}: {found.verdict}"

@@ -37,7 +37,7 @@ def on_tile(m: int, n: int, edge: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     def tiles_for(table, *_):
         found = dict(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=1)
         if table is not LAUNCHERS.BACKWARD_BIAS and table is not LAUNCHERS.WEIGHTS:
-            found["EDGE"] = edge
+            found["BLOCK_MASKED"] = edge
         return [found]
 
     monkeypatch.setattr(LAUNCHERS, "tiles_for", tiles_for)

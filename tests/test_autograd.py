@@ -310,8 +310,6 @@ def test_no_device_value_is_read_on_the_host(op: Op, monkeypatch: pytest.MonkeyP
             rooms = [m for m in list(sys.modules.values()) if m.__name__.startswith("tileformer.kernels.")]
             launcher = next(getattr(room, name) for room in rooms if hasattr(room, name))
             with monkeypatch.context() as patch:
-                stub = lambda kernel, grid, like, args, flags, tiles: launched.append(grid(tiles[0]))  # noqa: E731
-                patch.setattr(sys.modules[launcher.__module__], "launch", stub, raising=False)
                 patch.setattr(Launch, "__call__", lambda self, *_: launched.append(self.grid(self.tiles[0])))
                 real = launcher(*map(fake, args))
             shapes = func(*map(fake, args))

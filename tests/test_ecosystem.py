@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tileformer.decoder import TransformerDecoderLayer, TransformerEncoderLayer, convert
-from tileformer.kernels import attention, backend, interpreter, launch, softmax, use_backend
+from tileformer.kernels import attention, autograd, backend, interpreter, softmax, use_backend
 
 B, T_Q, T_K, C = 2, 4, 6, 8
 TARGET, MEMORY = (torch.randn(B, T, C, generator=torch.Generator().manual_seed(T)) for T in (T_Q, T_K))
@@ -245,11 +245,11 @@ def test_a_child_born_while_a_thread_interprets(monkeypatch: pytest.MonkeyPatch)
 def reloadable() -> Iterator[list[ModuleType]]:
     """The modules of kernels/ and decoder/ that are loaded; what they hold is put back afterwards."""
     modules = [m for name, m in sorted(sys.modules.items()) if re.match(r"tileformer\.(kernels|decoder)\b", name)]
-    held, ops = [dict(vars(m)) for m in modules], dict(launch._registered)
+    held, ops = [dict(vars(m)) for m in modules], dict(autograd.registered)
     yield modules
     for module, names in zip(modules, held, strict=True):
         vars(module).update(names)
-    launch._registered.update(ops)
+    autograd.registered.update(ops)
 
 
 def _works() -> None:
@@ -299,7 +299,7 @@ def test_an_op_may_come_back_with_another_signature(reloadable: list[ModuleType]
     def made(body: str) -> Any:
         names: dict[str, Any] = {"Tensor": Tensor}
         exec(f"def reloaded_op({body}", names)
-        return launch.register(names["reloaded_op"], names["reloaded_op"])
+        return autograd.register(names["reloaded_op"], names["reloaded_op"])
 
     for body, arguments in (
         ("x: Tensor) -> Tensor: return x * 2", ()),
@@ -308,7 +308,7 @@ def test_an_op_may_come_back_with_another_signature(reloadable: list[ModuleType]
         factor = arguments[0] if arguments else 2
         torch.testing.assert_close(made(body)(TARGET, *arguments), TARGET * factor)
     assert made("x: Tensor, n: int) -> Tensor: return x + n")(TARGET, 1).equal(TARGET + 1)
-    del launch._registered["reloaded_op"]
+    del autograd.registered["reloaded_op"]
 
 
 class Masked(nn.Module):

@@ -89,7 +89,7 @@ def _same_launches(calls: list[Any]) -> list[str]:
             launches_of(call)
         for place, call in enumerate(calls):
             short = launches_of(call)
-            with mock.patch.object(launch, "_observed", lambda kernel: True):
+            with mock.patch.object(launch, "has_launch_hooks", lambda kernel: True):
                 long = launches_of(call)
             if short != long or not long:
                 found.append(f"call {place}: {short} instead of {long}")
@@ -99,7 +99,7 @@ def _same_launches(calls: list[Any]) -> list[str]:
 def check_launches() -> None:
     calls = _calls()
     assert _same_launches(calls) == []
-    assert launch._compiled, "the short way was never taken"
+    assert launch.cached_kernels, "the short way was never taken"
     asked = mock.Mock(side_effect=AssertionError("Triton was asked"))
     with record(90), use_backend("triton"), mock.patch.object(launch, "_run", asked):
         for call in calls:  # none of them is a first of its kind
@@ -113,19 +113,19 @@ def check_that_nothing_is_launched_for_nothing_and_that_old_kinds_make_room() ->
         for _ in range(3):
             softmax(torch.ones(0, 16)), softmax(torch.ones(2, 0, 16))
         assert LAUNCHES == []
-        with mock.patch.object(launch, "MOST_KINDS", 3):
+        with mock.patch.object(launch, "MAX_CACHED", 3):
             for n in 2 ** torch.arange(1, 9):
                 softmax(torch.ones(2, n))
-                assert LAUNCHES and 1 <= len(launch._compiled) <= 3
+                assert LAUNCHES and 1 <= len(launch.cached_kernels) <= 3
                 LAUNCHES.clear()
 
 
 def check_that_the_comparison_sees_a_key_that_is_too_coarse() -> None:
-    with mock.patch.object(launch, "_specialise", lambda *_: ()):
+    with mock.patch.object(launch, "_specialize", lambda *_: ()):
         assert _same_launches(_calls()[:60])
 
 
-def check_observed() -> None:
+def checkhas_launch_hooks() -> None:
     """A setting that asks for another binary, and a listener, get what they ask for: a launch by Triton itself."""
     from triton import knobs
 

@@ -4,7 +4,6 @@ Kernels are compiled ahead first (bench/ahead.py), so this also shows that a rea
 """
 
 import ctypes
-import importlib
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from triton.runtime import driver
 
 from tileformer.bench import ahead
 from tileformer.bench.recording import record
-from tileformer.kernels import attention, dropout, launch, softmax, use_backend
+from tileformer.kernels import attention, device, dropout, launch, softmax, use_backend
 
 STUB = r"""
 #include <cuda.h>
@@ -106,10 +105,12 @@ def main() -> None:
         utils.load_binary = lambda *_: (1, 0x1234, 0, 0, 1024)
         driver.active.utils = utils
         for call in tried:
-            with mock.patch.object(launch._Compiled, "run", autospec=True, side_effect=launch._Compiled.run) as short:
+            with mock.patch.object(
+                launch._CachedKernel, "run", autospec=True, side_effect=launch._CachedKernel.run
+            ) as short:
                 rounds = []
                 for own in (True, False, False, True):
-                    with mock.patch.object(launch, "_observed", lambda kernel, own=own: own):
+                    with mock.patch.object(launch, "has_launch_hooks", lambda kernel, own=own: own):
                         seen.clear()
                         call()
                         rounds.append(list(seen))
@@ -151,10 +152,9 @@ def test_the_driver_is_handed_what_the_call_says(tmp_path: Path) -> None:
 
 def test_what_is_compiled_ahead_is_for_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, bool]] = []
-    norm = importlib.import_module("tileformer.kernels.layer_norm")
 
     def compile_for(arch: int, calls: list[Any], launchers: bool) -> str:
-        asked.append((arch, norm._multiprocessors(torch.device("cpu")), launchers))
+        asked.append((arch, device.multiprocessors(torch.device("cpu")), launchers))
         return "done"
 
     properties = types.SimpleNamespace(major=12, minor=0, multi_processor_count=128)
@@ -162,7 +162,7 @@ def test_what_is_compiled_ahead_is_for_the_gpu_at_hand(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: properties)
     monkeypatch.setattr(ahead, "compile_for", compile_for)
     assert ahead.compile_here([]) == "done" and asked == [(120, 128, True)]
-    assert norm._multiprocessors(torch.device("cpu")) != 128
+    assert device.multiprocessors(torch.device("cpu")) != 128
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ahead.compile_here([]) == "" and len(asked) == 1
 

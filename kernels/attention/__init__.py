@@ -1,7 +1,7 @@
 """Attention: softmax(scale * q k^T + bias) v, forward and backward, without the T_q x T_k scores in memory.
 
-`scores.py`, `forward.py` and `backward.py` hold the kernels and their maths, `tiles.py` the tile tables, `launchers.py` the registered ops,
-`plain.py` the plain-torch backend; here are the autograd Functions and the public op.
+`mask.py`, `forward.py`, `backward.py` and `weights.py` hold the kernels and their maths, `tiles.py` the tile tables, `launchers.py` the registered
+ops, `torch_backend.py` the plain-torch backend, `params.py` what travels between them; here are the autograd Functions and the public op.
 """
 
 from __future__ import annotations
@@ -12,32 +12,31 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
-from tileformer.kernels.attention.launchers import NO_LIMIT, bwd, fwd, weights_of
-from tileformer.kernels.attention.params import check_attention
+from tileformer.kernels.attention.launchers import attention_bwd, attention_fwd, attention_weights, bwd, fwd, weights_of
+from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams, check_attention, limits
 from tileformer.kernels.attention.torch_backend import torch_attention
+from tileformer.kernels.autograd import KernelFunction
 from tileformer.kernels.backend import choose
 from tileformer.kernels.double_backward import second_derivative
-from tileformer.kernels.launch import apply, not_traced, registered
-from tileformer.kernels.subclasses import attention_on_shards, is_special, refuse
+from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
-SIDES = 7  # gradients of key_mask, q_lens, k_lens, slopes, seed and the two groups of numbers: none
-BIAS_GRAD = 6  # the place among the whole numbers
+_NO_GRADIENTS = (None,) * 7  # of key_mask, q_lens, k_lens, slopes, seed and the two lists of numbers
 
 
 class _Attention(torch.autograd.Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_fwd"))
 
     @staticmethod
-    def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
-        return fwd(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real)
+    def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats):
+        return fwd(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.whole, ctx.real = inputs
+        *tensors, ints, floats = inputs
+        ctx.params = AttentionParams.of(ints, floats)
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
@@ -46,41 +45,42 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse, _):
         *tensors, out, lse, bounds = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * (5 + SIDES)
+            return (None,) * 5 + _NO_GRADIENTS
         dout = torch.zeros_like(out) if dout is None else dout
-        *grads, dbias = apply(_AttentionBackward, dout, dlse, out, lse, bounds, *tensors, ctx.whole, ctx.real)
-        dbias = dbias.view(tensors[4].shape) if ctx.whole[BIAS_GRAD] else None
-        return *grads, None, dbias, *(None,) * SIDES
+        *grads, dbias = _attention_backward(dout, dlse, out, lse, bounds, *tensors, *ctx.params.flat())
+        dbias = dbias.view(tensors[4].shape) if ctx.params.bias_grad else None
+        return *grads, None, dbias, *_NO_GRADIENTS
 
 
 class _AttentionBackward(torch.autograd.Function):
     """The fused backward; its own derivative differentiates the reference twice, so it is right, and needs T_q x T_k memory."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_bwd"))
 
     @staticmethod
     def forward(
-        dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+        dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats
     ):  # torch.compile does not trace a forward with *args
         return bwd(
-            dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+            dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dout, dlse, _, _, _, *tensors, ctx.whole, ctx.real = inputs
+        dout, dlse, _, _, _, *tensors, ints, floats = inputs
+        ctx.params = AttentionParams.of(ints, floats)
         ctx.save_for_backward(dout, dlse, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *tangents):
-        dout, dlse, q, k, v, mask, bias, *sides = ctx.saved_tensors
-        bias_grad = ctx.whole[BIAS_GRAD]
+        dout, dlse, q, k, v, *tensors = ctx.saved_tensors
+        masks, bias_grad = AttentionMasks(*tensors), ctx.params.bias_grad
+        bias = masks.bias
         primals = (q, k, v, bias) if bias_grad else (q, k, v)
 
         def outputs(q, k, v, bias=bias):
-            options = _reference_options(mask, bias, *sides, ctx.whole, ctx.real)
+            options = _reference_options(masks._replace(bias=bias), ctx.params)
             out, lse = reference.attention(q, k, v, **options, return_lse=True)
             return (out,) if dlse is None else (out, lse / LN2)
 
@@ -89,49 +89,56 @@ class _AttentionBackward(torch.autograd.Function):
         first, second = second_derivative(outputs, primals, cotangents, tangents[: len(primals)])
         dbias = first[3] if bias_grad else None
         ddlse = None if dlse is None else second[1]
-        return second[0], ddlse, None, None, None, *first[:3], None, dbias, *(None,) * SIDES
+        return second[0], ddlse, None, None, None, *first[:3], None, dbias, *_NO_GRADIENTS
 
 
 class _Weights(torch.autograd.Function):
     """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
 
     generate_vmap_rule = True
-    launcher = staticmethod(registered("attention_weights"))
 
     @staticmethod
-    def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real):
+    def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats):
         return weights_of(
-            lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real
+            lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, ctx.average, *tensors, ctx.whole, ctx.real = inputs
+        _, _, ctx.average, *tensors, ints, floats = inputs
+        ctx.params = AttentionParams.of(ints, floats)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, dweights):
-        q, k, v, mask, bias, *sides = ctx.saved_tensors
+        q, k, v, *tensors = ctx.saved_tensors
+        masks = AttentionMasks(*tensors)
+        bias = masks.bias
         primals = (q, k) if bias is None else (q, k, bias)
 
         def weights(q, k, bias=bias):
-            options = _reference_options(mask, bias, *sides, ctx.whole, ctx.real)
+            options = _reference_options(masks._replace(bias=bias), ctx.params)
             all_heads = reference.attention(q, k, v.detach(), **options, return_weights=True)[1]
             return all_heads.mean(1, keepdim=True) if ctx.average else all_heads
 
         _, pull = torch.func.vjp(weights, *primals)
         dq, dk, *dbias = pull(dweights)
-        return None, None, None, dq, dk, None, None, *(dbias or (None,)), *(None,) * SIDES
+        return None, None, None, dq, dk, None, None, *(dbias or (None,)), *_NO_GRADIENTS
 
 
-def _reference_options(mask, bias, key_mask, q_lens, k_lens, slopes, seed, whole, real) -> dict[str, Any]:
-    """What the registered ops are told, in the words of `reference.attention`."""
-    left, right, align, packed, *most = whole[:6]
-    names = ("cu_seqlens_q", "cu_seqlens_k") if packed else ("query_lengths", "key_lengths")
+_attention_forward = KernelFunction(attention_fwd, _Attention)
+_attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
+_attention_weights = KernelFunction(attention_weights, _Weights)
+
+
+def _reference_options(masks: AttentionMasks, params: AttentionParams) -> dict[str, Any]:
+    """The options of `reference.attention`."""
+    names = ("cu_seqlens_q", "cu_seqlens_k") if params.packed else ("query_lengths", "key_lengths")
     return dict(
-        mask=mask, bias=bias, key_mask=key_mask, alibi_slopes=slopes, seed=seed, **dict(zip(names, (q_lens, k_lens), strict=True)),
-        window=tuple(None if side == NO_LIMIT else side for side in (left, right)), align="bottom_right" if align else None,
-        scale=real[0], softcap=real[1], dropout_p=real[2], max_seqlen_q=most[0], max_seqlen_k=most[1],
+        mask=masks.mask, bias=masks.bias, key_mask=masks.key_mask, alibi_slopes=masks.slopes, seed=masks.seed,
+        **dict(zip(names, (masks.q_lens, masks.k_lens), strict=True)), align="bottom_right" if params.align else None,
+        window=tuple(None if side == NO_LIMIT else side for side in (params.left, params.right)), scale=params.scale,
+        softcap=params.softcap, dropout_p=params.dropout_p, max_seqlen_q=params.max_q, max_seqlen_k=params.max_k,
     )  # fmt: skip
 
 
@@ -239,31 +246,32 @@ def attention(
         mask, bias = None, mask
     if dropout_p > 0.0 and seed is None:
         seed = random.new_seed(q.device)
-    left, right, bottom_right = reference.limits(causal, window, align)
+    left, right, bottom_right = limits(causal, window, align)
     longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
-    limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
+    sides = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    whole = (*limits, int(bottom_right), int(packed), *longest, int(bias_grad))
-    real = (scale, softcap, dropout_p)
+    params = AttentionParams(
+        *sides, int(bottom_right), int(packed), *longest, int(bias_grad), scale, softcap, dropout_p
+    )
+    masks = AttentionMasks(mask, bias, key_mask, *lens, alibi_slopes, seed)
     if backend == "reference":
-        options = _reference_options(mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
+        options = _reference_options(masks, params)
         return reference.attention(q, k, v, **options, return_lse=return_lse, return_weights=return_weights)
     if backend != "torch" or dropout_p > 0.0:
-        not_traced("attention")
+        checks.not_traced("attention")
     if backend == "torch":
-        sides = (mask, bias, key_mask, *lens, alibi_slopes, seed)
-        return torch_attention(q, k, v, sides, whole, real, return_lse, return_weights)
+        return torch_attention(q, k, v, masks, params, return_lse, return_weights)
     if bias_grad and packed:
         raise NotImplementedError(
             "attention: a bias has no gradient with packed sequences: pad them, or detach the bias"
         )
     if scale < 0:  # the kernels take the maximum before they scale
-        q, real = -q, (-scale, *real[1:])
-    arguments = (q, k, v, mask, bias, key_mask, *lens, alibi_slopes, seed, whole, real)
-    out, lse, bounds = apply(_Attention, *arguments)
+        q, params = -q, params._replace(scale=-scale)
+    arguments = (q, k, v, *masks, *params.flat())
+    out, lse, bounds = _attention_forward(*arguments)
     results = [out, lse * LN2] if return_lse else [out]
     if return_weights:
-        weights = apply(_Weights, lse.detach(), bounds, return_weights == "average", *arguments)
+        weights = _attention_weights(lse.detach(), bounds, return_weights == "average", *arguments)
         results.append(weights.squeeze(1) if return_weights == "average" else weights)
     return tuple(results) if len(results) > 1 else out
 
@@ -290,7 +298,7 @@ def scaled_dot_product_attention(
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
     """
     if isinstance(query, Tensor) and query.is_nested:
-        refuse("scaled_dot_product_attention", query, key, value)
+        checks.plain("scaled_dot_product_attention", query, key, value)
     checks.tensors("scaled_dot_product_attention", query=query, key=key, value=value, attn_mask=attn_mask)
     for name, x, least in (("query", query, 2), ("key", key, 2), ("value", value, 2), ("attn_mask", attn_mask, 1)):
         if x is not None and x.dim() < least:

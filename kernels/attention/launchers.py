@@ -1,37 +1,46 @@
-"""From tensors to launches: allocate, pick the tile, pack the arguments. Each launcher is a registered torch op.
+"""From tensors to launches: allocate, plan, launch. Each launcher is a registered torch op.
 
-Every op takes, after its own tensors, the `sides` (mask, bias, key_mask, q_lens, k_lens, slopes, seed; each may be None), then `whole` numbers
-(left, right, align, packed, max_q, max_k, whether the bias wants a gradient) and `real` numbers (scale, softcap, dropout rate). With `packed`,
-lengths are starts of sequences.
+Every op takes, after its own tensors, the fields of `AttentionMasks` and the two lists of `AttentionParams.flat`. What follows from shapes,
+strides, dtypes and options alone (tiles, grids, features, scalars) is worked out once for each kind of call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tileformer.kernels import random
-from tileformer.kernels.attention.backward import (
-    _attention_bwd_bias_kernel,
-    _attention_bwd_dkdv_kernel,
-    _attention_bwd_dq_kernel,
+from tileformer.kernels.attention.backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel
+from tileformer.kernels.attention.forward import _attention_fwd_kernel
+from tileformer.kernels.attention.mask import Features, Masks, Matrix, Scaling, _attention_bounds_kernel
+from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
+from tileformer.kernels.attention.tiles import (
+    BACKWARD_BIAS,
+    BACKWARD_DKDV,
+    BACKWARD_DQ,
+    FORWARD,
+    WEIGHTS,
+    Table,
+    tiles_for,
 )
-from tileformer.kernels.attention.forward import _attention_fwd_kernel, _attention_weights_kernel
-from tileformer.kernels.attention.mask import _attention_bounds_kernel
-from tileformer.kernels.attention.tiles import BACKWARD_BIAS, BACKWARD_DKDV, BACKWARD_DQ, FORWARD, WEIGHTS, tiles_for
-from tileformer.kernels.launch import arch_of, cdiv, dot_flags, launch, pow2, register
+from tileformer.kernels.attention.weights import _attention_bwd_bias_kernel, _attention_weights_kernel
+from tileformer.kernels.autograd import register
+from tileformer.kernels.device import arch_of, dot_precision
+from tileformer.kernels.launch import Launch, Tile, cdiv, pow2
 
-AHEAD_LEAST = 1024  # keys that make up for what a tensor descriptor costs each program
-FARTHEST = 2**23  # elements between neighbours of a tile: its offsets have 32 bits, and a tile has at most 128 rows
-NO_LIMIT = 2**30  # of a window: a row sees that far
+OVERLAP_LEAST_KEYS = 1024  # that make up for what a tensor descriptor costs each program
+MAX_ROW_STRIDE = (
+    2**23
+)  # between neighbours of a tile, in elements: its offsets have 32 bits, and a tile has at most 128 rows
 # Keys and values of the heads that run side by side: half of an A100's L2 cache, a third of an H100's.
 SECTION_BYTES = 16 << 20
 
 
-def _heads_last(b: int, h: int, t: int, d: int, like: Tensor, zero: bool = False) -> Tensor:
+def _empty_bthd(b: int, h: int, t: int, d: int, like: Tensor, zero: bool = False) -> Tensor:
     """A fresh (B, H, T, D) tensor stored as (B, T, H, D), so that joining the heads afterwards copies nothing."""
     fresh = torch.empty_permuted((b, h, t, d), (0, 2, 1, 3), dtype=like.dtype, device=like.device)
     return fresh.zero_() if zero else fresh
@@ -43,11 +52,11 @@ def _bytes(mask: Tensor) -> Tensor:
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    near = x.stride(-2) < FARTHEST
+    near = x.stride(-2) < MAX_ROW_STRIDE
     return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
-def _describable(x: Tensor) -> bool:
+def _tma_compatible(x: Tensor) -> bool:
     """Whether a tensor descriptor can reach each head's rows (CUDA Driver API, cuTensorMapEncodeTiled): 16-byte steps, whole tiles of columns."""
     d = x.shape[-1]
     steps = x.element_size() == 2 and all(step % 8 == 0 for step in x.stride()[:-1]) and x.data_ptr() % 16 == 0
@@ -58,142 +67,200 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class _Call:
-    """What the kernels of one call share, ready to be handed over."""
+class _Layout(NamedTuple):
+    """What a plan knows of a tensor."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _layout(x: Tensor | None) -> _Layout | None:
+    return None if x is None else _Layout(x.shape, x.stride(), x.dtype)
+
+
+def _broadcast_strides(x: _Layout | None) -> tuple[int, ...]:
+    """Of a mask as (B, H, T_q, T_k)."""
+    own = () if x is None else tuple(step if n > 1 else 0 for n, step in zip(x.shape, x.strides, strict=True))
+    return (0,) * (4 - len(own)) + own
+
+
+class _Plan:
+    """The launches of a kind of call: all but the tensors.
+
+    Args:
+        mask, bias: None where there is none.
+        others: whether there are a key mask, a bounds table and slopes of ALiBi.
+        sequences: as many as the bounds table has rows, or the batch.
+        do_strides: of the output's gradient, for a backward.
+        variant: of a backward, whether the log-sum-exp has a gradient too; of the weights, whether they are averaged.
+        tma: whether keys and values come through tensor descriptors, where the tables have a tile for that.
+        settings: what else decides: the architecture, the precision of float32 dots, the tile tables and SECTION_BYTES.
+    """
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sides: Sequence[Tensor | None],
-        bounds: Tensor,
-        whole: Sequence[int],
-        real: Sequence[float],
-    ) -> None:
-        mask, bias, key_mask, q_lens, _, slopes, seed = sides
+        self, q: _Layout, k: _Layout, v: _Layout, mask: _Layout | None, bias: _Layout | None, others: tuple[bool, bool, bool], sequences: int,
+        params: AttentionParams, do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int],
+    ) -> None:  # fmt: skip
         (b, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
-        left, right, align, packed, self.max_q, self.max_k, self.bias_grad = whole
-        scale, softcap, p = real
-        mask, bias = (
-            x if x is None or max(x.stride()[-2:], default=0) < FARTHEST else x.contiguous() for x in (mask, bias)
-        )
-        has_bounds = bounds.shape[0] > 0
-        self.sequences = bounds.shape[0] if has_bounds else b
-        self.q = q
-        # Where there is none, q stands in: its pointer is never read.
-        self.pointers = (
-            q if mask is None else _bytes(mask),
-            q if bias is None else bias,
-            q if key_mask is None else _bytes(key_mask.contiguous()),
-            bounds if has_bounds else q,
-            q if slopes is None else slopes.to(torch.float32).expand(self.sequences, h).contiguous(),
-            q if seed is None else seed,
-        )
-        none = (0, 0, 0, 0)
-        full = (b, h, t_q, t_k)
-        self.side_strides = tuple(none if x is None else x.expand(full).stride() for x in (mask, bias))
-        shift = t_k - t_q if align and not has_bounds else 0
-        self.heads, self.group = (h, h_kv), h // h_kv
-        self.sizes = (h, self.group, t_q, t_k)
-        self.limits = (shift, -left, right)
-        self.reals = (scale, softcap, random.threshold(p), random.keep_scale(p))
-        self.flags: dict[str, Any] = dict(
-            LOW=left != NO_LIMIT,
-            HIGH=right != NO_LIMIT,
-            MASK=mask is not None,
-            BIAS=bias is not None,
-            KEY_MASK=key_mask is not None,
-            BOUNDS=has_bounds,
-            PACKED=bool(packed),
-            ALIBI=slopes is not None,
-            SOFTCAP=softcap > 0.0,
-            DROPOUT=p > 0.0,
-            D=d,
-            DV=dv,
-            **dot_flags(q),
-            BLOCK_D=pow2(d, 16),
-            BLOCK_DV=pow2(dv, 16),
-        )
-        dense = mask is not None or bias is not None
-        bent = slopes is not None or softcap > 0.0
-        if p > 0.0:
+        self.params, self.q, self.bias, self.variant = params, q, bias, variant
+        self.arch, precision, self.tiles_for, section_bytes = settings
+        key_mask, bounds, alibi = others
+        self.features = f = Features(
+            LOW=params.left != NO_LIMIT, HIGH=params.right != NO_LIMIT, MASK=mask is not None, BIAS=bias is not None, KEY_MASK=key_mask,
+            BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0, DROPOUT=params.dropout_p > 0.0,
+            D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
+        )  # fmt: skip
+        dense, bent = f.MASK or f.BIAS, f.ALIBI or f.SOFTCAP
+        if f.DROPOUT:
             self.feature = "all" if dense and bent else "both" if dense or bent else "dropout"
         else:
-            self.feature = "mask" if dense or bent else "packed" if packed else "plain"
-        long = t_k >= AHEAD_LEAST and left == NO_LIMIT and not has_bounds
-        if self.feature == "plain" and long and _describable(k) and _describable(v):
-            self.feature = "ahead"
-        size = t_k * (d + dv) * q.element_size()
-        fit = max(1, SECTION_BYTES // size) if size and (right != NO_LIMIT or left != NO_LIMIT) else 1
-        self.section_kv = min(fit, self.sequences * h_kv)
+            self.feature = "mask" if dense or bent else "packed" if f.PACKED else "overlap" if tma else "plain"
+        self.heads, self.heads_kv, self.group = sequences * h, sequences * h_kv, h // h_kv
+        size = t_k * (d + dv) * q.dtype.itemsize
+        fit = max(1, section_bytes // size) if size and (f.LOW or f.HIGH) else 1
+        self.section_kv = min(fit, self.heads_kv)
+        shift = t_k - t_q if params.align and not f.BOUNDS else 0
+        self.sizes, self.limits = (h, self.group, t_q, t_k), (shift, -params.left, params.right)
+        self.strides = (q.strides, k.strides, v.strides, do_strides)
+        self.mask_strides = _broadcast_strides(mask), _broadcast_strides(bias)
+        self.present = (f.MASK, f.BIAS, f.KEY_MASK, f.BOUNDS, f.ALIBI, f.DROPOUT)
 
-    def tiles(self, table: Any) -> list[dict[str, int]]:
-        wider = max(self.flags["D"], self.flags["DV"])
-        return tiles_for(table, arch_of(self.q), wider, self.q.dtype, self.feature)
+    def _launch(
+        self,
+        kernel: Any,
+        matrices: int,
+        table: Table,
+        grid: Callable[[Tile], int],
+        scalars: tuple[int, ...],
+        **flags: Any,
+    ) -> Launch:
+        """A launch of a kernel that takes so many Matrix, the masks, other tensors, and `scalars` between sizes and threshold."""
+        f, p = self.features, self.params
 
-    def run(
-        self, kernel: Any, table: Any, grid: Any, args: tuple[Any, ...], without: Sequence[str] = (), **more: Any
-    ) -> None:
-        flags = {name: value for name, value in self.flags.items() if name not in without} | more
-        launch(kernel, grid, self.q, args, flags, self.tiles(table))
+        def arrange(*tensors: Tensor) -> tuple[Any, ...]:
+            rest = iter(tensors[matrices:])  # where there is no mask, q stands in: it is never read as one
+            mask, bias, *others = [next(rest) if there else tensors[0] for there in self.present]
+            masks = Masks(Matrix(mask, self.mask_strides[0]), Matrix(bias, self.mask_strides[1]), *others)
+            return (*map(Matrix, tensors, self.strides[:matrices]), masks, *rest)
 
+        tiles = self.tiles_for(table, self.arch, max(f.D, f.DV), self.q.dtype, self.feature)
+        scaling = Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
+        scalars = (*scalars, random.threshold(p.dropout_p), scaling)
+        return Launch(kernel, lambda tile: (grid(tile),), dict(F=f, **flags), tiles, scalars, arrange)
 
-def _bounds(sides: Sequence[Tensor | None], whole: Sequence[int], q: Tensor, t_k: int) -> Tensor:
-    """The bounds table of scores.py, (sequences, 8) int32; empty where every sequence is whole."""
-    _, _, key_mask, q_lens, k_lens, _, _ = sides
-    _, _, align, packed, *_ = whole
-    table = _empty_bounds(sides, whole, q)
-    if table.shape[0]:
-        lens = [table if x is None else x.contiguous() for x in (q_lens, k_lens)]
-        key_mask_ = table if key_mask is None else _bytes(key_mask.contiguous())
-        flags = dict(
-            KEY_MASK=key_mask is not None,
-            Q_LENS=q_lens is not None,
-            K_LENS=k_lens is not None,
-            PACKED=bool(packed),
-            ALIGN=bool(align),
+    def _by_queries(self, kernel: Any, matrices: int, table: Table, **flags: Any) -> Launch:
+        grid = lambda tile: self.heads * cdiv(self.params.max_q, tile["BLOCK_M"])  # noqa: E731
+        scalars = (*self.sizes, self.params.max_q, *self.limits, self.section_kv * self.group, self.heads)
+        return self._launch(kernel, matrices, table, grid, scalars, **flags)
+
+    @functools.cached_property
+    def forward(self) -> Launch:
+        return self._by_queries(_attention_fwd_kernel, 3, FORWARD, OVERLAP=0)  # unless the tile says 1
+
+    @functools.cached_property
+    def dq(self) -> Launch:
+        return self._by_queries(_attention_bwd_dq_kernel, 4, BACKWARD_DQ, DLSE=self.variant)
+
+    @functools.cached_property
+    def dkdv(self) -> Launch:
+        grid = lambda tile: self.heads_kv * cdiv(self.params.max_k, tile["BLOCK_N"])  # noqa: E731
+        scalars = (*self.sizes, self.params.max_k, *self.limits, self.section_kv, self.heads_kv)
+        return self._launch(_attention_bwd_dkdv_kernel, 4, BACKWARD_DKDV, grid, scalars)
+
+    @functools.cached_property
+    def bias_gradient(self) -> Launch:
+        assert self.bias is not None
+        n_b, n_h, n_q, n_k = (1,) * (4 - len(self.bias.shape)) + tuple(self.bias.shape)
+        one = dict(B_ONE=n_b == 1, H_ONE=n_h == 1, Q_ONE=n_q == 1, K_ONE=n_k == 1)
+        grid = lambda tile: n_b * n_h * cdiv(n_q, tile["BLOCK_M"]) * cdiv(n_k, tile["BLOCK_N"])  # noqa: E731
+        scalars = (self.q.shape[0], *self.sizes, *self.limits)
+        return self._launch(_attention_bwd_bias_kernel, 4, BACKWARD_BIAS, grid, scalars, **one)
+
+    @functools.cached_property
+    def weights(self) -> Launch:
+        b, h, t_q, t_k = self.q.shape[0], *self.sizes[:1], *self.sizes[2:]
+        n = b if self.variant else b * h
+        grid = lambda tile: n * cdiv(t_q, tile["BLOCK_M"]) * cdiv(t_k, tile["BLOCK_N"])  # noqa: E731
+        return self._launch(
+            _attention_weights_kernel, 2, WEIGHTS, grid, (*self.sizes, *self.limits), AVERAGE=self.variant
         )
-        most = whole[4:6] if packed else (q.shape[2], t_k)
-        args = (key_mask_, *lens, table, *most)
-        launch(_attention_bounds_kernel, lambda _: (table.shape[0],), q, args, flags, [dict(BLOCK=1024, num_warps=4)])
+
+
+_plan = functools.lru_cache(maxsize=1024)(_Plan)  # a process may meet new kinds for ever
+
+
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, masks: AttentionMasks, bounds: Tensor, params: AttentionParams, dout: Tensor | None = None,
+    variant: bool = False,
+) -> tuple[_Plan, list[Tensor]]:  # fmt: skip
+    """The plan of a call, and the masks that it has, as the kernels read them."""
+    mask, bias, key_mask, _, _, slopes, seed = masks
+    mask, bias = (
+        x if x is None or max(x.stride()[-2:], default=0) < MAX_ROW_STRIDE else x.contiguous() for x in (mask, bias)
+    )
+    n = bounds.shape[0]
+    sequences = n or q.shape[0]
+    long = k.shape[2] >= OVERLAP_LEAST_KEYS and params.left == NO_LIMIT and not n
+    plan = _plan(
+        _layout(q), _layout(k), _layout(v), _layout(mask), _layout(bias), (key_mask is not None, n > 0, slopes is not None), sequences, params,
+        () if dout is None else dout.stride(), variant, long and _tma_compatible(k) and _tma_compatible(v),
+        (arch_of(q), dot_precision(q), tiles_for, SECTION_BYTES),
+    )  # fmt: skip
+    tensors = (
+        None if mask is None else _bytes(mask),
+        bias,
+        None if key_mask is None else _bytes(key_mask.contiguous()),
+        bounds if n else None,
+        None if slopes is None else slopes.to(torch.float32).expand(sequences, q.shape[1]).contiguous(),
+        seed if params.dropout_p > 0.0 else None,
+    )
+    return plan, [x for x in tensors if x is not None]
+
+
+@functools.lru_cache(maxsize=1024)
+def _bounds_launch(sequences: int, longest: tuple[int, int], **flags: bool) -> Launch:
+    return Launch(_attention_bounds_kernel, lambda _: (sequences,), flags, [dict(BLOCK=1024, num_warps=4)], longest)
+
+
+def _bounds(masks: AttentionMasks, params: AttentionParams, q: Tensor, t_k: int) -> Tensor:
+    """The bounds table of mask.py, (sequences, 8) int32; empty where every sequence is whole."""
+    table = _empty_bounds(masks, params, q)
+    if table.shape[0]:
+        _, _, key_mask, q_lens, k_lens, _, _ = masks
+        run = _bounds_launch(
+            table.shape[0], (params.max_q, params.max_k) if params.packed else (q.shape[2], t_k), KEY_MASK=key_mask is not None,
+            Q_LENS=q_lens is not None, K_LENS=k_lens is not None, PACKED=bool(params.packed), ALIGN=bool(params.align),
+        )  # fmt: skip
+        lens = [table if x is None else x.contiguous() for x in (q_lens, k_lens)]
+        run(table if key_mask is None else _bytes(key_mask.contiguous()), *lens, table)
     return table
 
 
-def _empty_bounds(sides: Sequence[Tensor | None], whole: Sequence[int], q: Tensor) -> Tensor:
-    _, _, key_mask, q_lens, k_lens, _, _ = sides
-    any_of = key_mask is not None or q_lens is not None or k_lens is not None
-    n = (q_lens.shape[0] - 1 if whole[3] and q_lens is not None else q.shape[0]) if any_of else 0
+def _empty_bounds(masks: AttentionMasks, params: AttentionParams, q: Tensor) -> Tensor:
+    n = 0
+    if masks.key_mask is not None or masks.q_lens is not None or masks.k_lens is not None:
+        n = masks.q_lens.shape[0] - 1 if params.packed and masks.q_lens is not None else q.shape[0]
     return torch.empty((n, 8), dtype=torch.int32, device=q.device)
 
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, whole: Sequence[int], real: Sequence[float],
+    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output (B, H, T_q, DV), base-2 log-sum-exp (B, H, T_q) and the bounds table (scores.py)."""
+    """Output (B, H, T_q, DV), base-2 log-sum-exp (B, H, T_q) and the bounds table (mask.py)."""
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
     q, k, v = map(_rows_contiguous, (q, k, v))
-    sides = (mask, bias, key_mask, q_lens, k_lens, slopes, seed)
-    out, lse = _fwd_outputs(q, v, whole)
-    bounds = _bounds(sides, whole, q, k.shape[2])
-    call = _Call(q, k, v, sides, bounds, whole, real)
-    heads = call.sequences * q.shape[1]
-    call.run(
-        _attention_fwd_kernel,
-        FORWARD,
-        lambda tile: (heads * cdiv(call.max_q, tile["BLOCK_M"]),),
-        (
-            q, k, v, *call.pointers, out, lse, q.stride(), k.stride(), v.stride(), *call.side_strides, *call.sizes, call.max_q, *call.limits,
-            call.section_kv * call.group, heads, *call.reals,
-        ),
-        AHEAD=0,  # unless the tile says 1
-    )  # fmt: skip
+    out, lse = _fwd_outputs(q, v, params)
+    bounds = _bounds(masks, params, q, k.shape[2])
+    plan, present = _planned(q, k, v, masks, bounds, params)
+    plan.forward(q, k, v, *present, out, lse)
     return out, lse, bounds
 
 
-def _fwd_outputs(q: Tensor, v: Tensor, whole: Sequence[int]) -> tuple[Tensor, Tensor]:
-    (b, h, t_q, _), packed = q.shape, bool(whole[3])
-    out = _heads_last(b, h, t_q, v.shape[3], q, packed)  # rows that belong to no packed sequence stay 0
+def _fwd_outputs(q: Tensor, v: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor]:
+    (b, h, t_q, _), packed = q.shape, bool(params.packed)
+    out = _empty_bthd(b, h, t_q, v.shape[3], q, packed)  # rows that belong to no packed sequence stay 0
     if packed:
         return out, torch.full((b, h, t_q), -torch.inf, dtype=_wide(q), device=q.device)
     return out, torch.empty((b, h, t_q), dtype=_wide(q), device=q.device)
@@ -201,78 +268,38 @@ def _fwd_outputs(q: Tensor, v: Tensor, whole: Sequence[int]) -> tuple[Tensor, Te
 
 def _attention_fwd_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, whole: Sequence[int], real: Sequence[float],
+    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sides = (mask, bias, key_mask, q_lens, k_lens, slopes, seed)
-    return *_fwd_outputs(q, v, whole), _empty_bounds(sides, whole, q)
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+    return *_fwd_outputs(q, v, params), _empty_bounds(masks, params, q)
 
 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor,
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, whole: Sequence[int], real: Sequence[float],
+    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the bias (empty where it wants none). dlse is the gradient of the base-2 log-sum-exp."""
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
     dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
-    b, h, h_kv = *q.shape[:2], k.shape[1]
-    dq, dk, dv, dbias = _bwd_outputs(q, k, v, bias, whole)
+    dq, dk, dv, dbias = _bwd_outputs(q, k, v, bias, params)
     safe_lse, delta = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
     lse, out = lse.contiguous(), out.transpose(1, 2).contiguous()
-    call = _Call(q, k, v, (mask, bias, key_mask, q_lens, k_lens, slopes, seed), bounds, whole, real)
-    strides = (q.stride(), k.stride(), v.stride(), dout.stride(), *call.side_strides)
-    heads, heads_kv = call.sequences * h, call.sequences * h_kv
-    call.run(
-        _attention_bwd_dq_kernel,
-        BACKWARD_DQ,
-        lambda tile: (heads * cdiv(call.max_q, tile["BLOCK_M"]),),
-        (
-            q, k, v, *call.pointers, out, dout, lse, lse if dlse is None else dlse.contiguous(), dq, safe_lse, delta, *strides, *call.sizes,
-            call.max_q, *call.limits, call.section_kv * call.group, heads, *call.reals,
-        ),
-        DLSE=dlse is not None,
-    )  # fmt: skip
-    call.run(
-        _attention_bwd_dkdv_kernel,
-        BACKWARD_DKDV,
-        lambda tile: (heads_kv * cdiv(call.max_k, tile["BLOCK_N"]),),
-        (
-            q, k, v, *call.pointers, dout, safe_lse, delta, dk, dv, *strides, *call.sizes, call.max_k, *call.limits, call.section_kv, heads_kv,
-            *call.reals,
-        ),
-    )  # fmt: skip
-    if call.bias_grad:
-        n_b, n_h, n_q, n_k = dbias.shape
-        one = dict(B_ONE=n_b == 1, H_ONE=n_h == 1, Q_ONE=n_q == 1, K_ONE=n_k == 1)
-        call.run(
-            _attention_bwd_bias_kernel,
-            BACKWARD_BIAS,
-            lambda tile: (n_b * n_h * cdiv(n_q, tile["BLOCK_M"]) * cdiv(n_k, tile["BLOCK_N"]),),
-            (
-                q,
-                k,
-                v,
-                *call.pointers,
-                dout,
-                safe_lse,
-                delta,
-                dbias,
-                *strides,
-                b,
-                *call.sizes,
-                *call.limits,
-                *call.reals,
-            ),
-            ("BIAS", "PACKED"),
-            **one,
-        )
+    plan, present = _planned(q, k, v, masks, bounds, params, dout, dlse is not None)
+    plan.dq(q, k, v, dout, *present, out, lse, lse if dlse is None else dlse.contiguous(), dq, safe_lse, delta)
+    plan.dkdv(q, k, v, dout, *present, safe_lse, delta, dk, dv)
+    if params.bias_grad:
+        plan.bias_gradient(q, k, v, dout, *present, safe_lse, delta, dbias)
     return dq, dk, dv, dbias
 
 
 def _bwd_outputs(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, whole: Sequence[int]
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, params: AttentionParams
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_heads_last(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x, bool(whole[3])) for x in (q, k, v))
-    if bias is None or not whole[6]:
+    dq, dk, dv = (
+        _empty_bthd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x, bool(params.packed)) for x in (q, k, v)
+    )
+    if bias is None or not params.bias_grad:
         return dq, dk, dv, torch.empty((0,), dtype=q.dtype, device=q.device)
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     # Nothing launches where a dimension of the scores is 0; what is summed over it is 0.
@@ -283,48 +310,30 @@ def _bwd_outputs(
 def _attention_bwd_fake(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor,
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, whole: Sequence[int], real: Sequence[float],
+    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _bwd_outputs(q, k, v, bias, whole)
+    return _bwd_outputs(q, k, v, bias, AttentionParams.of(ints, floats))
 
 
 def attention_weights(
     lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
     key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
-    whole: Sequence[int], real: Sequence[float],
+    ints: Sequence[int], floats: Sequence[float],
 ) -> Tensor:  # fmt: skip
     """Weights after dropout, (B, H or 1, T_q, T_k) in q's dtype, recomputed from the base-2 log-sum-exp."""
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
     q, k = map(_rows_contiguous, (q, k))
     (b, h, t_q, _), t_k = q.shape, k.shape[2]
     weights = torch.empty((b, 1 if average else h, t_q, t_k), dtype=q.dtype, device=q.device)
-    call = _Call(q, k, v, (mask, bias, key_mask, q_lens, k_lens, slopes, seed), bounds, whole, real)
-    call.run(
-        _attention_weights_kernel,
-        WEIGHTS,
-        lambda tile: (weights.shape[0] * weights.shape[1] * cdiv(t_q, tile["BLOCK_M"]) * cdiv(t_k, tile["BLOCK_N"]),),
-        (
-            q,
-            k,
-            *call.pointers,
-            lse.contiguous(),
-            weights,
-            q.stride(),
-            k.stride(),
-            *call.side_strides,
-            *call.sizes,
-            *call.limits,
-            *call.reals,
-        ),
-        ("PACKED", "DV", "BLOCK_DV"),
-        AVERAGE=average,
-    )
+    plan, present = _planned(q, k, v, masks, bounds, params, variant=average)
+    plan.weights(q, k, *present, lse.contiguous(), weights)
     return weights
 
 
 def _attention_weights_fake(
     lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
     key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
-    whole: Sequence[int], real: Sequence[float],
+    ints: Sequence[int], floats: Sequence[float],
 ) -> Tensor:  # fmt: skip
     b, h, t_q, _ = q.shape
     return torch.empty((b, 1 if average else h, t_q, k.shape[2]), dtype=q.dtype, device=q.device)

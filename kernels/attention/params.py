@@ -1,8 +1,9 @@
-"""What `attention` refuses, before anything runs: each message shows the values and the likely fix."""
+"""The arguments of `attention`: how they travel, and what it refuses before anything runs, with the values and the likely fix."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,42 @@ from torch import Tensor
 from tileformer.kernels import checks
 
 MAX_HEAD_DIM = 256
+NO_LIMIT = 2**30  # of a window: a query sees that far
 _TIME_FIRST = "; if q, k and v are (B, T, H, D), pass q.transpose(1, 2), and so k and v"
+
+
+class AttentionMasks(NamedTuple):
+    """What restricts or changes the scores of a call."""
+
+    mask: Tensor | None  # boolean
+    bias: Tensor | None
+    key_mask: Tensor | None
+    q_lens: Tensor | None  # one length each, or the starts of packed sequences and the end of the last
+    k_lens: Tensor | None
+    slopes: Tensor | None
+    seed: Tensor | None
+
+
+class AttentionParams(NamedTuple):
+    """The numbers of a call. A registered op takes them as two lists, `flat`: integers, and floating-point numbers."""
+
+    left: int  # keys that a query sees before its diagonal, or NO_LIMIT
+    right: int
+    align: int  # 1: the diagonal ends at the bottom right
+    packed: int
+    max_q: int  # an upper bound of the packed lengths
+    max_k: int
+    bias_grad: int  # 1: the bias wants a gradient
+    scale: float
+    softcap: float
+    dropout_p: float
+
+    def flat(self) -> tuple[Sequence[int], Sequence[float]]:
+        return self[:7], self[7:]
+
+    @classmethod
+    def of(cls, ints: Sequence[int], floats: Sequence[float]) -> AttentionParams:
+        return cls(*ints, *floats)  # type: ignore[arg-type]
 
 
 def check_attention(
@@ -91,6 +127,13 @@ def check_attention(
             raise ValueError("attention: mask and bias are both floating: add them and pass one, bias=bias + mask")
         checks.floating("attention", bias=bias)
         checks.broadcastable("attention", (b, h, t_q, t_k), bias=bias)
+
+
+def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | None, int | None, bool]:
+    """How many keys a row sees before and past its diagonal (None: all of them), and whether the diagonal ends at the bottom right."""
+    left, right = window if isinstance(window, (tuple, list)) else (window, window)
+    named = causal if isinstance(causal, str) else align
+    return left, 0 if causal else right, named == "bottom_right"
 
 
 def _check_window(causal: bool | str, window: Any, align: str | None) -> None:

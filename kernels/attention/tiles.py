@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from tileformer.kernels.launch import INTERPRETED, Tile
+from tileformer.kernels.device import INTERPRETED
+from tileformer.kernels.launch import Tile
 
 # The values of _OPTIONS; the last one only where fewer registers let another block in, or let nothing spill.
 Row = tuple[int, ...]
 _OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
-_LIKE = {"packed": "plain", "ahead": "plain", "all": "both"}  # whose row a feature takes that has none of its own
+_LIKE = {"packed": "plain", "overlap": "plain", "all": "both"}  # whose row a feature takes that has none of its own
 Table = dict[int, dict[str, dict[int, Row]]]  # family of architectures -> feature -> head size up to -> tile
 
 
@@ -22,34 +23,34 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
     """Tiles to try, best first; the last fits any supported device.
 
     Args:
-        feature: "plain" (with causal, windows and key masks), "ahead" (plain, and keys that tensor descriptors can reach and that are worth one),
+        feature: "plain" (with causal, windows and key masks), "overlap" (plain, and keys that tensor descriptors can reach and that are worth one),
             "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all" (dropout, a mask or bias, and ALiBi or a soft
             cap); float32 has rows of its own.
 
-    EDGE is the extent, along the axis that the kernel loops over, of a tile that crosses the causal diagonal or a padded edge.
+    BLOCK_MASKED is the extent, along the axis that the kernel loops over, of a tile that crosses the causal diagonal or a padded edge.
     """
     rows: list[Row]
-    ahead = feature == "ahead" and table is FORWARD
+    overlap = feature == "overlap" and table is FORWARD
     if arch == INTERPRETED:
-        rows, edge = [(32, 32, 4, 1)], 16
+        rows, masked = [(32, 32, 4, 1)], 16
     else:
         bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
         if feature in ("plain", "packed") and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
-        held = table[family(arch)]
-        row = held.get(feature, {}).get(bucket)
-        ahead = ahead and row is not None
-        row = row or held[_LIKE.get(feature, feature)][bucket]
-        rows = [held["fp32"][bucket] if dtype == torch.float32 else row, (16, 16, 4, 1)]
-        edge = 64 if feature in ("plain", "packed", "ahead") else 32
+        features = table[family(arch)]
+        row = features.get(feature, {}).get(bucket)
+        overlap = overlap and row is not None
+        row = row or features[_LIKE.get(feature, feature)][bucket]
+        rows = [features["fp32"][bucket] if dtype == torch.float32 else row, (16, 16, 4, 1)]
+        masked = 64 if feature in ("plain", "packed", "overlap") else 32
         if table is BACKWARD_DKDV:
-            edge = 16 if feature == "all" else max(16, rows[0][0] // 2)
+            masked = 16 if feature == "all" else max(16, rows[0][0] // 2)
     tiles = [dict(zip(_OPTIONS, row, strict=False)) for row in rows]
     for tile in tiles:
         if table is not BACKWARD_BIAS and table is not WEIGHTS:
-            tile["EDGE"] = min(tile["BLOCK_M" if table is BACKWARD_DKDV else "BLOCK_N"], edge)
-    if ahead:
-        tiles[0]["AHEAD"] = 1
+            tile["BLOCK_MASKED"] = min(tile["BLOCK_M" if table is BACKWARD_DKDV else "BLOCK_N"], masked)
+    if overlap:
+        tiles[0]["OVERLAP"] = 1
     return tiles
 
 
@@ -75,7 +76,7 @@ FORWARD: Table = {
     },
     90: {
         "plain": {64: (128, 32, 4, 4, 168), 128: (128, 64, 8, 3), 256: (64, 64, 8, 3)},
-        "ahead": {128: (128, 128, 8, 3)},
+        "overlap": {128: (128, 128, 8, 3)},
         "mask": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
         "dropout": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
         "both": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
@@ -160,9 +161,9 @@ BACKWARD_DKDV: Table = {
     },
 }
 
-# Rarely used, and small: 64 rows where matrix instructions want them.
+# The kernels of weights.py: small, 64 rows where matrix instructions want them.
 _SMALL: dict[int, Row] = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)}
-_RARE: dict[str, dict[int, Row]] = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
-_FLAT: dict[str, dict[int, Row]] = dict(dict.fromkeys(_RARE, _SMALL | {128: (32, 64, 8, 1)}), fp32=_FP32_DQ)
-BACKWARD_BIAS: Table = {80: _FLAT, 90: _RARE, 100: _RARE, 120: _FLAT}
+_WEIGHTS: dict[str, dict[int, Row]] = dict(dict.fromkeys(("plain", "mask", "dropout", "both"), _SMALL), fp32=_FP32_DQ)
+_WEIGHTS_99KB: dict[str, dict[int, Row]] = dict(dict.fromkeys(_WEIGHTS, _SMALL | {128: (32, 64, 8, 1)}), fp32=_FP32_DQ)
+BACKWARD_BIAS: Table = {80: _WEIGHTS_99KB, 90: _WEIGHTS, 100: _WEIGHTS, 120: _WEIGHTS_99KB}
 WEIGHTS: Table = dict(BACKWARD_BIAS)

@@ -9,7 +9,6 @@ Half-precision inputs are computed in float32 and rounded once, at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tileformer.kernels import random
-from tileformer.kernels.attention.launchers import NO_LIMIT
+from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
 from tileformer.kernels.double_backward import second_derivative
-from tileformer.kernels.reference import LOWEST
 
+LOWEST = -2.3e38  # what is added below it excludes: the kernels' scores, times log2(e), are beyond float32
 FUSED_FROM = 32  # keys from which torch's fused attention beats three plain operators on a CPU
 FUSED_GRADIENTS_FROM = 192  # the same, where there is a backward to come
 SHORT_ROW = (
@@ -36,19 +35,17 @@ def torch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sides: Sequence[Tensor | None],
-    whole: Sequence[int],
-    real: Sequence[float],
+    masks: AttentionMasks,
+    params: AttentionParams,
     return_lse: bool,
     return_weights: bool | str,
 ) -> Any:
-    """Two matmuls around a float32 softmax, or torch's fused attention, with the arguments of launchers.py."""
+    """Two matmuls around a float32 softmax, or torch's fused attention, with the arguments of params.py."""
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # it would round each product
         with torch.autocast(q.device.type, enabled=False):
-            return torch_attention(q, k, v, sides, whole, real, return_lse, return_weights)
-    mask, bias, key_mask, q_lens, k_lens, slopes, seed = sides
-    left, right, align, packed, longest_q, longest_k, *_ = whole
-    scale, softcap, p = real
+            return torch_attention(q, k, v, masks, params, return_lse, return_weights)
+    mask, bias, key_mask, q_lens, k_lens, slopes, seed = masks
+    left, right, align, packed, longest_q, longest_k, _, scale, softcap, p = params
     (b, h, t_q, _), t_k = q.shape, k.shape[2]
     group = h // k.shape[1]
     if group > 1:
@@ -71,27 +68,27 @@ def torch_attention(
         alone = all(x is None for x in (mask, bias, key_mask, slopes))
         longest = max(longest_q, longest_k)
         if alone and (len(q_lens) - 1) * longest**2 < t_q * t_k:
-            return _each_alone(q, k, v, q_lens, longest, whole, real, return_lse)
-    place = _Places(q, k, q_lens, k_lens, bool(align), (longest_q, longest_k) if packed else None)
+            return _each_alone(q, k, v, q_lens, longest, params, return_lse)
+    positions = _Positions(q, k, q_lens, k_lens, bool(align), (longest_q, longest_k) if packed else None)
     seen = [] if mask is None else [mask]
-    if place.real_q is not None:  # NaN in a padded query must not reach a gradient
-        q = q.masked_fill(~place.real_q, 0.0)
-        seen.append(place.real_q)
-    if place.real_k is not None:
-        key_mask = place.real_k if key_mask is None else key_mask & place.real_k
-    if place.same is not None:
-        seen.append(place.same)
+    if positions.valid_q is not None:  # NaN in a padded query must not reach a gradient
+        q = q.masked_fill(~positions.valid_q, 0.0)
+        seen.append(positions.valid_q)
+    if positions.valid_k is not None:
+        key_mask = positions.valid_k if key_mask is None else key_mask & positions.valid_k
+    if positions.same is not None:
+        seen.append(positions.same)
     # The fused operator has a causal mask of its own, and 0 for a row that sees nothing.
     triangle = fused and causal and not packed and (not align or (t_q == t_k and q_lens is None and k_lens is None))
     if right != NO_LIMIT and not triangle:
-        seen.append(place.cols <= place.diagonal + right)
+        seen.append(positions.cols <= positions.diagonal + right)
     if left != NO_LIMIT:
-        seen.append(place.cols >= place.diagonal - left)
+        seen.append(positions.cols >= positions.diagonal - left)
     additive = bias
     if slopes is not None:
-        slopes = slopes if slopes.dim() == 1 else place.per_query(slopes)
+        slopes = slopes if slopes.dim() == 1 else positions.per_query(slopes)
         distance = slopes.to(_wide(q))[..., None, None] if slopes.dim() < 4 else slopes.to(_wide(q))
-        linear = -distance * (place.diagonal - place.cols).abs()
+        linear = -distance * (positions.diagonal - positions.cols).abs()
         additive = linear if bias is None else bias.to(_wide(q)) + linear
     # Causal rows see their first key, unless the diagonal starts before it.
     always = seen == [] or (causal and not dense and (t_q <= t_k or not align) and t_k > 0)
@@ -104,7 +101,7 @@ def torch_attention(
         else random.fast_keep(seed, [b, h, t_q, t_k], p, random.keep_scale(p), _wide(q))
     )
     if fused:
-        padded_q = None if place.real_q is None else ~place.real_q
+        padded_q = None if positions.valid_q is None else ~positions.valid_q
         if key_mask is not None:
             k, v = _ZeroPadding.apply(k, key_mask), _ZeroPadding.apply(v, key_mask)
         return _Fused.apply(q, k, v, bias_, padded_q, triangle, scale)[0]
@@ -118,39 +115,32 @@ def torch_attention(
 
 
 def _each_alone(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    longest: int,
-    whole: Sequence[int],
-    real: Sequence[float],
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, params: AttentionParams, return_lse: bool
 ) -> Any:
     """Packed sequences as rows of a padded batch: N longest^2 scores instead of total^2, which are nearly all hidden."""
     total, n = q.shape[2], len(starts) - 1
-    lengths = [starts.diff().clamp(0, most) for most in whole[4:6]]
+    lengths = [starts.diff().clamp(0, most) for most in (params.max_q, params.max_k)]
     at = torch.arange(total, device=q.device)
     row = (torch.searchsorted(starts, at, right=True) - 1).clamp(max=n - 1)
-    place = at - starts[row]
-    inside = (place < lengths[0][row]).view(1, 1, total, 1)
+    position = at - starts[row]
+    inside = (position < lengths[0][row]).view(1, 1, total, 1)
     source = (starts[:-1, None] + torch.arange(longest, device=q.device)).clamp(max=total - 1).flatten()
     q, k, v = (x[0].index_select(1, source).unflatten(1, (n, longest)).transpose(0, 1) for x in (q, k, v))
-    left, right, align, *_ = whole
-    sides = (None, None, None, *lengths, None, None)
-    found = torch_attention(q, k, v, sides, (left, right, align, 0, longest, longest, 0), real, return_lse, False)
-    back = (row * longest + place).clamp(max=n * longest - 1)
+    masks = AttentionMasks(None, None, None, *lengths, None, None)
+    params = params._replace(packed=0, max_q=longest, max_k=longest)
+    result = torch_attention(q, k, v, masks, params, return_lse, False)
+    back = (row * longest + position).clamp(max=n * longest - 1)
     pack = lambda x, fill: x.transpose(0, 1).flatten(1, 2).index_select(1, back)[None].where(inside, fill)  # noqa: E731
     if not return_lse:
-        return pack(found, 0.0)
-    return pack(found[0], 0.0), pack(found[1][..., None], -math.inf)[..., 0]
+        return pack(result, 0.0)
+    return pack(result[0], 0.0), pack(result[1][..., None], -math.inf)[..., 0]
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class _Places:
+class _Positions:
     """Where each query and key lies in its sequence, broadcastable to (B, H, T_q, T_k); None where there is nothing to say."""
 
     def __init__(
@@ -159,7 +149,7 @@ class _Places:
         """most: the longest that packed sequences may be; None where q_lens and k_lens are counts."""
         t_q, t_k = q.shape[2], k.shape[2]
         rows, self.cols = torch.arange(t_q, device=q.device)[:, None], torch.arange(t_k, device=q.device)[None]
-        self.real_q = self.real_k = self.same = self.sequence = None
+        self.valid_q = self.valid_k = self.same = self.sequence = None
         shift: Tensor | int = t_k - t_q if align else 0
         if most and q_lens is not None and k_lens is not None:
             in_q, in_k = (
@@ -174,15 +164,15 @@ class _Places:
             rows = rows - q_lens[self.sequence][:, None]
             self.cols = self.cols - k_lens[in_k.clamp(max=n - 1)]
             self.same = in_q[:, None] == in_k
-            self.real_q = ((in_q < n)[:, None] & (rows < most[0]))[None, None]
-            self.real_k = (in_k < n) & (self.cols < most[1])
+            self.valid_q = ((in_q < n)[:, None] & (rows < most[0]))[None, None]
+            self.valid_k = (in_k < n) & (self.cols < most[1])
         elif q_lens is not None or k_lens is not None:
             len_q, len_k = (
                 torch.full((), t, device=q.device) if x is None else x.clamp(0, t)[:, None, None, None]
                 for x, t in ((q_lens, t_q), (k_lens, t_k))
             )
-            self.real_q = None if q_lens is None else rows < len_q
-            self.real_k = None if k_lens is None else (self.cols < len_k)[:, 0, 0]
+            self.valid_q = None if q_lens is None else rows < len_q
+            self.valid_k = None if k_lens is None else (self.cols < len_k)[:, 0, 0]
             shift = len_k - len_q if align else 0
         self.diagonal = rows + shift
 

@@ -137,10 +137,10 @@ PASSES = {
 PROGRAM = """
 import torch
 from tileformer import kernels
-from tileformer.kernels import launch
+from tileformer.kernels import device
 draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0))
 def main():
-    launch.record_for(90)  # launches on CPU tensors with the tiles of sm_90: the tool decides what a launch does
+    device.record_for(90)  # launches on CPU tensors with the tiles of sm_90: the tool decides what a launch does
     with torch.no_grad(), kernels.use_backend("triton"):
         {call}
 """

@@ -23,43 +23,35 @@ import torch
 import triton
 
 from tileformer import arguments
+from tileformer.bench.calls.ops import OPS
 from tileformer.bench.recording import ARCHITECTURES
-from tileformer.bench.report import Growing
-from tileformer.bench.static import capture, evidence, goals, table
+from tileformer.bench.static import capture, evidence, goals
 from tileformer.bench.static.capture import OURS, PEERS
 from tileformer.bench.static.rates import RATES
+from tileformer.bench.static.sections import sections
+from tileformer.bench.tables import Growing, text
 
-OPS = ("attention", "layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "dropout")
+SCORED = tuple(op for op in OPS if op != "decoder_layer")
 BENCH = Path(__file__).resolve().parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench static`."""
+    add = parser.add_argument
     about = "default: 80 90 100"
-    parser.add_argument(
-        "--arch", type=arguments.architecture, nargs="+", default=[80, 90, 100], metavar="CC", help=about
-    )
-    parser.add_argument("--op", action="append", choices=OPS, help="only this op (repeatable)")
-    parser.add_argument(
-        "--call",
-        type=arguments.name,
-        metavar="PATTERN",
-        help="only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run",
-    )
-    parser.add_argument(
-        "--against", type=arguments.name, metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}"
-    )
-    about = "also write every figure to FILE"
-    parser.add_argument("--json", type=arguments.output_file, metavar="FILE", help=about)
-    parser.add_argument(
-        "--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed"
-    )
-    parser.add_argument(
-        "--evidence", type=arguments.output_file, metavar="FILE",
-        help="write the tables of docs/evidence.md into FILE, behind its words",
-    )  # fmt: skip
+    add("--arch", type=arguments.architecture, nargs="+", default=[80, 90, 100], metavar="CC", help=about)
+    add("--op", action="append", choices=SCORED, help="only this op (repeatable)")
+    about = "only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run"
+    add("--call", type=arguments.name, metavar="PATTERN", help=about)
+    about = f"other libraries, with commas: {','.join(PEERS)}"
+    add("--against", type=arguments.name, metavar="NAMES", help=about)
+    add("--json", type=arguments.output_file, metavar="FILE", help="also write every figure to FILE")
+    about = "check bench/goals.toml; exit status 1 if an A or B goal is missed"
+    add("--goals", action="store_true", help=about)
+    about = "write the goals of docs/evidence.md into FILE, behind its words, and the tables into the folder beside it"
+    add("--evidence", type=arguments.output_file, metavar="FILE", help=about)
     about = "default: tileformer/static in XDG_CACHE_HOME or ~/.cache"
-    parser.add_argument("--cache", type=arguments.output_folder, metavar="DIR", help=about)
+    add("--cache", type=arguments.output_folder, metavar="DIR", help=about)
 
 
 def _hash_of(files: Iterable[Path]) -> str:
@@ -68,9 +60,10 @@ def _hash_of(files: Iterable[Path]) -> str:
 
 def _key(job: dict[str, Any]) -> str:
     """What a job's rows depend on: kernels (or a peer's version), compiler, and the tools that read them."""
-    names = ("compiled.py", "cases.py") if job["kind"] == "tables" else ("workloads.py", "providers.py")
-    readers = ("capture", "figures", "model", "rates", "sass", "traffic")
-    tools = [BENCH / name for name in ("recording.py", *names, *(f"static/{reader}.py" for reader in readers))]
+    lists = ("matrix",) if job["kind"] == "tables" else ("workloads", "providers")
+    readers = ("capture", "compiled", "figures", "model", "rates", "sass", "traffic")
+    tools = [BENCH / "recording.py", *(BENCH / "static" / f"{name}.py" for name in readers)]
+    tools += [BENCH / "calls" / f"{name}.py" for name in ("__init__", "ops", *lists)]
     if job["provider"] == OURS:
         source = _hash_of((BENCH.parent / "kernels").rglob("*.py"))
     else:
@@ -84,10 +77,8 @@ def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     file = cache / f"{_key(job)}.json"
     if file.exists():
         return json.loads(file.read_text())
-    paths = [
-        str(BENCH.parent / "src"),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]  # of a checkout that is not installed
+    # The source of a checkout that is not installed.
+    paths = [str(BENCH.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = dict(TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
     command = [sys.executable, "-W", "ignore", "-m", "tileformer.bench.static.capture"]
     done = subprocess.run(
@@ -145,14 +136,13 @@ def collect(
     cache.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for n, found in enumerate(pool.map(lambda job: _with_traffic(job, cache), jobs), 1):
-            rows += found
+        for n, of_job in enumerate(pool.map(lambda job: _with_traffic(job, cache), jobs), 1):
+            rows += of_job
             grown(rows)
             if sys.stderr.isatty():
                 print(f"\r{n}/{len(jobs)} jobs", end="\r", file=sys.stderr)
-    rows.sort(
-        key=lambda row: tuple(str(row.get(x, "")) for x in ("arch", "op", "workload", "dtype", "pass", "provider"))
-    )
+    fields = ("arch", "op", "workload", "dtype", "pass", "provider")
+    rows.sort(key=lambda row: tuple(str(row.get(field, "")) for field in fields))
     _beside_peers(rows)
     return rows
 
@@ -187,26 +177,24 @@ def main(args: argparse.Namespace) -> int:
             print(f"{name} skipped: not installed (pip install {PEERS[name]})")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = args.cache or arguments.output_folder(os.path.join(home, "tileformer", "static"))
-    versions = dict(
-        triton=triton.__version__,
-        torch=torch.__version__,
-        **{name: importlib.metadata.version(PEERS[name]) for name in providers[1:]},
-    )
-    report: dict[str, Any] = dict(versions=versions, rows=[], goals=[])
-    file = Growing(args.json, lambda: json.dumps(report, indent=1, sort_keys=True) + "\n")
+    versions = dict(triton=triton.__version__, torch=torch.__version__)
+    versions |= {name: importlib.metadata.version(PEERS[name]) for name in providers[1:]}
+    figures: dict[str, Any] = dict(versions=versions, rows=[], goals=[])
+    file = Growing(args.json, lambda: json.dumps(figures, indent=1, sort_keys=True) + "\n")
 
     def grown(rows: list[dict[str, Any]]) -> None:
-        report["rows"] = rows
+        figures["rows"] = rows
         file.write()
 
     asked = goals.load() if args.goals or args.evidence else []
-    rows = collect(args.arch, args.op or list(OPS), providers, cache, args.call or "*", grown)
-    report["goals"] = found = goals.verdicts(asked, rows, part=bool(args.call))
+    rows = collect(args.arch, args.op or list(SCORED), providers, cache, args.call or "*", grown)
+    figures["goals"] = verdicts = goals.verdicts_of(asked, rows, part=bool(args.call))
     print(f"Triton {triton.__version__}. Nothing here was measured on a GPU; shares and times are modelled.")
-    for title, columns, of in table.sections(rows, found if args.goals else []):
-        print(f"\n{title}\n{table.text(columns, of)}")
+    for _, title, columns, of in sections(rows, verdicts if args.goals else []):
+        print(f"\n{title}\n{text(columns, of)}")
     file.write(last=True)
     if args.evidence:
-        page = Path(args.evidence)
-        page.write_text(evidence.page(rows, found, versions, page.read_text() if page.exists() else ""))
-    return int(args.goals and any(v["verdict"] == "miss" for v in found))
+        for path, page in evidence.pages(Path(args.evidence), rows, verdicts, versions).items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(page)
+    return int(args.goals and any(v["verdict"] == "miss" for v in verdicts))

@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from tileformer.bench.calls import Case
-from tileformer.bench.check.cases import attention_call
+from tileformer.bench.calls import Call, describe
 
 Level = dict[str, Any]
 SEQUENCES = ((0, 13, 13, 14), (0, 11, 20, 27))  # for packing, as parts of T_q and T_k
@@ -38,7 +37,7 @@ FACTORS: dict[str, dict[str, Level]] = {
     "lse": {"": dict(lse=False), "log-sum-exp": dict(lse=True)},
     "shape": {"square": dict(t=(40, 40)), "wide": dict(t=(33, 70)), "tall": dict(t=(70, 33))},
 }
-DTYPES = ("bf16", "fp32", "fp16")
+PAIR_DTYPES = ("bf16", "fp32", "fp16")
 
 
 def _rows() -> list[dict[str, str]]:
@@ -59,7 +58,7 @@ def _rows() -> list[dict[str, str]]:
     return rows
 
 
-def _case(number: int, row: dict[str, str]) -> Case:
+def _call(number: int, row: dict[str, str]) -> Call:
     levels: Level = {}
     for name, level in row.items():
         levels |= FACTORS[name][level]
@@ -69,43 +68,11 @@ def _case(number: int, row: dict[str, str]) -> Case:
         levels["mask"] = "additive"
     elif shape:
         levels["bias"] = (2, t_q, t_k) if shape == "full" else (b, 1, 1, t_k)
-    words = [level for name, level in row.items() if level and not level.startswith("no ")]
-    return Case(
-        "attention",
-        f"pairs {number}",
-        ", ".join(words),
-        attention_call((b, 2, h_kv, t_q, t_k, 32), **levels),
-        dtypes=DTYPES[number % 3 :] + DTYPES[: number % 3],
-        suite=False,
-    )
+    reason = ", ".join(level for level in row.values() if level and not level.startswith("no "))
+    dtypes = PAIR_DTYPES[number % 3 :] + PAIR_DTYPES[: number % 3]
+    shape = (b, 2, h_kv, t_q, t_k, 32)
+    return describe("attention", f"pairs {number}", reason, *shape, dtypes=dtypes, suite=False, **levels)
 
 
 ROWS = _rows()
-PAIRS = [_case(number, row) for number, row in enumerate(ROWS, 1)]
-RESULTS = ("out", "lse", "dq", "dk", "dv", "dbias")
-
-
-def features(calls: list[dict[str, Any]]) -> list[list[str]]:
-    """A table, its head first: for each feature the worst error over budget of each result, in each dtype, over the pairs among `calls`."""
-    rows = {case.name: row for case, row in zip(PAIRS, ROWS, strict=True)}
-    found = [(rows[call["case"]], call) for call in calls if call["case"] in rows]
-    if not found:
-        return []
-    table = [["error / budget in " + " ".join(DTYPES), *RESULTS]]
-    for factor in FACTORS:
-        for level in FACTORS[factor]:
-            if not level:
-                continue
-            cells = []
-            for result in RESULTS:
-                worst = []
-                for dtype in DTYPES:
-                    figures = [
-                        call["over_budget"][result]
-                        for row, call in found
-                        if row[factor] == level and call["dtype"] == dtype and result in call["over_budget"]
-                    ]
-                    worst.append(f"{max(figures):.2f}" if figures else "-")
-                cells.append(" ".join(worst))
-            table.append([level, *cells])
-    return table
+PAIRS = [_call(number, row) for number, row in enumerate(ROWS, 1)]

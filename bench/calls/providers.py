@@ -1,7 +1,7 @@
 """Who is timed: for each op the callables of tileformer, of PyTorch and of other libraries where they are installed.
 
-    call = providers("attention")["sdpa flash"](workload)
-    out = call(*workload.inputs("cuda", torch.bfloat16))
+    function = providers("attention")["sdpa flash"](call)
+    out = function(*call.inputs("cuda", torch.bfloat16))
 
 What a provider cannot do raises `Unavailable`, whose text is printed. A peer is called through its public functions, with the inputs that every
 other provider gets. Masks in another form, and block masks, are made at the first call and kept, so they are outside every timing.
@@ -22,14 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tileformer import kernels
-from tileformer.bench.speed.workloads import Workload
+from tileformer.bench.calls import Call, Function, function_of
+from tileformer.bench.calls.ops import Options, Tensors
 from tileformer.decoder import TransformerDecoderLayer
-from tileformer.kernels import launch
+from tileformer.kernels import device
 
-Tensors = dict[str, Tensor]
-Options = dict[str, Any]
-Call = Callable[[Tensors, Options], Tensor]
-Build = Callable[[Workload], Call]
+Provider = Callable[[Call], Function]
 OURS = "tileformer"
 # A shape costs these many seconds before its first result: a compilation, or the timing of dozens of configurations.
 SLOW_START = {"attention": ("torch.compile", "flex", "flag_gems", "fla"), "*": ("torch.compile",)}
@@ -41,16 +39,16 @@ class Unavailable(Exception):
     """A provider that cannot serve a workload here; the text says why."""
 
 
-def providers(op: str) -> dict[str, Build]:
+def providers(op: str) -> dict[str, Provider]:
     """The providers of an op, ours first. Building or calling one may raise `Unavailable`."""
     return _PROVIDERS[op]
 
 
-def reference(workload: Workload) -> Call:
+def reference(call: Call) -> Function:
     """The definition, to run in float64: kernels.reference, or torch.nn's layer."""
-    if workload.op == "decoder_layer":
-        return _layer(nn.TransformerDecoderLayer)(workload)
-    return lambda t, o: getattr(kernels.reference, workload.op)(**t, **o)
+    if call.op == "decoder_layer":
+        return _layer(nn.TransformerDecoderLayer)(call)
+    return function_of(kernels.reference, call.op)
 
 
 def _refuse(reasons: dict[str, Any]) -> None:
@@ -76,30 +74,30 @@ def _package(name: str) -> Any:
 
 def _peer(
     module: str,
-    call: Callable[[Any, Tensors, Options], Tensor],
+    compute: Callable[[Any, Tensors, Options], Tensor],
     *limits: str,
     half: bool = False,
     heads_last: bool = False,
-) -> Build:
-    """A provider from another package: call(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only;
+) -> Provider:
+    """A provider from another package: compute(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only;
     heads_last: it would copy tensors that are not stored (B, T, H, D), so its own are."""
 
-    def build(workload: Workload) -> Call:
-        s, options = workload.sizes, workload.options
+    def build(call: Call) -> Function:
+        sizes, options = call.sizes, call.options
         reasons = {
-            "takes no mask": "mask" in workload.masks,
-            "takes padding only as packed sequences": "key_mask" in workload.masks,
-            "has no dropout": workload.dropout,
+            "takes no mask": "mask" in options,
+            "takes padding only as packed sequences": "padding" in options,
+            "has no dropout": call.dropout,
             "takes no scale and no mask": options,
-            "is causal only": not options.get("causal") or s["T_q"] != s["T_k"],
+            "is causal only": not options.get("causal") or sizes["T_q"] != sizes["T_k"],
         }
         _refuse({reason: holds for reason, holds in reasons.items() if reason in limits})
 
         def run(t: Tensors, o: Options) -> Tensor:
             x = next(iter(t.values()))
-            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (launch.recording() and not half))})
+            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (device.recording() and not half))})
             _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
-            return call(_package(module), t, o)
+            return compute(_package(module), t, o)
 
         if heads_last:
             run.stored = lambda x: x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)  # type: ignore[attr-defined]
@@ -128,24 +126,23 @@ def _compile(function: Any) -> Any:
 
 
 def _no_slow_compilation(x: Tensor) -> None:
-    _refuse(
-        {"a compilation takes minutes on a CPU: timed on CUDA only": compile_backend == "inductor" and not x.is_cuda}
-    )
+    slow = compile_backend == "inductor" and not x.is_cuda
+    _refuse({"a compilation takes minutes on a CPU: timed on CUDA only": slow})
 
 
-def _eager(function: Call, compiled: bool = False) -> Build:
+def _eager(function: Function, compiled: bool = False) -> Provider:
     """An eager function, or what torch.compile makes of it. A causal one finds its mask as the option "future"."""
 
-    def build(workload: Workload) -> Call:
-        call = _compile(function) if compiled else function
+    def build(call: Call) -> Function:
+        compute = _compile(function) if compiled else function
 
         def run(t: Tensors, o: Options) -> Tensor:
             x = next(iter(t.values()))
             if compiled:
                 _no_slow_compilation(x)
             if o.get("causal"):
-                o = o | dict(future=_future(workload.sizes["T_q"], workload.sizes["T_k"], x.device))
-            return call(t, o)
+                o = o | dict(future=_future(call.sizes["T_q"], call.sizes["T_k"], x.device))
+            return compute(t, o)
 
         return run
 
@@ -204,10 +201,10 @@ def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
     )
 
 
-def _sdpa(backend: SDPBackend) -> Build:
+def _sdpa(backend: SDPBackend) -> Provider:
     """One backend of torch's attention. Where it refuses, the reason is what torch says in warnings."""
 
-    def build(workload: Workload) -> Call:
+    def build(call: Call) -> Function:
         tried: list[bool] = []
 
         def attend(t: Tensors, o: Options) -> Tensor:
@@ -235,8 +232,8 @@ def _sdpa(backend: SDPBackend) -> Build:
     return build
 
 
-def _flex(workload: Workload) -> Call:
-    _refuse({"has no dropout": workload.dropout})
+def _flex(call: Call) -> Function:
+    _refuse({"has no dropout": call.dropout})
     attend = _compile(flex_attention)
     made: dict[Any, tuple[Any, Any]] = {}
 
@@ -333,14 +330,14 @@ def _eager_softmax(t: Tensors, o: Options) -> Tensor:
 def _from_output(forward: Any, backward: Any) -> Any:
     """An op of x whose backward reads what its forward wrote: forward(package, x), backward(package, dy, y)."""
 
-    def call(package: Any, t: Tensors, o: Options) -> Tensor:
+    def compute(package: Any, t: Tensors, o: Options) -> Tensor:
         def keep(x: Tensor) -> Any:
             y = forward(package, x)
             return y, (y,)
 
         return _Pair.apply(keep, lambda dy, y: (backward(package, dy, y),), t["x"])
 
-    return call
+    return compute
 
 
 def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
@@ -364,13 +361,13 @@ def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
 # ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict; options causal, dropout, norm_first, key_mask
 
 
-def _layer(kind: type[nn.Module], compiled: bool = False) -> Build:
+def _layer(kind: type[nn.Module], compiled: bool = False) -> Provider:
     """A layer class; its parameters become the workload's very tensors, so that gradients are theirs."""
 
-    def build(workload: Workload) -> Call:
-        s, made = workload.sizes, workload.options
-        norm_first = made["norm_first"]
-        layer = kind(s["C"], s["H"], s["F"], made["dropout"], batch_first=True, norm_first=norm_first, device="meta")
+    def build(call: Call) -> Function:
+        sizes = (call.sizes[name] for name in ("C", "H", "F"))
+        options = dict(norm_first=call.options["norm_first"], batch_first=True, device="meta")
+        layer = kind(*sizes, call.options["dropout"], **options)
         forward = _compile(layer) if compiled else layer
         attached: list[Tensor] = []
 
@@ -394,19 +391,15 @@ def _layer(kind: type[nn.Module], compiled: bool = False) -> Build:
     return build
 
 
-def _torch(eager: Call) -> dict[str, Build]:
+def _torch(eager: Function) -> dict[str, Provider]:
     """The providers that every op has: ours, PyTorch's own operators, and what torch.compile makes of them."""
-
-    def ours(workload: Workload) -> Call:
-        op = getattr(kernels, workload.op)
-        return lambda t, o: op(**t, **o)
-
+    ours = lambda call: function_of(kernels, call.op)  # noqa: E731
     return {OURS: ours, "eager": _eager(eager), "torch.compile": _eager(eager, compiled=True)}
 
 
 _NO_MASKS = "takes no mask", "takes padding only as packed sequences"
 _PLAIN = "takes no scale and no mask"
-_PROVIDERS: dict[str, dict[str, Build]] = {
+_PROVIDERS: dict[str, dict[str, Provider]] = {
     "attention": _torch(_eager_attention)
     | {
         "sdpa": lambda _: _sdpa_attention,
