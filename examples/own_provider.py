@@ -7,11 +7,10 @@ from unittest import mock
 
 import torch
 
+from tileformer.bench.calls import Call, Function
+from tileformer.bench.calls.providers import Unavailable, providers
+from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.bench.speed.measure import Bench, Result
-from tileformer.bench.speed.providers import Call as Function
-from tileformer.bench.speed.providers import Unavailable, providers
-from tileformer.bench.speed.workloads import WORKLOADS
-from tileformer.bench.speed.workloads import Workload as Call
 
 
 def by_hand(call: Call) -> Function:

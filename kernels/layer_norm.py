@@ -444,6 +444,10 @@ def layer_norm(
         ValueError, TypeError: for shapes, dtypes or devices that do not fit.
 
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), 3)
+        tensor([[-1.2247,  0.0000,  1.2247]])
     """
     return _norm("layer_norm", x, normalized_shape, weight, bias, eps)
 
@@ -457,6 +461,10 @@ def rms_norm(
     All is computed in float32 or wider and rounded once (torch rounds to x's dtype before it multiplies by the weight).
 
     Source: Zhang and Sennrich, arXiv:1910.07467; `tileformer.kernels.reference.rms_norm` is the definition.
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), 2)
+        tensor([[0.8485, 1.1314]])
     """
     return _norm("rms_norm", x, normalized_shape, weight, None, eps)
 

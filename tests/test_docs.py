@@ -31,9 +31,6 @@ EXAMPLES = {  # the ten names whose docstrings have one
     "dropout": kernels.dropout,
     "convert": decoder.convert,
     "huggingface.use": huggingface.use,
-    "Seq2Seq": decoder.Seq2Seq,
-    "DecoderLM": decoder.DecoderLM,
-    "generate": decoder.generate,
     "fit": training.fit,
 }
 
@@ -175,7 +172,7 @@ def test_the_site_is_built_strictly(tmp_path):
 def test_the_example_of_a_docstring_runs(name):
     if name == "huggingface.use":
         pytest.importorskip("transformers", reason="the hf extra is not installed")
-    (test,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name, globs={})
+    (test,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name)
     assert test.examples, f"{name} has no example"
     with torch.random.fork_rng():
         result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=sys.stderr.write)
