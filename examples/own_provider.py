@@ -1,6 +1,6 @@
 """A provider of your own in the benchmarks: judged against float64 like everybody's, and only then timed. Needs `bench`.
 
-    python examples/own_provider.py
+python examples/own_provider.py
 """
 
 from unittest import mock

@@ -48,11 +48,20 @@ def told(tmp_path_factory) -> dict[int, str]:
         anything = "from typing import Any\ndef __getattr__(name: str) -> Any: ...\n"
         (folder / "stubs" / package / "__init__.pyi").write_text(anything + text)
     (folder / "program.py").write_text(PROGRAM)
-    options = ["--config-file=", "--no-incremental", "--no-site-packages", "--follow-imports=silent", "--ignore-missing-imports", "--no-error-summary"]
+    options = [
+        "--config-file=",
+        "--no-incremental",
+        "--no-site-packages",
+        "--follow-imports=silent",
+        "--ignore-missing-imports",
+        "--no-error-summary",
+    ]
     before = os.environ.get("MYPYPATH")
     os.environ["MYPYPATH"] = f"{folder / 'stubs'}:{SOURCE}"
     try:
-        shown, errors, _ = api.run([*options, "--explicit-package-bases", "--namespace-packages", str(folder / "program.py")])
+        shown, errors, _ = api.run(
+            [*options, "--explicit-package-bases", "--namespace-packages", str(folder / "program.py")]
+        )
     finally:
         os.environ.pop("MYPYPATH")
         if before is not None:
