@@ -6,7 +6,7 @@ from typing import Any
 from tileformer.extras import advice
 
 
-def library(name: str) -> Any:
+def optional_import(name: str) -> Any:
     """The module `name` of an optional library. ValueError that names the extra when it is not installed."""
     try:
         return importlib.import_module(name)
