@@ -31,6 +31,9 @@ EXAMPLES = {  # the ten names whose docstrings have one
     "dropout": kernels.dropout,
     "convert": decoder.convert,
     "huggingface.use": huggingface.use,
+    "Seq2Seq": decoder.Seq2Seq,
+    "DecoderLM": decoder.DecoderLM,
+    "generate": decoder.generate,
     "fit": training.fit,
 }
 
@@ -125,6 +128,15 @@ def test_commands_exist():
             words = shlex.split(rest.split("  #")[0], comments=True)
             given = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert given <= options_of(verb), f"{where}: tileformer {verb} {given - options_of(verb)}"
+
+
+def test_files_that_are_named_exist():
+    folders = ("kernels", "decoder", "training", "bench", "tests", "examples", "src", "docs", "")
+    pages = PAGES | {ROOT / "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()}
+    for page, text in pages.items():
+        for name in re.findall(r"`([a-z_]+(?:/[\w.]+)+\.(?:py|md|toml))`", text):
+            if not name.startswith("runs/"):
+                assert any((ROOT / top / name).is_file() for top in folders), f"{page.relative_to(ROOT)}: {name}"
 
 
 def test_python_blocks_are_python():
