@@ -100,9 +100,9 @@ class Method:
         """
         self.check(context.weights)
         torch.manual_seed(context.seed)
-        model: Model = self.make(context.config, context.classes)
-        report = load_matching(model.backbone, context.weights or {}) if self.pretrained else None
-        return model.to(context.device), report
+        backbone = DecoderLM(replace(context.config, share_layers=self.share_layers))
+        report = load_matching(backbone, context.weights or {}) if self.pretrained else None
+        return self.build(backbone, context.classes).to(context.device), report
 
     def run(self, context: Context) -> Classifier:
         """The trained model, in eval mode. ValueError: no pretrained weights, or no unlabelled texts, where needed."""
