@@ -51,8 +51,8 @@ AT_RISK, AT_RISK_SAVES = 60.0, 20
 class Report:
     """What `fit` did, the part before a resume counted too. `core_seconds`: CPU time of all threads of the process.
 
-    `loss` is the mean of the last interval, `valid_loss` that of the weights which the model has now, `skipped` the steps
-    that fp16 overflowed, `checkpoint` the newest.
+    `loss` is the mean of the last interval, `valid_loss` that of the weights which the model has now, `skipped` the
+    steps that fp16 overflowed, `checkpoint` the newest.
     """
 
     steps: int
@@ -132,19 +132,19 @@ def fit(
     batches: endless by repetition; valid: evaluated as `settings.valid_every` says. folder: where `log.jsonl` and
     checkpoints go (None: nowhere). meta: JSON-able facts stored with each checkpoint (the model's configuration, the
     vocabulary). groups: learning rates by layer, see `make_optimizer`. backward: runs forward and backward of one batch
-    as `backward_once` does, for methods that need more than one of each. With `resume` the newest checkpoint in `folder`
-    is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run that never
-    stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
+    as `backward_once` does, for methods that need more than one of each. With `resume` the newest checkpoint in
+    `folder` is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run
+    that never stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
 
-    With a folder, Ctrl-C and SIGTERM (in the main thread) let the step end and save it; then KeyboardInterrupt is raised,
-    or SystemExit of 143. A second Ctrl-C stops at once. A kill loses at most `AT_RISK` seconds, or as long as
+    With a folder, Ctrl-C and SIGTERM (in the main thread) let the step end and save it; then KeyboardInterrupt is
+    raised, or SystemExit of 143. A second Ctrl-C stops at once. A kill loses at most `AT_RISK` seconds, or as long as
     `AT_RISK_SAVES` saves take.
 
-    Raises ValueError: the settings steer by a validation loss and there is no `valid`, nothing is trainable, a model that
-    no checkpoint can hold, or a folder that another process has; CheckpointError: nothing to resume, no checkpoint that is
-    whole, other settings, data or `meta` than the checkpoint's, or, without `resume`, a folder that already holds one;
-    FloatingPointError when a loss, the gradient or a weight is not finite (nothing is saved then); OSError when a
-    checkpoint cannot be written. The last good checkpoint stays in each case.
+    Raises ValueError: the settings steer by a validation loss and there is no `valid`, nothing is trainable, a model
+    that no checkpoint can hold, or a folder that another process has; CheckpointError: nothing to resume, no checkpoint
+    that is whole, other settings, data or `meta` than the checkpoint's, or, without `resume`, a folder that already
+    holds one; FloatingPointError when a loss, the gradient or a weight is not finite (nothing is saved then); OSError
+    when a checkpoint cannot be written. The last good checkpoint stays in each case.
 
     Example:
         >>> from tileformer.decoder import Seq2Seq, Seq2SeqConfig
@@ -317,7 +317,7 @@ def _steps(batches: AnyBatches, accumulate: int) -> Iterator[tuple[list[Any], di
 
 
 def _check_finite(step: int, loss: float, gradient: float, scaler: GradScaler) -> None:
-    """FloatingPointError for a run that has diverged. An overflow that fp16 skipped is none, until no scale avoids it."""
+    """FloatingPointError for a run that has diverged. An overflow that fp16 skipped is none while a scale avoids it."""
     overflow = scaler.is_enabled() and scaler.get_scale() >= 1
     if not (math.isfinite(loss) and (math.isfinite(gradient) or overflow)):
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {gradient}; try a lower lr or clip")

@@ -28,9 +28,9 @@ INITIALISATIONS: dict[str, Callable[[Tensor], Any]] = {
 def learning_rate_factor(progress: float, settings: Settings) -> float:
     """The learning rate as a share of `settings.lr`, at `progress` (0 to 1) of the budget.
 
-    After the warm-up, with 1 at its end: "cosine" and "linear" fall to `floor` at the end of the budget; "wsd" (warm-up,
-    stable, decay) stays and falls linearly over the last `decay` of it; "inverse_sqrt" falls as sqrt(warmup / progress)
-    (Vaswani et al. 2017); "constant" stays; "plateau" stays here, because it is the validation loss that lowers it.
+    After the warm-up, with 1 at its end: "cosine" and "linear" fall to `floor` at the end of the budget; "wsd"
+    (warm-up, stable, decay) stays and falls linearly over the last `decay` of it; "inverse_sqrt" falls as sqrt(warmup /
+    progress) (Vaswani et al. 2017); "constant" stays; "plateau" stays here: it is the validation loss that lowers it.
     """
     if progress < settings.warmup:
         return progress / settings.warmup
@@ -97,7 +97,7 @@ def make_optimizer(model: nn.Module, settings: Settings, groups: Groups | None =
 
 @torch.no_grad()
 def shrink(optimizer: torch.optim.Optimizer, l1: float) -> None:
-    """One proximal step of an L1 penalty: decayed weights move towards 0 by their learning rate x `l1`, and stop there."""
+    """One proximal step of an L1 penalty: decayed weights move towards 0 by learning rate x `l1`, and stop there."""
     for group in optimizer.param_groups:
         if group["shrink"]:
             for parameter in group["params"]:

@@ -18,14 +18,14 @@ NOT_NEGATIVE = ("momentum", "weight_decay", "l1", "patience")
 class Settings:
     """How to learn. The budget is counted in tokens (`Batch.tokens`): it means the same at every batch size and speed.
 
-    The learning rate rises linearly over the first `warmup` of the budget, then follows `schedule` (`learning_rate_factor`
-    says how; `decay` is of "wsd", `floor` the lowest share of `lr`). "plateau" multiplies the rate by `plateau_factor`
-    whenever `plateau_wait` validations in a row bring no lower loss.
+    The learning rate rises linearly over the first `warmup` of the budget, then follows `schedule`
+    (`learning_rate_factor` says how; `decay` is of "wsd", `floor` the lowest share of `lr`). "plateau" multiplies the
+    rate by `plateau_factor` whenever `plateau_wait` validations in a row bring no lower loss.
 
     `betas` belong to AdamW; their second also averages RMSprop's squares. `momentum` belongs to SGD and RMSprop.
-    `weight_decay` is decoupled in AdamW and an L2 penalty in the other two. `l1` moves every decayed weight towards 0 by
-    lr x l1 a step and not past it: a proximal step behind the optimiser's, so the reported loss holds no penalty, and
-    weights that plain SGD moves by less become exactly 0 (momentum and adaptive steps move them further).
+    `weight_decay` is decoupled in AdamW and an L2 penalty in the other two. `l1` moves every decayed weight towards 0
+    by lr x l1 a step and not past it: a proximal step behind the optimiser's, so the reported loss holds no penalty,
+    and weights that plain SGD moves by less become exactly 0 (momentum and adaptive steps move them further).
     A step adds up `accumulate` batches, weighted by their labels; the last step of an epoch takes what is left.
 
     Precision "auto" is `resolve_precision`; "fp16" scales the loss and skips the steps whose gradients overflow.

@@ -145,7 +145,7 @@ def freeze_except(model: nn.Module, *parts: nn.Module) -> None:
 def predict_batched(
     function: Callable[[Tensor], Tensor], model: nn.Module, rows: Rows, batch_size: int = 256
 ) -> Tensor:
-    """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, is in eval mode."""
+    """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, in eval mode."""
     device = next(model.parameters()).device
     training = model.training
     result: dict[int, Tensor] = {}

@@ -45,7 +45,7 @@ def learning_curves(log: PathLike, png: PathLike) -> Path:
 
 
 def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Path:
-    """Counts (K, K), row = true class; a cell is coloured by its share of its row. Up to 20 classes it is also told in numbers."""
+    """Counts (K, K), row = true class; a cell is coloured by its share of its row, up to 20 classes with numbers."""
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"counts {counts.shape} must be ({len(names)}, {len(names)}), one row and column a class")
     labels = _drawable(names)
