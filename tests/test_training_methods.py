@@ -154,12 +154,12 @@ def test_decay_lowers_the_rate_towards_the_embeddings(context, monkeypatch):
 def test_gradual_frees_a_layer_a_stage(context, monkeypatch):
     stages = []
 
-    def record(context, model, epochs, stage):
+    def record(context, model, stage):
         free = {name.split(".")[0] for name, p in model.backbone.named_parameters() if p.requires_grad}
         layers = {
             name.split(".")[1] for name, p in model.backbone.layers.named_parameters(prefix="l") if p.requires_grad
         }
-        stages.append((free, layers, epochs))
+        stages.append((free, layers, context.epochs))
 
     monkeypatch.setattr(methods, "fit_labelled", record)
     model, _ = METHODS["gradual"].start(context)
@@ -178,7 +178,7 @@ def test_pseudo_labels_are_sure_balanced_and_new_each_round(context, monkeypatch
     monkeypatch.setattr(
         methods,
         "fit_labelled",
-        lambda context, model, rows=None, labels=None, **options: calls.append((rows, labels)) or model,
+        lambda context, model, **options: calls.append((context.rows, context.labels)) or model,
     )
     # Of the 60 unlabelled, guess 0 for 40 with rising certainty and 1 for 20; labels are 3 : 1.
     shares = torch.cat([torch.linspace(0.5, 0.99, 40), torch.linspace(0.45, 0.01, 20)])
@@ -186,7 +186,7 @@ def test_pseudo_labels_are_sure_balanced_and_new_each_round(context, monkeypatch
     model, _ = METHODS["pseudo"].start(context)
     labels = [0, 0, 0, 1] * 10
     METHODS["pseudo"].learn(Context(**vars(context) | {"labels": labels}), model)
-    assert calls[0] == (None, None) and len(calls) == 3
+    assert calls[0] == (context.rows, labels) and len(calls) == 3
     rows, found = calls[1]
     added = found[40:]
     sure = int((shares >= 0.9).sum()), int((1 - shares >= 0.9).sum())
@@ -287,7 +287,7 @@ def test_gan_gives_each_player_its_own_loss(context):
     gan = adversarial.Gan(Classifier(DecoderLM(CONFIG), 2)).eval()
     batch, scale = make_batch(context, [1.0, 0.0] * 20), torch.tensor(2.0)
     torch.manual_seed(1)
-    adversarial.gan_backward(gan, batch, adversarial.gan_loss, scale)
+    adversarial.gan_backward(gan, batch, adversarial.Gan.loss, scale)
     found = {name: parameter.grad.clone() for name, parameter in gan.named_parameters()}
     for place in range(2):
         gan.zero_grad()
@@ -319,7 +319,7 @@ def test_the_losses_of_a_gan_are_those_of_one_more_class(context):
     deceived = -(1 - shares(made)[:, 2]).log().mean()
     torch.testing.assert_close(generator, deceived + (real.mean(0) - made.mean(0)).square().mean())
     generator.backward()
-    assert all(p.grad is None for p in gan.classifier.backbone.parameters())
+    assert not any(p.grad.any() for p in gan.classifier.backbone.parameters())
 
 
 def test_the_steps_of_a_gan_add_up(context):
@@ -328,7 +328,7 @@ def test_the_steps_of_a_gan_add_up(context):
     batch, found = make_batch(context, [1.0, 0.0] * 20), []
     for _ in range(2):
         torch.manual_seed(1)
-        loss = adversarial.gan_backward(gan, batch, adversarial.gan_loss, torch.tensor(2.0))
+        loss = adversarial.gan_backward(gan, batch, adversarial.Gan.loss, torch.tensor(2.0))
         found.append({name: parameter.grad.clone() for name, parameter in gan.named_parameters()})
     torch.manual_seed(1)
     torch.testing.assert_close(loss, gan.loss(batch)[0])

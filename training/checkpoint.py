@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tileformer.training.files import PathLike, quote, read_json, shorten, to_json
-from tileformer.training.state import OLD_NAMES, Saved, parse
+from tileformer.training.state import OLD_NAMES, CheckpointError, Saved, parse
 
 FORMAT = "tileformer checkpoint 1"
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
@@ -30,10 +30,6 @@ MOST_LAYERS = 1000  # of a configuration whose weights are still to be compared;
 
 M = TypeVar("M", bound=nn.Module)
 Tensors = dict[str, Tensor]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or not what was asked for. The message is one line and names the path."""
 
 
 def candidates(path: PathLike) -> list[Path]:
@@ -123,10 +119,7 @@ def read_training_state(path: Path) -> Saved:
     state = read_state(path)
     if "settings" not in state:
         raise CheckpointError(f"{path}: a model that is ready for use; expected one in training, to resume")
-    try:
-        saved = parse(Saved, {OLD_NAMES.get(name, name): value for name, value in state.items()}, str(path / STATE))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    saved = parse(Saved, {OLD_NAMES.get(name, name): value for name, value in state.items()}, str(path / STATE))
     if path.name.startswith("step-") and path.name != _name(saved.step):
         raise CheckpointError(f"{path / STATE}: expected the step of {path.name}, found step {saved.step:,}")
     return saved
@@ -138,10 +131,7 @@ def build(path: Path, kind: type[Any], make: Callable[[Any], M]) -> M:
     CheckpointError, before anything is built, for a configuration that is damaged or is not that of the weight file.
     """
     where = f"{path / STATE}: meta model"
-    try:
-        config = parse(kind, read_state(path).get("meta", {}).get("model"), where)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    config = parse(kind, read_state(path).get("meta", {}).get("model"), where)
     tensors, ties = read_tensors(path / WEIGHTS, "weights")
     longest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     for name, value in vars(config).items():
@@ -331,19 +321,13 @@ def _matched(file: Path, model: nn.Module, tensors: Tensors, ties: Mapping[str, 
         result[name] = theirs = tensors[source]
         if name.endswith("_extra_state"):  # the module knows what it takes
             continue
-        if theirs.shape != mine.shape or _kind(theirs) != _kind(mine):
+        like = torch.can_cast(mine.dtype, theirs.dtype) and torch.can_cast(theirs.dtype, mine.dtype)
+        if theirs.shape != mine.shape or not like:  # a copy between kinds of numbers is no copy
             here, there = (f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in (mine, theirs))
             raise CheckpointError(f"{wrong} {name} is {there} in the file and {here} in the model")
     if unknown := tensors.keys() - own.keys() - set(ties.values()):
         raise CheckpointError(f"{wrong} the model has no {quote(min(unknown), 100)}")
     return result
-
-
-def _kind(tensor: Tensor) -> str:
-    """What a number of it is: a copy between kinds is no copy."""
-    if tensor.is_floating_point():
-        return "floating"
-    return "complex" if tensor.is_complex() else "bool" if tensor.dtype == torch.bool else "integer"
 
 
 def _check_finite(file: Path, tensors: Tensors, names: Iterable[str]) -> None:

@@ -38,8 +38,8 @@ class AnyBatches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
-Backward = Callable[[nn.Module, Any, LossFunction, Tensor], Tensor]
+LossFunction = Callable[[Any, Any], Tensor]  # of a model and a batch
+Backward = Callable[[Any, Any, LossFunction, Tensor], Tensor]
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What may change between a run and its continuation: these decide when something is written, never a weight.
 CADENCE = ("log_every", "save_every", "keep")
@@ -348,9 +348,6 @@ def _restore(
     checkpoint.load_weights(model, path)
     checkpoint.load_training(path, model, optimizer)
     if state.threads != torch.get_num_threads():
-        warnings.warn(
-            f"{path} was trained with {state.threads} threads, this process has {torch.get_num_threads()}: "
-            "the last bits of the result may differ from the uninterrupted run's",
-            stacklevel=4,
-        )
+        threads = f"{path} was trained with {state.threads} threads, this process has {torch.get_num_threads()}"
+        warnings.warn(f"{threads}: the last bits of the result may differ from the uninterrupted run's", stacklevel=4)
     return TrainState(**{part.name: getattr(state, part.name) for part in fields(TrainState)})

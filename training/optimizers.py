@@ -57,13 +57,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                exempt = parameter.ndim < 2 or name.endswith("bias") or isinstance(module, NORMS)
-                (plain if exempt else decayed).append(parameter)
+    norms = {p for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or name.endswith("bias") or parameter in norms
+            (plain if exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

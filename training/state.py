@@ -13,31 +13,35 @@ T = TypeVar("T")
 OLD_NAMES = {"stale": "validations_since_best", "cut": "plateau_factor"}  # of fields, in state.json of older runs
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or not what was asked for. The message is one line and names the path."""
+
+
 def parse(kind: type[T], values: Any, where: str) -> T:
-    """The dataclass `kind` from what JSON says of it. ValueError that begins with `where`: a key that is missing or
-    unknown, a value of another type, a number that is not finite, or what `kind` itself refuses."""
+    """The dataclass `kind` from what JSON says of it. CheckpointError that begins with `where`: a key that is missing
+    or unknown, a value of another type, a number that is not finite, or what `kind` itself refuses."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object, found {quote(values)}")
+        raise CheckpointError(f"{where}: expected an object, found {quote(values)}")
     known = {part.name: part for part in fields(kind)}  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"{where}: no field {quote(unknown[0])} is known; damaged, or of a newer version")
+        raise CheckpointError(f"{where}: no field {quote(unknown[0])} is known; damaged, or of a newer version")
     result = {}
     for name, part in known.items():
         if name not in values:
             if part.default is MISSING and part.default_factory is MISSING:
-                raise ValueError(f"{where}: {name} is missing")
+                raise CheckpointError(f"{where}: {name} is missing")
             continue
         value = values[name]
         if part.type is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # a budget given as 1e6
         if not _is(value, part.type):
             wanted = part.type.__name__ if isinstance(part.type, type) else str(part.type)
-            raise ValueError(f"{where}: expected {name} as {wanted}, found {quote(value)}")
+            raise CheckpointError(f"{where}: expected {name} as {wanted}, found {quote(value)}")
         result[name] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**result)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {shorten(error)}") from None
+        raise CheckpointError(f"{where}: {shorten(error)}") from None
 
 
 def _is(value: Any, kind: Any) -> bool:

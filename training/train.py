@@ -26,10 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run `args.recipe`: 0 finished, 130 interrupted (by SIGTERM: SystemExit of 143).
-
-    ValueError: wrong arguments or input; FloatingPointError: diverged.
-    """
+    """Run `args.recipe`. ValueError: wrong arguments or input; FloatingPointError: diverged."""
     if args.list:
         for value in RECIPES.values():
             print(value.about.splitlines()[0])
@@ -37,9 +34,6 @@ def main(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise ValueError(f"no recipe given; there is: {', '.join(RECIPES)}")
     again = process.command("train", add_arguments, args)
-    try:
-        with process.interruptible(again, lambda: bool(checkpoint.steps_in(args.output))):
-            run(RECIPES[args.recipe], args)
-    except KeyboardInterrupt:
-        return 130
+    with process.interruptible(again, lambda: bool(checkpoint.steps_in(args.output))):
+        run(RECIPES[args.recipe], args)
     return 0

@@ -1444,8 +1444,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("learning", "the floor is a clamp", "return settings.floor + (1 - settings.floor) * fall", "return max(settings.floor, fall)"),
         ("learning", "vectors decay", "parameter.ndim < 2 or name.endswith", "name.endswith"),
         ("learning", "biases of two axes decay", 'name.endswith("bias") or ', ""),
-        ("learning", "norms of two axes decay", ' or isinstance(module, NORMS)', ""),
-        ("learning", "frozen parameters are handed over", "if parameter.requires_grad and parameter not in seen", "if parameter not in seen"),
+        ("learning", "norms of two axes decay", ' or parameter in norms', ""),
+        ("learning", "frozen parameters are handed over", "        if parameter.requires_grad:\n            exempt", "        if True:\n            exempt"),
         ("learning", "plain parameters decay", '"params": plain, "weight_decay": 0.0', '"params": plain, "weight_decay": weight_decay'),
         ("swapped", "decayed and plain are exchanged", "(plain if exempt else decayed)", "(decayed if exempt else plain)"),
         ("learning", "L1 shrinks biases and norms", "(True, False), strict=True", "(True, True), strict=True"),
@@ -1610,7 +1610,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("score", "the fit costs nothing", "spent = time.process_time() - start", "spent = 0.0"),
     ],
     "training/data/corpora.py": [
-        ("text", "praise and blame are exchanged", '((1, "sentiment/pos.txt"), (0, "sentiment/neg.txt"))', '((0, "sentiment/pos.txt"), (1, "sentiment/neg.txt"))'),
+        ("text", "praise and blame are exchanged", "(1,) * len(positive) + (0,) * len(negative)", "(0,) * len(positive) + (1,) * len(negative)"),
         ("text", "a word with a slash loses its beginning", 'word.rpartition("/")[0]', 'word.partition("/")[0]'),
         ("text", "files are in the order of their names", 'int(match.group(2))', 'match.group(2)'),
         ("text", "Song comes before Tang", 'files[dynasty == "song", number]', 'files[dynasty == "tang", number]'),
@@ -1618,7 +1618,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("text", "the chosen cache is ignored", 'os.environ.get("XDG_CACHE_HOME") or Path.home()', "Path.home()"),
         ("text", "damaged copies are read", r'(?:.*/)?quantangshi/poet', r'(?:.*/)?(?:quantangshi/)?(?:error/)?poet'),
         ("text", "npm's failure passes", "if done.returncode or not fetched.is_file():", "if not fetched.is_file():"),
-        ("text", "a checksum is of the first part of a file", "while chunk := file.read(1 << 20):", "if chunk := file.read(1 << 10):"),
+        ("text", "a checksum is of the first part of a file", "hashlib.sha256(content)", "hashlib.sha256(content[: 1 << 10])"),
     ],
     "training/search.py": [
         ("score", "the worst choice comes first", "sorted(result, key=lambda trial: trial.value)", "sorted(result, key=lambda trial: -trial.value)"),

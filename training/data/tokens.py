@@ -91,8 +91,7 @@ class Tokenizer:
         content = read_json(path)
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT or content.get("kind") not in KINDS:
-            shown = quote(found)
-            raise ValueError(f"{path}: expected format {FORMAT!r}, found {shown}; write it by Tokenizer.save")
+            raise ValueError(f"{path}: expected format {FORMAT!r}, found {quote(found)}; write it by Tokenizer.save")
         if wrong := _wrong_vocabulary(content.get("tokenizer")):
             raise ValueError(f"{path}: damaged; {wrong}")
         kind, tokenizers = content["kind"], optional_import("tokenizers")

@@ -4,7 +4,6 @@ Croce et al. 2020, "GAN-BERT"; Salimans et al. 2016 for its losses; Miyato et al
 for semi-supervised text classification". Each is a loss and a backward for the one loop, `fit`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from torch.nn import functional as F
 
 from tileformer.decoder import Classifier
 from tileformer.kernels import cross_entropy
+from tileformer.training.loop import LossFunction
 
-Loss = Callable[[Any, Any], Tensor]
 EPSILON = 1.0  # length of the step that FGM takes in the embedding weights
 
 
-def fgm_backward(model: Any, batch: Any, loss_fn: Loss, scale: Tensor) -> Tensor:
+def fgm_backward(model: Any, batch: Any, loss_fn: LossFunction, scale: Tensor) -> Tensor:
     """Gradients of the loss, plus those after a step of length `EPSILON` up the gradient of the token embedding.
 
     The embedding is back at its old bits when this returns. Returns the loss without the step.
@@ -61,8 +60,8 @@ class Gan(nn.Module):
         """Features (B, C) from noise, as many as `like`."""
         return self.generator(torch.randn_like(like))
 
-    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Losses of the discriminator (with its encoder) and of the generator, both ()."""
+    def loss(self, batch: Any) -> Tensor:
+        """Losses (2,) of the discriminator (with its encoder) and of the generator: each is its own player's alone."""
         real = self.classifier.features(batch.source)
         made = self.generate(real)
         logits, odds = self.judge(real)
@@ -72,16 +71,11 @@ class Gan(nn.Module):
         discriminator = known + F.softplus(odds).mean() + F.softplus(-odds_made).mean()
         matching = (real.detach().mean(0) - made.mean(0)).square().mean()
         generator = F.softplus(self.judge(made)[1]).mean() + matching
-        return discriminator, generator
+        return torch.stack((discriminator, generator))
 
 
-def gan_loss(model: Any, batch: Any) -> Tensor:
-    """Both losses of a `Gan`, (2,): `gan_backward` gives each to its own player."""
-    return torch.stack(model.loss(batch))
-
-
-def gan_backward(model: Any, batch: Any, loss_fn: Loss, scale: Tensor) -> Tensor:
-    """One step of both players: the generator's weights see its loss alone, all others the discriminator's alone."""
+def gan_backward(model: Any, batch: Any, loss_fn: LossFunction, scale: Tensor) -> Tensor:
+    """One step of both players by `Gan.loss`: the generator's weights see its loss alone, all others the discriminator's alone."""
     discriminator, generator = loss_fn(model, batch) * scale
     makers = list(model.generator.parameters())
     # First, because the other backward frees what the two losses share.

@@ -21,9 +21,9 @@ from tileformer.extras import optional_import
 from tileformer.training import checkpoint
 from tileformer.training.data.augment import token_dropout
 from tileformer.training.data.batches import Augment, LabelledBatches, PackedBatches
-from tileformer.training.finetune.adversarial import Gan, Loss, fgm_backward, gan_backward, gan_loss
+from tileformer.training.finetune.adversarial import Gan, fgm_backward, gan_backward
 from tileformer.training.finetune.ngrams import JointClassifier, joint_loss
-from tileformer.training.loop import fit
+from tileformer.training.loop import LossFunction, fit
 from tileformer.training.losses import classification_loss, language_loss
 from tileformer.training.settings import Settings
 
@@ -112,25 +112,21 @@ class Method:
 def fit_labelled(
     context: Context,
     model: nn.Module,
-    rows: Rows | None = None,
-    labels: Sequence[int] | None = None,
     *,
-    loss_fn: Loss = classification_loss,
+    loss_fn: LossFunction = classification_loss,
     weights: Sequence[float] | None = None,
     augment: Augment | None = None,
-    lr: float = 1.0,
-    epochs: float | None = None,
     stage: str = "train",
     **options: Any,
 ) -> Any:
-    """`fit` on labelled rows (the context's, unless given), with a linear schedule; returns `model`.
+    """`fit` on the context's labelled rows, with a linear schedule; returns `model`.
 
-    lr: times the context's. Frozen weights stay. `options` are `fit`'s (groups, backward).
+    Frozen weights stay. `options` are `fit`'s (groups, backward).
     """
-    rows, labels = (context.rows, context.labels) if rows is None or labels is None else (rows, labels)
-    batches = LabelledBatches(rows, labels, context.batch_size, seed=context.seed, weights=weights, augment=augment)
-    tokens = max(1, round((context.epochs if epochs is None else epochs) * sum(map(len, rows))))
-    _fit(context, model, batches, tokens, context.lr * lr, loss_fn, stage, **options)
+    rows, labels, size = context.rows, context.labels, context.batch_size
+    batches = LabelledBatches(rows, labels, size, seed=context.seed, weights=weights, augment=augment)
+    tokens = max(1, round(context.epochs * sum(map(len, rows))))
+    _fit(context, model, batches, tokens, loss_fn, stage, **options)
     return model
 
 
@@ -166,7 +162,7 @@ def _thawed(parts: Callable[[Model], list[nn.Module]], lr: float = FROZEN_LR / 2
 
     def learn(context: Context, model: Model) -> Classifier:
         freeze_except(model, *parts(model))
-        return fit_labelled(context, model, lr=lr)
+        return fit_labelled(replace(context, lr=lr * context.lr), model)
 
     return learn
 
@@ -174,11 +170,12 @@ def _thawed(parts: Callable[[Model], list[nn.Module]], lr: float = FROZEN_LR / 2
 def _gradual(context: Context, model: Model) -> Classifier:
     """Head first, then one layer more from the top, at last everything: an equal share of the epochs each."""
     layers = list(model.backbone.layers)
+    share = replace(context, epochs=context.epochs / (len(layers) + 1))
     for free in range(len(layers) + 1):
         freeze_except(model, model.head, model.backbone.norm, *layers[len(layers) - free :])
         if free == len(layers):
             model.requires_grad_(True)
-        fit_labelled(context, model, epochs=context.epochs / (len(layers) + 1), stage=f"free-{free}")
+        fit_labelled(share, model, stage=f"free-{free}")
     return model
 
 
@@ -197,7 +194,7 @@ def _lora(context: Context, model: Model, rank: int = 8) -> Classifier:
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["self_attn", "linear1", "linear2"])
     model.backbone.requires_grad_(False)
     tuner = peft.LoraModel(model.backbone, config, "default")  # puts its layers into the backbone
-    fit_labelled(context, model, lr=FROZEN_LR / 2)
+    fit_labelled(replace(context, lr=FROZEN_LR / 2 * context.lr), model)
     model.backbone = tuner.merge_and_unload()
     return model
 
@@ -247,7 +244,8 @@ def _pseudo(context: Context, model: Model, rounds: int = 2, threshold: float = 
         rows = [*context.rows, *(some[index] for index in chosen)]
         labels = [*context.labels, *guesses[chosen].tolist()]
         epochs = context.epochs * len(context.rows) / len(rows)  # a round takes as long as the first one
-        model = fit_labelled(context, copy.deepcopy(start), rows, labels, epochs=epochs, stage=f"round-{number + 1}")
+        both = replace(context, rows=rows, labels=labels, epochs=epochs)
+        model = fit_labelled(both, copy.deepcopy(start), stage=f"round-{number + 1}")
     return model
 
 
@@ -258,9 +256,9 @@ def _gan(context: Context, model: Model) -> Classifier:
     rows = [*list(context.rows) * copies, *some]
     labels = [*list(context.labels) * copies, *[0] * len(some)]
     weights = [1.0] * (len(rows) - len(some)) + [0.0] * len(some)
+    both = replace(context, rows=rows, labels=labels, epochs=context.epochs / copies)
     gan = Gan(model).to(context.device)
-    how: Any = {"loss_fn": gan_loss, "backward": gan_backward, "epochs": context.epochs / copies}
-    return fit_labelled(context, gan, rows, labels, weights=weights, **how).classifier
+    return fit_labelled(both, gan, weights=weights, loss_fn=Gan.loss, backward=gan_backward).classifier
 
 
 def _continued(context: Context, model: Model) -> Classifier:
@@ -268,7 +266,7 @@ def _continued(context: Context, model: Model) -> Classifier:
     texts = [row[1:] for row in (*context.rows, *context.unlabelled) if len(row) > 1]
     batches = PackedBatches(texts, 512, seed=context.seed, longest=context.config.max_length - 1)
     tokens = min(CONTINUED, sum(map(len, texts)))
-    _fit(context, model.backbone, batches, tokens, context.lr, language_loss, "language")
+    _fit(context, model.backbone, batches, tokens, language_loss, "language")
     return fit_labelled(context, model)
 
 
@@ -280,7 +278,7 @@ def _clusters(context: Context, model: Model, clusters: int = 20) -> Classifier:
     seed, kmeans = context.seed % 2**32, optional_import("sklearn.cluster").KMeans
     result = kmeans(min(clusters, len(rows)), n_init=3, random_state=seed).fit_predict(states.numpy()).tolist()
     guesser = Classifier(model.backbone, clusters).to(context.device)
-    fit_labelled(context, guesser, rows, result, epochs=1, stage="clusters")
+    fit_labelled(replace(context, rows=rows, labels=result, epochs=1), guesser, stage="clusters")
     return fit_labelled(context, model)
 
 
@@ -292,13 +290,14 @@ def _joint(context: Context, model: Model) -> Classifier:
     model.ngrams.count([*context.rows, *context.unlabelled])
     groups = [{"params": list(model.ngrams.parameters()), "lr_scale": 20.0}]
     hide = partial(token_dropout, rate=0.15)
-    return fit_labelled(context, model, groups=groups, loss_fn=joint_loss, augment=hide, epochs=1.5 * context.epochs)
+    longer = replace(context, epochs=1.5 * context.epochs)
+    return fit_labelled(longer, model, groups=groups, loss_fn=joint_loss, augment=hide)
 
 
 def _fit(
-    context: Context, model: nn.Module, batches: Any, tokens: int, lr: float, loss_fn: Loss, stage: str, **options: Any
+    context: Context, model: nn.Module, batches: Any, tokens: int, loss_fn: LossFunction, stage: str, **options: Any
 ) -> None:
-    settings = Settings(tokens, lr=lr, schedule="linear", precision=context.precision, log_every=20, save_every=10**9)
+    settings = Settings(tokens, context.lr, "linear", precision=context.precision, log_every=20, save_every=10**9)
     folder = context.folder and context.folder / stage
     resume = folder is not None and bool(checkpoint.steps_in(folder))
     fit(model, batches, settings, loss_fn, folder=folder, resume=resume, meta=dict(context.meta), **options)

@@ -34,8 +34,7 @@ def classification(true: Classes, predicted: Classes, names: Names) -> dict[str,
         values = score(true, predicted, average=average, **options)[:3]
         result[average] = dict(zip(("precision", "recall", "f1"), map(float, values), strict=True))
     every = score(true, predicted, average=None, labels=range(len(names)), **options)
-    columns = [column.tolist() for column in every]
-    rows = zip(*columns, strict=True)
+    rows = zip(*(column.tolist() for column in every), strict=True)
     keys = ("precision", "recall", "f1", "support")
     result["classes"] = {name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)}
     return result

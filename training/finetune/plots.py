@@ -99,7 +99,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options: An
 def _drawable(texts: Iterable[str]) -> list[str]:
     """The texts, cut where they are long, with characters that no installed font of `FONTS` has as code points."""
     texts = [text if len(text) <= LONGEST else text[: LONGEST - 1] + "…" for text in texts]
-    known = _characters(_fonts())
+    known = set().union(*_fonts().values())
     if missing := sorted({c for text in texts for c in text if ord(c) not in known} - _told):
         _told.update(missing)
         named = ", ".join(f"{c} (U+{ord(c):04X})" for c in missing[:3])
@@ -114,26 +114,20 @@ def _room(labels: Iterable[str]) -> float:
     return 0.07 * max(0, max(map(len, labels), default=0) - 8)
 
 
-def _fonts() -> list[str]:
-    installed = {font.name for font in optional_import("matplotlib.font_manager").fontManager.ttflist}
-    return [name for name in FONTS if name in installed]
-
-
-def _characters(fonts: Sequence[str]) -> set[int]:
-    """Code points that the fonts have together."""
+def _fonts() -> dict[str, set[int]]:
+    """The installed ones of `FONTS`, and the code points of each."""
     manager = optional_import("matplotlib.font_manager")
-    result: set[int] = set()
-    for name in fonts:
-        result |= manager.get_font(manager.findfont(name)).get_charmap().keys()
-    return result
+    installed = {font.name for font in manager.fontManager.ttflist}
+    return {name: {*manager.get_font(manager.findfont(name)).get_charmap()} for name in FONTS if name in installed}
 
 
 def save(figure: Any, png: PathLike) -> Path:
     """Write a figure, its texts in the fonts that are here; the path."""
     path = Path(png)
     path.parent.mkdir(parents=True, exist_ok=True)
+    fonts = [*_fonts()]
     for text in figure.findobj(optional_import("matplotlib.text").Text):
-        text.set_fontfamily(_fonts())
+        text.set_fontfamily(fonts)
         text.set_parse_math(False)  # a token `$` is a dollar
     figure.savefig(path, format="png", dpi=110, bbox_inches="tight")  # titles and labels beyond the canvas are not cut
     return path

@@ -133,7 +133,6 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
 
 
 def _check(args: argparse.Namespace) -> None:
-
     known = [name for name, recipe in RECIPES.items() if recipe.labelled]
     if args.recipe not in known:
         found = "no recipe given" if args.recipe is None else f"no recipe {quote(args.recipe)}"

@@ -72,11 +72,6 @@ def load_task(name: str, data: Path | None, encoding: str, path: Path, skip_bad_
     return Task(parts, tokenizer, config, weights, digest.hexdigest()[:16])
 
 
-def epochs_for(labels: int) -> float:
-    """How often the labelled texts are read: few texts often, many texts rarely."""
-    return 20 if labels < 300 else 6 if labels < 3000 else 2
-
-
 def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: int, folder: Path | None = None) -> Any:
     """(probabilities (N, classes) of the test part, core-seconds of training, the model or None for the baseline).
 
@@ -87,7 +82,7 @@ def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: 
     chosen = train if size == "all" else text.subset(train, int(size), seed)
     if method == BASELINE:
         return *baseline.tfidf(chosen.texts, chosen.labels, test.texts, len(train.names)), None
-    known = set(chosen.texts)
+    known, few = set(chosen.texts), len(chosen) < 300
     context = Context(
         config=task.config,
         weights=task.weights,
@@ -95,8 +90,8 @@ def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: 
         labels=chosen.labels,
         unlabelled=texts.to_rows(task.tokenizer, [line for line in train.texts if line not in known]),
         classes=len(train.names),
-        epochs=epochs_for(len(chosen)),
-        batch_size=16 if len(chosen) < 300 else 32,
+        epochs=20 if few else 6 if len(chosen) < 3000 else 2,  # few texts are read often, many rarely
+        batch_size=16 if few else 32,
         seed=seed,
         device=torch.device(args.device),
         precision=args.precision,

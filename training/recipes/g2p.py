@@ -20,16 +20,15 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
 from tileformer.extras import optional_import
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
-from tileformer.training.data.batches import Batches, Pair
+from tileformer.training.data.batches import Batches, Pair, pad
 from tileformer.training.files import quote
 from tileformer.training.loop import Report
 from tileformer.training.losses import sequence_loss
@@ -145,8 +144,7 @@ def transcribe(model: Seq2Seq, words: Iterable[str], batch_size: int = 256, num_
     result: dict[str, Phones] = {}
     for start in range(0, len(ordered), batch_size):
         chosen = ordered[start : start + batch_size]
-        rows = [torch.tensor(encode(word)) for word in chosen]
-        source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        source = pad([encode(word) for word in chosen]).to(device)
         for word, ids in zip(chosen, generate(model, source, num_beams=num_beams).tolist(), strict=True):
             result[word] = tuple(PHONES[index - RESERVED] for index in ids if index >= RESERVED)
     return result
@@ -155,16 +153,16 @@ def transcribe(model: Seq2Seq, words: Iterable[str], batch_size: int = 256, num_
 def score(predicted: dict[str, Phones], references: Entries) -> Score:
     """Errors of `predicted` over the words of `references`."""
     levenshtein = optional_import("rapidfuzz.distance").Levenshtein.distance
-    closest = first = closest_words = first_words = closest_length = first_length = 0
-    for word, known in references.items():
-        distances = [levenshtein(predicted[word], phones) for phones in known]
-        best = min(distances)
-        closest, closest_length = closest + best, closest_length + len(known[distances.index(best)])
-        first, first_length = first + distances[0], first_length + len(known[0])
-        closest_words, first_words = closest_words + (best > 0), first_words + (distances[0] > 0)
-    count = len(references)
-    ratios = closest / closest_length, closest_words / count, first / first_length, first_words / count
-    return Score(*(100 * ratio for ratio in ratios))
+    errors = [
+        [(levenshtein(predicted[word], phones), len(phones)) for phones in known] for word, known in references.items()
+    ]
+
+    def rates(chosen: list[tuple[int, int]]) -> tuple[float, float]:
+        """PER and WER by (errors, phones) of the reference that was chosen for each word."""
+        distances, lengths = zip(*chosen, strict=True)
+        return 100 * sum(distances) / sum(lengths), 100 * sum(map(bool, distances)) / len(chosen)
+
+    return Score(*rates([min(known, key=itemgetter(0)) for known in errors]), *rates([known[0] for known in errors]))
 
 
 def spelled(word: str) -> str:

@@ -31,7 +31,7 @@ from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
 from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
-from tileformer.training.data.batches import PackedBatches
+from tileformer.training.data.batches import BOS, PackedBatches, pad
 from tileformer.training.files import quote
 from tileformer.training.loop import Report
 from tileformer.training.losses import language_loss
@@ -43,7 +43,7 @@ MARKS = "，。"
 HAN = re.compile("[\u3400-\u9fff\U00020000-\U0010ffff]+")
 GAP = "□"  # what the archive prints for a character that is lost
 SPECIAL = 4  # ids of padding, begin, end and unknown; then the forms, then MARKS, then the characters
-BEGIN, FIRST = 1, SPECIAL + len(FORMS)
+FIRST = SPECIAL + len(FORMS)
 LONGEST = 2 + 8 * (7 + 1)  # begin, form, eight lines of seven with their marks
 RARE = 10  # a character that stands less often in train is not learned, and poems that use one are left out
 SAMPLED = 100  # poems of each form for the form rate
@@ -147,10 +147,9 @@ def perplexity(model: DecoderLM, rows: Sequence[list[int]]) -> float:
 def write(model: DecoderLM, vocabulary: Vocabulary, requests: Sequence[tuple[str, str]], seed: int = 0) -> list[str]:
     """A poem for each (form, beginning), sampled from the TOP_P most probable symbols; the same ones each time."""
     device = next(model.parameters()).device
-    prompts = [torch.tensor([BEGIN, *vocabulary.row(form, beginning)]) for form, beginning in requests]
-    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
+    prompts = pad([[BOS, *vocabulary.row(form, beginning)] for form, beginning in requests]).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    result = generate(model, padded, temperature=1.0, top_p=TOP_P, generator=generator).tolist()
+    result = generate(model, prompts, temperature=1.0, top_p=TOP_P, generator=generator).tolist()
     return [beginning + vocabulary.decode(ids) for (_, beginning), ids in zip(requests, result, strict=True)]
 
 
@@ -207,18 +206,17 @@ def evaluate(model: DecoderLM, data: Data, report: Report, args: argparse.Namesp
     nats = perplexity(model, vocabulary.rows(parts["test"]))
     yield f"  perplexity {nats:.1f} a character; by their frequency alone {by_frequency(parts):.1f}"
     learned = {line for lines in parts["train"] for line in lines}
-    good = copied = written_lines = 0
-    for form, (count, _) in FORMS.items():
+    right: list[str] = []
+    for form in FORMS:
         poems = write(model, vocabulary, [(form, "")] * SAMPLED, args.seed)
-        right = [poem for poem in poems if form_of(poem) == form]
-        good += len(right)
-        copied += sum(line in learned for poem in right for line in re.split(f"[{MARKS}]", poem))
-        written_lines += len(right) * count
-        yield f"  {form}  form rate {100 * len(right) / SAMPLED:.0f} %   {poems[0]}"
+        kept = [poem for poem in poems if form_of(poem) == form]
+        right += kept
+        yield f"  {form}  form rate {100 * len(kept) / SAMPLED:.0f} %   {poems[0]}"
     sampled = SAMPLED * len(FORMS)
-    yield f"  form rate {100 * good / sampled:.2f} % of {sampled} sampled poems (top_p {TOP_P})"
-    spent = time.process_time() - start
-    yield f"  {copied} of their {written_lines:,} lines stand in train; {spent:.1f} core-seconds"
+    yield f"  form rate {100 * len(right) / sampled:.2f} % of {sampled} sampled poems (top_p {TOP_P})"
+    written_lines = [line for poem in right for line in re.split(f"[{MARKS}]", poem) if line]
+    copied, spent = sum(map(learned.__contains__, written_lines)), time.process_time() - start
+    yield f"  {copied} of their {len(written_lines):,} lines stand in train; {spent:.1f} core-seconds"
 
 
 def by_frequency(parts: dict[str, list[Lines]]) -> float:
