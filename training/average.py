@@ -23,9 +23,8 @@ def average_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Te
     """
     mean: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    count = 0
-    for path in map(checkpoint.latest, paths):
-        file, count = path / checkpoint.WEIGHTS, count + 1
+    for count, path in enumerate(map(checkpoint.latest, paths), 1):
+        file = path / checkpoint.WEIGHTS
         found, ties = checkpoint.read_tensors(file, "weights")
         shapes = {name: tensor.shape for name, tensor in found.items()}
         if mean and shapes != (wanted := {name: tensor.shape for name, tensor in mean.items()}):

@@ -49,25 +49,23 @@ def main(args: argparse.Namespace) -> int:
         (model, vocabulary), recipe = texts.load_classifier(path, device), texts
     else:
         model, vocabulary = load(recipe, path, device)
-    readable: list[Any] = []
-    faults: list[str] = []
+    parsed: list[Any] = []  # what the recipe makes of each input, or the ValueError that says why it cannot
     for where, word in inputs:
         try:
             if isinstance(word, ValueError):
                 raise word
-            readable.append(recipe.parse(vocabulary, word))
-            faults.append("")
+            parsed.append(recipe.parse(vocabulary, word))
         except ValueError as error:
-            faults.append(f"{where}{error}")
-    bad = [*filter(None, faults)]
-    if not readable:
-        raise ValueError(bad[0] + (f"; and {len(bad) - 1:,} more like it" if len(bad) > 1 else ""))
-    answers = iter(recipe.show(model, vocabulary, readable))
+            parsed.append(ValueError(f"{where}{error}"))
+    faults = [one for one in parsed if isinstance(one, ValueError)]
+    if len(faults) == len(parsed):
+        raise ValueError(f"{faults[0]}" + (f"; and {len(faults) - 1:,} more like it" if len(faults) > 1 else ""))
+    answers = iter(recipe.show(model, vocabulary, [one for one in parsed if not isinstance(one, ValueError)]))
+    for one in parsed:
+        print("" if isinstance(one, ValueError) else next(answers))
     for fault in faults:
-        print("" if fault else next(answers))
-    for fault in bad:
         print(f"tileformer: error: {fault}", file=sys.stderr)
-    return int(bool(bad))
+    return int(bool(faults))
 
 
 def _from_arguments(words: list[str]) -> Iterator[tuple[str, str | ValueError]]:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ def open_log(folder: PathLike | None, step: int, total: int) -> Iterator[Callabl
             return
         path = Path(folder) / "log.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_after(path, step)
+        if path.exists():
+            result = records(path)
+            if lost := path.read_bytes().count(b"\n") - len(result):
+                warnings.warn(f"{path}: damaged; {lost} lines that are no records of a run are left out", stacklevel=3)
+            write(path, "".join(line for line, record in result if record["step"] <= step))
         with path.open("a", encoding="utf-8", buffering=1) as file:
 
             def record(entry: Record) -> None:
@@ -50,25 +55,14 @@ def records(path: PathLike) -> list[tuple[str, Record]]:
     return result
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the records up to `step`."""
-    if not path.exists():
-        return
-    result = records(path)
-    if lost := path.read_bytes().count(b"\n") - len(result):
-        warnings.warn(f"{path}: damaged; {lost} lines that are no records of a run are left out", stacklevel=2)
-    write(path, "".join(line for line, record in result if record["step"] <= step))
-
-
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Record], None]]:
     if sys.stderr is None:  # closed
         yield lambda record: None
         return
     if not sys.stderr.isatty():
-        yield lambda record: print(
-            f"{min(1, record['tokens'] / total):4.0%}  {_line(record)}", file=sys.stderr, flush=True
-        )
+        say = partial(print, file=sys.stderr, flush=True)
+        yield lambda record: say(f"{min(1, record['tokens'] / total):4.0%}  {_line(record)}")
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

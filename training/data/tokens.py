@@ -74,8 +74,7 @@ class Tokenizer:
         ids = [int(number) for number in ids]
         if wrong := [number for number in ids if not 0 <= number < self.size]:
             raise ValueError(f"ids of this tokenizer are 0 to {self.size - 1:,}, got {wrong[0]:,}")
-        known = [number for number in ids if number >= self.unk_id]
-        return self._made.decode(known, skip_special_tokens=False)
+        return self._made.decode([number for number in ids if number >= self.unk_id], skip_special_tokens=False)
 
     @property
     def fingerprint(self) -> str:

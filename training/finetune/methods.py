@@ -94,10 +94,7 @@ class Method:
             optional_import("peft")
 
     def start(self, context: Context) -> tuple[Classifier, LoadReport | None]:
-        """The model before its training, and what came of the pretrained weights (None: from scratch).
-
-        ValueError as `check`.
-        """
+        """The model untrained, and what came of the pretrained weights (None: from scratch). ValueError as `check`."""
         self.check(context.weights)
         torch.manual_seed(context.seed)
         backbone = DecoderLM(replace(context.config, share_layers=self.share_layers))
@@ -307,10 +304,6 @@ def _last(model: Model) -> list[nn.Module]:
     return [model.head, model.backbone.norm, model.backbone.layers[-1]]
 
 
-def _around_bottlenecks(model: Model) -> list[nn.Module]:
-    return [model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm))]
-
-
 _ALL = (
     Method("scratch", "no pretraining: the whole model learns from the labels alone", fit_labelled, pretrained=False),
     Method("full", "every weight of the pretrained model learns", fit_labelled),
@@ -324,7 +317,7 @@ _ALL = (
     Method(
         "adapters",
         "bottlenecks behind attention and feed-forward (Houlsby et al. 2019), norms and head learn",
-        _thawed(_around_bottlenecks),
+        _thawed(lambda x: [x.head, *(part for part in x.modules() if isinstance(part, Bottleneck | nn.LayerNorm))]),
         _with_bottlenecks,
     ),
     Method("pseudo", "sure guesses on unlabelled texts become labels, two rounds", _pseudo, unlabelled=True),

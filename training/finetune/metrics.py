@@ -62,12 +62,11 @@ def bootstrap(true: Classes, predicted: Classes, resamples: int = 2000, seed: in
         raise ValueError(f"an interval needs at least 2 examples, got {len(true)}")
     right = (numpy.equal(true, predicted),)
     options: dict[str, Any] = {"vectorized": True, "method": "percentile", "batch": 100}
-    found = optional_import("scipy.stats").bootstrap(right, numpy.mean, n_resamples=resamples, rng=seed, **options)
-    low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
-    if low == high:  # all right or all wrong: resamples know nothing else, Wilson's does
-        wilson = optional_import("scipy.stats").binomtest(int(right[0].sum()), len(true)).proportion_ci(method="wilson")
-        low, high = float(wilson.low), float(wilson.high)
-    return low, high
+    stats = optional_import("scipy.stats")
+    interval = stats.bootstrap(right, numpy.mean, n_resamples=resamples, rng=seed, **options).confidence_interval
+    if interval.low == interval.high:  # all right or all wrong: resamples know nothing else, Wilson's does
+        interval = stats.binomtest(int(right[0].sum()), len(true)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

@@ -37,8 +37,7 @@ def learning_curves(log: PathLike, png: PathLike) -> Path:
     losses.set_ylabel("loss, nats a label")
     losses.legend(frameon=False)
     rates.plot([record["tokens"] for record in lines], [record["lr"] for record in lines], color="grey")
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("tokens")
+    rates.set(ylabel="learning rate", xlabel="tokens")
     for panel in (losses, rates):
         panel.grid(alpha=0.3)
     return save(figure, png)
@@ -58,8 +57,7 @@ def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Pat
         panel.text(column, row, shown, ha="center", va="center", color="white" if share > 0.5 else "black")
     panel.set_xticks(range(len(names)), labels, rotation=45, ha="right")
     panel.set_yticks(range(len(names)), labels)
-    panel.set_xlabel("predicted")
-    panel.set_ylabel("true")
+    panel.set(xlabel="predicted", ylabel="true")
     return save(figure, png)
 
 

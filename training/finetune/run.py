@@ -104,8 +104,7 @@ def _single(args: argparse.Namespace) -> int:
         plots.learning_curves(log, args.output / f"curves-{log.parent.name}.png")
         for step in checkpoint.steps_in(log.parent):  # the end of a stage is only the start of the next one
             checkpoint.discard(step)
-    shown = test.texts[0][:30]
-    (row,) = texts.to_rows(task.tokenizer, [shown])
+    (row,) = texts.to_rows(task.tokenizer, [test.texts[0][:30]])
     letters = ["begin", *(task.tokenizer.decode([number]) for number in row[1:])]
     plots.attention(attention_weights(model, row), letters, args.output / "attention.png")
     shares, errors = probability.max(1), args.output / "errors.csv"
@@ -124,8 +123,7 @@ def _single(args: argparse.Namespace) -> int:
 def attention_weights(model: Any, row: Sequence[int]) -> Any:
     """Weights (H, T, T) of the last layer's attention for one row of ids, of a pre-norm model in eval mode."""
     backbone = model.backbone
-    device = next(model.parameters()).device
-    tokens = torch.tensor([list(row)], device=device)
+    tokens = torch.tensor([list(row)], device=next(model.parameters()).device)
     layer = backbone.layers[-1]
     with torch.no_grad():
         x = layer.norm1(backbone.states(tokens)[-2])

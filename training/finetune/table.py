@@ -123,11 +123,10 @@ def table(args: argparse.Namespace) -> int:
     (args.output / "cells").mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([BASELINE, *(args.method.split(",") if args.method else METHODS)]))
     task = load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
-    most = len(task.parts["train"])
     for name in names:
         if name in METHODS:
             METHODS[name].check(task.weights)
-    sizes = [size for size in SIZES if size == "all" or int(size) < most]
+    sizes = [size for size in SIZES if size == "all" or int(size) < len(task.parts["train"])]
     jobs = [
         (args, name, size, seed)
         for size in sizes  # the cheap ones first: a table that is stopped has whole columns

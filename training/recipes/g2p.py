@@ -51,7 +51,6 @@ SHOWN = "transformer government mysterious astrology brochure pneumonia rhythm k
 Phones = tuple[str, ...]
 Entries = dict[str, list[Phones]]
 
-
 # Chosen by single runs of 3.0M tokens on the valid words, nats per label: flat then linear .347, cosine .349; lr 1.5e-3
 # .329, 2.5e-3 .338; batch 32 .330 in 1.4 times the time; half the budget falling .326, a third .329. Dropout costs some
 # epochs before it pays: 19.6M tokens with 0.05 reached PER 6.93 %, WER 28.46 % in 26 core-minutes.

@@ -51,7 +51,6 @@ TOP_P = 0.9
 
 Lines = tuple[str, ...]
 
-
 LEARNING = Settings(1_200_000, schedule="wsd", decay=0.5, save_every=1000)
 QUICK = Scale(LEARNING, 512, {"dropout": 0.0, "d_model": 128, "nhead": 4, "num_layers": 3, "dim_feedforward": 512})
 LARGE = {"dropout": 0.0, "d_model": 192, "nhead": 6, "num_layers": 4, "dim_feedforward": 768}
@@ -107,7 +106,6 @@ class Vocabulary:
     """Ids of forms, marks and `characters`."""
 
     def __init__(self, characters: str) -> None:
-        self.characters = characters
         self.symbols = MARKS + characters
         self.ids = {symbol: FIRST + index for index, symbol in enumerate(self.symbols)}
         self.size = FIRST + len(self.symbols)

@@ -42,10 +42,9 @@ def read(args: argparse.Namespace) -> Data:
     newspaper = [*map(texts.clean, corpora.newspaper())]
     tokenizer = texts.make_tokenizer([*parts["train"].texts, *newspaper])
     documents = tokenizer.encode_all(filter(None, [*parts["train"].texts * 2, *newspaper]))
-    valid = tokenizer.encode_all(parts["valid"].texts)
     return Data(
         PackedBatches(documents, args.scale.batch, seed=args.seed, longest=texts.LONGEST - 1),
-        PackedBatches(valid, args.scale.batch, longest=texts.LONGEST - 1),
+        PackedBatches(tokenizer.encode_all(parts["valid"].texts), args.scale.batch, longest=texts.LONGEST - 1),
         vocabulary=tokenizer,
         facts=(facts, f"{tokenizer.size:,} characters"),
         meta={"tokenizer": tokenizer.fingerprint},
