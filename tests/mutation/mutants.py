@@ -1705,7 +1705,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("text", "the next bad line is the first", "the next is {others[0][0]}", "the next is {number}"),
         ("text", "duplicates are told by the raw text", "keys = [key(clean(text)) for text in labelled.texts]", "keys = [key(text) for text in labelled.texts]"),
         ("text", "counts leave out what conflicts", '            counts["conflicting"] += 1', "            pass"),
-        ("text", "a label of valid that train lacks is taken", "if unknown := sorted(labels - trained):", "if unknown := []:"),
+        ("text", "a label of valid that train lacks is taken", 'if unknown := sorted(labels - set(parts["train"].labels)):', "if unknown := []:"),
         ("text", "a split by the raw text", "where = hash_bucket(key(text))", "where = hash_bucket(text)"),
         ("text", "a subset of all is refused", "len(groups) <= n <= len(labelled)", "len(groups) <= n < len(labelled)"),
         ("text", "picked labels keep their old indices", "tuple(self.labels[i] for i in indices)", "self.labels[: len(indices)]"),
