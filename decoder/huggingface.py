@@ -68,6 +68,12 @@ def use(model: Any) -> Report:
 
     Raises:
         TypeError: if there is no model of transformers in ``model``.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+        >>> use(model).swapped["attention"]
+        "transformers' sdpa -> tileformer's"
     """
     parts = _models(model)
     usual = _transformers("loss.loss_utils").ForCausalLMLoss

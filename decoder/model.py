@@ -169,6 +169,11 @@ class DecoderLM(Model):
 
         model = DecoderLM(DecoderLMConfig(vocab=100))
         logits = model(torch.tensor([[1, 7, 9]]))           # (1, 3, 100)
+
+    Example:
+        >>> model = DecoderLM(DecoderLMConfig(vocab=20, d_model=32, nhead=4))
+        >>> model(torch.tensor([[1, 3, 4]])).shape
+        torch.Size([1, 3, 20])
     """
 
     def __init__(self, config: DecoderLMConfig) -> None:
@@ -270,6 +275,11 @@ class Seq2Seq(Model):
 
         model = Seq2Seq(Seq2SeqConfig(src_vocab=30, tgt_vocab=40))
         logits = model(torch.tensor([[3, 4, 5]]), torch.tensor([[1, 7]]))     # (1, 2, 40)
+
+    Example:
+        >>> model = Seq2Seq(Seq2SeqConfig(src_vocab=20, tgt_vocab=30, d_model=32, nhead=4))
+        >>> model(torch.tensor([[3, 4, 5]]), torch.tensor([[1, 6]])).shape
+        torch.Size([1, 2, 30])
     """
 
     conditioned = True

@@ -89,6 +89,12 @@ def generate(
 
         model = DecoderLM(DecoderLMConfig(vocab=100)).eval()
         generate(model, torch.tensor([[1, 7, 9], [1, 5, 0]]), 10, temperature=0.8, top_k=40)
+
+    Example:
+        >>> from tileformer.decoder import DecoderLM, DecoderLMConfig
+        >>> model = DecoderLM(DecoderLMConfig(vocab=20, d_model=32, nhead=4)).eval()
+        >>> generate(model, torch.tensor([[1, 3, 4]]), max_length=5, temperature=0.8, top_k=5).shape[0]
+        1
     """
     sampler = Sampler(temperature, top_k, top_p, generator)
     if num_beams < 1:
