@@ -89,8 +89,8 @@ CASES = [
                dtypes=TWO),
     # where a query may look
     _attention("window", "before and after the diagonal", 1, 2, 2, 90, 90, 64, window=(20, 5), dtypes=TWO, suite=False),
-    _attention("window of the past", "the first tile of a row may be empty", 1, 2, 1, 70, 100, 64, window=(8, None), causal="bottom_right",
-               dtypes=BF, suite=False),
+    _attention("window of the past", "the first tile of a row may be empty", 1, 2, 1, 70, 100, 64, window=(8, None), causal=True,
+               align="bottom_right", dtypes=BF, suite=False),
     _attention("window beyond the keys", "T_q > T_k: late rows see nothing", 1, 2, 1, 90, 30, 64, window=(8, 0), dtypes=BF, suite=False),
     _attention("poison past lengths", "NaN and inf there; a batch without a query", 3, 2, 1, 40, 70, 64, lengths=True, causal="bottom_right",
                edit=_poison_past_lengths, dtypes=TWO, suite=False),
