@@ -260,26 +260,22 @@ def main(args: argparse.Namespace) -> int:
     def collected() -> dict[str, Any]:
         return collect(findings, environment, tiles, time.perf_counter() - start, len(calls))
 
-    files = [Growing(args.report, lambda: page(collected()))]
-    files += [Growing(args.json, lambda: as_json(collected()))] if printed else []
+    file = Growing(args.report, lambda: page(collected()))
+    data_file = Growing(args.json if printed else None, lambda: as_json(collected()))
     asked = dict(backend=args.backend, device=args.device)
     repeat = "".join(f" --{name} {value}" for name, value in asked.items() if value)
-    with _tiles() as tiles:
-        try:
-            for n, (call, dtype) in enumerate(calls, 1):
-                if sys.stderr.isatty():
-                    doing = "compiling and running" if backend == "triton" else "running"
-                    print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
-                finding = _finding(call, dtype, backend, device)
-                finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
-                findings.append(finding)
-                if printed:
-                    print(line(TABLE, finding), flush=True)
-                for file in files:
-                    file.write()
-        finally:
-            for file in files:
-                file.write(last=True)
+    with _tiles() as tiles, file, data_file:
+        for n, (call, dtype) in enumerate(calls, 1):
+            if sys.stderr.isatty():
+                doing = "compiling and running" if backend == "triton" else "running"
+                print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
+            finding = _finding(call, dtype, backend, device)
+            finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
+            findings.append(finding)
+            if printed:
+                print(line(TABLE, finding), flush=True)
+            file.write()
+            data_file.write()
     data = collected()
     if printed:
         for row in data["features"]:
