@@ -307,6 +307,10 @@ def cross_entropy(
         NotImplementedError: for class probabilities as target, and for a weight that requires a gradient.
 
     Source: `tileformer.kernels.reference.cross_entropy` is the definition.
+
+    Example:
+        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, -100]))  # the second row is ignored
+        tensor(1.3863)
     """
     if wrong:
         checks.misnamed("cross_entropy", wrong)

@@ -418,6 +418,10 @@ def layer_norm(
         ValueError, TypeError: for shapes, dtypes or devices that do not fit.
 
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), 3)
+        tensor([[-1.2247,  0.0000,  1.2247]])
     """
     shape = _sizes(normalized_shape)
     if (type(x) is not Tensor or x.is_nested) and by_parts("layer_norm", x, len(shape)):
@@ -441,6 +445,10 @@ def rms_norm(
     All is computed in float32 or wider and rounded once (torch rounds to x's dtype before it multiplies by the weight).
 
     Source: Zhang and Sennrich, arXiv:1910.07467; `tileformer.kernels.reference.rms_norm` is the definition.
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), 2)
+        tensor([[0.8485, 1.1314]])
     """
     shape = _sizes(normalized_shape)
     if (type(x) is not Tensor or x.is_nested) and by_parts("rms_norm", x, len(shape)):

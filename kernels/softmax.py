@@ -321,6 +321,11 @@ def softmax(
 
     Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is itself -inf throughout is 0
     too, except on the torch backend, where it is NaN as in torch: looking for it would cost a pass.
+
+    Example:
+        >>> softmax(torch.zeros(2, 2), causal=True)
+        tensor([[1.0000, 0.0000],
+                [0.5000, 0.5000]])
     """
     if wrong:
         checks.misnamed("softmax", wrong)

@@ -130,6 +130,15 @@ def test_commands_exist():
             assert given <= options_of(verb), f"{where}: tileformer {verb} {given - options_of(verb)}"
 
 
+def test_files_that_are_named_exist():
+    folders = ("kernels", "decoder", "training", "bench", "tests", "examples", "src", "docs", "")
+    pages = PAGES | {ROOT / "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()}
+    for page, text in pages.items():
+        for name in re.findall(r"`([a-z_]+(?:/[\w.]+)+\.(?:py|md|toml))`", text):
+            if not name.startswith("runs/"):
+                assert any((ROOT / top / name).is_file() for top in folders), f"{page.relative_to(ROOT)}: {name}"
+
+
 def test_python_blocks_are_python():
     for page, text in PAGES.items():
         for code in blocks(text, "python"):
@@ -175,7 +184,7 @@ def test_the_site_is_built_strictly(tmp_path):
 def test_the_example_of_a_docstring_runs(name):
     if name == "huggingface.use":
         pytest.importorskip("transformers", reason="the hf extra is not installed")
-    (test,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name, globs={})
+    (test,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name)
     assert test.examples, f"{name} has no example"
     with torch.random.fork_rng():
         result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=sys.stderr.write)

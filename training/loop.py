@@ -143,6 +143,13 @@ def fit(
     whole, other settings, data or `meta` than the checkpoint's, or, without `resume`, a folder that already holds one;
     FloatingPointError when a loss, the gradient or a weight is not finite (nothing is saved then); OSError when a
     checkpoint cannot be written. The last good checkpoint stays in each case.
+
+    Example:
+        >>> from tileformer.decoder import Seq2Seq, Seq2SeqConfig
+        >>> from tileformer.training import Batches
+        >>> model = Seq2Seq(Seq2SeqConfig(10, 10, d_model=16, nhead=2, dim_feedforward=32))
+        >>> fit(model, Batches([([3, 4, 5], [5, 4, 3])], batch_size=1), Settings(tokens=70)).steps
+        10
     """
     if settings.steered and valid is None:
         raise ValueError(f"{settings.steered} needs a validation loss: pass valid=")
