@@ -179,28 +179,18 @@ def cross_entropy_fwd(
 
 
 def _cross_entropy_fwd_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Any,
-    ignore_index: Any,
-    label_smoothing: Any,
-    reduction: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, target: Tensor, weight: Any, ignore_index: Any, label_smoothing: Any, reduction: str, dtype:
+    torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     loss = torch.empty_like(lse, dtype=dtype) if reduction == "none" else lse.new_empty((), dtype=dtype)
     return loss, lse, lse.new_empty(()) if reduction == "mean" else torch.empty_like(lse)
 
 
 def cross_entropy_bwd(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
+    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int,
     label_smoothing: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The gradient of the logits."""
     dlogits = _cross_entropy_bwd_fake(dloss, logits)
     x, stride = rows_of(logits, logits.shape[1])
