@@ -24,6 +24,7 @@ from tileformer.bench.check.budget import over_budget
 from tileformer.bench.tables import Column, Growing, head, line, markdown_cells
 from tileformer.decoder import convert, huggingface
 from tileformer.kernels import use_backend
+from tileformer.kernels.backend import Backend
 
 Inputs = tuple[dict[str, Any], Tensor | None]  # a forward's arguments; which logits count, None: all
 _SIZE = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -155,7 +156,7 @@ def _computed(model: Any, inputs: Inputs, dtype: torch.dtype, device: torch.devi
     return {"logits": logits.detach()} | grads
 
 
-def errors_of(name: str, side: str, backend: str | None, device: torch.device) -> dict[str, float]:
+def errors_of(name: str, side: str, backend: Backend | None, device: torch.device) -> dict[str, float]:
     """Error over budget of the logits and of each parameter's gradient: at most 1 passes."""
     model = eager(name)
     inputs = inputs_of(model, side)
@@ -174,7 +175,7 @@ def errors_of(name: str, side: str, backend: str | None, device: torch.device) -
     return {key: over_budget(got[key], plain[key], x, size[key.rpartition(".")[0]]) for key, x in truth.items()}
 
 
-def same_tokens(name: str, beams: int, backend: str | None, device: torch.device) -> bool:
+def same_tokens(name: str, beams: int, backend: Backend | None, device: torch.device) -> bool:
     """Whether a model and its eager self generate the same tokens, greedily (1 beam) or not, from prompts that are padded on the left."""
     model = eager(name).to(device)
     arguments = {key: x.to(device) for key, x in inputs_of(model, "left")[0].items() if key != "decoder_input_ids"}
@@ -188,7 +189,7 @@ TITLES = ("model", "swapped", "left", "logits", "gradients", "worst gradient", "
 SHOWN = [Column(TITLES[n], lambda row, n=n: row[n], f"<{26 if n == 0 else 10}") for n in (0, 1, 2, 3, 4, 6, 7, 5)]  # type: ignore[misc]
 
 
-def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
+def rows(backend: Backend | None, device: torch.device) -> Iterator[list[str]]:
     """The cells of TITLES, model by model."""
     absent = importlib.util.find_spec("deeptab") is None
     for name in [*TORCH, *([] if absent else DEEPTAB), *TRANSFORMERS]:
@@ -201,7 +202,7 @@ def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
         yield [name, str(len(report.swapped)), str(len(report.left)), f"{logits:.2f}", f"{worst:.2f}", key, *tokens]
 
 
-def main(backend: str | None, device: torch.device, file: str | None) -> int:
+def main(backend: Backend | None, device: torch.device, file: str | None) -> int:
     """Print the table, also to a Markdown `file`; 1 if something is over its budget or generates other tokens."""
     table: list[list[str]] = []
     on = f"({backend or 'auto'} on {device.type}, torch {torch.__version__.split('+')[0]})"
