@@ -10,7 +10,7 @@ DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu verbs lint format bench gpu-day compat aot fuzz mutation sanitize clean
+.PHONY: help demo test test-gpu verbs lint format docs bench evidence gpu-day compat aot fuzz mutation sanitize clean
 .SECONDARY:
 
 help: ## show this list
@@ -44,8 +44,14 @@ format: $(VENV)/.installed ## rewrite the files as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(COMPAT)/docs/.installed ## build the documentation site into build/site, strictly: a link or a name that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(COMPAT)/docs $(BIN)/python -m mkdocs build --quiet --strict --site-dir build/site $(ARGS)
+
 bench: $(VENV)/.installed ## time the ops and the layers
 	$(if $(call has,pytest_benchmark),$(BIN)/pytest bench --benchmark-only,$(BIN)/tileformer bench) $(ARGS)
+
+evidence: $(VENV)/.installed ## write docs/evidence.md and the tables beside it (an hour; wants the extra `peers` in .venv; needs no GPU)
+	$(BIN)/tileformer bench static --against liger,flag_gems,fla --goals --evidence docs/evidence.md $(ARGS)
 
 gpu-day: $(VENV)/.installed ## all that a new GPU should answer, into runs/gpu-day and one archive (--minutes 25); DRY=1 tries it without a GPU
 	$(BIN)/tileformer bench gpu-day $(if $(DRY),--dry) $(ARGS)
@@ -81,6 +87,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
 $(COMPAT)/%/.installed: $(VENV)/.installed
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -qq --no-deps --target $(@D) triton==$*
+	touch $@
+
+# The site's tools, which the library does not need.
+$(COMPAT)/docs/.installed: $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -qq -c constraints.txt --target $(@D) mkdocs mkdocs-material "mkdocstrings[python]"
 	touch $@
 
 # ttsem asks for Python 3.12 and a CUDA build of torch, and needs neither. It patches torch and Triton: only `make sanitize` sees it.

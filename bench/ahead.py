@@ -25,10 +25,10 @@ from triton import knobs
 from triton.runtime import driver
 
 from tileformer.bench import recording
-from tileformer.bench.speed.workloads import Workload
+from tileformer.bench.calls import Call, Function, differentiate
 from tileformer.kernels import device, use_backend
 
-MOST = 32  # processes: each holds some 400 MB
+MAX_PROCESSES = 32  # each holds some 400 MB
 # Module and name of a kernel, and what it is compiled for: as JITFunction.preload takes it, and the signature and constants, of which JSON keeps
 # no NamedTuple.
 Job = tuple[str, str, str, Any, Any]
@@ -37,17 +37,17 @@ Job = tuple[str, str, str, Any, Any]
 @contextlib.contextmanager
 def announced(arch: int) -> Iterator[dict[tuple[str, str], Job]]:
     """As `record`, but nothing is compiled either: what would be, by kernel and Triton's key."""
-    found: dict[tuple[str, str], Job] = {}
+    jobs: dict[tuple[str, str], Job] = {}
 
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         how = compile["specialization_data"], compile["signature"], compile["constants"]
-        found[fn.name, compile["key"]] = fn.module, fn.name.rpartition(".")[2], *how
+        jobs[fn.name, compile["key"]] = fn.module, fn.name.rpartition(".")[2], *how
         return True  # Triton takes it for compiled elsewhere
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
     try:
         with recording.record(arch), use_backend("triton"):
-            yield found
+            yield jobs
     finally:
         knobs.runtime.jit_cache_hook = before
 
@@ -66,12 +66,11 @@ def compile_for(arch: int, calls: Iterable[Callable[[], Any]], launchers: bool =
         for call in calls:
             with contextlib.suppress(Exception):
                 call()
-    cores = min(len(os.sched_getaffinity(0)), MOST, len(jobs))
+    cores = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(jobs))
     if not jobs:
         return "nothing to compile"
-    pool = concurrent.futures.ProcessPoolExecutor(
-        cores, multiprocessing.get_context("spawn"), initializer=_start, initargs=(arch, launchers)
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(cores, spawn, initializer=_start, initargs=(arch, launchers))
     try:
         problems = [problem for problem in pool.map(_compile, jobs.values()) if problem]
     except concurrent.futures.BrokenExecutor as error:  # each launch compiles what is left
@@ -133,18 +132,18 @@ class _Linear(torch.autograd.Function):
         return x.new_empty(*x.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        given = [torch.empty_like(x) for x in ctx.saved_tensors]
-        return (*given, None)[:3]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
+        return (*grads, None)[:3]
 
 
-def workload_call(call: Callable[..., Any], workload: Workload, dtype: torch.dtype) -> None:
-    """Forward and backward of a workload's call at its full size, on memory that nothing touches."""
-    leaves = {name: torch.empty(shape, dtype=dtype, requires_grad=True) for name, shape in workload._shapes().items()}
-    with mock.patch.object(Workload, "_shapes", lambda self: {}):
-        options = workload.inputs("cpu", dtype)[1]
+def launches_of(function: Function, call: Call, dtype: torch.dtype) -> None:
+    """Forward and backward of a call at its full size, on memory that nothing touches: with a seed, and with one that is drawn."""
+    tensors, options = call.untouched_inputs(dtype)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     with mock.patch.object(F, "linear", _Linear.apply):
-        for given in (options, {name: x for name, x in options.items() if name != "seed"}):
-            out = call(leaves, given)
-            if "backward" in workload.modes:
-                torch.autograd.grad(out, list(leaves.values()), torch.empty_like(out))
+        for more in (options, {name: x for name, x in options.items() if name != "seed"}):
+            if "backward" in call.modes:
+                differentiate(function, leaves, more, lambda _, x: torch.empty_like(x))
+            else:
+                function(leaves, more)

@@ -65,10 +65,10 @@ class Binary:
     @functools.cached_property
     def usage(self) -> dict[str, int]:
         """Registers and stack bytes a thread (a stack that is not 0 holds spilled registers), from the machine code's own table."""
-        found = re.search(r"REG:(\d+) STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))
-        if found is None:
+        match = re.search(r"REG:(\d+) STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))
+        if match is None:
             raise RuntimeError(f"cuobjdump reports no resources for {self.name}")
-        return dict(registers=int(found[1]), stack=int(found[2]))
+        return dict(registers=int(match[1]), stack=int(match[2]))
 
     @functools.cached_property
     def sass(self) -> str:
@@ -181,12 +181,12 @@ def record(arch: int, then: Callable[[Launch], None] | None = None) -> Iterator[
 class _OnGpu(TorchFunctionMode):
     """CPU tensors say that they lie on cuda:0, and what is asked for there is made on the CPU."""
 
-    _PLACE = torch.device("cuda", 0)
+    _GPU = torch.device("cuda", 0)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         owner = getattr(function, "__self__", None)
         if owner is torch.Tensor.device:
-            return self._PLACE
+            return self._GPU
         if owner is torch.Tensor.is_cuda:
             return True
         name, kwargs = getattr(function, "__name__", ""), dict(kwargs or {})

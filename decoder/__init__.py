@@ -1,16 +1,15 @@
 """Modules with torch.nn's constructors and state_dict keys on our kernels, and models built from them."""
 
-from tileformer.decoder.cache import KVCache
 from tileformer.decoder.generation import generate, stream
+from tileformer.decoder.generation.cache import KVCache
 from tileformer.decoder.heads import Classifier, Tagger
-from tileformer.decoder.lm import DecoderLM, DecoderLMConfig
 from tileformer.decoder.loading import LoadReport, common_rows, load_matching
+from tileformer.decoder.model import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig
 from tileformer.decoder.nn.attention import MultiheadAttention
 from tileformer.decoder.nn.convert import convert, revert
 from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.nn.modules import CrossEntropyLoss, LayerNorm, LogSoftmax, RMSNorm, Softmax
 from tileformer.decoder.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
-from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
 
 __all__ = [
     "Classifier",

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from tileformer.decoder.lm import DecoderLM
+from tileformer.decoder.model import DecoderLM, Seq2Seq
 from tileformer.decoder.nn.modules import Dropout
-from tileformer.decoder.seq2seq import Seq2Seq, Seq2SeqConfig
 
 POOLS = ("mean", "last", "first")
 
@@ -33,8 +32,8 @@ class Head(nn.Module):
         super().__init__()
         if outputs < 1:
             raise ValueError(f"a head needs at least 1 output, got {outputs}")
-        config = backbone.config
-        layers = config.num_encoder_layers if isinstance(config, Seq2SeqConfig) else config.num_layers
+        config = backbone.config.general()
+        layers = config.num_encoder_layers or config.num_layers
         self.mix = LayerMix(layers + 1) if mix else None
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(config.d_model, outputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Registered(NamedTuple):
+class RegisteredOp:
+    """What serves a registered op now."""
+
     schema: str
     launcher: Callable[..., Any]
     fake: Callable[..., Any]
@@ -30,7 +32,7 @@ class _Registered(NamedTuple):
 
 
 # By name. Reloading this module, or a kernel's, leaves the ops registered.
-registered: dict[str, _Registered] = globals().get("registered", {})
+registered: dict[str, RegisteredOp] = globals().get("registered", {})
 
 
 def register(launcher: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
@@ -41,17 +43,16 @@ def register(launcher: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
     """
     name = launcher.__name__
     schema = torch.library.infer_schema(launcher, mutates_args=())
-    known = registered.pop(name, None)
-    if known and known.schema == schema:
-        library = known.library
-    else:
+    known = name in registered
+    op = registered.setdefault(name, RegisteredOp())
+    op.launcher, op.fake = launcher, fake
+    if not known or op.schema != schema:
         if known:
-            known.library._destroy()  # and with it the op, which has another schema
-        library = torch.library.Library("tileformer", "FRAGMENT")
-        library.define(name + schema)
-        library.impl(name, lambda *args: registered[name].launcher(*args), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"tileformer::{name}", lambda *args: registered[name].fake(*args), lib=library)
-    registered[name] = _Registered(schema, launcher, fake, library)
+            op.library._destroy()  # and with it torch's op, which has another schema
+        op.schema, op.library = schema, torch.library.Library("tileformer", "FRAGMENT")
+        op.library.define(name + schema)
+        op.library.impl(name, lambda *args: op.launcher(*args), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tileformer::{name}", lambda *args: op.fake(*args), lib=op.library)
     return getattr(torch.ops.tileformer, name).default
 
 
@@ -67,23 +68,17 @@ def _of_torch(path: str) -> Any:
         return None
 
 
-_has_torch_function = _of_torch("_C._has_torch_function")
+# The questions. Each is true where something has to see or change the call.
+# A TorchFunctionMode is active, or a tensor has a `__torch_function__`: it is called with the ops.
+listens_to_functions = _of_torch("_C._has_torch_function")
+# A profiler is active: it shows the registered ops by their names.
+profiles = _of_torch("_C._autograd._profiler_enabled")
 _dispatch_keys = _of_torch("_C._dispatch_keys")
 _thread_keys = _of_torch("_C._dispatch_tls_local_include_set")
-_profiler_enabled = _of_torch("_C._autograd._profiler_enabled")
-_base_apply = _of_torch("_C._FunctionBase.apply")
+_of_torch("_C._FunctionBase.apply")
 _of_torch("autograd.forward_ad._current_level")
 
-_UNSEEN = (
-    "CPU",
-    "CUDA",
-    "AutogradCPU",
-    "AutogradCUDA",
-    "AutocastCPU",
-    "AutocastCUDA",
-    "ADInplaceOrView",
-    "BackendSelect",
-)
+_UNSEEN = "CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView", "BackendSelect"
 _keys = [_of_torch(f"_C.DispatchKey.{name}") for name in _UNSEEN]
 _KeySet = _of_torch("_C.DispatchKeySet")
 # All dispatch keys but those of a plain tensor, and of a thread in which nothing listens to ops: the dispatcher acts on these.
@@ -91,28 +86,18 @@ _LISTENING = 0 if missing else ~functools.reduce(lambda bits, key: bits | _KeySe
 
 
 def in_forward_mode() -> bool:
-    """A dual level is open: forward mode gets no silent zero, but an error in words of our own."""
+    """A dual level is open: forward mode gets an error in words of our own, and never a silent zero."""
     return forward_ad._current_level >= 0
 
 
-def listens_to_functions(args: tuple[Any, ...]) -> bool:
-    """A TorchFunctionMode is active, or one of the tensors has a `__torch_function__`: it is called with the ops."""
-    return _has_torch_function(args)
-
-
-def listens_to_ops() -> bool:
+def listens_to_ops() -> int:
     """A dispatch mode, a transform of torch.func or a tracer is active in this thread: it sees the registered ops."""
-    return bool(_thread_keys().raw_repr() & _LISTENING)
+    return _thread_keys().raw_repr() & _LISTENING
 
 
-def profiles() -> bool:
-    """A profiler is active: the registered ops appear in it, with their names."""
-    return _profiler_enabled()
-
-
-def is_plain(x: Tensor) -> bool:
-    """x is memory that a kernel can read: no wrapper, no lazy negation or zero, which the dispatcher makes real first."""
-    return not _dispatch_keys(x).raw_repr() & _LISTENING
+def is_special(x: Tensor) -> int:
+    """x is no memory that a kernel can read: a wrapper, or a lazy negation or zero, which the dispatcher makes real first."""
+    return _dispatch_keys(x).raw_repr() & _LISTENING
 
 
 class KernelFunction(Generic[P, R]):
@@ -124,7 +109,7 @@ class KernelFunction(Generic[P, R]):
     """
 
     def __init__(self, launcher: Callable[P, R], function: type[torch.autograd.Function]) -> None:
-        self.name, self.launcher, self.function = launcher.__name__, launcher, function
+        self.op, self.function = registered[launcher.__name__], function  # the op follows a reload of the launcher
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if missing or is_compiling():  # a compiler traces the Function itself
@@ -136,21 +121,22 @@ class KernelFunction(Generic[P, R]):
         tracked = False
         for x in args:
             if isinstance(x, Tensor):
-                if not is_plain(x):
+                if is_special(x):
                     checks.plain(self.function.__name__.strip("_"), x)
                     return self.function.apply(*args)
-                tracked = tracked or x.requires_grad
+                if x.requires_grad:
+                    tracked = True
         if tracked and torch.is_grad_enabled():
             return self._fused_forward(*args)
-        return registered[self.name].launcher(*args)
+        return self.op.launcher(*args)
 
     @functools.cached_property
     def _fused_forward(self) -> Callable[..., Any]:
         """`apply` of the same Function with launcher and setup_context in one, as torch's C code has it."""
-        name, function = self.name, self.function
+        op, function = self.op, self.function
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = registered[name].launcher(*args)
+            output = op.launcher(*args)
             function.setup_context(ctx, args, output)
             return output
 

@@ -173,9 +173,8 @@ def cross_entropy_fwd(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, reduced, in `dtype`; the log-sum-exp of each row (R,); the weight of each row's target (0 if ignored), or for a mean their sum."""
-    loss, lse, target_weight = (
-        torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format) for _ in range(3)
-    )
+    loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
+    lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
     x, stride = rows_of(logits, logits.shape[1])
     run = _launch(False, logits.shape, (stride,), weight is not None, ignore_index, label_smoothing, logits.dtype)
     run(x, target.contiguous(), *_weights(weight, loss.dtype, x), loss, lse, target_weight)

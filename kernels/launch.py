@@ -67,17 +67,17 @@ class Launch:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run it under the device and current stream of the first tensor."""
-        like, address = tensors[0], 0
+        like, arch, address = tensors[0], device.recorded_arch, 0
         for x in tensors:
             address |= x.data_ptr()
         # Triton compiles for the alignment of each tensor. One key is for all of them aligned, the usual case; `_slowly` knows the others.
-        key = None if address % 16 else (device.recorded_arch, like.get_device(), *[x.dtype for x in tensors])
+        key = None if address % 16 else (arch, like.get_device(), *[x.dtype for x in tensors])
         args = self.arrange(*tensors) if self.arrange else tensors
         ready = self._ready.get(key) if key else None
-        if ready and (device.recorded_arch or not selftest_due) and not has_launch_hooks(self.kernel):
+        if ready and (arch or not selftest_due) and not has_launch_hooks(self.kernel):
             cached, programs, rest = ready
             cached.run(like, programs, args + rest)
-        elif like.is_cuda or device.recorded_arch:
+        elif arch or like.is_cuda:
             self._slowly(like, args + self.scalars, key)
         elif 0 not in (programs := self.grid(self.tiles[0])):
             interpreter.run(self.kernel, programs, args + self.scalars, {**self.flags, **self.tiles[0]})

@@ -44,12 +44,10 @@ def dropout_keep(seed: Tensor | int, shape: Sequence[int], p: float) -> Tensor:
         p: the call's dropout rate.
 
     Returns:
-        Boolean, of `shape`. `reference` draws the same bits as the triton and interpret backends; the torch backend on a CPU its own.
+        Boolean, of `shape`. The reference, triton and interpret backends draw the same bits; the torch backend on a CPU its own.
 
     Source: Philox-4x32-7 (Salmon et al., SC 2011).
     """
-    from tileformer.kernels import reference  # which imports this module
-
     p = checks.number("dropout_keep", "p", p)
     words = checks.seeded("dropout_keep", seed, torch.device("cpu"))
     if words is None:
@@ -57,7 +55,22 @@ def dropout_keep(seed: Tensor | int, shape: Sequence[int], p: float) -> Tensor:
     checks.rate("dropout_keep", p, words, words)
     if current_backend() in ("auto", "torch") and not words.is_cuda:
         return fast_keep(words, list(shape), p, 1.0, torch.float32) != 0.0
-    return reference.dropout_keep(words, shape, p)
+    return philox_keep(words, shape, p)
+
+
+def philox_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """The keep mask, of `shape` (..., rows, columns), that `tile_ops.dropout_keep` draws in tiles, on the seed's device."""
+    *lead, rows, cols = shape
+    heads, low = math.prod(lead), 2**32 - 1
+    along = [torch.arange(n, device=seed.device) for n in (-(-cols // 4), heads, rows)]
+    word, head, row = torch.meshgrid(*along, indexing="ij")
+    counter, key = [word, head, row, torch.zeros_like(row)], [seed & low, seed >> 32 & low]
+    for _ in range(7):  # a product of 32-bit words wraps in int64, and keeps its bits
+        even, odd = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [odd >> 32 & low ^ counter[1] ^ key[0], odd & low, even >> 32 & low ^ counter[3] ^ key[1], even & low]
+        key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
+    drawn = torch.stack(counter, -1).permute(1, 2, 0, 3).flatten(2)[..., :cols]
+    return (drawn >> 1 >= threshold(p)).view(tuple(shape))
 
 
 class _Generator(threading.local):
@@ -81,12 +94,10 @@ def fast_keep(seed: Tensor, shape: Sequence[int], p: float, value: float, dtype:
     """`value` with probability 1 - p (exact to 2**-16), else 0: what the torch backend multiplies with.
 
     The same seed gives the same tensor, but on the CPU not the elements that the kernels keep: Philox costs far more
-    there. On a GPU, where reading the seed would stall the host, they are those of `reference.dropout_keep`.
+    there. On a GPU, where reading the seed would stall the host, they are those of the kernels.
     """
     if seed.is_cuda:
-        from tileformer.kernels import reference  # which imports this module
-
-        return reference.dropout_keep(seed, (1, *shape), p)[0].to(dtype) * value
+        return philox_keep(seed, (1, *shape), p)[0].to(dtype) * value
     kept = _generator.words(int(seed), math.prod(shape)) >= min(round(p * 2**16), 2**16 - 1)
     number = _scalar(value, dtype)
     out = kept.view(np.uint8).astype(number.dtype)

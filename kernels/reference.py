@@ -2,6 +2,7 @@
 
 Each function computes in float32, or float64 for float64 (the truth), and rounds its result once to the dtype it was given: in that dtype it is
 the yardstick of an error budget. It is differentiable any number of times, and runs on any device. None of them calls a fused PyTorch operator.
+This file imports torch alone, and a rule that the kernels need too is written a second time where they are: a shared mistake would be no mistake.
 
 Decided corner cases:
 - A row that may attend to nothing has output 0, weights 0, log-sum-exp -inf and no gradient.
@@ -29,8 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileformer.kernels import random
-
 LOWEST = -2.3e38  # log2(e) times anything below is beyond float32
 
 
@@ -39,12 +38,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
+def _causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
     """How far row i sees past key i; None without a causal mask."""
     return {False: None, True: 0, "top_left": 0, "bottom_right": t_k - t_q}[causal]
 
 
-def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | None, int | None, bool]:
+def _limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | None, int | None, bool]:
     """(left, right, whether the diagonal ends at the bottom right): how far a row sees before and past its diagonal; None is no limit."""
     left, right = (window, window) if window is None or isinstance(window, int) else window
     if causal:
@@ -55,7 +54,7 @@ def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | No
 def _excluded(causal: bool | str, mask: Tensor | None, t_q: int, t_k: int, device: torch.device) -> Tensor | None:
     """Boolean, True where a key is hidden by `causal` or a boolean mask; broadcastable to (..., T_q, T_k)."""
     hidden = None
-    shift = causal_shift(causal, t_q, t_k)
+    shift = _causal_shift(causal, t_q, t_k)
     if shift is not None:
         rows, cols = torch.arange(t_q, device=device)[:, None], torch.arange(t_k, device=device)
         hidden = cols > rows + shift
@@ -143,7 +142,7 @@ def attention(
     real_q, real_k = (rows < q_len), (cols < k_len)
     if key_mask is not None:
         real_k = real_k & key_mask[:, None, None, :]
-    left, right, bottom_right = limits(causal, window, align)
+    left, right, bottom_right = _limits(causal, window, align)
     diagonal = rows + (k_len - q_len if bottom_right else 0)
     seen = real_q & real_k
     if right is not None:
@@ -169,7 +168,7 @@ def attention(
     if dropout_p > 0.0:
         drawn = seed is not None and seed.dtype == torch.bool  # the bits of one packed sequence, cut from those of all
         keep = seed if seed is not None and drawn else dropout_keep(seed, (batch, heads, t_q, t_k), dropout_p)
-        weights = weights * keep.to(weights.dtype) * random.keep_scale(dropout_p)
+        weights = weights * keep.to(weights.dtype) * _keep_scale(dropout_p)
     results = [torch.where(real_q, weights @ v, 0.0).to(dtype)]
     if return_lse:
         results.append(lse)
@@ -270,7 +269,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     dtype, x = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype), _wide(x)
     if p > 0.0:
         keep = dropout_keep(seed, (x.numel() // max(x.shape[-1], 1), x.shape[-1]), p).view(x.shape)
-        x = x * keep.to(x.dtype) * random.keep_scale(p)
+        x = x * keep.to(x.dtype) * _keep_scale(p)
     return (x if residual is None else residual + x).to(dtype)
 
 
@@ -290,7 +289,16 @@ def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     drawn = _philox(low, high, index(words, 1, 1, -1), index(heads, -1, 1, 1), index(rows, 1, -1, 1), zero)
     word = torch.stack(torch.broadcast_tensors(*drawn), -1).expand(heads, rows, words, 4)
-    return ((word >> 1) >= random.threshold(p)).reshape(heads, rows, 4 * words)[..., :cols].reshape(tuple(shape))
+    return ((word >> 1) >= _threshold(p)).reshape(heads, rows, 4 * words)[..., :cols].reshape(tuple(shape))
+
+
+def _threshold(p: float) -> int:
+    """Words whose upper 31 bits lie below are dropped. For p = 1 the highest word stays, and `_keep_scale` makes it 0."""
+    return min(math.floor(p * 2**31), 2**31 - 1)
+
+
+def _keep_scale(p: float) -> float:
+    return 0.0 if p == 1.0 else 1.0 / (1.0 - p)
 
 
 _MASK = 0xFFFFFFFF

@@ -374,7 +374,7 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bo
         checks.no_mask_gradient(name, mask, backend)
         four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
         mask = mask.expand(x.shape).reshape(four)
-    shift = reference.causal_shift(causal, x.shape[-2], x.shape[-1]) if causal else None
+    shift = (x.shape[-1] - x.shape[-2] if causal == "bottom_right" else 0) if causal else None
     return _softmax_forward(x, mask, shift, scale, log)
 
 

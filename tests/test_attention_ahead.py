@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 from triton.runtime import _allocation
 
-from tileformer.bench.check.cases import Case, attention_call
-from tileformer.bench.check.run import judge
+from tileformer.bench.calls import describe
+from tileformer.bench.check.run import errors_of
 from tileformer.kernels import attention, launch, use_backend
 from tileformer.kernels.attention.tiles import FORWARD, tiles_for
 
@@ -53,8 +53,8 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
 @pytest.mark.parametrize("call", CALLS)
 def test_values_and_gradients_are_within_budget(call: str, dtype: str, tiles: list[dict[str, int]]) -> None:
     shape, options = CALLS[call]
-    case = Case("attention", call, "one tile ahead", attention_call(shape, **options), dtypes=(dtype,))
-    over = judge(case, dtype, "interpret", torch.device("cpu"))
+    described = describe("attention", call, "one tile ahead", *shape, lse=True, **options)
+    over = errors_of(described, dtype, "interpret", torch.device("cpu"))
     assert over and all(x <= 1 for x in over.values()), over
     assert sum("OVERLAP" in tile for tile in tiles) == 1  # the forward alone
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tileformer.bench.calls import Case
-from tileformer.bench.check import pairs
+from tileformer.bench.calls import Call, pairs
 from tileformer.bench.check.run import examine
 from tileformer.bench.static.traffic import Counter
 from tileformer.kernels import attention, dropout_keep, reference, use_backend
@@ -257,6 +256,6 @@ def test_the_pairs_are_all_pairs() -> None:
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in pairs.PAIRS])
-def test_features_meet_in_pairs(case: Case) -> None:
+def test_features_meet_in_pairs(case: Call) -> None:
     found = examine(case, case.dtypes[0], "interpret", torch.device("cpu"), runs=1)
     assert found.passed, f"{case.reason}: {found.verdict}"

@@ -19,16 +19,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tileformer.__main__ import main
-from tileformer.bench.speed import gpu_day, measure, plot, providers, run, step, tune
+from tileformer.bench.calls import Call, describe, providers
+from tileformer.bench.calls.ops import MODES, attended_pairs
+from tileformer.bench.calls.workloads import TIMED_OPS, WORKLOADS
+from tileformer.bench.speed import gpu_day, measure, plot, run, step, tune
 from tileformer.bench.speed.measure import Bench, Clock, Result, Truth
-from tileformer.bench.speed.workloads import MODES, OPS, WORKLOADS, Workload
 from tileformer.kernels import softmax, use_backend
 
 CPU = torch.device("cpu")
 FIRSTS = run.chosen("all", CPU, dry=False, only=None)  # one point of each sweep
 
 
-def seen(workload: Workload, options: dict) -> torch.Tensor:
+def seen(workload: Call, options: dict) -> torch.Tensor:
     """Boolean (B, H, T_q, T_k): what a query may attend to after the causal shift and padding, counted one by one."""
     s = workload.sizes
     keep = torch.ones(s["B"], s["H"], s["T_q"], s["T_k"], dtype=torch.bool)
@@ -41,14 +43,14 @@ def seen(workload: Workload, options: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("causal", [False, True, "bottom_right"])
-@pytest.mark.parametrize("masks", [{}, {"key_mask": "right"}], ids=["full", "padded"])
+@pytest.mark.parametrize("padding", [{}, {"padding": "quarter"}], ids=["full", "padded"])
 @pytest.mark.parametrize(("t_q", "t_k"), [(7, 7), (5, 12), (12, 5), (1, 9), (9, 1)])
-def test_attended_pairs_are_those_of_the_mask(causal, masks, t_q, t_k):
-    sizes = dict(B=3, H=4, H_kv=2, T_q=t_q, T_k=t_k, D=8)
-    workload = Workload("attention", "counted", sizes, {"causal": causal} if causal else {}, masks)
+def test_attended_pairs_are_those_of_the_mask(causal, padding, t_q, t_k):
+    options = {"causal": causal} if causal else {}
+    workload = describe("attention", "counted", "", 3, 4, 2, t_q, t_k, 8, **options, **padding)
     _, options = workload.inputs("cpu", torch.float32)
     pairs = int(seen(workload, options).sum())
-    assert workload.pairs() == pairs
+    assert attended_pairs(workload.sizes, workload.options) == pairs
     assert workload.flops("forward") == 2 * 2 * pairs * 8
     assert [workload.flops(mode) * 2 for mode in MODES] == [workload.flops("forward") * n for n in (2, 5, 7)]
 
@@ -117,7 +119,7 @@ def test_every_provider_agrees_with_the_reference(workload, monkeypatch):
         ):
             continue  # a compilation takes a second; a dry run has the rest
         try:
-            ratios, _ = truth.ratios(build(sized), tensors, options)
+            ratios, _ = truth.errors(build(sized), tensors, options)
         except providers.Unavailable:
             continue
         ran.add(name)
@@ -133,8 +135,8 @@ def test_names_are_unique_and_every_op_is_there():
     names = [(w.op, w.name) for w in WORKLOADS]
     assert len(set(names)) == len(names)
     rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "dropout"}
-    assert set(OPS) == {"attention", "decoder_layer"} | rows
-    assert all(next(iter(providers.providers(op))) == providers.OURS for op in OPS)
+    assert set(TIMED_OPS) == {"attention", "decoder_layer"} | rows
+    assert all(next(iter(providers.providers(op))) == providers.OURS for op in TIMED_OPS)
 
 
 def test_dropout_is_timed_with_its_rate_and_drops():
@@ -152,12 +154,12 @@ def test_large_attention_is_judged_on_its_last_heads(monkeypatch):
     truth = Truth(workload, tensors, options)
     assert truth.truth["out"].shape == (1, 8, 64, 64) and truth.truth["dk"].shape == (1, 1, 64, 64)
     call = providers.providers("attention")["eager"](workload)
-    assert max(truth.ratios(call, tensors, options)[0].values()) <= 1.0
+    assert max(truth.errors(call, tensors, options)[0].values()) <= 1.0
 
     def wrong(tensors, options):
         return call(tensors, options) * torch.cat([torch.ones(63), torch.tensor([1.01])])[:, None]
 
-    assert truth.ratios(wrong, tensors, options)[0]["out"] > 1.0
+    assert truth.errors(wrong, tensors, options)[0]["out"] > 1.0
 
 
 @pytest.fixture
@@ -398,7 +400,7 @@ def test_training_steps_of_both_sides_run(tmp_path):
     file = tmp_path / "step.json"
     assert main(["bench", "step", "--device", "cpu", "--threads", "1", "--rounds", "1", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
-    assert {(row["model"], row["precision"]) for row in rows} == {(m, p) for m in step.TASKS for p in ("fp32", "bf16")}
+    assert {(row["model"], row["precision"]) for row in rows} == {(m, p) for m in step.MODELS for p in ("fp32", "bf16")}
     assert all(row["tileformer_ms"] > 0 and row["torch_nn_ms"] > 0 for row in rows)
 
 
@@ -432,7 +434,7 @@ def test_gpu_day_survives_parts_that_fail_or_hang(tmp_path, monkeypatch, capsys)
 def test_gpu_day_fits_its_25_minutes():
     assert sum(part.seconds for part in gpu_day.PARTS) + gpu_day.ENDING <= 60 * gpu_day.MINUTES
     measured = {part.name for part in gpu_day.PARTS}
-    assert measured >= {*OPS, "self-test", "check", "tests", "host", "step", "experiments"}
+    assert measured >= {*TIMED_OPS, "self-test", "check", "tests", "host", "step", "experiments"}
     numbers = {int(re.match(r"\d+", e.question)[0]) for e in tune.EXPERIMENTS}
     assert numbers == set(range(1, 13)) and all(bool(e.variants) != bool(e.reason) for e in tune.EXPERIMENTS)
 
@@ -441,7 +443,7 @@ def test_a_dry_run_executes_launches_experiments_and_the_report(tmp_path):
     """In a process of its own, because it installs the recording driver."""
     pytest.importorskip("matplotlib", reason="a dry run draws too")
     code = (
-        "import sys; from tileformer.bench import gpu_day; from tileformer.__main__ import main;"
+        "import sys; from tileformer.bench.speed import gpu_day; from tileformer.__main__ import main;"
         "keep = {'softmax': '9', 'experiments': '4'};"
         "gpu_day.PARTS = tuple(gpu_day.dataclasses.replace(p, dry=(*p.dry[:-1], keep[p.name])) for p in gpu_day.PARTS if p.name in keep);"
         "sys.exit(main(['bench', 'gpu-day', '--dry', '--output', sys.argv[1]]))"

@@ -9,16 +9,15 @@ import torch
 
 from tileformer import __main__ as command
 from tileformer import kernels
-from tileformer.bench import report
+from tileformer.bench import tables
 from tileformer.bench.ahead import announced
-from tileformer.bench.calls import Case, Draw
-from tileformer.bench.check import pairs
+from tileformer.bench.calls import Call, describe, pairs
+from tileformer.bench.calls.cases import CASES, DRAWS
 from tileformer.bench.check import run as check
-from tileformer.bench.check.cases import CASES, DRAWS, row_call
 from tileformer.bench.check.memory import BAND, Memory
 
 CPU = torch.device("cpu")
-PLAIN = Case("softmax", "planted", "", row_call(6, 10))
+PLAIN = describe("softmax", "planted", "", 6, 10)
 
 
 class _Softmax(torch.autograd.Function):
@@ -103,7 +102,7 @@ def test_results_that_change_from_run_to_run_are_named(monkeypatch):
 
 def test_an_error_is_a_finding(monkeypatch):
     monkeypatch.setattr(kernels, "softmax", lambda x: 1 / 0)
-    found = check._find(PLAIN, "fp32", "torch", CPU)
+    found = check._finding(PLAIN, "fp32", "torch", CPU)
     assert found.problems == ["ZeroDivisionError: division by zero"] and not found.passed
 
 
@@ -122,6 +121,7 @@ def _bits(seed, shape, p=0.1):
 
 
 CALLS = itertools.count()
+DRAW = Call("dropout", "planted", options=dict(p=0.1), draws=True)
 DRAWN_WRONG = {
     "biased": (lambda seed, shape: _bits(seed, shape, 0.115), "rate"),
     "rows alike": (lambda seed, shape: _bits(seed, (shape[0] // 2, shape[1])).repeat_interleave(2, 0), "rows"),
@@ -137,7 +137,7 @@ DRAWN_WRONG = {
 def test_wrong_dropout_is_named(monkeypatch, fault):
     keep_of, name = DRAWN_WRONG[fault]
     monkeypatch.setattr(kernels, "dropout", _drawing(keep_of))
-    found = check.examine_draw(Draw("dropout", "planted", "", 0.1), "fp32", "interpret", CPU)
+    found = check.examine_draws(DRAW, "fp32", "interpret", CPU)
     assert not found.passed and name in found.verdict, found.verdict
 
 
@@ -152,7 +152,7 @@ def test_a_backward_with_bits_of_its_own_is_named(monkeypatch):
             return dy * _bits(2, dy.shape) / 0.9
 
     monkeypatch.setattr(kernels, "dropout", lambda x, p, *, seed=None: Wrong.apply(x))
-    found = check.examine_draw(Draw("dropout", "planted", "", 0.1), "fp32", "torch", CPU)
+    found = check.examine_draws(DRAW, "fp32", "torch", CPU)
     assert "the backward drops other elements than the forward" in found.problems
 
 
@@ -162,10 +162,10 @@ def test_what_an_op_returns_was_guarded(case):
     """Memory.ALLOCATORS knows how the ops allocate: a result outside guarded memory would be checked for nothing."""
     memory = Memory(CPU)
     with kernels.use_backend("interpret"):
-        got = check.results(kernels, case, torch.float32, CPU, torch.float32, memory)
+        got, _ = check.results_of(kernels, case, torch.float32, CPU, torch.float32, memory)
     guarded = {memory_.untyped_storage().data_ptr() for memory_, *_ in memory.outputs}
     made_by_torch = {"cross_entropy": {"out"}, "attention": {"lse"}, "dropout": {"dresidual"}}.get(case.op, set())
-    for name in set(check._wanted(got)) - made_by_torch:
+    for name in set(got) - made_by_torch:
         assert got[name].untyped_storage().data_ptr() in guarded, name
 
 
@@ -213,7 +213,7 @@ def test_the_reports_can_be_attached_to_a_bug(monkeypatch, capsys, tmp_path):
 
 def test_a_report_grows_and_outlives_a_stop(monkeypatch, capsys, tmp_path):
     """What stands on the disk when a call begins is whole and tells of all before it; Ctrl-C loses nothing."""
-    markdown, data, find, seen = tmp_path / "r.md", tmp_path / "r.json", check._find, []
+    markdown, data, find, seen = tmp_path / "r.md", tmp_path / "r.json", check._finding, []
 
     def watched(item, dtype, backend, device):
         if data.exists():
@@ -222,8 +222,8 @@ def test_a_report_grows_and_outlives_a_stop(monkeypatch, capsys, tmp_path):
             raise KeyboardInterrupt
         return find(item, dtype, backend, device)
 
-    monkeypatch.setattr(check, "_find", watched)
-    monkeypatch.setattr(report.time, "monotonic", lambda: 0.0)  # writing costs nothing
+    monkeypatch.setattr(check, "_finding", watched)
+    monkeypatch.setattr(tables.time, "monotonic", lambda: 0.0)  # writing costs nothing
     (tmp_path / "link").symlink_to(markdown)
     assert run("--op", "layer_norm", "--report", str(tmp_path / "link"), "--json", str(data)) == 130
     assert (
@@ -243,15 +243,15 @@ def test_a_growing_file_costs_a_twentieth_of_the_time(monkeypatch, tmp_path):
         now[0] += 1.0
         return written.append(now[0]) or str(len(written))
 
-    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
-    growing = report.Growing(path, text)
+    monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
+    growing = tables.Growing(path, text)
     for _ in range(100):
         growing.write()
         now[0] += 1.0
     assert len(written) == 5
     growing.write(last=True)
     assert (tmp_path / "x").read_text() == "6"
-    device = report.Growing("/dev/null", text)
+    device = tables.Growing("/dev/null", text)
     device.write()
     device.write(last=True)
     assert len(written) == 7 and not os.path.isfile("/dev/null")
@@ -259,7 +259,7 @@ def test_a_growing_file_costs_a_twentieth_of_the_time(monkeypatch, tmp_path):
 
 def test_an_architecture_is_a_number_or_a_name(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(check.compiled, "report", lambda calls, archs, output: asked.append(archs) or 0)
+    monkeypatch.setattr(check.compiled, "main", lambda calls, archs, output: asked.append(archs) or 0)
     assert command.main(["check", "--compile-only", "--arch", "90", "sm_90", "SM90a", "compute_90", "9.0", "12.0"]) == 0
     assert asked == [[90, 90, 90, 90, 90, 120]]
 

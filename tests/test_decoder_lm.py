@@ -177,11 +177,6 @@ BAD_CALLS = {
         "reach 13 in one document.*max_length 12",
         lambda m: [m(torch.ones(1, n, dtype=torch.int64), cache=cache) for cache in [KVCache(2, 20)] for n in (9, 4)],
     ),
-    "packed cross-attention": (
-        ValueError,
-        "packs self-attention",
-        lambda m: m.layers[0].self_attn(*torch.zeros(3, 1, 4, 16), cu_seqlens=torch.tensor([0, 4])),
-    ),
 }  # fmt: skip
 
 

@@ -340,6 +340,12 @@ BAD_CALLS = {
     "mask of B": (ValueError, r"\(3, 5, 5\)", (X, X, X), {"attn_mask": torch.zeros(3, 5, 5)}),
     "padding shape": (ValueError, r"\(3, 7\).*\(3, 5\)", (X, X, X), {"key_padding_mask": torch.zeros(3, 7)}),
     "no causal mask": (RuntimeError, "attn_mask is None", (X, X, X), {"is_causal": True}),
+    "packed cross-attention": (
+        ValueError,
+        "packs self-attention",
+        (X, MEMORY, MEMORY),
+        {"cu_seqlens": torch.tensor([0, 5])},
+    ),
     "nested": (TypeError, "nested", (NESTED, NESTED, NESTED), {}),
 }
 

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tileformer import kernels
-from tileformer.bench.check.budget import assert_within_budget, attention_sizes
-from tileformer.bench.check.cases import DTYPES, Case
-from tileformer.bench.check.run import results
+from tileformer.bench.calls import DTYPES, Call
+from tileformer.bench.calls.ops import attention_sizes
+from tileformer.bench.check.budget import assert_within_budget
+from tileformer.bench.check.run import results_of
 from tileformer.kernels import scaled_dot_product_attention, use_backend
 
 pytestmark = pytest.mark.interprets
@@ -66,17 +67,17 @@ def tiles(op, limit):
 
 
 def hold(op, build, dtype, size):
-    """`size(truth, tensors, options)`: for each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
-    case, dtype = Case(op, "fuzz", "drawn", build), DTYPES[dtype]
-    truth = results(kernels.reference, case, torch.float64, CPU, dtype)
-    eager = results(kernels.reference, case, dtype, CPU, dtype)
+    """`size(truth, grads of outputs, tensors, options)`: for each result the sum of the absolute values that are added up (check/budget.py)."""
+    call, dtype = Call(op, "fuzz", build=lambda generator, sizes: build(generator)), DTYPES[dtype]
+    truth, grads = results_of(kernels.reference, call, torch.float64, CPU, dtype)
+    eager, _ = results_of(kernels.reference, call, dtype, CPU, dtype)
     if "lse" in eager:  # float32 for every input dtype, so its yardstick is too
-        eager["lse"] = results(kernels.reference, case, torch.float32, CPU, dtype)["lse"]
+        eager["lse"] = results_of(kernels.reference, call, torch.float32, CPU, dtype)[0]["lse"]
     with use_backend("interpret"):
-        got = results(kernels, case, dtype, CPU, dtype)
+        got, _ = results_of(kernels, call, dtype, CPU, dtype)
     wide = lambda x: x.to(dtype).double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
-    tensors, options = ({name: wide(x) for name, x in group.items()} for group in case.inputs())
-    for name, most in size({name: x.detach() for name, x in truth.items()}, tensors, options).items():
+    tensors, options = ({name: wide(x) for name, x in group.items()} for group in call.inputs())
+    for name, most in size(truth, grads, tensors, options).items():
         assert_within_budget(name, got[name], eager[name], truth[name], most)
 
 
@@ -210,9 +211,9 @@ def key_mask_of(kind, b, t_k, generator):
     }[kind]
 
 
-def attention_size(truth, tensors, options):
+def attention_size(truth, grads, tensors, options):
     """bench/check/budget.py's, and that of a bias: of the scores' gradient, summed over what the bias broadcasts over."""
-    given = dict(out=truth["out"], dout=truth["given out"], dlse=truth.get("given lse"))
+    given = dict(out=truth["out"], dout=grads["out"], dlse=grads.get("lse"))
     sizes = attention_sizes(**tensors, **given, **options)
     sizes = {name: size for name, size in sizes.items() if name in truth}
     if "bias" in tensors:
@@ -270,9 +271,9 @@ def test_layer_norm(lead, normalized_shape, params, eps, mean, how, limit, seed,
         leaves |= {name: torch.randn(normalized_shape, generator=generator) for name in params}
         return leaves, dict(normalized_shape=normalized_shape, eps=eps)
 
-    def size(truth, tensors, options):
+    def size(truth, grads, tensors, options):
         axes = tuple(range(-len(normalized_shape), 0))
-        x, given = tensors["x"], truth["given out"].abs()
+        x, given = tensors["x"], grads["out"].abs()
         rstd = top((x.var(axes, unbiased=False) + eps).rsqrt())
         weight, bias = (top(tensors[n]) if n in tensors else default for n, default in (("weight", 1.0), ("bias", 0.0)))
         xhat = rstd * top(x)
@@ -300,8 +301,8 @@ def test_softmax(call, scale, how, limit, seed, dtype):
         leaves = {"x": laid_out(3 * torch.randn(shape, generator=generator), how)}
         return leaves, options | ({"mask": mask_of(*mask, generator)} if mask else {})
 
-    def size(truth, tensors, options):
-        out, given = truth["out"], truth["given out"].abs()
+    def size(truth, grads, tensors, options):
+        out, given = truth["out"], grads["out"].abs()
         return {"out": out, "dx": abs(scale) * out * (given + (out * given).sum(-1, keepdim=True))}
 
     with tiles("softmax", limit):
@@ -324,10 +325,10 @@ def test_cross_entropy(rows, classes, reduction, smoothing, weighted, ignored, i
             options["weight"] = torch.rand(classes, generator=generator) + 0.1
         return {"logits": laid_out(3 * torch.randn(rows, classes, generator=generator), how)}, options
 
-    def size(truth, tensors, options):
+    def size(truth, grads, tensors, options):
         counted, weight = options["target"] != options["ignore_index"], options.get("weight", torch.ones(classes))
         own = torch.where(counted, weight[options["target"].clamp(min=0)], 0.0)
-        share = top(truth["given out"]) / (float(own.sum()) if reduction == "mean" else 1.0)
+        share = top(grads["out"]) / (float(own.sum()) if reduction == "mean" else 1.0)
         loss = 2 * top(tensors["logits"]) * top(weight) * {"mean": 1.0, "sum": rows, "none": 1.0}[reduction]
         return {"out": loss, "dlogits": 2 * top(weight) * share}
 
@@ -343,8 +344,8 @@ def test_dropout(lead, width, p, residual, how, limit, seed, dtype):
         leaves = {name: laid_out(torch.randn(*lead, width, generator=generator), how) for name in names}
         return leaves, dict(p=p, seed=torch.tensor([seed << 31 | seed]))
 
-    def size(truth, tensors, options):
-        return {name: top(x) for name, x in truth.items() if not name.startswith("given")}
+    def size(truth, grads, tensors, options):
+        return {name: top(x) for name, x in truth.items()}
 
     with tiles("dropout", limit):
         hold("dropout", build, dtype, size)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.check.cases import CASES, Case
+from tileformer.bench.calls import Call
+from tileformer.bench.calls.cases import CASES
 from tileformer.kernels import attention, use_backend
 from tileformer.kernels.backend import choose
 
 
-def _usual(op: str) -> Case:
+def _usual(op: str) -> Call:
     return max((case for case in CASES if case.op == op), key=lambda case: case.quick)  # else its first
 
 

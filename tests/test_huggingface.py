@@ -29,7 +29,7 @@ def test_logits_and_gradients(name: str, side: str) -> None:
         pytest.importorskip("rotary_embedding_torch")
         if importlib.util.find_spec("deeptab") is None:
             pytest.skip("deeptab is not installed")
-    ratios = models.judge(name, side, "torch", CPU)
+    ratios = models.errors_of(name, side, "torch", CPU)
     assert max(ratios.values()) <= 1.0, {key: x for key, x in ratios.items() if x > 1.0}
 
 
@@ -47,7 +47,7 @@ def build(name: str):
 @pytest.mark.interprets
 def test_the_kernels_serve_a_model() -> None:
     eager, ours, _ = build("GPT-2")
-    given, kept = models.given(eager, "right")
+    given, kept = models.inputs_of(eager, "right")
     with use_backend("interpret"), torch.no_grad():
         torch.testing.assert_close(
             ours(**given).logits[kept.bool()], eager(**given).logits[kept.bool()], rtol=1e-4, atol=1e-4
@@ -73,7 +73,7 @@ def test_a_whole_model_can_be_saved(tmp_path) -> None:
     torch.save(ours, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     with torch.no_grad():
-        given, _ = models.given(eager, "right")
+        given, _ = models.inputs_of(eager, "right")
         expected = ours(**given).logits
         torch.testing.assert_close(again(**given).logits, expected)
         for x in ours.parameters():
@@ -83,7 +83,7 @@ def test_a_whole_model_can_be_saved(tmp_path) -> None:
 
 def test_the_loss_of_a_language_model() -> None:
     eager, ours, report = build("GPT-2")
-    given, kept = models.given(eager, "right")
+    given, kept = models.inputs_of(eager, "right")
     labels = given["input_ids"].masked_fill(kept == 0, -100)
     for options in ({}, dict(num_items_in_batch=torch.tensor(11))):
         torch.testing.assert_close(
@@ -306,7 +306,7 @@ def test_half_precision_with_a_layer_that_stays_in_float32(name) -> None:
         if hasattr(module, "wo"):
             module.wo.float()  # as from_pretrained(dtype=torch.float16) leaves it
     ours, _ = models.ours(eager)
-    given, _ = models.given(eager, "right")
+    given, _ = models.inputs_of(eager, "right")
     with torch.no_grad():
         torch.testing.assert_close(ours(**given).logits, eager(**given).logits, rtol=0.02, atol=0.03)
 
@@ -341,7 +341,7 @@ WRAPPERS = {
 @torch.no_grad()
 def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
     eager = models.eager("Llama, grouped heads")
-    given, kept = models.given(eager, "right")
+    given, kept = models.inputs_of(eager, "right")
     given |= dict(labels=given["input_ids"].masked_fill(kept == 0, -100), use_cache=False)
     del eager.model.layers[1]  # compiles sooner
     inner = copy.deepcopy(eager)
@@ -409,7 +409,7 @@ def test_revert_leaves_nothing_behind(name) -> None:
     copies = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
     assert huggingface.revert(ours).swapped.keys() == report.swapped.keys()
     assert snapshot(ours) == before and not huggingface.revert(ours).swapped
-    given, _ = models.given(eager, "right")
+    given, _ = models.inputs_of(eager, "right")
     with torch.no_grad():
         expected = ours(**given).logits
         for x in copies:
@@ -439,7 +439,7 @@ def test_a_model_whose_weights_are_not_there_yet() -> None:
     assert not report.left and "model.norm" in report.swapped
     ours.load_state_dict(eager.state_dict(), assign=True)
     ours.model.rotary_emb = copy.deepcopy(eager.model.rotary_emb)
-    given, _ = models.given(eager, "right")
+    given, _ = models.inputs_of(eager, "right")
     torch.testing.assert_close(ours.eval()(**given).logits, eager(**given).logits)
 
 

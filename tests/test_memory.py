@@ -20,7 +20,8 @@ GUARDED = """
     import ctypes, faulthandler, importlib, itertools, sys
     import torch
     from tileformer import kernels
-    from tileformer.bench.check.cases import CASES, Case, attention_call, class_call, row_call
+    from tileformer.bench.calls import Call, describe
+    from tileformer.bench.calls.cases import CASES
 
     faulthandler.enable()
     torch.use_deterministic_algorithms(True)
@@ -77,28 +78,28 @@ GUARDED = """
         torch.autograd.grad(outs, list(leaves.values()), grads)
 
     def options_of_attention(lengths, **options):
-        def build(generator):
+        def build(generator, sizes):
             draw = lambda *shape: torch.randn(shape, generator=generator)
             b = 1 if "cu_seqlens_q" in lengths else 2
             tensors = dict(q=draw(b, 4, 33, 20), k=draw(b, 2, 35, 20), v=draw(b, 2, 35, 12))
             if "bias" in options:
                 tensors["bias"] = draw(*options["bias"])
             return tensors, {n: torch.tensor(x) for n, x in lengths.items()} | {n: o for n, o in options.items() if n != "bias"}
-        return build
+        return dict(build=build)
 
     MORE = [
-        Case("attention", "mask to the last element", "", attention_call((2, 4, 2, 33, 35, 20), mask="boolean", padding="holes")),
-        Case("attention", "additive mask", "", attention_call((2, 4, 2, 33, 35, 20), mask="additive", causal=True, dropout_p=0.2)),
-        Case("attention", "one row more than a tile", "", attention_call((1, 2, 1, 65, 33, 17), padding="right")),
-        Case("attention", "bias", "", options_of_attention({}, bias=(4, 33, 35), causal="bottom_right")),
-        Case("attention", "bias of a column, a row, a head", "", options_of_attention({}, bias=(2, 1, 1, 35))),
-        Case("attention", "lengths past the end", "", options_of_attention(dict(query_lengths=[40, 20], key_lengths=[17, 99]), window=(5, 3))),
-        Case("attention", "packed", "", options_of_attention(dict(cu_seqlens_q=[0, 9, 30], cu_seqlens_k=[0, 20, 35]), causal=True, softcap=5.0)),
-        Case("attention", "weights", "", options_of_attention({}, return_weights=True, return_lse=True)),
-        Case("softmax", "mask", "", row_call(2, 3, 5, 13, mask="additive", causal=True)),
-        Case("layer_norm", "odd", "", row_call(7, 13, params=("weight", "bias"), normalized_shape=(13,))),
-        Case("cross_entropy", "odd", "", class_call(7, 13, ignored=2, weighted=True, label_smoothing=0.1)),
-        Case("dropout", "odd", "", row_call(7, 13, params=("residual",), p=0.3)),
+        describe("attention", "mask to the last element", "", 2, 4, 2, 33, 35, 20, lse=True, mask="boolean", padding="holes"),
+        describe("attention", "additive mask", "", 2, 4, 2, 33, 35, 20, lse=True, mask="additive", causal=True, dropout_p=0.2),
+        describe("attention", "one row more than a tile", "", 1, 2, 1, 65, 33, 17, lse=True, padding="right"),
+        Call("attention", "bias", **options_of_attention({}, bias=(4, 33, 35), causal="bottom_right")),
+        Call("attention", "bias of a column, a row, a head", **options_of_attention({}, bias=(2, 1, 1, 35))),
+        Call("attention", "lengths past the end", **options_of_attention(dict(query_lengths=[40, 20], key_lengths=[17, 99]), window=(5, 3))),
+        Call("attention", "packed", **options_of_attention(dict(cu_seqlens_q=[0, 9, 30], cu_seqlens_k=[0, 20, 35]), causal=True, softcap=5.0)),
+        Call("attention", "weights", **options_of_attention({}, return_weights=True, return_lse=True)),
+        describe("softmax", "mask", "", 2, 3, 5, 13, mask="additive", causal=True),
+        describe("layer_norm", "odd", "", 7, 13, params=("weight", "bias"), axes=1),
+        describe("cross_entropy", "odd", "", 7, 13, ignored=2, weighted=True, label_smoothing=0.1),
+        describe("dropout", "odd", "", 7, 13, params=("residual",), p=0.3),
     ]
     small = [case for case in CASES if case.quick or case.name in ("cross padded", "bottom right", "no keys in sight", "two axes")] + MORE
     rooms = {op: importlib.import_module("tileformer.kernels." + op) for op in ("layer_norm", "softmax", "cross_entropy", "dropout")}

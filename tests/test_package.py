@@ -1,11 +1,10 @@
-"""The package as a stranger meets it: import, command line, a machine's report, README."""
+"""The package as a stranger meets it: import, command line, a machine's report, the environment."""
 
 import argparse
 import collections
 import importlib.util
 import json
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -284,7 +283,7 @@ def test_the_report_is_also_json(capsys):
     assert report["backend"] == {"device": "cpu", "name": "torch", "why": report["backend"]["why"]}
 
 
-# README
+# Set up
 
 
 @pytest.mark.slow
@@ -300,20 +299,6 @@ def test_an_environment_is_made_of_a_lenders_packages_without_a_registry(tmp_pat
     for name, arguments in (("tileformer", ("info", "--device", "cpu")), ("pytest", ("--version",))):
         command = [tmp_path / "venv" / "bin" / name, *arguments]
         succeed(subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True))
-
-
-def test_the_readme_example_runs():
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    shown = succeed(python("-c", example))
-    assert float(re.search(r"largest difference ([\d.e+-]+)", shown)[1]) < 1e-5, shown
-
-
-def test_the_readme_map_names_every_file():
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"^\| `([\w/.]+)` \|", text[text.index("## Map") :], re.MULTILINE))
-    folders = [*ROOMS, "src", "tests"]
-    files = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py")}
-    assert named == files, f"not in the map: {sorted(files - named)}; gone: {sorted(named - files)}"
 
 
 # The GPU's compile budget

@@ -164,7 +164,7 @@ ROWS = [
     ],
 )
 def test_goals_are_held_by_the_worst_row(goal: dict, verdict: str, worst: float | None) -> None:
-    (found,) = goals.verdicts([{"name": "goal", "class": "A"} | goal], ROWS)
+    (found,) = goals.verdicts_of([{"name": "goal", "class": "A"} | goal], ROWS)
     assert (found["verdict"], found.get("worst")) == (verdict, worst)
 
 
@@ -172,20 +172,20 @@ def test_the_goals_file_is_complete() -> None:
     for goal in goals.load():
         assert {"name", "class", "where", "figure"} <= set(goal) and ("at_most" in goal) != ("at_least" in goal), goal
         assert goal["class"] in ("A", "B", "C")
-    parts = goals.verdicts(goals.load(), ROWS, part=True)
+    parts = goals.verdicts_of(goals.load(), ROWS, part=True)
     assert any(v["verdict"] == "not run" for v in parts) and all("limit" in v for v in parts)
 
 
 _COUNT = """
 import json, sys, torch
+from tileformer.bench.calls import describe
 from tileformer.bench.static import capture, traffic
-from tileformer.bench.speed.workloads import Workload
 
 found = []
 for workload in (
-    Workload("attention", "causal", dict(B=1, H=1, H_kv=1, T_q=256, T_k=256, D=64), dict(causal=True)),
-    Workload("softmax", "rows", dict(R=16, N=1000)),
-    Workload("layer_norm", "rows", dict(R=16, N=1024), dict(normalized_shape=(1024,), eps=1e-5)),
+    describe("attention", "causal", "", 1, 1, 1, 256, 256, 64, causal=True),
+    describe("softmax", "rows", "", 16, 1000),
+    describe("layer_norm", "rows", "", 16, 1024, params=("weight", "bias"), axes=1, eps=1e-5),
 ):
     counter = traffic.Counter()
     done = capture.run("tileformer", workload, 90, counter)
@@ -248,7 +248,13 @@ def test_the_same_figures_twice(tmp_path: Path) -> None:
     assert sorted(rows, key=key) == sorted(again, key=key)
 
 
-def test_the_evidence_page_keeps_its_words() -> None:
-    page = evidence.page([], [], {"triton": "3.7"}, "# Words\n\n## Tables\n\nof yesterday\n")
-    assert page.startswith("# Words\n\n## Tables\n\nThis run: ; triton 3.7.\n") and "yesterday" not in page
+def test_the_evidence_page_keeps_its_words_and_its_tables_are_files(tmp_path: Path) -> None:
+    page = tmp_path / "evidence.md"
+    page.write_text("# Words\n\n## Tables\n\nof yesterday\n")
+    skipped = dict(provider="liger", op="softmax", workload="rows", arch=90, skipped="has | none")
+    files = evidence.pages(page, [skipped], [], {"triton": "3.7"})
+    assert set(files) == {page, tmp_path / "evidence" / "skipped.md"}
+    assert files[page].startswith("# Words\n\n## Tables\n\nThis run: sm_90; triton 3.7.\n")
+    assert "yesterday" not in files[page] and "(evidence/skipped.md): 1 rows" in files[page]
+    assert "| 90 | liger | softmax rows | has \\| none |" in files[tmp_path / "evidence" / "skipped.md"]
     assert "## Tables" in (ROOT / "docs" / "evidence.md").read_text()

@@ -11,9 +11,9 @@ import signal
 import pytest
 
 from tileformer.training import checkpoint, generate, train
-from tileformer.training.finetune import methods
+from tileformer.training.data.text import read_labelled
+from tileformer.training.finetune import methods, table, texts
 from tileformer.training.finetune import run as finetune
-from tileformer.training.finetune import table as table_cells
 from tileformer.training.finetune.methods import METHODS
 from tileformer.training.recipes import reviews
 
@@ -40,10 +40,10 @@ def data(tmp_path):
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where no run of anybody lies
-    table_cells.load_task.cache_clear()
-    make = reviews.make_config
+    table.load_task.cache_clear()
+    make = texts.make_config
     sizes = dict(d_model=16, nhead=2, num_layers=1, dim_feedforward=32)
-    monkeypatch.setattr(reviews, "make_config", lambda *a, **b: dataclasses.replace(make(*a, **b), **sizes))
+    monkeypatch.setattr(texts, "make_config", lambda *a, **b: dataclasses.replace(make(*a, **b), **sizes))
 
 
 def call(verb, *arguments):
@@ -86,10 +86,9 @@ def test_one_run_leaves_scores_errors_plots_and_a_model(data, tmp_path, capsys):
 
 
 def test_a_pretrained_model_starts_a_method_and_is_reported(data, tmp_path, monkeypatch, capsys):
-    texts = [line.split("\t")[1] for line in data.read_text("utf-8").splitlines()]
-    monkeypatch.setattr(reviews.corpora, "newspaper", lambda: texts[:10])
-    whole = reviews.parts
-    monkeypatch.setattr(reviews, "parts", lambda *_: whole(data))
+    lines = [line.split("\t")[1] for line in data.read_text("utf-8").splitlines()]
+    monkeypatch.setattr(reviews.corpora, "newspaper", lambda: lines[:10])
+    monkeypatch.setattr(reviews.corpora, "reviews", lambda: read_labelled(data))
     call(train, "reviews", "--output", tmp_path / "lm", "--tokens", 500, "--device", "cpu")
     arguments = ("--checkpoint", tmp_path / "lm", "--labels", 50, "--device", "cpu", "--output", tmp_path / "out")
     assert call(finetune, "reviews", "--method", "shared", *arguments) == 0
@@ -99,26 +98,26 @@ def test_a_pretrained_model_starts_a_method_and_is_reported(data, tmp_path, monk
 
 
 def test_the_same_labels_for_every_method_and_none_of_the_others(data, tmp_path, monkeypatch):
-    task = table_cells.load_task("reviews", data, "utf-8", tmp_path / "none")
+    task = table.load_task("reviews", data, "utf-8", tmp_path / "none")
     seen = []
     monkeypatch.setitem(
         METHODS, "scratch", dataclasses.replace(METHODS["scratch"], recipe=lambda c, m: seen.append(c) or m)
     )
     args = argparse.Namespace(threads=1, device="cpu", precision="fp32")
     for seed in (0, 0, 1):
-        table_cells.predict(args, task, "scratch", "60", seed)
+        table.predict(args, task, "scratch", "60", seed)
     first, again, other = seen
     assert first.rows == again.rows and first.rows != other.rows and len(first.rows) == 60
-    train_rows = reviews.to_rows(task.tokenizer, task.parts["train"].texts)
+    train_rows = texts.to_rows(task.tokenizer, task.parts["train"].texts)
     assert sorted([*first.rows, *first.unlabelled]) == sorted(train_rows)
-    test_rows = reviews.to_rows(task.tokenizer, task.parts["test"].texts)
+    test_rows = texts.to_rows(task.tokenizer, task.parts["test"].texts)
     assert not {tuple(row) for row in train_rows} & {tuple(row) for row in test_rows}
 
 
 def test_a_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "table"
     arguments = ("--table", "--method", "scratch", "--seeds", 2, "--output", output)
-    whole, asked = table_cells.predict, []
+    whole, asked = table.predict, []
 
     def stopped(args, task, method, size, seed, folder=None):
         asked.append((method, size, seed))
@@ -126,22 +125,22 @@ def test_a_table_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch, capsy
             raise KeyboardInterrupt
         return whole(args, task, method, size, seed, folder)
 
-    monkeypatch.setattr(table_cells, "predict", stopped)
+    monkeypatch.setattr(table, "predict", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(data, *arguments)
     assert run(data, *arguments) == 0
     cells = [(method, size, seed) for size in ("100", "all") for seed in (0, 1) for method in ("tfidf", "scratch")]
     assert asked == cells[:4] + cells[3:]  # 1,000 labels are more than there are; the fourth was asked for again
-    table = (output / "table.md").read_text()
-    assert table in capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in table.splitlines() if "±" in line and "|" in line] == [
+    shown = (output / "table.md").read_text()
+    assert shown in capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in shown.splitlines() if "±" in line and "|" in line] == [
         "tfidf",
         "scratch",
     ]
     assert len(json.loads((output / "table.json").read_text())) == 8
 
     (data.parent / "own.tsv").write_text(data.read_text("utf-8").replace("房", "屋"), "utf-8")
-    table_cells.load_task.cache_clear()
+    table.load_task.cache_clear()
     with pytest.raises(ValueError, match="of other texts or another pretrained model"):
         run(data, *arguments)
 
@@ -176,11 +175,11 @@ def test_the_table_shows_mean_and_student_interval():
     }
     cells = [cell | {"method": "a", "seed": seed, "accuracy": 0.80 + 0.02 * seed} for seed in range(3)]
     cells += [cell | {"method": "b", "seed": 0, "labels": "all", "accuracy": 0.9}]
-    header, _, a, b, *_ = table_cells.render(cells).splitlines()
+    header, _, a, b, *_ = table.render(cells).splitlines()
     half = 100 * 4.302653 * 0.02 / math.sqrt(3)
     assert a == f"| a | 82.00 ± {half:.2f} | 50.00 ± 0.00 | 1.50 | - | - | - |"
     assert b == "| b | - | - | - | 90.00 | 50.00 | 1.50 |"
-    assert header.count("core-min") == 2 and "± 2.0 points" in table_cells.render(cells)
+    assert header.count("core-min") == 2 and "± 2.0 points" in table.render(cells)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def test_without_a_pretrained_model_the_command_for_one_is_named(data, tmp_path)
 def test_a_run_that_was_stopped_can_be_asked_for_again(data, tmp_path, monkeypatch):
     arguments = ("--method", "scratch", "--labels", 50, "--output", tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(table_cells, "probabilities", lambda *_: 1 / 0)
+        patch.setattr(table, "probabilities", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(data, *arguments)
     assert list((tmp_path / "run" / "stages").glob("*/step-*"))
@@ -272,6 +271,6 @@ def test_texts_that_read_alike_are_on_one_side(tmp_path):
     marked = [line.replace("\t", "\t<p>").replace("\n", "</p>\n") for line in lines]
     path = tmp_path / "marked.tsv"
     path.write_text("".join([*lines, *marked, "a\t<br/>\n"]), "utf-8")
-    parts = reviews.parts(path)
-    texts = [text for part in parts.values() for text in part.texts]
-    assert len(texts) == len(set(texts)) == 300 and all(texts)
+    parts, _ = texts.split(read_labelled(path))
+    kept = [text for part in parts.values() for text in part.texts]
+    assert len(kept) == len(set(kept)) == 300 and all(kept)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, MultiheadAttention
+from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig
+from tileformer.decoder.blocks import Attention
 from tileformer.training.data.batches import LabelledBatches
 from tileformer.training.finetune import adversarial, methods, ngrams
 from tileformer.training.finetune.methods import METHODS, Context
@@ -103,7 +104,7 @@ def test_only_the_named_weights_learn(name, learns, context, trained):
 def test_lora_reaches_every_projection_and_leaves_plain_modules(context, trained):
     model = trained["lora"]
     for layer in model.backbone.layers:
-        assert type(layer.self_attn) is MultiheadAttention and type(layer.linear1) is torch.nn.Linear
+        assert type(layer.self_attn) is Attention and type(layer.linear1) is torch.nn.Linear
     for part in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"):
         for number in range(2):
             name = f"layers.{number}.{part}"
@@ -124,7 +125,7 @@ def test_adapters_hold_the_projections_still(context, trained):
     plain = Classifier(DecoderLM(CONFIG), 2)
     plain.backbone.load_state_dict(context.weights)
     torch.testing.assert_close(
-        methods.over(fresh.features, fresh, rows), methods.over(plain.features, plain, rows)
+        methods.predict_batched(fresh.features, fresh, rows), methods.predict_batched(plain.features, plain, rows)
     )  # adapters start as the identity
 
 
@@ -139,7 +140,7 @@ def test_shared_layers_are_one(trained, context):
 
 def test_decay_lowers_the_rate_towards_the_embeddings(context, monkeypatch):
     seen = {}
-    monkeypatch.setattr(methods, "train", lambda context, model, **options: seen.update(options) or model)
+    monkeypatch.setattr(methods, "fit_labelled", lambda context, model, **options: seen.update(options) or model)
     model, _ = METHODS["decay"].start(context)
     METHODS["decay"].recipe(context, model)
     scales = {id(p): group["lr_scale"] for group in seen["groups"] for p in group["params"]}
@@ -160,7 +161,7 @@ def test_gradual_frees_a_layer_a_stage(context, monkeypatch):
         }
         stages.append((free, layers, epochs))
 
-    monkeypatch.setattr(methods, "train", record)
+    monkeypatch.setattr(methods, "fit_labelled", record)
     model, _ = METHODS["gradual"].start(context)
     METHODS["gradual"].recipe(context, model)
     norm, everything = {"norm"}, {"embedding", "position", "layers", "norm"}
@@ -176,7 +177,7 @@ def test_pseudo_labels_are_sure_balanced_and_new_each_round(context, monkeypatch
     calls = []
     monkeypatch.setattr(
         methods,
-        "train",
+        "fit_labelled",
         lambda context, model, rows=None, labels=None, **options: calls.append((rows, labels)) or model,
     )
     # Of the 60 unlabelled, guess 0 for 40 with rising certainty and 1 for 20; labels are 3 : 1.

@@ -1,6 +1,7 @@
 """The poems recipe: what a regular poem is, a split without a shared line, the form check, and both verbs on few poems."""
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -15,7 +16,8 @@ pytest.importorskip("safetensors", reason="the train extra is not installed")
 from tileformer.decoder import DecoderLM, DecoderLMConfig
 from tileformer.training import generate, train
 from tileformer.training.data import corpora, text
-from tileformer.training.recipes import poems
+from tileformer.training.recipes import RECIPES, poems
+from tileformer.training.recipes.recipe import Scale
 
 CHARACTERS = "春風秋月花鳥山水雲雨天地日夜人心江海松竹梅雪酒詩書劍琴夢"
 MOON = ("床前明月光", "疑是地上霜", "舉頭望明月", "低頭思故鄉")
@@ -79,7 +81,7 @@ def test_split_repeats_nothing_and_shares_no_line():
     assert set(characters) == set(CHARACTERS) and all(len(part) > 10 for part in parts.values())
     train_lines = {line for lines in parts["train"] for line in lines}
     for name, low, high in (("test", 0, 1), ("valid", 1, 2), ("train", 2, 100)):
-        assert all(low <= text.place("".join(lines)) < high for lines in parts[name])
+        assert all(low <= text.hash_bucket("".join(lines)) < high for lines in parts[name])
         assert len(set(parts[name])) == len(parts[name])
         assert name == "train" or all(train_lines.isdisjoint(lines) for lines in parts[name])
     assert poems.split(reversed(everything))[1] == characters
@@ -113,7 +115,9 @@ def test_rows_and_back():
 def test_train_resume_and_generate(archive, tmp_path, monkeypatch, capsys):
     """The whole command on few poems; quality is not the claim here."""
     monkeypatch.setattr(poems, "SAMPLED", 3)
-    monkeypatch.setattr(poems, "QUICK", poems.Plan(tokens=4000, step=1024, d_model=32, nhead=2, num_layers=1))
+    sizes = {"dropout": 0.0, "d_model": 32, "nhead": 2, "num_layers": 1, "dim_feedforward": 128}
+    quick = Scale(dataclasses.replace(poems.LEARNING, tokens=4000), 1024, sizes)
+    monkeypatch.setitem(RECIPES, "poems", dataclasses.replace(poems.RECIPE, quick=quick))
     run = tmp_path / "run"
     arguments = ("poems", "--data", archive, "--output", run, "--device", "cpu", "--threads", torch.get_num_threads())
     assert call(train, *arguments) == 0

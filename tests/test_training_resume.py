@@ -252,7 +252,7 @@ def test_a_checkpoint_from_before_a_setting_resumes_with_its_default(tmp_path):
     file = checkpoint.latest(tmp_path / "old") / checkpoint.STATE
     state = json.loads(file.read_text())
     state["settings"] = {name: state["settings"][name] for name in first}
-    for name in ("skipped", "best", "best_step", "stale", "cut", "scaler"):
+    for name in ("skipped", "best", "best_step", "validations_since_best", "plateau_factor", "scaler"):
         del state[name]
     file.write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"settings accumulate=1; asked to resume with 2"):

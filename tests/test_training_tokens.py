@@ -14,7 +14,7 @@ TEXTS = ["今天天气很好，我们去公园。 very good <eos> 12", "今天 �
 
 def train(kind, **options):
     if kind == "words":
-        pytest.importorskip("rjieba", reason="the finetune extra is not installed")
+        pytest.importorskip("rjieba", reason="the data extra is not installed")
     return Tokenizer.train(TEXTS, kind, **{"minimum": 1, "vocabulary": 300} | options)
 
 
@@ -172,5 +172,5 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
     changed = json.loads((tmp_path / "tokenizer.json").read_text("utf-8")) | {"kind": "words"}
     (tmp_path / "words.json").write_text(json.dumps(changed))
     monkeypatch.setitem(__import__("sys").modules, "rjieba", None)
-    with pytest.raises(ValueError, match=r'rjieba is not installed: pip install "tileformer\[finetune\]"'):
+    with pytest.raises(ValueError, match=r'rjieba is not installed: pip install "tileformer\[data\]"'):
         Tokenizer.load(tmp_path / "words.json")

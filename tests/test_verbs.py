@@ -118,7 +118,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny checkpoint that nothing has trained."""
-    pytest.importorskip("rapidfuzz", reason="the train extra is not installed")
+    pytest.importorskip("rapidfuzz", reason="the data extra is not installed")
     from tileformer.decoder import Seq2Seq, Seq2SeqConfig
     from tileformer.training import checkpoint
     from tileformer.training.recipes import g2p

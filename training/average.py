@@ -1,17 +1,14 @@
 """Two ways to use several checkpoints: one model with their mean weights, or the mean opinion of all (bagging)."""
 
-import copy
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tileformer.decoder import KVCache
+from tileformer.decoder.generation import JoinedState
 from tileformer.kernels import log_softmax
 from tileformer.training import checkpoint
 
@@ -26,16 +23,10 @@ def average_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Te
     """
     mean: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    ties: dict[str, str] = {}
     count = 0
     for path in map(checkpoint.latest, paths):
         file, count = path / checkpoint.WEIGHTS, count + 1
-        try:
-            with safe_open(str(file), framework="pt") as content:
-                found = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, it is no dict
-                ties = {name: kept for name, kept in (content.metadata() or {}).items() if kept in found}
-        except (SafetensorError, FileNotFoundError) as error:
-            raise checkpoint.CheckpointError(f"{file}: expected weights; {error}") from None
+        found, ties = checkpoint.read_tensors(file, "weights")
         shapes = {name: tensor.shape for name, tensor in found.items()}
         if mean and shapes != (wanted := {name: tensor.shape for name, tensor in mean.items()}):
             name = min(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
@@ -49,15 +40,15 @@ def average_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Te
     if not mean:
         raise ValueError("no checkpoints to average")
     result = {name: tensor.to(dtypes[name]) for name, tensor in mean.items()}
-    return result | {name: result[kept] for name, kept in ties.items()}
+    return result | {name: result[kept] for name, kept in ties.items() if kept in result}
 
 
 class Ensemble(nn.Module):
     """Several models of one task as one, whose output is the log of their mean probability (Breiman 1996, bagging).
 
     models: each gives logits of one shape for the same input. A classifier is called, and so is a language model; an
-    ensemble of `Seq2Seq` also decodes with `generate`, each step by the mean over the models. Its `config` then counts
-    all decoder layers. Raises ValueError for no models, or such whose vocabularies or special ids differ.
+    ensemble of models that `generate` decodes is decoded too, each step by the mean over the models. Raises ValueError
+    for no models, or such whose vocabularies or special ids differ.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -67,35 +58,36 @@ class Ensemble(nn.Module):
         self.models = nn.ModuleList(models)
         self.eval()  # opinions, not training: dropout would be sampled
         configs: list[Any] = [model.config for model in models if hasattr(model, "config")]
-        if configs and hasattr(configs[0], "num_decoder_layers"):
-            for name in ("src_vocab", "tgt_vocab", "pad_id", "bos_id", "eos_id"):
-                if len(values := {getattr(config, name) for config in configs}) > 1:
-                    raise ValueError(f"an ensemble needs one {name}, the models have {sorted(values)}")
-            layers = sum(config.num_decoder_layers for config in configs)
-            length = min(config.max_length for config in configs)
-            self.config = replace(configs[0], num_decoder_layers=layers, max_length=length)
+        for name in ("src_vocab", "tgt_vocab", "vocab"):
+            _common(name, configs)
+        for name in ("pad_id", "bos_id", "eos_id", "conditioned"):
+            if (value := _common(name, list(models))) is not None:
+                setattr(self, name, value)
+        if lengths := [model.max_length for model in models if hasattr(model, "max_length")]:
+            self.max_length = min(lengths)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         """Log-probabilities (..., V) in float32 or wider: log of the mean over the models of softmax(logits)."""
         return _log_mean([model(*inputs, **options) for model in self.models])
 
-    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        """The models' memories side by side, (B, T_s, sum of their widths), and the padding mask they share."""
-        memories, paddings = zip(*(model.encode(src) for model in self.models), strict=True)  # type: ignore[operator]
-        return torch.cat(memories, dim=-1), paddings[0]
-
-    def decode(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Log-probabilities (B, T_t, V) as `Seq2Seq.decode` gives logits; `cache` holds the layers of all models."""
-        outputs, layer = [], 0
+    def start(self, tokens: Tensor, **options: Any) -> tuple[Tensor, JoinedState]:
+        """As `Decodable.start`: log-probabilities in place of logits."""
         members: list[Any] = list(self.models)
-        memories = memory.split([model.config.d_model for model in members], dim=-1)
-        for model, own_memory in zip(members, memories, strict=True):
-            own_cache, end = copy.copy(cache), layer + model.config.num_decoder_layers
-            if own_cache is not None:
-                own_cache.layers = own_cache.layers[layer:end]
-            outputs.append(model.decode(tgt, own_memory, src_padding, own_cache))
-            layer = end
-        return _log_mean(outputs)
+        logits, states = zip(*(model.start(tokens, **options) for model in members), strict=True)
+        return _log_mean(list(logits)), JoinedState(*states)
+
+    def step(self, tokens: Tensor, state: JoinedState) -> Tensor:
+        """As `Decodable.step`."""
+        members: list[Any] = list(self.models)
+        return _log_mean([model.step(tokens, own) for model, own in zip(members, state.states, strict=True)])
+
+
+def _common(name: str, holders: Sequence[Any]) -> Any:
+    """What all that have ``name`` say it is, None where nobody has. ValueError where they differ."""
+    values = {getattr(holder, name) for holder in holders if hasattr(holder, name)}
+    if len(values) > 1:
+        raise ValueError(f"an ensemble needs one {name}, the models have {sorted(values)}")
+    return next(iter(values), None)
 
 
 def _log_mean(logits: list[Tensor]) -> Tensor:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tileformer.training.files import PathLike, read_json, shorten, to_json
-from tileformer.training.state import Saved, parse
+from tileformer.training.files import PathLike, quote, read_json, shorten, to_json
+from tileformer.training.state import OLD_NAMES, Saved, parse
 
 FORMAT = "tileformer checkpoint 1"
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
@@ -52,11 +52,11 @@ def latest(path: PathLike) -> Path:
 
     In a run, one that is damaged is passed over for the one before it, with a warning that says what is wrong.
     """
-    found = candidates(path)
-    if found == [Path(path)]:
-        return found[0]
+    result = candidates(path)
+    if result == [Path(path)]:
+        return result[0]
     first: CheckpointError | None = None
-    for step in reversed(found):
+    for step in reversed(result):
         try:
             check(step)
         except CheckpointError as error:
@@ -65,7 +65,7 @@ def latest(path: PathLike) -> Path:
         if first is not None:
             warnings.warn(f"{first}; {step.name}, the last good checkpoint, is used instead", stacklevel=2)
         return step
-    if candidates(path) != found:  # a run has saved, and dropped what was listed
+    if candidates(path) != result:  # a run has saved, and dropped what was listed
         return latest(path)
     raise first or CheckpointError(f"{path}: no checkpoint")
 
@@ -87,16 +87,16 @@ def best(path: PathLike) -> Path:
 
 def steps_in(folder: PathLike) -> list[Path]:
     """Every checkpoint of a run folder, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    result = [path for path in Path(folder).glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(result, key=lambda path: int(path.name[5:]))
 
 
 def check(path: Path) -> None:
     """Read all of one checkpoint of a run. CheckpointError for the first thing in it that is missing or damaged."""
     if "settings" in read_state(path):
         read_training_state(path)
-    tensors, _ = _read(path / WEIGHTS, "weights")
-    moments = _moments(path / TRAINING, _read(path / TRAINING, "optimiser and random states")[0])
+    tensors, _ = read_tensors(path / WEIGHTS, "weights")
+    moments = _moments(path / TRAINING, read_tensors(path / TRAINING, "optimiser and random states")[0])
     _check_finite(path / WEIGHTS, tensors, moments)
 
 
@@ -111,9 +111,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"{file}: expected format {FORMAT!r}, found {shorten(repr(found), 60)}")
+        raise CheckpointError(f"{file}: expected format {FORMAT!r}, found {quote(found)}")
     if not isinstance(state.get("meta", {}), dict):
-        raise CheckpointError(f"{file}: expected meta as an object, found {shorten(repr(state['meta']), 60)}")
+        raise CheckpointError(f"{file}: expected meta as an object, found {quote(state['meta'])}")
     return state
 
 
@@ -123,7 +123,7 @@ def read_training_state(path: Path) -> Saved:
     if "settings" not in state:
         raise CheckpointError(f"{path}: a model that is ready for use; expected one in training, to resume")
     try:
-        saved = parse(Saved, state, str(path / STATE))
+        saved = parse(Saved, {OLD_NAMES.get(name, name): value for name, value in state.items()}, str(path / STATE))
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if path.name.startswith("step-") and path.name != _name(saved.step):
@@ -141,7 +141,7 @@ def build(path: Path, kind: type[Any], make: Callable[[Any], M]) -> M:
         config = parse(kind, read_state(path).get("meta", {}).get("model"), where)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    tensors, ties = _read(path / WEIGHTS, "weights")
+    tensors, ties = read_tensors(path / WEIGHTS, "weights")
     longest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     for name, value in vars(config).items():
         most = max(len(tensors), MOST_LAYERS) if "layers" in name else longest
@@ -166,15 +166,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights takes the model first and then the path, got a {type(model).__name__} first")
     file = Path(path) / WEIGHTS
-    found = _matched(file, model, *_read(file, f"the weights of {type(model).__name__}"))
-    _check_finite(file, found, (name for name, parameter in model.named_parameters() if parameter.requires_grad))
-    model.load_state_dict(found)
+    result = _matched(file, model, *read_tensors(file, f"the weights of {type(model).__name__}"))
+    _check_finite(file, result, (name for name, parameter in model.named_parameters() if parameter.requires_grad))
+    model.load_state_dict(result)
 
 
 def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimiser's state and torch's random states. CheckpointError: a damaged file, or another model's."""
     file = path / TRAINING
-    tensors, _ = _read(file, "optimiser and random states")
+    tensors, _ = read_tensors(file, "optimiser and random states")
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments, wanted = _moments(file, tensors), _state_keys(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -189,10 +189,8 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             raise CheckpointError(f"{file}: expected {sorted(wanted)} of {name}, found {sorted(moments[name])}")
         for key, tensor in moments[name].items():
             if tensor.shape not in (parameter.shape, ()) or not tensor.is_floating_point():
-                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise CheckpointError(
-                    f"{file}: expected {key} of {name} as its {tuple(parameter.shape)}, found {found}"
-                )
+                found = f"{tuple(parameter.shape)}, found {tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise CheckpointError(f"{file}: expected {key} of {name} as its {found}")
             # Laid out in memory as the parameter is: fused optimisers walk through both alike.
             like = torch.empty_like(parameter if tensor.ndim else tensor, dtype=tensor.dtype)
             moments[name][key] = like.copy_(tensor)
@@ -211,17 +209,15 @@ def check_storable(model: nn.Module) -> None:
     """ValueError for a model that no checkpoint can hold, which must not come out at the end of the first hour."""
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} is a {type(value).__name__}: a checkpoint holds tensors only; train without folder="
-            )
+            kind = type(value).__name__
+            raise ValueError(f"{name} is a {kind}: a checkpoint holds tensors only; train without folder=")
         try:
             if value.is_meta or value.layout != torch.strided:
                 raise ValueError("it has no values" if value.is_meta else f"its layout is {value.layout}")
             safetensors.torch.load(safetensors.torch.save({name: torch.empty(0, dtype=value.dtype)}))
         except (ValueError, KeyError, SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"{name!r} ({value.dtype}) cannot be held by a checkpoint: {shorten(error)}; train without folder="
-            ) from None
+            why = f"cannot be held by a checkpoint: {shorten(error)}; train without folder="
+            raise ValueError(f"{name!r} ({value.dtype}) {why}") from None
 
 
 def save(
@@ -311,7 +307,7 @@ def _save(tensors: Tensors, metadata: dict[str, str], file: Path) -> None:
     os.chmod(file, mode)  # that of the umask: safetensors makes it the owner's alone
 
 
-def _read(file: Path, what: str) -> tuple[Tensors, dict[str, str]]:
+def read_tensors(file: Path, what: str) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     try:
         with safe_open(str(file), framework="pt") as content:
@@ -326,20 +322,20 @@ def _matched(file: Path, model: nn.Module, tensors: Tensors, ties: Mapping[str, 
     own = model.state_dict(keep_vars=True)
     wrong = f"{file}: expected the weights of {type(model).__name__};"
     present = {id(own[name]): name for name in own if name in tensors}
-    found = {}
+    result = {}
     for name, mine in own.items():
         source = name if name in tensors else ties.get(name, present.get(id(mine), ""))
         if source not in tensors:
             raise CheckpointError(f"{wrong} it has no {name}")
-        found[name] = theirs = tensors[source]
+        result[name] = theirs = tensors[source]
         if name.endswith("_extra_state"):  # the module knows what it takes
             continue
         if theirs.shape != mine.shape or _kind(theirs) != _kind(mine):
             here, there = (f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in (mine, theirs))
             raise CheckpointError(f"{wrong} {name} is {there} in the file and {here} in the model")
     if unknown := tensors.keys() - own.keys() - set(ties.values()):
-        raise CheckpointError(f"{wrong} the model has no {shorten(repr(min(unknown)), 100)}")
-    return found
+        raise CheckpointError(f"{wrong} the model has no {quote(min(unknown), 100)}")
+    return result
 
 
 def _kind(tensor: Tensor) -> str:
@@ -359,8 +355,8 @@ def _check_finite(file: Path, tensors: Tensors, names: Iterable[str]) -> None:
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every number is finite, with one wait for the device. float8, which torch cannot ask, by float32."""
-    found = [(x if x.element_size() > 1 else x.float()).isfinite().all() for x in tensors]
-    return bool(torch.stack([each.to(found[0].device) for each in found]).all()) if found else True
+    result = [(x if x.element_size() > 1 else x.float()).isfinite().all() for x in tensors]
+    return bool(torch.stack([each.to(result[0].device) for each in result]).all()) if result else True
 
 
 def _moments(file: Path, tensors: Tensors) -> dict[str, Tensors]:
@@ -375,10 +371,8 @@ def _moments(file: Path, tensors: Tensors) -> dict[str, Tensors]:
             moments.setdefault(owner, {})[key] = tensor
     wanted, found = torch.get_rng_state(), tensors.get("random/torch/cpu")
     if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
-        given = "none" if found is None else f"{found.dtype} {tuple(found.shape)}"
-        raise CheckpointError(
-            f"{file}: expected the state of torch's generator, uint8 {tuple(wanted.shape)}, found {given}"
-        )
+        kind = "none" if found is None else f"{found.dtype} {tuple(found.shape)}"
+        raise CheckpointError(f"{file}: expected torch's random state, uint8 {tuple(wanted.shape)}, found {kind}")
     return moments
 
 

@@ -3,13 +3,12 @@
 import importlib
 from typing import Any
 
-EXTRAS = {"peft": "hf"}  # of the libraries that are not in `finetune`
+from tileformer.extras import advice
 
 
-def library(name: str) -> Any:
+def optional_import(name: str) -> Any:
     """The module `name` of an optional library. ValueError that names the extra when it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(name, "finetune")
-        raise ValueError(f'{error.name} is not installed: pip install "tileformer[{extra}]"') from None
+        raise ValueError(f"{error.name} is not installed: {advice(name) or f'pip install {name}'}") from None

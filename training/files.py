@@ -15,6 +15,12 @@ def shorten(value: object, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
+def quote(value: object, limit: int = 60) -> str:
+    """`value` as `repr` shows it, the end left out when it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}...{text[-1]}"
+
+
 def read_json(path: PathLike) -> Any:
     """What a JSON file says. ValueError in one line that names it when it is no JSON; OSError when it cannot be read."""
     try:

@@ -9,9 +9,9 @@ leaves an empty line in the output; the others are served, and the exit status i
 """
 
 import argparse
-import importlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from tileformer import arguments
 
@@ -31,36 +31,54 @@ def main(args: argparse.Namespace) -> int:
     """Print one line for each word; 1 if there are some that cannot be read. ValueError: the checkpoint, or all of them."""
     from tileformer.kernels.info import require_device
     from tileformer.training import checkpoint
+    from tileformer.training.finetune import texts
     from tileformer.training.recipes import RECIPES
+    from tileformer.training.recipes.recipe import Recipe, load
 
     device = require_device(args.device)
     path = checkpoint.latest(args.checkpoint)
-    name = checkpoint.read_state(path).get("meta", {}).get("recipe")
-    if name not in RECIPES:
+    meta = checkpoint.read_state(path).get("meta", {})
+    name = meta.get("recipe")
+    if not isinstance(name, str) or name not in RECIPES:
         raise checkpoint.CheckpointError(f"{path}: expected a model of a recipe ({', '.join(RECIPES)}), found {name!r}")
-    recipe = importlib.import_module(f"tileformer.training.recipes.{name}")
-    inputs = [*_given(args.words)] if args.words else [*_typed(args.encoding)]
+    inputs = [*_from_arguments(args.words)] if args.words else [*_from_standard_input(args.encoding)]
     if not inputs:
         raise ValueError("nothing to read: give inputs, or lines on standard input")
-    answers = iter(recipe.lines(path, [word for _, word in inputs if isinstance(word, str)], device))
-    told = [(where, next(answers) if isinstance(word, str) else word) for where, word in inputs]
-    bad = [f"{where}{answer}" for where, answer in told if isinstance(answer, ValueError)]
-    if len(bad) == len(told):
+    recipe = RECIPES[name]
+    parse: Any = recipe.parse
+    show: Any = recipe.show
+    if "method" in meta:
+        (model, vocabulary), parse, show = texts.load_classifier(path, device), Recipe.parse, texts.show
+    else:
+        model, vocabulary = load(recipe, path, device)
+    readable: list[Any] = []
+    faults: list[str] = []
+    for where, word in inputs:
+        try:
+            if isinstance(word, ValueError):
+                raise word
+            readable.append(parse(vocabulary, word))
+            faults.append("")
+        except ValueError as error:
+            faults.append(f"{where}{error}")
+    bad = [*filter(None, faults)]
+    if not readable:
         raise ValueError(bad[0] + (f"; and {len(bad) - 1:,} more like it" if len(bad) > 1 else ""))
-    for _, answer in told:
-        print("" if isinstance(answer, ValueError) else answer)
-    for line in bad:
-        print(f"tileformer: error: {line}", file=sys.stderr)
+    answers = iter(show(model, vocabulary, readable))
+    for fault in faults:
+        print("" if fault else next(answers))
+    for fault in bad:
+        print(f"tileformer: error: {fault}", file=sys.stderr)
     return int(bool(bad))
 
 
-def _given(words: list[str]) -> Iterator[tuple[str, str | ValueError]]:
+def _from_arguments(words: list[str]) -> Iterator[tuple[str, str | ValueError]]:
     for word in words:
         bad = any("\ud800" <= c <= "\udfff" for c in word)  # how Python keeps the bytes of an argument that are no text
         yield "", ValueError(f"{ascii(word)}: no text") if bad else word.replace("\ufeff", "").strip()
 
 
-def _typed(encoding: str) -> Iterator[tuple[str, str | ValueError]]:
+def _from_standard_input(encoding: str) -> Iterator[tuple[str, str | ValueError]]:
     """(where it stands, the line or why it is none) for each line of standard input that is not blank."""
     from tileformer.training.data import text
 

@@ -39,25 +39,25 @@ def open_log(folder: PathLike | None, step: int, total: int) -> Iterator[Callabl
 
 def records(path: PathLike) -> list[tuple[str, Record]]:
     """Every line of a log that is a record, with what it says."""
-    found = []
+    result = []
     for line in Path(path).read_text("utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # such as the half line of a killed run
             continue
         if isinstance(record, dict) and all(isinstance(record.get(name), int | float) for name in RECORDED):
-            found.append((line + "\n", record))
-    return found
+            result.append((line + "\n", record))
+    return result
 
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep the records up to `step`."""
     if not path.exists():
         return
-    found = records(path)
-    if lost := path.read_bytes().count(b"\n") - len(found):
+    result = records(path)
+    if lost := path.read_bytes().count(b"\n") - len(result):
         warnings.warn(f"{path}: damaged; {lost} lines that are no records of a run are left out", stacklevel=2)
-    write(path, "".join(line for line, record in found if record["step"] <= step))
+    write(path, "".join(line for line, record in result if record["step"] <= step))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The one step loop: accumulation, clipping, mixed precision, validation that may steer, log, checkpoints, resume."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -8,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.training import checkpoint
-from tileformer.training.files import shorten, to_json
+from tileformer.training.files import quote, shorten, to_json
 from tileformer.training.log import open_log
 from tileformer.training.losses import sequence_loss
 from tileformer.training.optimizers import learning_rate_factor, make_optimizer, shrink
 from tileformer.training.process import Stop, lock, stop_at_next_step
 from tileformer.training.settings import Settings
-from tileformer.training.state import Place
+from tileformer.training.state import TrainState
 
 
 class AnyBatches(Protocol):
-    """What `fit` asks of its data: a `for` loop is (what is left of) one epoch, the state is the exact place in it.
+    """What `fit` asks of its data: a `for` loop is (what is left of) one epoch, the state is the exact position in it.
 
     A batch has `to(device)`, `tokens` in the unit of the budget, and `label_tokens`, what a mean loss is a mean of.
     """
@@ -88,14 +88,14 @@ def backward_once(model: nn.Module, batch: Any, loss_fn: LossFunction, scale: Te
 def evaluate(model: nn.Module, batches: AnyBatches, loss_fn: LossFunction, *, precision: str = "fp32") -> float:
     """Mean of `loss_fn` per label over one whole epoch of `batches`, in eval mode and without gradients.
 
-    Leaves every module's training flag, torch's random states, and the place in `batches` as they were.
+    Leaves every module's training flag, torch's random states, and the position in `batches` as they were.
     """
     device = next(model.parameters()).device
     flags = [(module, module.training) for module in model.modules()]
-    place = batches.state_dict()
+    position = batches.state_dict()
     total, labels = torch.zeros((), device=device), 0
     model.eval()
-    batches.load_state_dict(place | {"index": 0, "piece": 0})  # where an epoch starts; only a stream cuts into pieces
+    batches.load_state_dict(position | {"index": 0, "piece": 0})  # where an epoch starts; a stream has pieces
     try:
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), _cast(device, precision):
@@ -103,7 +103,7 @@ def evaluate(model: nn.Module, batches: AnyBatches, loss_fn: LossFunction, *, pr
                 total += loss_fn(model, batch.to(device)).float() * batch.label_tokens
                 labels += batch.label_tokens
     finally:
-        batches.load_state_dict(place)
+        batches.load_state_dict(position)
         for module, training in flags:
             module.training = training
     if not labels:
@@ -148,73 +148,48 @@ def fit(
         raise ValueError(f"{settings.steered} needs a validation loss: pass valid=")
     if resume and folder is None:
         raise ValueError("resume needs the folder of the run")
-    run = partial(_fit, model, batches, settings, loss_fn, valid, meta or {}, groups, backward)
-    if folder is None:
-        return run(None, False, Stop())
-    checkpoint.check_storable(model)
-    to_json(batches.state_dict())
-    if resume:
-        checkpoint.candidates(folder)  # nothing to resume: no folder is made
-    with lock(folder), stop_at_next_step() as stop:
-        if not resume:
-            for found in checkpoint.steps_in(folder):
-                if not overwrite:
-                    raise checkpoint.CheckpointError(
-                        f"{found}: a run is already here; resume it or choose another folder"
-                    )
-        return run(Path(folder), resume, stop)
+    folder = None if folder is None else Path(folder)
+    if folder is not None:
+        checkpoint.check_storable(model)
+        to_json(batches.state_dict())
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_exclusive(folder, resume, overwrite))
+        device = next(model.parameters()).device
+        precision = resolve_precision(settings.precision, device)
+        optimizer = make_optimizer(model, settings, groups)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        # Through JSON, so that it compares equal to what a checkpoint says (JSON has no tuples).
+        run = json.loads(to_json({"settings": asdict(settings) | {"precision": precision}, "meta": meta or {}}))
+        state, saved, between = TrainState(), None, None
+        if folder is not None and resume:
+            saved = checkpoint.latest(folder)
+            state = _restore(saved, model, optimizer, scaler, batches, run)
+            between = saved if state.between else None
+        elif folder is not None:
+            for step in checkpoint.steps_in(folder):
+                checkpoint.discard(step)
 
+        def cast_loss(model: nn.Module, batch: Any) -> Tensor:
+            with _cast(device, precision):
+                return loss_fn(model, batch)
 
-def _fit(
-    model: nn.Module,
-    batches: AnyBatches,
-    settings: Settings,
-    loss_fn: LossFunction,
-    valid: AnyBatches | None,
-    meta: dict[str, Any],
-    groups: Sequence[dict[str, Any]] | None,
-    backward: Backward,
-    folder: Path | None,
-    resume: bool,
-    stop: Stop,
-) -> Report:
-    """What `fit` does in a folder that it has to itself."""
-    device = next(model.parameters()).device
-    precision = resolve_precision(settings.precision, device)
-    optimizer = make_optimizer(model, settings, groups)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    # Through JSON, so that it compares equal to what a checkpoint says (JSON has no tuples).
-    run = json.loads(to_json({"settings": asdict(settings) | {"precision": precision}, "meta": meta}))
-    place, saved, between = Place(), None, None
-    if folder is not None and resume:
-        saved = checkpoint.latest(folder)
-        place = _restore(saved, model, optimizer, scaler, batches, run)
-        between = saved if place.between else None
-    elif folder is not None:
-        for found in checkpoint.steps_in(folder):
-            checkpoint.discard(found)
-
-    def cast_loss(model: nn.Module, batch: Any) -> Tensor:
-        with _cast(device, precision):
-            return loss_fn(model, batch)
-
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    best_weights: dict[str, Tensor] = {}
-    loss_sum = torch.full((), place.pending_loss, device=device)
-    skipped = torch.full((), place.pending_skipped, dtype=torch.int64, device=device)
-    core_start, wall_start = time.process_time() - place.core_seconds, time.perf_counter() - place.wall_seconds
-    window_start = time.process_time() - place.pending_core_seconds
-    saved_at, save_seconds = time.monotonic(), 0.0
-    steps, data = _steps(batches, settings.accumulate), batches.state_dict()
-    model.train()
-    with open_log(folder, place.step, settings.tokens) as record:
-        while not place.ended(settings):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        best_weights: dict[str, Tensor] = {}
+        loss_sum = torch.full((), state.pending_loss, device=device)
+        skipped = torch.full((), state.pending_skipped, dtype=torch.int64, device=device)
+        core_start, wall_start = time.process_time() - state.core_seconds, time.perf_counter() - state.wall_seconds
+        window_start = time.process_time() - state.pending_core_seconds
+        saved_at, save_seconds = time.monotonic(), 0.0
+        steps, data = _steps(batches, settings.accumulate), batches.state_dict()
+        model.train()
+        record = stack.enter_context(open_log(folder, state.step, settings.tokens))
+        while not state.ended(settings):
             step_start = time.monotonic()
             taken, data, epoch_ends = next(steps)
             tokens, labels = sum(batch.tokens for batch in taken), sum(batch.label_tokens for batch in taken)
             # A step's rate is that of its middle: neither the first nor the last one is wasted on a rate of 0.
-            rate = settings.lr * learning_rate_factor((place.tokens + tokens / 2) / settings.tokens, settings)
-            rate *= place.cut
+            rate = settings.lr * learning_rate_factor((state.tokens + tokens / 2) / settings.tokens, settings)
+            rate *= state.plateau_factor
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
             for batch in taken:
@@ -230,73 +205,85 @@ def _fit(
             if scaler.is_enabled():
                 skipped += norm.isfinite().logical_not()
             optimizer.zero_grad(set_to_none=True)
-            place.step, place.tokens = place.step + 1, place.tokens + tokens
-            place.pending_steps, place.pending_tokens = place.pending_steps + 1, place.pending_tokens + tokens
+            state.step, state.tokens = state.step + 1, state.tokens + tokens
+            state.pending_steps, state.pending_tokens = state.pending_steps + 1, state.pending_tokens + tokens
 
-            ended, every = place.ended(settings), settings.valid_every
-            saving = ended or place.step % settings.save_every == 0
-            due = place.step % every == 0 if isinstance(every, int) else epoch_ends if every == "epoch" else saving
+            ended, every = state.ended(settings), settings.valid_every
+            saving = ended or state.step % settings.save_every == 0
+            due = state.step % every == 0 if isinstance(every, int) else epoch_ends if every == "epoch" else saving
             validating = valid is not None and (due or ended)
             now = time.monotonic()
             at_risk = now - saved_at + (now - step_start) + save_seconds  # by a kill before a save behind the next step
             late = folder is not None and (stop.signum > 0 or at_risk > max(AT_RISK, AT_RISK_SAVES * save_seconds))
-            logging = saving or validating or place.step % settings.log_every == 0
+            logging = saving or validating or state.step % settings.log_every == 0
             if not (logging or late):
                 continue
             # All that is ever read from the device.
-            mean, gradient = loss_sum.item() / place.pending_steps, norm.item()
-            _check_finite(place.step, mean, gradient, scaler)
+            mean, gradient = loss_sum.item() / state.pending_steps, norm.item()
+            _check_finite(state.step, mean, gradient, scaler)
             clock = time.process_time()
             if logging:
-                place.last = {"step": place.step, "tokens": place.tokens, "loss": mean, "lr": rate}
-                place.last["gradient_norm"] = gradient if math.isfinite(gradient) else None
-                speed = place.pending_tokens / max(clock - window_start, 1e-9)
-                place.last["tokens_per_core_second"] = round(speed)
+                state.last = {"step": state.step, "tokens": state.tokens, "loss": mean, "lr": rate}
+                state.last["gradient_norm"] = gradient if math.isfinite(gradient) else None
+                speed = state.pending_tokens / max(clock - window_start, 1e-9)
+                state.last["tokens_per_core_second"] = round(speed)
                 if scaler.is_enabled():
-                    place.skipped += int(skipped.item())
-                    place.last |= {"skipped": place.skipped, "loss_scale": scaler.get_scale()}
+                    state.skipped += int(skipped.item())
+                    state.last |= {"skipped": state.skipped, "loss_scale": scaler.get_scale()}
                 if validating and valid is not None:
                     measured = evaluate(model, valid, loss_fn, precision=precision)
                     if not math.isfinite(measured):
-                        raise FloatingPointError(
-                            f"step {place.step}: validation loss {measured}; try a lower lr or clip"
-                        )
-                    place.last["valid_loss"], improved = measured, place.judge(measured, settings)
-                    saving = saving or place.ended(settings) or improved and settings.keep_best
+                        raise FloatingPointError(f"step {state.step}: validation loss {measured}; try a lower lr")
+                    state.last["valid_loss"], improved = measured, state.record_validation(measured, settings)
+                    saving = saving or state.ended(settings) or improved and settings.keep_best
                     if improved and settings.keep_best and folder is None:
                         best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-                record(place.last | {"core_seconds": round(time.process_time() - core_start, 2)})
+                record(state.last | {"core_seconds": round(time.process_time() - core_start, 2)})
                 loss_sum.zero_()
                 skipped.zero_()
-                place.pending_steps, place.pending_tokens, window_start = 0, 0, time.process_time()
+                state.pending_steps, state.pending_tokens, window_start = 0, 0, time.process_time()
             stopping = stop.signum > 0  # also since `late` was decided: a validation may take minutes
             if folder is not None and (saving or late or stopping):
                 if not checkpoint.is_finite(parameters):
-                    raise FloatingPointError(f"step {place.step}: weights that are not finite; try a lower lr or clip")
+                    raise FloatingPointError(f"step {state.step}: weights that are not finite; try a lower lr or clip")
                 save_start = time.monotonic()
-                place.core_seconds = time.process_time() - core_start
-                place.wall_seconds = time.perf_counter() - wall_start
-                place.pending_loss, place.pending_skipped = loss_sum.item(), int(skipped.item())
-                place.pending_core_seconds = time.process_time() - window_start if place.pending_steps else 0.0
-                place.between = not saving
-                state = asdict(place) | {"scaler": scaler.state_dict(), "data": data} | run
-                state |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-                best, keep = place.best_step if settings.keep_best else None, settings.keep + place.between
-                saved = checkpoint.save(folder, model, optimizer, state, keep=keep, best=best, replaces=between)
-                between, saved_at = saved if place.between else None, time.monotonic()
+                state.core_seconds = time.process_time() - core_start
+                state.wall_seconds = time.perf_counter() - wall_start
+                state.pending_loss, state.pending_skipped = loss_sum.item(), int(skipped.item())
+                state.pending_core_seconds = time.process_time() - window_start if state.pending_steps else 0.0
+                state.between = not saving
+                content = asdict(state) | {"scaler": scaler.state_dict(), "data": data} | run
+                content |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+                best, keep = state.best_step if settings.keep_best else None, settings.keep + state.between
+                saved = checkpoint.save(folder, model, optimizer, content, keep=keep, best=best, replaces=between)
+                between, saved_at = saved if state.between else None, time.monotonic()
                 save_seconds = saved_at - save_start
             if stopping:
                 break
-    batches.load_state_dict(data)  # `steps` looks one step ahead
-    if stop.signum:
-        raise stop.error(f"stopped at step {place.step}; fit(..., resume=True) goes on from {saved}")
-    if settings.keep_best and folder is not None:
-        checkpoint.load_weights(model, checkpoint.best(folder))
-    elif best_weights:
-        model.load_state_dict(best_weights)
-    core, wall = time.process_time() - core_start, time.perf_counter() - wall_start
-    valid_loss = place.best if settings.keep_best else place.last.get("valid_loss")
-    return Report(place.step, place.tokens, place.last["loss"], core, wall, saved, valid_loss, place.skipped)
+        batches.load_state_dict(data)  # `steps` looks one step ahead
+        if stop.signum:
+            raise stop.error(f"stopped at step {state.step}; fit(..., resume=True) goes on from {saved}")
+        if settings.keep_best and folder is not None:
+            checkpoint.load_weights(model, checkpoint.best(folder))
+        elif best_weights:
+            model.load_state_dict(best_weights)
+        core, wall = time.process_time() - core_start, time.perf_counter() - wall_start
+        valid_loss = state.best if settings.keep_best else state.last.get("valid_loss")
+        return Report(state.step, state.tokens, state.last["loss"], core, wall, saved, valid_loss, state.skipped)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path | None, resume: bool, overwrite: bool) -> Iterator[Stop]:
+    """A folder with its run, if there is one, for this thread alone; and whether the process was asked to stop."""
+    if folder is None:
+        yield Stop()
+        return
+    if resume:
+        checkpoint.candidates(folder)  # nothing to resume: no folder is made
+    with lock(folder), stop_at_next_step() as stop:
+        if (steps := checkpoint.steps_in(folder)) and not (resume or overwrite):
+            raise checkpoint.CheckpointError(f"{steps[0]}: a run is already here; resume it or choose another folder")
+        yield stop
 
 
 def _cast(device: torch.device, precision: str) -> torch.autocast:
@@ -304,7 +291,7 @@ def _cast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def _steps(batches: AnyBatches, accumulate: int) -> Iterator[tuple[list[Any], dict[str, Any], bool]]:
-    """For ever: the batches of one step, the place in the data behind them, and whether an epoch ends with them.
+    """For ever: the batches of one step, the position in the data behind them, and whether an epoch ends with them.
 
     Looks one step ahead, because only an iterator that stops says that an epoch is over.
     """
@@ -314,9 +301,9 @@ def _steps(batches: AnyBatches, accumulate: int) -> Iterator[tuple[list[Any], di
         if not taken and empty:
             raise ValueError("there are no batches to train on")
         while taken:
-            place = batches.state_dict()
+            position = batches.state_dict()
             ahead = list(itertools.islice(iterator, accumulate))
-            yield taken, place, not ahead
+            yield taken, position, not ahead
             taken = ahead
 
 
@@ -334,8 +321,8 @@ def _restore(
     scaler: torch.amp.GradScaler,
     batches: AnyBatches,
     run: dict[str, Any],
-) -> Place:
-    """Put a checkpoint back into every object that has state; returns its place."""
+) -> TrainState:
+    """Put a checkpoint back into every object that has state; returns where it stands."""
     state = checkpoint.read_training_state(path)
     # A checkpoint older than a setting was written with what is now the default.
     defaults = {"settings": {setting.name: setting.default for setting in fields(Settings)}, "meta": {}}
@@ -343,7 +330,7 @@ def _restore(
         for name, value in run[part].items():
             before = getattr(state, part).get(name, defaults[part].get(name))
             if name not in CADENCE and before != value:
-                found = f"a run with {part} {name}={shorten(repr(before))}; asked to resume with {shorten(repr(value))}"
+                found = f"a run with {part} {name}={quote(before, 200)}; asked to resume with {quote(value, 200)}"
                 raise checkpoint.CheckpointError(f"{path}: {found}")
     try:
         batches.load_state_dict(state.data)
@@ -362,4 +349,4 @@ def _restore(
             "the last bits of the result may differ from the uninterrupted run's",
             stacklevel=4,
         )
-    return Place(**{part.name: getattr(state, part.name) for part in fields(Place)})
+    return TrainState(**{part.name: getattr(state, part.name) for part in fields(TrainState)})

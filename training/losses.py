@@ -34,7 +34,7 @@ def classification_loss(
 
 
 def language_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the next token in nats, over places that have one (label above 0). Shape ().
+    """Mean cross-entropy of the next token in nats, over positions that have one (label above 0). Shape ().
 
     batch: a `PackedBatch`; model(source (1, total), cu_seqlens=...) gives logits (1, total, V).
     """

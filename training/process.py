@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tileformer import arguments
 from tileformer.training.files import PathLike, shorten
 
 LOCK = ".lock"
@@ -22,9 +23,8 @@ def require_single() -> None:
     """ValueError under a launcher of several processes: each would train the whole run, and all into one folder."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size.strip() not in ("", "0", "1"):
-        raise ValueError(
-            f"WORLD_SIZE is {shorten(size, 20)}: this command trains in one process; start it without torchrun, or unset it"
-        )
+        advice = "this command trains in one process; start it without torchrun, or unset it"
+        raise ValueError(f"WORLD_SIZE is {shorten(size, 20)}: {advice}")
 
 
 @contextlib.contextmanager
@@ -50,9 +50,8 @@ def lock(folder: PathLike) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            raise ValueError(
-                f"{folder}: process {owner} is at work in it; wait until it has ended, or choose another folder"
-            ) from None
+            advice = "wait until it has ended, or choose another folder"
+            raise ValueError(f"{folder}: process {owner} is at work in it; {advice}") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
@@ -114,15 +113,25 @@ def stop_at_next_step() -> Iterator[Stop]:
             signal.signal(number, was)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that trains."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+    add("--threads", type=arguments.THREADS, default=1, metavar="N", help="CPU threads of a process (default 1)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
+    about = "all that is drawn: weights, order, dropout, which labels (default 0)"
+    add("--seed", type=arguments.SEED, default=0, metavar="N", help=about)
+
+
 def command(verb: str, add_arguments: Callable[[argparse.ArgumentParser], None], args: argparse.Namespace) -> str:
     """The command line of `args` that goes on with a run that was stopped."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     words = ["tileformer", verb, args.recipe]
-    for name, usual in vars(parser.parse_args([])).items():
-        given = getattr(args, name)
-        if given != usual and name not in ("recipe", "resume", "overwrite"):
-            words += [f"--{name.replace('_', '-')}", *([] if given is True else [str(given)])]
+    for name, usual in vars(parser.parse_args([args.recipe])).items():
+        value = getattr(args, name)
+        if value != usual and name not in ("recipe", "resume", "overwrite"):
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join([*words, "--resume"])
 
 

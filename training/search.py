@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tileformer.training.extras import library
+from tileformer.training.extras import optional_import
 
 Objective = Callable[[dict[str, Any]], float]
 
@@ -75,7 +75,7 @@ def cross_validate(
     score: (row numbers to train on, row numbers to test on) to a figure. labels: the class of each row.
     Raises ValueError when scikit-learn is missing, k < 2, there is one class only, or one has fewer than k rows.
     """
-    folds = library("sklearn.model_selection").StratifiedKFold
+    folds = optional_import("sklearn.model_selection").StratifiedKFold
     counts = Counter(labels)
     if k < 2 or len(counts) < 2:
         raise ValueError(f"expected at least 2 folds and 2 classes, got k={k} and classes {sorted(counts)}")
@@ -87,7 +87,7 @@ def cross_validate(
 
 
 def _optuna() -> Any:
-    optuna = library("optuna")
+    optuna = optional_import("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -129,5 +129,5 @@ def _try(optuna: Any, study: Any, seed: int, objective: Objective, space: Mappin
 
 
 def _ranked(study: Any) -> list[Trial]:
-    found = [Trial(trial.params, math.inf if trial.value is None else trial.value) for trial in _finished(study)]
-    return sorted(found, key=lambda trial: trial.value)
+    result = [Trial(trial.params, math.inf if trial.value is None else trial.value) for trial in _finished(study)]
+    return sorted(result, key=lambda trial: trial.value)

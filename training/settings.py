@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tileformer.training.files import shorten
+from tileformer.training.files import quote
 
 CHOICES = {
     "optimizer": ("adamw", "sgd", "rmsprop"),
@@ -62,9 +62,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {shorten(repr(getattr(self, name)))}"
-                )
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {quote(getattr(self, name), 200)}")
         for name, value in vars(self).items():
             if any(isinstance(x, float) and not math.isfinite(x) for x in (value if name == "betas" else (value,))):
                 raise ValueError(f"{name} must be finite, got {value}; a large number has the effect of infinity")
@@ -77,16 +75,15 @@ class Settings:
         if not (0 <= self.warmup < 1 and 0 < self.decay <= 1):
             raise ValueError(f"warmup must be in [0, 1) and decay in (0, 1], got {self.warmup} and {self.decay}")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(
-                f"warmup and decay of wsd share the run, got {self.warmup} and {self.decay}, over 1 together"
-            )
+            both = f"{self.warmup} and {self.decay}"
+            raise ValueError(f"warmup and decay of wsd share the run, got {both}, over 1 together")
         if self.schedule == "inverse_sqrt" and not self.warmup:
             raise ValueError("warmup must be above 0 for inverse_sqrt, which falls from its end, got 0")
         if not 0 < self.plateau_factor < 1:
             raise ValueError(f"plateau_factor must be in (0, 1), got {self.plateau_factor}")
         every = self.valid_every
         if every not in ("save", "epoch") and not (isinstance(every, int) and every > 0):
-            raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {shorten(repr(every))}")
+            raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {quote(every, 200)}")
         if self.steered and every == "save":
             raise ValueError(
                 f"valid_every must be 'epoch' or a number of steps with {self.steered}: "

@@ -1,4 +1,4 @@
-"""What state.json says of a run in training: every field is held against its type before anything uses it."""
+"""What state.json says of a run in training: every field is checked against its type before anything uses it."""
 
 import math
 import types
@@ -6,21 +6,22 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
-from tileformer.training.files import shorten
+from tileformer.training.files import quote, shorten
 from tileformer.training.settings import Settings
 
 T = TypeVar("T")
+OLD_NAMES = {"stale": "validations_since_best", "cut": "plateau_factor"}  # of fields, in state.json of older runs
 
 
 def parse(kind: type[T], values: Any, where: str) -> T:
     """The dataclass `kind` from what JSON says of it. ValueError that begins with `where`: a key that is missing or
     unknown, a value of another type, a number that is not finite, or what `kind` itself refuses."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object, found {shorten(repr(values), 60)}")
+        raise ValueError(f"{where}: expected an object, found {quote(values)}")
     known = {part.name: part for part in fields(kind)}  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"{where}: no field {shorten(repr(unknown[0]), 60)} is known; damaged, or of a newer version")
-    found = {}
+        raise ValueError(f"{where}: no field {quote(unknown[0])} is known; damaged, or of a newer version")
+    result = {}
     for name, part in known.items():
         if name not in values:
             if part.default is MISSING and part.default_factory is MISSING:
@@ -31,10 +32,10 @@ def parse(kind: type[T], values: Any, where: str) -> T:
             value = int(value)  # a budget given as 1e6
         if not _is(value, part.type):
             wanted = part.type.__name__ if isinstance(part.type, type) else str(part.type)
-            raise ValueError(f"{where}: expected {name} as {wanted}, found {shorten(repr(value), 60)}")
-        found[name] = tuple(value) if isinstance(value, list) else value
+            raise ValueError(f"{where}: expected {name} as {wanted}, found {quote(value)}")
+        result[name] = tuple(value) if isinstance(value, list) else value
     try:
-        return kind(**found)
+        return kind(**result)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {shorten(error)}") from None
 
@@ -58,12 +59,12 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 @dataclass
-class Place:
-    """Where a run stands: what its checkpoint holds beside weights, optimiser, random states and the place in the data.
+class TrainState:
+    """Where a run stands: what its checkpoint holds beside weights, optimiser, random states and the position in the data.
 
-    stale: validations since the lowest loss, `best`, was measured at `best_step`; cut: what the plateau rule has left of
-    the learning rate; last: the last line of the log. pending_*: steps behind that line, and their sums. between: saved
-    between two of the periodic checkpoints, because the run was stopped or time had passed.
+    validations_since_best: since the lowest loss, `best`, was measured at `best_step`; plateau_factor: what the plateau
+    rule has left of the learning rate; last: the last line of the log. pending_*: steps behind that line, and their sums.
+    between: saved between two of the periodic checkpoints, because the run was stopped or time had passed.
 
     Raises ValueError for numbers that no run can have.
     """
@@ -76,8 +77,8 @@ class Place:
     skipped: int = 0
     best: float | None = None
     best_step: int | None = None
-    stale: int = 0
-    cut: float = 1.0
+    validations_since_best: int = 0
+    plateau_factor: float = 1.0
     pending_steps: int = 0
     pending_tokens: int = 0
     pending_loss: float = 0.0
@@ -90,28 +91,28 @@ class Place:
             signed = name in ("best", "pending_loss")
             if isinstance(value, int | float) and not signed and value < 0:
                 raise ValueError(f"{name} must not be below 0, got {value}")
-        if not 0 < self.cut <= 1:
-            raise ValueError(f"cut must be in (0, 1], got {self.cut}")
+        if not 0 < self.plateau_factor <= 1:
+            raise ValueError(f"plateau_factor must be in (0, 1], got {self.plateau_factor}")
         if max(self.best_step or 0, self.pending_steps) > self.step or self.pending_tokens > self.tokens:
             raise ValueError(f"a part of the run is longer than its {self.step:,} steps and {self.tokens:,} tokens")
 
-    def judge(self, valid_loss: float, settings: Settings) -> bool:
+    def record_validation(self, valid_loss: float, settings: Settings) -> bool:
         """Take in one validation. Whether it was the lowest so far."""
         if valid_loss < (math.inf if self.best is None else self.best):
-            self.best, self.best_step, self.stale = valid_loss, self.step, 0
+            self.best, self.best_step, self.validations_since_best = valid_loss, self.step, 0
             return True
-        self.stale += 1
-        if settings.schedule == "plateau" and self.stale % settings.plateau_wait == 0:
-            self.cut = max(self.cut * settings.plateau_factor, settings.floor)
+        self.validations_since_best += 1
+        if settings.schedule == "plateau" and self.validations_since_best % settings.plateau_wait == 0:
+            self.plateau_factor = max(self.plateau_factor * settings.plateau_factor, settings.floor)
         return False
 
     def ended(self, settings: Settings) -> bool:
-        return self.tokens >= settings.tokens or 0 < settings.patience <= self.stale
+        return self.tokens >= settings.tokens or 0 < settings.patience <= self.validations_since_best
 
 
 @dataclass
-class Saved(Place):
-    """All of state.json of a run in training: its place, and what it was made by."""
+class Saved(TrainState):
+    """All of state.json of a run in training: where it stands, and what it was made by."""
 
     format: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -125,5 +126,5 @@ class Saved(Place):
         super().__post_init__()
         loss = self.last.get("loss")
         if self.last and not _is(loss, float):
-            raise ValueError(f"expected the loss of the last line as a number, found {shorten(repr(loss), 60)}")
+            raise ValueError(f"expected the loss of the last line as a number, found {quote(loss)}")
         parse(Settings, self.settings, "settings")

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.bench.check.budget import over_budget
-from tileformer.bench.report import Growing
+from tileformer.bench.tables import Column, Growing, head, line, markdown_cells
 from tileformer.decoder import convert, huggingface
 from tileformer.kernels import use_backend
 
-Given = tuple[dict[str, Any], Tensor | None]  # a forward's arguments; which logits count, None: all
+Inputs = tuple[dict[str, Any], Tensor | None]  # a forward's arguments; which logits count, None: all
 _SIZE = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 _GROUPED = dict(_SIZE, num_key_value_heads=2)
 _PAIR = dict(
@@ -94,19 +94,9 @@ def eager(name: str) -> Any:
         del options["vocab_size"]
     if name == "DETR":
         del options["vocab_size"]
-        sizes = dict(
-            embedding_size=8,
-            hidden_sizes=[8, 8, 16, 16],
-            depths=[1, 1, 1, 1],
-            layer_type="basic",
-            out_features=["stage4"],
-        )
-        options |= dict(
-            use_timm_backbone=False,
-            use_pretrained_backbone=False,
-            backbone=None,
-            backbone_config=transformers.ResNetConfig(**sizes),
-        )
+        layers = dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"])
+        backbone = transformers.ResNetConfig(embedding_size=8, **layers)
+        options |= dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone)
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
 
 
@@ -132,12 +122,11 @@ def _deeptab() -> Any:
 def ours(model: nn.Module) -> tuple[Any, Any]:
     """A copy of the model that computes with our kernels, and the report of what was swapped."""
     model = copy.deepcopy(model)
-    return model, (
-        convert(model) if type(model).__module__.startswith(("torch.", "tileformer.")) else huggingface.use(model)
-    )
+    torchs = type(model).__module__.startswith(("torch.", "tileformer."))
+    return model, convert(model) if torchs else huggingface.use(model)
 
 
-def given(model: Any, side: str) -> Given:
+def inputs_of(model: Any, side: str) -> Inputs:
     """Two rows, of 9 and 6 positions, padded on the `side` "left" or "right"."""
     draw, kind = torch.Generator().manual_seed(1), type(model).__name__
     kept = torch.ones(2, 9, dtype=torch.long)
@@ -154,14 +143,13 @@ def given(model: Any, side: str) -> Given:
         return dict(pixel_values=torch.randn(2, 3, 64, 64, generator=draw), pixel_mask=seen), None
     if kind.startswith("ViT"):
         return dict(pixel_values=torch.randn(2, 3, 16, 16, generator=draw)), None
-    found: dict[str, Any] = dict(input_ids=torch.randint(3, 61, (2, 9), generator=draw), attention_mask=kept)
+    tokens: dict[str, Any] = dict(input_ids=torch.randint(3, 61, (2, 9), generator=draw), attention_mask=kept)
     if model.config.is_encoder_decoder:
-        found["decoder_input_ids"] = torch.randint(3, 61, (2, 7), generator=draw)
-        return found, None
-    return found, kept.bool()
+        return tokens | dict(decoder_input_ids=torch.randint(3, 61, (2, 7), generator=draw)), None
+    return tokens, kept.bool()
 
 
-def _computed(model: Any, inputs: Given, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _computed(model: Any, inputs: Inputs, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Logits and the gradient of each parameter."""
     arguments = {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs[0].items()}
     model = model.to(device, dtype)
@@ -176,10 +164,10 @@ def _computed(model: Any, inputs: Given, dtype: torch.dtype, device: torch.devic
     return {"logits": logits.detach()} | grads
 
 
-def judge(name: str, side: str, backend: str | None, device: torch.device) -> dict[str, float]:
+def errors_of(name: str, side: str, backend: str | None, device: torch.device) -> dict[str, float]:
     """Error over budget of the logits and of each parameter's gradient: at most 1 passes."""
     model = eager(name)
-    inputs = given(model, side)
+    inputs = inputs_of(model, side)
     with use_backend(backend or "auto"):
         got = _computed(ours(model)[0], inputs, torch.float32, device)
     plain = _computed(copy.deepcopy(model), inputs, torch.float32, device)
@@ -198,22 +186,25 @@ def judge(name: str, side: str, backend: str | None, device: torch.device) -> di
 def same_tokens(name: str, beams: int, backend: str | None, device: torch.device) -> bool:
     """Whether a model and its eager self generate the same tokens, greedily (1 beam) or not, from prompts that are padded on the left."""
     model = eager(name).to(device)
-    arguments = {key: x.to(device) for key, x in given(model, "left")[0].items() if key != "decoder_input_ids"}
+    arguments = {key: x.to(device) for key, x in inputs_of(model, "left")[0].items() if key != "decoder_input_ids"}
     options = dict(max_new_tokens=8, num_beams=beams, do_sample=False, pad_token_id=1, eos_token_id=2)
     with use_backend(backend or "auto"):
         got = ours(model)[0].generate(**arguments, **options)
     return torch.equal(got, model.generate(**arguments, **options))
 
 
+TITLES = ("model", "swapped", "left", "logits", "gradients", "worst gradient", "greedy", "beams")
+SHOWN = [Column(TITLES[n], lambda row, n=n: row[n], f"<{26 if n == 0 else 10}") for n in (0, 1, 2, 3, 4, 6, 7, 5)]  # type: ignore[misc]
+
+
 def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
-    """A table, its head first."""
-    yield ["model", "swapped", "left", "logits", "gradients", "worst gradient", "greedy", "beams"]
+    """The cells of TITLES, model by model."""
     absent = importlib.util.find_spec("deeptab") is None
     for name in [*TORCH, *([] if absent else DEEPTAB), *TRANSFORMERS]:
         report = ours(eager(name))[1]
-        found = [judge(name, side, backend, device) for side in SIDES[name]]
-        logits = max(x.pop("logits") for x in found)
-        worst, key = max((ratio, key) for x in found for key, ratio in x.items())
+        errors = [errors_of(name, side, backend, device) for side in SIDES[name]]
+        logits = max(x.pop("logits") for x in errors)
+        worst, key = max((ratio, key) for x in errors for key, ratio in x.items())
         tokens = [str(same_tokens(name, n, backend, device)) if name in GENERATE else "" for n in (1, 3)]
         tokens = [{"True": "the same", "False": "OTHERS"}.get(x, "-") for x in tokens]
         yield [name, str(len(report.swapped)), str(len(report.left)), f"{logits:.2f}", f"{worst:.2f}", key, *tokens]
@@ -222,20 +213,13 @@ def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
 def main(backend: str | None, device: torch.device, file: str | None) -> int:
     """Print the table, also to a Markdown `file`; 1 if something is over its budget or generates other tokens."""
     table: list[list[str]] = []
-    about = (
-        f"({backend or 'auto'} on {device.type}, torch {torch.__version__.split('+')[0]}). {' '.join(__doc__.split())}"
-    )
-    head = f"# Whole models\n\nWritten by `tileformer check --models --report docs/models.md` {about}\n\n"
-
-    def markdown() -> str:
-        return head + "".join(
-            "| " + " | ".join(row) + " |\n" for row in (table[0], ["---"] * len(table[0]), *table[1:])
-        )
-
-    report = Growing(file, markdown)
+    on = f"({backend or 'auto'} on {device.type}, torch {torch.__version__.split('+')[0]})"
+    about = f"Written by `tileformer check --models --report docs/models.md` {on}. {' '.join(__doc__.split())}"
+    growing = Growing(file, lambda: f"# Whole models\n\n{about}\n\n{markdown_cells(TITLES, table)}\n")
+    print(head(SHOWN))
     for row in rows(backend, device):
         table.append(row)
-        report.write()
-        print(f"{row[0]:<26}", *(f"{cell:<10}" for cell in [*row[1:5], *row[6:]]), row[5], flush=True)
-    report.write(last=True)
-    return int(any(float(row[3]) > 1 or float(row[4]) > 1 or "OTHERS" in row for row in table[1:]))
+        growing.write()
+        print(line(SHOWN, row), flush=True)
+    growing.write(last=True)
+    return int(any(float(row[3]) > 1 or float(row[4]) > 1 or "OTHERS" in row for row in table))

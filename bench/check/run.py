@@ -1,6 +1,6 @@
 """Check each op on this machine: every output and gradient against float64, its bits, its memory, its dropout.
 
-Every call of bench/check/cases.py runs on a backend and is held to
+Every call of bench/calls/cases.py runs on a backend and is held to
 
   the error budget of bench/check/budget.py, forward and every gradient, in each dtype;
   the same bits in two runs;
@@ -29,114 +29,104 @@ from torch import Tensor
 
 from tileformer import arguments, kernels
 from tileformer.bench import ahead
-from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Case, Draw
+from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Call, differentiate, function_of, is_floating
+from tileformer.bench.calls.cases import CASES, DRAWS
+from tileformer.bench.calls.matrix import MATRIX
+from tileformer.bench.calls.ops import OPS, Tensors
+from tileformer.bench.calls.pairs import PAIRS
 from tileformer.bench.check import models
 from tileformer.bench.check.budget import over_budget
-from tileformer.bench.check.cases import CASES, DRAWS, OPS
 from tileformer.bench.check.memory import FRESH, RED, Memory
-from tileformer.bench.check.pairs import PAIRS
-from tileformer.bench.report import HEADER, Finding, Growing, as_json, collect, line, markdown, summary, surroundings
+from tileformer.bench.check.report import TABLE, Finding, collect, page, summary, surroundings
 from tileformer.bench.static import compiled
+from tileformer.bench.tables import Growing, as_json, head, line
 from tileformer.kernels import info, interpreter, launch
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
 
-def results(
+def results_of(
     namespace: Any,
-    case: Case,
+    call: Call,
     dtype: torch.dtype,
     device: torch.device,
     rounded: torch.dtype,
     memory: Memory | None = None,
-) -> dict[str, Tensor]:
-    """Outputs and gradients of a case, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`.
+) -> tuple[Tensors, Tensors]:
+    """Results of a call, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`: outputs and gradients, and
+    the gradients of the outputs that it started from.
 
-    With `memory`, inputs lie there, strided as the case says.
+    With `memory`, inputs lie there, strided as the call says.
     """
-    tensors, options = case.inputs()
+    tensors, options = call.inputs()
 
     def put(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         value = x
-        if x.is_floating_point():
-            wide = name in case.fp32
-            value = x.to(torch.float32 if wide else rounded).to(
-                torch.promote_types(dtype, torch.float32) if wide else dtype
-            )
+        if is_floating(x):
+            wide = name in call.fp32
+            value = x.to(torch.float32 if wide else rounded)
+            value = value.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
         if memory is None:
             return value.to(device)
-        return memory.place(value.to(device), x, FAR_AXIS.get(case.layouts.get(name, "")))
+        return memory.place(value.to(device), x, FAR_AXIS.get(call.layouts.get(name, "")))
 
     leaves = {name: put(name, x).requires_grad_() for name, x in tensors.items()}
     options = {name: put(name, x) for name, x in options.items()}
     generator = torch.Generator().manual_seed(1)
-    given: dict[str, Tensor] = {}
+
+    def grad_output(name: str, x: Tensor) -> Tensor:
+        drawn = LAYOUTS[call.layouts.get(name, "far")](torch.randn(x.shape, generator=generator))
+        grad = put(name, drawn).to(x.dtype)
+        hidden = x == -torch.inf  # the log-sum-exp of a row without a key has no gradient
+        return grad.masked_fill(hidden, 0.0) if hidden.any() else grad
+
     with memory or torch.enable_grad():
-        outputs = getattr(namespace, case.op)(**leaves, **options)
-        named = dict(zip(("out", "lse"), outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
-        for name, x in named.items():
-            drawn = LAYOUTS[case.layouts.get(name, "far")](torch.randn(x.shape, generator=generator))
-            given[name] = put(name, drawn).to(x.dtype)
-            if (x == -torch.inf).any():  # the log-sum-exp of a row without a key has no gradient
-                given[name] = given[name].masked_fill(x == -torch.inf, 0.0)
-        gradients = torch.autograd.grad(list(named.values()), list(leaves.values()), list(given.values()))
-    return (
-        {name: x.detach() for name, x in named.items()}
-        | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
-        | {f"given {name}": g for name, g in given.items()}
-    )
+        return differentiate(function_of(namespace, call.op), leaves, options, grad_output)
 
 
-def _wanted(found: dict[str, Tensor]) -> list[str]:
-    return [name for name in found if not name.startswith("given")]
-
-
-def _sizes(case: Case, truth: dict[str, Tensor], rounded: torch.dtype) -> dict[str, Tensor]:
+def _error_sizes(call: Call, truth: Tensors, grads: Tensors, rounded: torch.dtype) -> Tensors:
     """For each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
 
     def wide(name: str, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return x.to(torch.float32 if name in case.fp32 else rounded).double()
+        return x.to(torch.float32 if name in call.fp32 else rounded).double() if is_floating(x) else x
 
-    given = [{name: wide(name, x) for name, x in named.items()} for named in case.inputs()]
-    size: dict[str, Any] = {
-        name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()
-    }
-    size.update(OPS[case.op].sizes(given[0], given[1], truth))
-    return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in size.items()}
+    tensors, options = ({name: wide(name, x) for name, x in named.items()} for named in call.inputs())
+    truth, grads = ({name: x.cpu() for name, x in named.items()} for named in (truth, grads))
+    largest = {name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()}
+    sizes = largest | dict(OPS[call.op].error_sizes(tensors, options, truth, grads))
+    return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in sizes.items()}
 
 
-def judge(case: Case, dtype_name: str, backend: str, device: torch.device) -> dict[str, float]:
-    """Error over budget of each output and gradient of a case: at most 1 passes.
+def errors_of(call: Call, dtype_name: str, backend: str, device: torch.device) -> dict[str, float]:
+    """Error over budget of each output and gradient of a call: at most 1 passes.
 
     Raises:
         AssertionError: for something wrong that is not an error of a value; the message says what.
     """
-    found = examine(case, dtype_name, backend, device, runs=1)
-    assert not found.problems, f"{case.op}, {case.name}, {dtype_name}: {'; '.join(found.problems)}"
-    return found.over_budget
+    finding = examine(call, dtype_name, backend, device, runs=1)
+    assert not finding.problems, f"{call.op}, {call.name}, {dtype_name}: {'; '.join(finding.problems)}"
+    return finding.over_budget
 
 
-def examine(case: Case, dtype_name: str, backend: str, device: torch.device, runs: int = 2) -> Finding:
+def examine(call: Call, dtype_name: str, backend: str, device: torch.device, runs: int = 2) -> Finding:
     """Everything that is checked about a call; `runs` times, for the same bits."""
-    finding = Finding(case.op, case.name, dtype_name, case.reason)
+    finding = Finding(call.op, call.name, dtype_name, call.reason)
     dtype = DTYPES[dtype_name]
 
-    def run(red: int = RED, fresh: int = FRESH) -> tuple[dict[str, Tensor], Memory]:
+    def run(red: int = RED, fresh: int = FRESH) -> tuple[Tensors, Memory]:
         memory = Memory(device, red, fresh)
         with kernels.use_backend(backend):
-            return results(kernels, case, dtype, device, dtype, memory), memory
+            return results_of(kernels, call, dtype, device, dtype, memory)[0], memory
 
-    truth = results(kernels.reference, case, torch.float64, device, dtype)
-    eager = results(kernels.reference, case, dtype, device, dtype)
+    truth, grads = results_of(kernels.reference, call, torch.float64, device, dtype)
+    eager, _ = results_of(kernels.reference, call, dtype, device, dtype)
     got, memory = run()
-    size = _sizes(case, {name: x.detach().cpu() for name, x in truth.items()}, dtype)
+    size = _error_sizes(call, truth, grads, dtype)
     finding.over_budget = {
-        name: over_budget(got[name], eager[name], truth[name], size[name], size.get(f"{name} again", 0.0))
-        for name in _wanted(truth)
+        name: over_budget(got[name], eager[name], x, size[name], size.get(f"{name} again", 0.0))
+        for name, x in truth.items()
     }
     finding.problems += memory.problems()
     for name in [name for name, ratio in finding.over_budget.items() if ratio == math.inf]:
@@ -146,7 +136,7 @@ def examine(case: Case, dtype_name: str, backend: str, device: torch.device, run
             finding.problems.append(f"{name}: what lies outside an input reaches it")
     for _ in range(runs - 1):
         again = run()[0]
-        differ = [name for name in _wanted(got) if not _same_bits(again[name], got[name])]
+        differ = [name for name in got if not _same_bits(again[name], got[name])]
         finding.problems += [f"{name}: another run gave other bits" for name in differ]
     return finding
 
@@ -155,69 +145,68 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
-def examine_draw(draw: Draw, dtype_name: str, backend: str, device: torch.device) -> Finding:
+def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.device) -> Finding:
     """Deviation over its bound of each statistic of an op's dropout, and whether seeds replay."""
-    finding = Finding(draw.op, draw.name, dtype_name, draw.reason)
-    see, dtype, p = OPS[draw.op].draw, DTYPES[dtype_name], draw.p
-    assert see is not None
+    finding = Finding(call.op, call.name, dtype_name, call.reason)
+    draw, dtype, p = OPS[call.op].draw, DTYPES[dtype_name], call.dropout
+    assert draw is not None
 
-    def pull(seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def drawn(seed: Tensor | None) -> tuple[Tensor, Tensor]:
         with kernels.use_backend(backend):
-            return see(getattr(kernels, draw.op), p, seed, device, dtype)
+            return draw(getattr(kernels, call.op), p, seed, device, dtype)
 
     def within(name: str, hits: Tensor, rate: float) -> None:
         bound = SIGMAS * math.sqrt(hits.numel() * rate * (1 - rate)) + 0.5
         finding.over_budget[name] = abs(int(hits.sum()) - hits.numel() * rate) / bound
 
     seed = torch.tensor([0x5EED_0123_4567], device=device)
-    first, backward = pull(seed)
+    first, backward = drawn(seed)
     keep, scale = first != 0, 1 / (1 - p)
+    with kernels.use_backend(backend):
+        looked_up = kernels.dropout_keep(seed, keep.shape, p)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(1)
-        own, following = pull(None)[0], pull(None)[0]
+        unseeded, following = drawn(None)[0], drawn(None)[0]
         torch.manual_seed(1)
-        replayed = pull(None)[0]
+        replayed = drawn(None)[0]
     within("rate", keep, 1 - p)
-    finding.over_budget["mean"] = abs(float(first.double().mean()) - 1) / (
-        SIGMAS * math.sqrt(p / (1 - p) / first.numel()) + 2 * torch.finfo(dtype).eps
-    )
-    finding.over_budget["scale"] = float((first[keep].double() / scale - 1).abs().max()) / (2 * torch.finfo(dtype).eps)
+    roundings = 2 * torch.finfo(dtype).eps
+    spread = SIGMAS * math.sqrt(p / (1 - p) / first.numel())
+    finding.over_budget["mean"] = abs(float(first.double().mean()) - 1) / (spread + roundings)
+    finding.over_budget["scale"] = float((first[keep].double() / scale - 1).abs().max()) / roundings
     agree = p * p + (1 - p) * (1 - p)
-    within("calls", (own != 0) == (following != 0), agree)
+    within("calls", (unseeded != 0) == (following != 0), agree)
     for axis, name in zip(range(-keep.dim(), 0), ("batches", "heads", "rows", "columns")[-keep.dim() :], strict=True):
         even, odd = (keep.movedim(axis, 0)[start::2][: keep.shape[axis] // 2] for start in (0, 1))
         within(name, even == odd, agree)
     for wrong, text in (
-        (not _same_bits(first, pull(seed)[0]), "the same seed gave other bits"),
-        (not _same_bits(own, replayed), "the same state of torch's generator gave other bits"),
+        (not _same_bits(first, drawn(seed)[0]), "the same seed gave other bits"),
+        (not _same_bits(unseeded, replayed), "the same state of torch's generator gave other bits"),
         (not torch.equal(keep, backward != 0), "the backward drops other elements than the forward"),
         (
             backend != "torch" and not torch.equal(keep, kernels.reference.dropout_keep(seed, keep.shape, p)),
             "other elements are kept than reference.dropout_keep keeps",
         ),
+        (not torch.equal(keep, looked_up), "kernels.dropout_keep names other elements than are kept"),
     ):
         finding.problems += [text] * wrong
     return finding
 
 
-def _far(item: Any) -> bool:
-    return any(kind in FAR_AXIS for kind in getattr(item, "layouts", {}).values())
+def _is_far(call: Call) -> bool:
+    return any(kind in FAR_AXIS for kind in call.layouts.values())
 
 
-def _find(item: Case | Draw, dtype: str, backend: str, device: torch.device) -> Finding:
-    """`examine` or `examine_draw`; an error becomes a problem, so that the other calls are still checked."""
-    if isinstance(item, Case) and (why := item.unfit(backend)):
-        return Finding(item.op, item.name, dtype, item.reason, skipped=why)
+def _finding(call: Call, dtype: str, backend: str, device: torch.device) -> Finding:
+    """`examine` or `examine_draws`; an error becomes a problem, so that the other calls are still checked."""
+    finding = Finding(call.op, call.name, dtype, call.reason, skipped=call.unfit(backend))
+    if finding.skipped:
+        return finding
     try:
-        return (
-            examine(item, dtype, backend, device)
-            if isinstance(item, Case)
-            else examine_draw(item, dtype, backend, device)
-        )
+        return (examine_draws if call.draws else examine)(call, dtype, backend, device)
     except Exception as error:
-        finding = Finding(item.op, item.name, dtype, item.reason)
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if _far(item) and isinstance(error, (OSError, torch.OutOfMemoryError)):
+        if _is_far(call) and isinstance(error, (OSError, torch.OutOfMemoryError)):
             finding.skipped = f"too little memory ({text})"
         else:
             finding.problems.append(text)
@@ -226,123 +215,98 @@ def _find(item: Case | Draw, dtype: str, backend: str, device: torch.device) -> 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer check`."""
-    choices = dict(op=sorted(OPS), dtype=list(DTYPES))
-    parser.add_argument(
-        "--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)"
-    )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="also attention calls in which every two features meet, and a table of the features",
-    )
-    parser.add_argument(
-        "--models",
-        action="store_true",
-        help="instead whole models of torch.nn and transformers on our kernels, beside their eager selves",
-    )
-    parser.add_argument("--op", action="append", choices=choices["op"], help="only this op (repeatable)")
-    parser.add_argument(
-        "--case", type=arguments.name, action="append", metavar="NAME", help="only this call (repeatable)"
-    )
-    parser.add_argument("--dtype", action="append", choices=choices["dtype"], help="only this dtype (repeatable)")
-    parser.add_argument(
-        "--backend", choices=("triton", "interpret", "torch"), help="default: triton on a GPU, interpret elsewhere"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-    parser.add_argument(
-        "--report",
-        type=arguments.output_file,
-        metavar="FILE",
-        help="also write a Markdown report to FILE, call by call",
-    )
-    parser.add_argument(
-        "--json", type=lambda text: text if text == "-" else arguments.output_file(text), metavar="FILE",
-        help="also write every figure to FILE, call by call ('-': to standard output instead of the table)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile-only", action="store_true",
-        help="compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's cache for one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--arch", type=arguments.architecture, nargs="+", metavar="CC",
-        help="with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)",
-    )  # fmt: skip
+    add, ops = parser.add_argument, sorted({call.op for call in CASES})
+    add("--quick", action="store_true", help="a few calls of each op (at most 16 kernel specialisations)")
+    about = "also attention calls in which every two features meet, and a table of the features"
+    add("--all", action="store_true", help=about)
+    about = "instead whole models of torch.nn and transformers on our kernels, beside their eager selves"
+    add("--models", action="store_true", help=about)
+    add("--op", action="append", choices=ops, help="only this op (repeatable)")
+    add("--case", type=arguments.name, action="append", metavar="NAME", help="only this call (repeatable)")
+    add("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
+    about = "default: triton on a GPU, interpret elsewhere"
+    add("--backend", choices=("triton", "interpret", "torch"), help=about)
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
+    about = "also write a Markdown report to FILE, call by call"
+    add("--report", type=arguments.output_file, metavar="FILE", help=about)
+    path = lambda text: text if text == "-" else arguments.output_file(text)  # noqa: E731
+    about = "also write every figure to FILE, call by call ('-': to standard output instead of the table)"
+    add("--json", type=path, metavar="FILE", help=about)
+    about = "compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's cache for one"
+    add("--compile-only", action="store_true", help=about)
+    about = "with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)"
+    add("--arch", type=arguments.architecture, nargs="+", metavar="CC", help=about)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the table; 1 if a call failed."""
     if args.models:
         return models.main(args.backend, info.require_device(args.device), args.report)
-    everything: list[Any] = [*compiled.MATRIX] if args.compile_only else [*CASES, *DRAWS, *(PAIRS if args.all else ())]
+    everything = MATRIX if args.compile_only else [*CASES, *DRAWS, *(PAIRS if args.all else ())]
     calls = list(_chosen(everything, args))
     if not calls:
-        names = ", ".join(repr(x.name) for x in everything if not args.op or x.op in args.op)
+        names = ", ".join(repr(call.name) for call in everything if not args.op or call.op in args.op)
         raise ValueError(
             f"nothing is called that: op {args.op}, case {args.case}, dtype {args.dtype}: choose from {names}"
         )
     if args.compile_only:
-        return compiled.report(calls, args.arch, args.json)
+        return compiled.main(calls, args.arch, args.json)
     launch.selftest_due = False  # this is more than that
     device = info.require_device(args.device)
     backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
     if backend in ("triton", "interpret") and (backend == "triton") != (device.type == "cuda"):
         raise ValueError(f"--backend {backend} does not serve {device.type}: triton is for cuda, interpret for cpu")
-    calls.sort(key=lambda call: _far(call[0]))  # last: a wrong offset there would take the process or the GPU down
-    table = args.json != "-"
+    calls.sort(key=lambda call: _is_far(call[0]))  # last: a wrong offset there would take the process or the GPU down
+    printed = args.json != "-"
     if backend == "triton":
-        said = ahead.compile_here([functools.partial(_uncomputed, item, dtype) for item, dtype in calls])
-        if table and said:
+        said = ahead.compile_here([functools.partial(_uncomputed, call, dtype) for call, dtype in calls])
+        if printed and said:
             print(said, flush=True)
-    if table:
-        print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{HEADER}")
+    if printed:
+        print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{head(TABLE)}")
     start, environment = time.perf_counter(), surroundings(backend, device)
     findings: list[Finding] = []
 
-    def report() -> dict[str, Any]:
+    def collected() -> dict[str, Any]:
         return collect(findings, environment, tiles, time.perf_counter() - start, len(calls))
 
-    files = [Growing(args.report, lambda: markdown(report()))]
-    files += [Growing(args.json, lambda: as_json(report()))] if table else []
+    files = [Growing(args.report, lambda: page(collected()))]
+    files += [Growing(args.json, lambda: as_json(collected()))] if printed else []
+    asked = dict(backend=args.backend, device=args.device)
+    repeat = "".join(f" --{name} {value}" for name, value in asked.items() if value)
     with _tiles() as tiles:
         try:
-            for n, (item, dtype) in enumerate(calls, 1):
+            for n, (call, dtype) in enumerate(calls, 1):
                 if sys.stderr.isatty():
-                    print(
-                        f"\r{'compiling and ' if backend == 'triton' else ''}running {n}/{len(calls)}",
-                        end="\r",
-                        file=sys.stderr,
-                    )
-                finding = _find(item, dtype, backend, device)
-                finding.command = f'tileformer check --op {item.op} --case "{item.name}" --dtype {dtype}' + "".join(
-                    f" --{name} {value}"
-                    for name, value in (("backend", args.backend), ("device", args.device))
-                    if value
-                )
+                    doing = "compiling and running" if backend == "triton" else "running"
+                    print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
+                finding = _finding(call, dtype, backend, device)
+                finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
                 findings.append(finding)
-                if table:
-                    print(line(finding), flush=True)
+                if printed:
+                    print(line(TABLE, finding), flush=True)
                 for file in files:
                     file.write()
         finally:
             for file in files:
                 file.write(last=True)
-    found = report()
-    if not table:
-        print(as_json(found), end="")
-        return 1 if found["failed"] else 0
-    for row in found["features"]:
-        print(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
-    print(summary(found))
-    return 1 if found["failed"] else 0
+    data = collected()
+    if printed:
+        for row in data["features"]:
+            print(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
+        print(summary(data))
+    else:
+        print(as_json(data), end="")
+    return 1 if data["failed"] else 0
 
 
-def _uncomputed(item: Case | Draw, dtype: str) -> None:
+def _uncomputed(call: Call, dtype: str) -> None:
     """The launches of a call, to be compiled ahead."""
     cpu = torch.device("cpu")
-    if isinstance(item, Case):
-        results(kernels, item, DTYPES[dtype], cpu, DTYPES[dtype], Memory(cpu))
+    if call.draws:
+        examine_draws(call, dtype, "triton", cpu)
     else:
-        examine_draw(item, dtype, "triton", cpu)
+        results_of(kernels, call, DTYPES[dtype], cpu, DTYPES[dtype], Memory(cpu))
 
 
 @contextlib.contextmanager
@@ -366,15 +330,12 @@ def _tiles() -> Iterator[dict[str, list[str]]]:
         yield seen
 
 
-def _chosen(everything: list[Any], args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
-    for item in everything:
-        if (
-            (args.quick and not item.quick)
-            or (args.op and item.op not in args.op)
-            or (args.case and item.name not in args.case)
-        ):
+def _chosen(everything: list[Call], args: argparse.Namespace) -> Iterator[tuple[Call, str]]:
+    for call in everything:
+        asked = (not args.op or call.op in args.op) and (not args.case or call.name in args.case)
+        if not asked or (args.quick and not call.quick):
             continue
-        dtypes = [d for d in item.dtypes if not args.dtype or d in args.dtype]
+        dtypes = [d for d in call.dtypes if not args.dtype or d in args.dtype]
         if args.quick and not args.dtype and not args.compile_only:
             dtypes = ([d for d in dtypes if d == "bf16"] or dtypes)[:1]
-        yield from ((item, dtype) for dtype in dtypes)
+        yield from ((call, dtype) for dtype in dtypes)

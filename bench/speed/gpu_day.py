@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from tileformer.arguments import ArgumentError, output_folder
+from tileformer.bench.calls.ops import MODES
+from tileformer.bench.calls.providers import OURS
+from tileformer.bench.calls.workloads import TIMED_OPS
 from tileformer.bench.speed.measure import DRY
-from tileformer.bench.speed.providers import OURS
-from tileformer.bench.speed.workloads import MODES, OPS
+from tileformer.bench.tables import Column, markdown, markdown_cells
 from tileformer.kernels.info import require_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +50,7 @@ class Part:
 
 
 def _bench(op: str, seconds: int) -> Part:
-    files = ("--json", "{folder}/" + op + ".json", *(("--csv", "{folder}/" + op + ".csv") if op in OPS else ()))
+    files = ("--json", "{folder}/" + op + ".json", *(("--csv", "{folder}/" + op + ".csv") if op in TIMED_OPS else ()))
     command = ("tileformer", "bench", op, *files, "--resume")
     return Part(op, seconds, command, (*command, "--dry", "--every", "1"), least=min(seconds, 40))
 
@@ -79,17 +82,14 @@ MINUTES = 25
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench gpu-day`."""
+    add, names = parser.add_argument, [part.name for part in PARTS]
     about = "the report's folder (default: runs/gpu-day, or -dry)"
-    parser.add_argument("--output", type=output_folder, metavar="DIR", help=about)
-    parser.add_argument("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
-    parser.add_argument(
-        "--minutes", type=_minutes, default=MINUTES, metavar="N", help=f"end within N minutes (default: {MINUTES})"
-    )
-    names = [part.name for part in PARTS]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="PART", help=f"only these parts: {', '.join(names)}"
-    )
-    parser.add_argument("--again", action="store_true", help="also parts that an earlier call has done")
+    add("--output", type=output_folder, metavar="DIR", help=about)
+    add("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
+    about = f"end within N minutes (default: {MINUTES})"
+    add("--minutes", type=_minutes, default=MINUTES, metavar="N", help=about)
+    add("--only", nargs="+", choices=names, metavar="PART", help=f"only these parts: {', '.join(names)}")
+    add("--again", action="store_true", help="also parts that an earlier call has done")
 
 
 def _minutes(text: str) -> float:
@@ -159,12 +159,12 @@ def _earlier(file: Path, device: str) -> dict[str, dict[str, Any]]:
     kinds = dict(part=str, status=str, seconds=float, limit=float, last=str)
     try:
         kept = json.loads(file.read_text())
-        found = str(kept["device"])
+        measured_on = str(kept["device"])
         rows = [{name: kind(row[name]) for name, kind in kinds.items()} for row in kept["parts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): move it away, or choose another --output") from None
-    if found != device:
-        raise ValueError(f"{file.parent} holds results of {found}, this is {device}: choose another --output")
+    if measured_on != device:
+        raise ValueError(f"{file.parent} holds results of {measured_on}, this is {device}: choose another --output")
     return {row["part"]: row for row in rows}
 
 
@@ -207,14 +207,8 @@ def _run(part: Part, limit: float, dry: bool, folder: Path) -> dict[str, Any]:
     with open(folder / "logs" / f"{part.name}.log", "a+") as file:
         begin = file.seek(0, os.SEEK_END)
         try:
-            process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                start_new_session=True,
-                env=dict(os.environ, PYTHONPATH=path),
-            )
+            options = dict(cwd=ROOT, start_new_session=True, env=dict(os.environ, PYTHONPATH=path))
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
         except OSError as error:
             return done | dict(status="FAILED", seconds=0.0, last=str(error))
         try:
@@ -237,26 +231,25 @@ def _run(part: Part, limit: float, dry: bool, folder: Path) -> dict[str, Any]:
 
 
 def _reports(folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    files = {name: folder / f"{name}.json" for name in (*OPS, "experiments") if name in rows}
-    found = {}
-    for name, file in files.items():
-        if file.exists():
-            try:
-                found[name] = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(f"{file} is damaged ({error}): move it away") from None
-    return found
+    reports = {}
+    for name in (*TIMED_OPS, "experiments"):
+        file = folder / f"{name}.json"
+        if name not in rows or not file.exists():
+            continue
+        try:
+            reports[name] = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): move it away") from None
+    return reports
 
 
 def _publish(folder: Path, device: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """Write what is known so far: parts.json, report.md and the archive. The files that the archive has no room for."""
     ordered = [rows[part.name] for part in PARTS if part.name in rows]
     pictures = sorted(str(path.relative_to(folder)) for path in (folder / "plots").glob("*.png"))
-    report = _report(device == DRY, ordered, _reports(folder, rows), pictures)
-    for name, text in {
-        "parts.json": json.dumps(dict(device=device, parts=ordered), indent=1),
-        "report.md": "\n".join(report) + "\n",
-    }.items():
+    page = _page(device == DRY, ordered, _reports(folder, rows), pictures)
+    parts = json.dumps(dict(device=device, parts=ordered), indent=1)
+    for name, text in {"parts.json": parts, "report.md": page}.items():
         (folder / f"{name}.part").write_text(text)
         os.replace(folder / f"{name}.part", folder / name)
     return _pack(folder, Path(f"{folder}.tar.gz"))
@@ -290,69 +283,71 @@ def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
 def _plots(reports: dict[str, Any], folder: Path) -> None:
     from tileformer.bench.speed.plot import plot  # with training's figures, which need more packages than timing does
 
-    ops = [report for name, report in reports.items() if name in OPS]
+    ops = [report for name, report in reports.items() if name in TIMED_OPS]
     if not ops:
         raise ValueError("no part left results to draw")
     everything = dict(ops[0], results=[row for report in ops for row in report["results"]])
     plot(everything, str(folder / "plots"))
 
 
-def _report(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pictures: list[str]) -> list[str]:
-    lines = ["# GPU day", ""]
+def _page(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pictures: list[str]) -> str:
+    parts = ["# GPU day"]
     if dry:
-        lines += [f"**{DRY.upper()}. No time, rate or share on this page is a measurement.**", ""]
-    any_report = next(iter(reports.values()), None)
-    if any_report:
-        lines += [f"{any_report['device']}, torch {any_report['torch']}", "", "Ceilings, measured by each part:", ""]
-        lines += [
-            f"- {name}: " + ", ".join(f"{n} {x:,.1f}" for n, x in r["ceilings"].items()) for name, r in reports.items()
-        ]
-    lines += ["", "| part | status | seconds | limit | last line |", "|---|---|---|---|---|"]
-    for d in done:
-        name = d["part"] if d["status"] == "left" else f"[{d['part']}](logs/{d['part']}.log)"
-        lines.append(f"| {name} | {d['status']} | {d['seconds']:.0f} | {d['limit']:.0f} | {_cell(d['last'])} |")
-    for op in (op for op in OPS if op in reports):
-        lines += [
-            "",
-            f"## {op}",
-            "",
-            "Milliseconds (ours in bold where it is the fastest); a dash has its reason in the part's log.",
-            "",
-        ]
-        lines += _op_table(reports[op]["results"], dry)
+        parts.append(f"**{DRY.upper()}. No time, rate or share on this page is a measurement.**")
+    if reports:
+        first = next(iter(reports.values()))
+        ceilings = {name: ", ".join(f"{n} {x:,.1f}" for n, x in r["ceilings"].items()) for name, r in reports.items()}
+        parts += [f"{first['device']}, torch {first['torch']}", "Ceilings, measured by each part:"]
+        parts.append("\n".join(f"- {name}: {figures}" for name, figures in ceilings.items()))
+    parts.append(markdown(DONE, done))
+    for op in (op for op in TIMED_OPS if op in reports):
+        about = "Milliseconds (ours in bold where it is the fastest); a dash has its reason in the part's log."
+        parts += [f"## {op}", about, _op_table(reports[op]["results"], dry)]
     if "experiments" in reports:
-        lines += [
-            "",
-            "## Experiments",
-            "",
-            "| question | variant | ms | of the time as shipped | remark |",
-            "|---|---|---|---|---|",
-        ]
         number = lambda row: int("".join(c for c in row["question"].split()[0] if c.isdigit()))  # noqa: E731
-        for row in sorted(reports["experiments"]["results"], key=number):
-            figures = " | ".join("" if x is None else "dry" if dry else f"{x:.4f}" for x in (row["ms"], row["ratio"]))
-            lines.append(f"| {row['question']} | {row['variant']} | {figures} | {_cell(row['problem'])} |")
-    return [*lines, *(["", "## Plots", ""] if pictures else []), *(f"![]({path})" for path in pictures)]
+        rows = sorted(reports["experiments"]["results"], key=number)
+        parts += ["## Experiments", markdown(EXPERIMENTS, [row | dict(dry=dry) for row in rows])]
+    if pictures:
+        parts += ["## Plots", "\n".join(f"![]({path})" for path in pictures)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/")[:160]
+def _link(row: dict[str, Any]) -> str:
+    return row["part"] if row["status"] == "left" else f"[{row['part']}](logs/{row['part']}.log)"
 
 
-def _op_table(rows: list[dict[str, Any]], dry: bool) -> list[str]:
+def _figure(x: float | None, dry: bool, form: str = ".4f", absent: str = "-") -> str:
+    return absent if x is None else "dry" if dry else format(x, form)
+
+
+DONE = [
+    Column("part", _link),
+    Column("status", "status"),
+    Column("seconds", "seconds", ".0f"),
+    Column("limit", "limit", ".0f"),
+    Column("last line", lambda row: row["last"][:160]),
+]
+EXPERIMENTS = [
+    Column("question", "question"),
+    Column("variant", "variant"),
+    Column("ms", lambda row: _figure(row["ms"], row["dry"], absent="")),
+    Column("of the time as shipped", lambda row: _figure(row["ratio"], row["dry"], absent="")),
+    Column("remark", lambda row: row["problem"][:160]),
+]
+
+
+def _op_table(rows: list[dict[str, Any]], dry: bool) -> str:
     who = list(dict.fromkeys(row["provider"] for row in rows if row["median_ms"] is not None))
-    lines = ["| workload | mode | " + " | ".join(who) + " | share of ceilings |", "|---" * (len(who) + 3) + "|"]
-    times = {(r["workload"], r["mode"], r["provider"]): r for r in rows}
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        for mode in MODES:
-            found = {name: times.get((workload, mode, name)) for name in who}
-            ms = {name: r["median_ms"] for name, r in found.items() if r and r["median_ms"] is not None}
-            if not ms:
-                continue
-            cells = ["-" if name not in ms else "dry" if dry else f"{ms[name]:.4f}" for name in who]
-            if OURS in ms and ms[OURS] <= min(ms.values()) and not dry:
-                cells[who.index(OURS)] = f"**{cells[who.index(OURS)]}**"
-            figure = (found.get(OURS) or {}).get("share")
-            share = "dry" if dry else "-" if figure is None else f"{figure:.1%}"
-            lines.append(f"| {workload} | {mode} | " + " | ".join(cells) + f" | {share} |")
-    return lines
+    timed = {(row["workload"], row["mode"], row["provider"]): row for row in rows}
+    lines = []
+    for workload, mode in itertools.product(dict.fromkeys(row["workload"] for row in rows), MODES):
+        of = {name: timed.get((workload, mode, name), dict(median_ms=None, share=None)) for name in who}
+        ms = {name: row["median_ms"] for name, row in of.items() if row["median_ms"] is not None}
+        if not ms:
+            continue
+        cells = {name: _figure(ms.get(name), dry) for name in who}
+        if OURS in ms and ms[OURS] <= min(ms.values()) and not dry:
+            cells[OURS] = f"**{cells[OURS]}**"
+        share = "dry" if dry else _figure(of.get(OURS, {}).get("share"), dry, ".1%")
+        lines.append([workload, mode, *cells.values(), share])
+    return markdown_cells(["workload", "mode", *who, "share of ceilings"], lines)

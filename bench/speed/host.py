@@ -25,13 +25,28 @@ from triton.runtime import driver
 
 from tileformer import arguments
 from tileformer.bench.ahead import announced
+from tileformer.bench.calls import describe
+from tileformer.bench.calls.ops import AFFINE
 from tileformer.bench.recording import ARCHITECTURES, record
-from tileformer.bench.report import Growing, as_json
+from tileformer.bench.tables import Column, Growing, as_json, head, line
 from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import attention, cross_entropy, dropout, layer_norm, softmax, use_backend
 
 NAMES = ("tileformer", "liger", "torch")
-Call = Callable[..., Tensor]
+HOST_CALLS = [
+    describe("layer_norm", "host", "", 4, 8, 64, params=AFFINE, axes=1),
+    describe("softmax", "host", "", 4, 8, 64),
+    describe("cross_entropy", "host", "", 32, 64),
+    describe("dropout", "host", "", 4, 8, 64, p=0.1),
+    describe("attention", "host", "", 2, 2, 2, 8, 8, 16, causal=True),
+    describe("decoder_layer", "host", "", 4, 8, 8, 64, 4, 128, causal=True, dropout=0.1, norm_first=False),
+]
+TABLE = [
+    Column("us a call", "op", "<16"),
+    Column("", "pass", "<10"),
+    *(Column(name, name, ">12.1f") for name in NAMES),
+    *(Column(f"/ {name}", lambda row, name=name: row["over"].get(name), ">12.2f") for name in NAMES[1:]),  # type: ignore[misc]
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,49 +73,47 @@ def main(args: argparse.Namespace) -> int:
         print(f"compilations of a g2p run: skipped, {error}")
     file.write()
     rows += measured(args.arch, args.rounds)
-    print(f"{'us a call':<16}{'':<10}" + "".join(f"{name:>12}" for name in NAMES) + "     / liger     / torch")
-    for row in rows:
-        cells = [row[name] for name in NAMES] + [row["over"].get(name) for name in NAMES[1:]]
-        shown = [
-            "-" if cell is None else f"{cell:.1f}" if place < 3 else f"{cell:.2f}" for place, cell in enumerate(cells)
-        ]
-        print(f"{row['op']:<16}{row['pass']:<10}" + "".join(f"{cell:>12}" for cell in shown))
+    print("\n".join([head(TABLE), *(line(TABLE, row) for row in rows)]))
     file.write(last=True)
     return 0
 
 
-def _cases() -> dict[str, tuple[tuple[Tensor, ...], dict[str, Call]]]:
-    """By op: the tensors to differentiate, and who computes it."""
-    x, logits = torch.randn(4, 8, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
-    w, target, mask = torch.ones_like(x[0, 0]), torch.arange(32), nn.Transformer.generate_square_subsequent_mask(8)
-    ours = TransformerDecoderLayer(64, 4, 128, batch_first=True, dtype=torch.bfloat16).requires_grad_(False)
-    torchs = nn.TransformerDecoderLayer(64, 4, 128, batch_first=True, dtype=torch.bfloat16).requires_grad_(False)
-    qkv = torch.randn(3, 2, 2, 8, 16, dtype=torch.bfloat16).unbind()
-    cases: dict[str, tuple[tuple[Tensor, ...], dict[str, Call]]] = {
-        "layer_norm": ((x, w, w), dict(tileformer=lambda x, w, b: layer_norm(x, (64,), w, b), torch=lambda x, w, b: F.layer_norm(x, (64,), w, b))),
-        "softmax": ((x,), dict(tileformer=softmax, torch=lambda x: F.softmax(x, -1))),
-        "cross_entropy": ((logits,), dict(tileformer=lambda x: cross_entropy(x, target), torch=lambda x: F.cross_entropy(x, target))),
-        "dropout": ((x,), dict(tileformer=lambda x: dropout(x, 0.1), torch=lambda x: F.dropout(x, 0.1))),
-        "attention": (qkv, dict(tileformer=lambda q, k, v: attention(q, k, v, causal=True),
-                                torch=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))),
-        "decoder layer": ((x, x), dict(tileformer=lambda x, m: ours(x, m, tgt_mask=mask, tgt_is_causal=True),
-                                       torch=lambda x, m: torchs(x, m, tgt_mask=mask, tgt_is_causal=True))),
-    }  # fmt: skip
-    try:
-        liger = importlib.import_module(
-            "liger_kernel.transformers.functional"
-        )  # an extra, that type checkers may not find
+def _functions(target: Tensor) -> dict[str, dict[str, Callable[..., Tensor]]]:
+    """Who computes each op, as functions of its tensors: called as a person would, since keywords would cost some of what is measured."""
+    mask = nn.Transformer.generate_square_subsequent_mask(8)
+
+    def layer(kind: type[nn.Module]) -> Callable[..., Tensor]:
+        module = kind(64, 4, 128, batch_first=True, dtype=torch.bfloat16).requires_grad_(False)
+        return lambda x, memory: module(x, memory, tgt_mask=mask, tgt_is_causal=True)
+
+    functions: dict[str, dict[str, Callable[..., Tensor]]] = {
+        "layer_norm": dict(
+            tileformer=lambda x, w, b: layer_norm(x, (64,), w, b), torch=lambda x, w, b: F.layer_norm(x, (64,), w, b)
+        ),
+        "softmax": dict(tileformer=softmax, torch=lambda x: F.softmax(x, -1)),
+        "cross_entropy": dict(
+            tileformer=lambda x: cross_entropy(x, target), torch=lambda x: F.cross_entropy(x, target)
+        ),
+        "dropout": dict(tileformer=lambda x: dropout(x, 0.1), torch=lambda x: F.dropout(x, 0.1)),
+        "attention": dict(
+            tileformer=lambda q, k, v: attention(q, k, v, causal=True),
+            torch=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        ),
+        "decoder_layer": dict(tileformer=layer(TransformerDecoderLayer), torch=layer(nn.TransformerDecoderLayer)),
+    }
+    try:  # an extra, that type checkers may not find
+        liger = importlib.import_module("liger_kernel.transformers.functional")
     except ImportError as error:
         print(f"liger: skipped, {error}")
-        return cases
-    cases["layer_norm"][1]["liger"] = lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)
-    cases["softmax"][1]["liger"] = liger.liger_softmax
-    cases["cross_entropy"][1]["liger"] = lambda x: liger.liger_cross_entropy(x, target)
-    return cases
+        return functions
+    functions["layer_norm"]["liger"] = lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)
+    functions["softmax"]["liger"] = liger.liger_softmax
+    functions["cross_entropy"]["liger"] = lambda x: liger.liger_cross_entropy(x, target)
+    return functions
 
 
-def _gradients(call: Call, leaves: list[Tensor], dout: Tensor) -> None:
-    torch.autograd.grad(call(*leaves), leaves, dout)
+def _gradients(function: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> None:
+    torch.autograd.grad(function(*leaves), leaves, dout)
 
 
 def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
@@ -109,12 +122,15 @@ def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
     leaf = torch.zeros(32, 64, requires_grad=True)
     with record(arch), use_backend("triton"):
         driver.active.launcher_cls = lambda source, metadata: lambda *arguments: None
-        for op, (inputs, providers) in _cases().items():
+        drawn = {call.op: call.inputs("cpu", torch.bfloat16) for call in HOST_CALLS}
+        for op, functions in _functions(drawn["cross_entropy"][1]["target"]).items():
+            tensors = drawn[op][0]
+            inputs = [x for name, x in tensors.items() if "." not in name]  # the layers have parameters of their own
             leaves = [x.clone().requires_grad_() for x in inputs]
-            for name, call in providers.items():
-                dout = torch.ones_like(call(*inputs))
-                jobs[op, "forward", name] = functools.partial(call, *inputs)
-                jobs[op, "both", name] = functools.partial(_gradients, call, leaves, dout)
+            for name, function in functions.items():
+                dout = torch.ones_like(function(*inputs))
+                jobs[op, "forward", name] = functools.partial(function, *inputs)
+                jobs[op, "both", name] = functools.partial(_gradients, function, leaves, dout)
         jobs["", "", "engine"] = lambda: torch.autograd.grad(leaf, leaf, leaf)
         times: dict[tuple[str, str, str], list[float]] = {key: [] for key in jobs}
         gc.disable()
@@ -132,7 +148,7 @@ def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
     for op, mode in dict.fromkeys(key[:2] for key in times):
         taken = {name: [t - (e if mode == "both" else 0) for t, e in zip(times[op, mode, name], engine, strict=True)][1:]
                  for name in NAMES if (op, mode, name) in times}  # fmt: skip
-        row: dict[str, Any] = {"op": op, "pass": mode, "over": {}}
+        row: dict[str, Any] = {"op": op.replace("_layer", " layer"), "pass": mode, "over": {}}
         for name in NAMES:
             row[name] = statistics.median(taken[name]) if name in taken else None
             if name in taken and name != NAMES[0]:
@@ -153,13 +169,13 @@ def compilations(arch: int, shapes: int | None = None) -> collections.Counter[st
     entries = g2p.split(g2p.read_entries(g2p.dictionary_file().read_bytes().decode()))
     batches = {
         (x.source.shape, x.target.shape): x
-        for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch_size, seed=0)
+        for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch, seed=0)
     }
     chosen = sorted(batches.values(), key=lambda x: (x.target.shape, x.source.shape))
     chosen = chosen[:: max(1, len(chosen) // shapes)] if shapes else chosen
     model = Seq2Seq(
         Seq2SeqConfig(
-            g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), dropout=g2p.FULL.dropout, max_length=32
+            g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), max_length=32, **g2p.FULL.model
         )
     )
     with announced(arch) as seen, torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Judge and time one call: correctness first, then rounds with a cold cache, memory, and shares of what this device was measured to reach.
+"""Check and time one call: correctness first, then rounds with a cold cache, memory, and shares of what this device was measured to reach.
 
 A round prepares (for a backward: runs the forward), overwrites a buffer larger than the L2 cache, and times the call alone: with CUDA events on a
 GPU, whose clock starts when the kernels before it have ended, with the process's clock on a CPU. A provider whose result is over its error
@@ -21,19 +21,13 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
+from tileformer.bench.calls import Call, Function, differentiate, is_floating, without_dropout
+from tileformer.bench.calls.ops import Options, Tensors
+from tileformer.bench.calls.providers import GRADIENT_IN_FORWARD, OURS, SLOW_START, Unavailable, providers, reference
+from tileformer.bench.check.budget import PEERS_C, over_budget
 from tileformer.bench.recording import record
-from tileformer.bench.speed.providers import (
-    GRADIENT_IN_FORWARD,
-    OURS,
-    SLOW_START,
-    Call,
-    Unavailable,
-    providers,
-    reference,
-)
-from tileformer.bench.speed.workloads import Workload
 
-LARGEST_TRUTH = 2**27  # scores that the float64 reference may hold at once; beyond, one group of heads is judged
+LARGEST_TRUTH = 2**27  # scores that the float64 reference may hold at once; beyond, one group of heads is compared
 DRY, DRY_ARCH = "dry run: not measured", 90
 _measured = 0.0
 
@@ -133,7 +127,7 @@ class Clock:
         The first round of a body knows no such time; it warms up.
         """
         global _measured
-        given = prepare()
+        prepared = prepare()
         if body is not self._body:
             self._body, self._host = body, 0.0
         if self.cuda:
@@ -143,14 +137,14 @@ class Clock:
             self.cuda._sleep(int(min(2 * self._host, 0.02) * CYCLES))
             start.record()
             begin = time.perf_counter()
-            kept = body(given)  # freed after the clock has stopped
+            kept = body(prepared)  # freed after the clock has stopped
             self._host = time.perf_counter() - begin
             end.record()
             self.cuda.synchronize(self.device)
             seconds = start.elapsed_time(end) / 1e3
         else:
             begin = time.perf_counter()
-            kept = body(given)
+            kept = body(prepared)
             seconds = time.perf_counter() - begin
         del kept
         _measured += seconds
@@ -167,11 +161,11 @@ class Clock:
         """MB that one call allocates at most, beyond what was there before it; None where nobody counts."""
         if not self.cuda:
             return None
-        given = prepare()
+        prepared = prepare()
         self.cuda.synchronize(self.device)
         before = self.cuda.memory_allocated(self.device)
         self.cuda.reset_peak_memory_stats(self.device)
-        body(given)
+        body(prepared)
         self.cuda.synchronize(self.device)
         return (self.cuda.max_memory_allocated(self.device) - before) / 1e6
 
@@ -182,8 +176,8 @@ class Clock:
         numel, n = (2**22, 256) if self.dry else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
 
         def reach(make: Callable[[], Any], body: Callable[[Any], Any]) -> float:
-            given = make()
-            return statistics.median(self.rounds(lambda: given, body, cold=False))
+            operands = make()
+            return statistics.median(self.rounds(lambda: operands, body, cold=False))
 
         copy = reach(lambda: torch.randn(2, numel, device=self.device), lambda x: x[0].copy_(x[1]))
         product = reach(lambda: torch.randn(2, n, n, device=self.device).to(dtype), lambda x: x[0] @ x[1])
@@ -193,15 +187,10 @@ class Clock:
         }
 
 
-def results(call: Call, tensors: dict[str, Tensor], options: dict[str, Any], given: Tensor | None) -> dict[str, Tensor]:
-    """Output, and with `given` (the output's gradient) the gradients, of copies of the tensors."""
-    leaves = {name: x.detach().clone().requires_grad_(given is not None) for name, x in tensors.items()}
-    out = call(leaves, options)
-    named = {"out": out.detach()}
-    if given is not None and out.requires_grad:
-        gradients = torch.autograd.grad(out, list(leaves.values()), given.to(out.dtype))
-        named |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return named
+def results_of(function: Function, tensors: Tensors, options: Options, grad_output: Tensor | None) -> Tensors:
+    """Output, and with `grad_output` the gradients, of copies of the tensors."""
+    leaves = {name: x.detach().clone().requires_grad_(grad_output is not None) for name, x in tensors.items()}
+    return differentiate(function, leaves, options, lambda _, out: grad_output.to(out.dtype))[0]  # type: ignore[union-attr]
 
 
 def _gradient(shape: Iterable[int], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -211,45 +200,30 @@ def _gradient(shape: Iterable[int], device: torch.device, dtype: torch.dtype) ->
     return torch.randn(tuple(shape), generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
 
 
-def over_budget(got: Tensor, eager: Tensor, truth: Tensor) -> float:
-    """Largest error over its budget, 2 max|eager - truth| + c eps max|truth| (bench/check/budget.py), without leaving the device.
-
-    c is 5 for 16-bit types and 256 for float32, not the 1 and the 8 that `tileformer check` holds our kernels to: other libraries, PyTorch among
-    them, round scores and weights on their way, and add up thousands of numbers one by one. Products in TF32 are still far beyond it.
-    """
-    error = float((got.double() - truth).abs().max())
-    if error == 0.0:
-        return 0.0
-    factor = 5 if eager.dtype in (torch.float16, torch.bfloat16) else 256
-    scale = factor * torch.finfo(eager.dtype).eps * float(truth.abs().max())
-    ratio = error / max(2 * float((eager.double() - truth).abs().max()) + scale, 1e-300)
-    return ratio if ratio == ratio else float("inf")
-
-
 class Truth:
     """What the definition gives in float64 and, as a yardstick, in the working dtype.
 
-    Large attention is judged on the last batch (with padding, the shortest) and its last group of heads: heads are independent.
+    Of large attention the last batch (with padding, the shortest) and its last group of heads are compared: heads are independent.
     """
 
-    def __init__(self, workload: Workload, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
-        s, x = workload.sizes, next(iter(tensors.values()))
-        self.workload, self.group = workload, s.get("H", 1) // s.get("H_kv", 1)
-        attention = workload.op == "attention"
-        self.part = attention and not workload.dropout and s["B"] * s["H"] * s["T_q"] * s["T_k"] > LARGEST_TRUTH
-        cut = {name: self.cut(name, x) for name, x in (tensors | options).items()}
-        shape = () if workload.op == "cross_entropy" else tuple(x.shape)
-        given = _gradient(shape, x.device, x.dtype) if "backward" in workload.modes else None
-        self.given, given = given, None if given is None else self.cut("dout", given)
-        wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in cut.items()}
-        call = reference(workload)
+    def __init__(self, call: Call, tensors: Tensors, options: Options) -> None:
+        s, x = call.sizes, next(iter(tensors.values()))
+        self.group = s.get("H", 1) // s.get("H_kv", 1)
+        attention = call.op == "attention"
+        self.is_part = attention and not call.dropout and s["B"] * s["H"] * s["T_q"] * s["T_k"] > LARGEST_TRUTH
+        shape = () if call.op == "cross_entropy" else tuple(x.shape)
+        self.grad_output = _gradient(shape, x.device, x.dtype) if "backward" in call.modes else None
+        named = dict(tensors, **options, dout=self.grad_output)
+        rounded = {name: self.part_of(name, x) for name, x in named.items()}
+        exact = {name: x.double() if is_floating(x) else x for name, x in rounded.items()}
         self.truth, self.eager = (
-            results(call, {n: c[n] for n in tensors}, {n: c[n] for n in options}, given) for c in (wide, cut)
+            results_of(reference(call), {n: of[n] for n in tensors}, {n: of[n] for n in options}, rounded["dout"])
+            for of in (exact, rounded)
         )
 
-    def cut(self, name: str, x: Any) -> Any:
-        """The part of an input or a result that is judged."""
-        if not self.part or not isinstance(x, Tensor):
+    def part_of(self, name: str, x: Any) -> Any:
+        """The part of an input or a result that is compared."""
+        if not self.is_part or not isinstance(x, Tensor):
             return x
         if name == "key_mask":
             return x[-1:]
@@ -257,33 +231,36 @@ class Truth:
             return x if x.dim() == 2 else x[:, -self.group :]
         return x[-1:, -1:] if name in ("k", "v", "dk", "dv") else x[-1:, -self.group :]
 
-    def ratios(self, call: Call, tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[dict[str, float], float]:
+    def errors(self, function: Function, tensors: Tensors, options: Options) -> tuple[dict[str, float], float]:
         """Error over budget of each result of a provider, and the largest absolute error of its output."""
-        got = {name: self.cut(name, x) for name, x in results(call, tensors, options, self.given).items()}
-        ratios = {name: over_budget(x, self.eager[name], self.truth[name]) for name, x in got.items()}
-        return ratios, float((got["out"].double() - self.truth["out"]).abs().max())
+        results = results_of(function, tensors, options, self.grad_output)
+        got = {name: self.part_of(name, x) for name, x in results.items()}
+        largest = {name: float(x.abs().max()) for name, x in self.truth.items()}
+        over = {
+            name: over_budget(x, self.eager[name], self.truth[name], largest[name], c=PEERS_C)
+            for name, x in got.items()
+        }
+        return over, float((got["out"].double() - self.truth["out"]).abs().max())
 
 
-def passes(
-    workload: Workload, call: Call, tensors: dict[str, Tensor], options: dict[str, Any], mode: str
-) -> tuple[Any, Any]:
+def passes(call: Call, function: Function, tensors: Tensors, options: Options, mode: str) -> tuple[Any, Any]:
     """(prepare, body) of a mode: what a round runs before its clock and under it."""
-    trains = "backward" in workload.modes  # a forward that will have a backward keeps what that needs
-    stored = getattr(call, "stored", torch.clone)
+    trains = "backward" in call.modes  # a forward that will have a backward keeps what that needs
+    stored = getattr(function, "stored", torch.clone)
     leaves = {name: stored(x.detach()).requires_grad_(trains) for name, x in tensors.items()}
     options = {name: x for name, x in options.items() if name != "seed"}  # everybody draws, as in training
     wanted = list(leaves.values())
-    run = lambda _=None: call(leaves, options)  # noqa: E731
+    run = lambda _=None: function(leaves, options)  # noqa: E731
     out = run()
     if mode == "forward":
         return (lambda: None), run
     if not out.requires_grad:
         raise Unavailable("has no backward on this device")
     # In the layout of the output, as autograd's own would be: no provider copies what another reads in place.
-    given = torch.empty_like(out).copy_(_gradient(out.shape, out.device, out.dtype))
+    grad_output = torch.empty_like(out).copy_(_gradient(out.shape, out.device, out.dtype))
     if mode == "backward":
-        return run, lambda out: torch.autograd.grad(out, wanted, given)
-    return (lambda: None), lambda _: torch.autograd.grad(run(), wanted, given)
+        return run, lambda out: torch.autograd.grad(out, wanted, grad_output)
+    return (lambda: None), lambda _: torch.autograd.grad(run(), wanted, grad_output)
 
 
 @contextlib.contextmanager
@@ -303,7 +280,7 @@ class Bench:
 
     Args:
         dry: execute everything at small size with stand-in clocks.
-        scale: on a CPU, the size of `Workload.small`.
+        scale: on a CPU, the size of `Call.small`.
         deadline: of time.monotonic(), after which nothing new is started.
     """
 
@@ -319,20 +296,18 @@ class Bench:
         self.clock, self.scale = Clock(device, dry), 1 if dry else scale
         self.ceilings = self.clock.ceilings(dtype)
 
-    def sized(self, workload: Workload) -> Workload:
-        """The workload as it is on a GPU, smaller on a CPU."""
-        return workload.small(self.scale) if self.device.type == "cpu" else workload
+    def sized(self, call: Call) -> Call:
+        """The call as it is on a GPU, smaller on a CPU."""
+        return call.small(self.scale) if self.device.type == "cpu" else call
 
-    def measure(self, workload: Workload, names: list[str], modes: Iterable[str]) -> Iterator[Result]:
+    def measure(self, call: Call, names: list[str], modes: Iterable[str]) -> Iterator[Result]:
         """Results of each provider and mode of one workload, ours first; times only of right results."""
-        workload = self.sized(workload)
-        tensors, options = workload.inputs(self.device, self.dtype)
+        call = self.sized(call)
+        inputs = call.inputs(self.device, self.dtype)
         truths: dict[bool, Truth] = {}
         ours: dict[str, float] = {}
         for name in names:
-            for result in self._provider(
-                workload, name, [m for m in modes if m in workload.modes], tensors, options, truths
-            ):
+            for result in self._provider(call, name, [m for m in modes if m in call.modes], *inputs, truths):
                 if result.median_ms is not None:
                     if name == OURS:
                         ours[result.mode] = result.median_ms
@@ -343,51 +318,56 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def _provider(
-        self, workload: Workload, name: str, modes: list[str], tensors: dict[str, Tensor], options: dict[str, Any],
-        truths: dict[bool, Truth],
-    ) -> Iterator[Result]:  # fmt: skip
+        self, call: Call, name: str, modes: list[str], tensors: Tensors, options: Options, truths: dict[bool, Truth]
+    ) -> Iterator[Result]:
         dtype = str(self.dtype).removeprefix("torch.")
 
-        def make(mode: str) -> Result:
-            return Result(workload.op, workload.name, name, mode, dtype, workload.sizes)
+        def result(mode: str, figures: dict[str, Any]) -> Result:
+            return Result(call.op, call.name, name, mode, dtype, dict(call.sizes), **figures)
 
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         try:
-            build = providers(workload.op)[name]
-            same_bits = name == OURS and self.device.type == "cuda" and workload.op in ("attention", "dropout")
-            judged = workload if same_bits else workload.without_dropout()
-            if same_bits not in truths:
-                truths[same_bits] = Truth(judged, tensors, options | judged.options)
-            if self.clock.dry and name == OURS:
-                with ours(dry=True):  # what follows runs on the CPU's backend
-                    results(build(workload), tensors, options, truths[same_bits].given)
-            ratios, found["error"] = truths[same_bits].ratios(build(judged), tensors, options | judged.options)
-            worst = max(ratios, key=ratios.__getitem__)
-            found["over_budget"] = ratios[worst]
-            if ratios[worst] > 1.0:
-                found |= dict(reason=f"error of {worst} is {ratios[worst]:.3g} times its budget", failed=True)
-                yield from (dataclasses.replace(make(mode), **found) for mode in modes)
-                return
-            call = build(workload)
+            figures = self._checked(call, name, tensors, options, truths)
+            function = providers(call.op)[name](call)
         except Exception as error:
-            yield from (dataclasses.replace(make(mode), **_excuse(error)) for mode in modes)
+            figures = _excuse(error)
+        if figures.get("reason"):
+            yield from (result(mode, figures) for mode in modes)
             return
         for mode in modes:
             try:
-                if mode == "backward" and (workload.op, name) in GRADIENT_IN_FORWARD:
+                if mode == "backward" and (call.op, name) in GRADIENT_IN_FORWARD:
                     raise Unavailable("computes its gradient in forward: see both")
-                yield dataclasses.replace(make(mode), **found, **self._time(workload, call, tensors, options, mode))
+                yield result(mode, figures | self._time(call, function, tensors, options, mode))
             except Exception as error:
-                yield dataclasses.replace(make(mode), **found | _excuse(error))
+                yield result(mode, figures | _excuse(error))
 
-    def _time(
-        self, workload: Workload, call: Call, tensors: dict[str, Tensor], options: dict[str, Any], mode: str
+    def _checked(
+        self, call: Call, name: str, tensors: Tensors, options: Options, truths: dict[bool, Truth]
     ) -> dict[str, Any]:
-        prepare, body = passes(workload, call, tensors, options, mode)
+        """The errors of a provider; with a `reason` if they are over the budget."""
+        build = providers(call.op)[name]
+        same_bits = name == OURS and self.device.type == "cuda" and call.op in ("attention", "dropout")
+        compared = call if same_bits else call.without_dropout()
+        compared_options = options if same_bits else without_dropout(options)
+        if same_bits not in truths:
+            truths[same_bits] = Truth(compared, tensors, compared_options)
+        if self.clock.dry and name == OURS:
+            with ours(dry=True):  # what follows runs on the CPU's backend
+                results_of(build(call), tensors, options, truths[same_bits].grad_output)
+        over, error = truths[same_bits].errors(build(compared), tensors, compared_options)
+        worst = max(over, key=over.__getitem__)
+        figures = dict(error=error, over_budget=over[worst])
+        if over[worst] <= 1.0:
+            return figures
+        return figures | dict(reason=f"error of {worst} is {over[worst]:.3g} times its budget", failed=True)
+
+    def _time(self, call: Call, function: Function, tensors: Tensors, options: Options, mode: str) -> dict[str, Any]:
+        prepare, body = passes(call, function, tensors, options, mode)
         peak = self.clock.peak(prepare, body)
         seconds = self.clock.rounds(prepare, body)
         median = statistics.median(seconds)
-        flops, moved = workload.flops(mode), workload.bytes(self.dtype, mode)
+        flops, moved = call.flops(mode), call.bytes(self.dtype, mode)
         p20, p80 = numpy.percentile(seconds, (20, 80))
         return dict(
             median_ms=median * 1e3, p20_ms=float(p20) * 1e3, p80_ms=float(p80) * 1e3, rounds=len(seconds),
@@ -413,8 +393,8 @@ def _excuse(error: Exception) -> dict[str, Any]:
     return dict(reason=f"{type(error).__name__}: {text[:300]}", failed=True)
 
 
-def wanted(workload: Workload, name: str, asked: list[str] | None) -> bool:
+def wanted(call: Call, name: str, asked: list[str] | None) -> bool:
     """Whether a provider is timed: those asked for; by default all, but slow starters only at one point of a sweep and one head size."""
-    if asked or name not in SLOW_START.get(workload.op, SLOW_START["*"]):
+    if asked or name not in SLOW_START.get(call.op, SLOW_START["*"]):
         return not asked or name in asked
-    return workload.sizes[workload.axis] in (4096, 32000) if workload.axis else workload.sizes.get("D") != 128
+    return call.sizes[call.axis] in (4096, 32000) if call.axis else call.sizes.get("D") != 128

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
 import numpy
 
-from tileformer.bench.speed.providers import OURS
-from tileformer.bench.speed.workloads import MODES, WORKLOADS
+from tileformer.bench.calls.ops import MODES
+from tileformer.bench.calls.providers import OURS
+from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.training.finetune.plots import new_figure, save
 
-_COLOURS = (
+_COLOURS = [
     "#d62728",
     "#1f77b4",
     "#2ca02c",
@@ -22,41 +24,38 @@ _COLOURS = (
     "#bcbd22",
     "#7f7f7f",
     "#ff7f0e",
-)
+]
 _MARKERS = "osD^vP*XhH<>p"
 
 
-def plot(report: dict[str, Any], folder: str) -> list[str]:
+def plot(measured: dict[str, Any], folder: str) -> list[str]:
     """Write the PNGs that the results allow into `folder`; their paths.
 
     Args:
-        report: what `tileformer bench --json` writes: "device", "dry", "ceilings", "results".
+        measured: what `tileformer bench --json` writes: "device", "dry", "ceilings", "results".
 
     Raises:
         ValueError: without matplotlib.
     """
     known = {(w.op, w.name): w for w in WORKLOADS}
-    rows = [row for row in report["results"] if row["median_ms"] is not None]
-    if report["dry"]:  # all points of a sweep ran at one size
+    rows = [row for row in measured["results"] if row["median_ms"] is not None]
+    if measured["dry"]:  # all points of a sweep ran at one size
         rows = [row | dict(sizes=known[row["op"], row["workload"]].sizes) for row in rows]
     points = [(known[row["op"], row["workload"]], row) for row in rows]
     names = list(dict.fromkeys(row["provider"] for _, row in points))
+    looks = zip(names, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS))
     style = {
-        name: dict(
-            color=_COLOURS[n % len(_COLOURS)],
-            marker=_MARKERS[n % len(_MARKERS)],
-            linewidth=2.4 if name == OURS else 1.3,
-        )
-        for n, name in enumerate(names)
+        name: dict(color=colour, marker=marker, linewidth=2.4 if name == OURS else 1.3)
+        for name, colour, marker in looks
     }
-    note = report["device"]  # "dry run: not measured" in a dry run
+    note = measured["device"]  # "dry run: not measured" in a dry run
     files = []
     for op, curve in dict.fromkeys((w.op, w.curve) for w, _ in points if w.axis):
         chosen = [(w, row) for w, row in points if (w.op, w.curve) == (op, curve) and w.axis]
         files.append(_curves(chosen, f"{op}, {curve}", style, note, folder))
     products = [(w, row) for w, row in points if row["tflops"]]
-    if products and report["ceilings"]:
-        files.append(_roofline(products, report["ceilings"], style, note, folder))
+    if products and measured["ceilings"]:
+        files.append(_roofline(products, measured["ceilings"], style, note, folder))
     return files
 
 
@@ -67,10 +66,8 @@ def _curves(chosen: list[Any], title: str, style: dict[str, Any], note: str, fol
     ticks = sorted({row["sizes"][w.axis] for w, row in chosen})
     for panel, mode in zip(panels[0], modes, strict=True):
         for name, look in style.items():
-            line = sorted(
-                (row["sizes"][w.axis], row[unit]) for w, row in chosen if (row["provider"], row["mode"]) == (name, mode)
-            )
-            if line:
+            rows = [(w, row) for w, row in chosen if (row["provider"], row["mode"]) == (name, mode)]
+            if line := sorted((row["sizes"][w.axis], row[unit]) for w, row in rows):
                 panel.plot(*zip(*line, strict=True), label=name, zorder=3 if name == OURS else 2, **look)
         panel.set_title(mode)
         panel.set_xscale("log", base=2)

@@ -6,11 +6,13 @@ between the two, so a machine that slows down slows both; the figure is the medi
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tileformer import arguments
+from tileformer.bench.tables import Column, Growing, as_json, head, line
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, revert
 from tileformer.kernels import cross_entropy
+from tileformer.kernels.info import require_device
 
 Batch = tuple[Tensor, Tensor]
 DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainedModel:
     """A model, its loss on a batch by a cross-entropy that is given, and the batches that a round passes once."""
 
     about: str
@@ -63,14 +68,14 @@ def _reviews_batches(seed: int) -> list[Batch]:
     ]
 
 
-TASKS = {
-    "g2p": Task(
+MODELS = {
+    "g2p": TrainedModel(
         "encoder-decoder, width 128, 3 + 3 layers, 128 words",
         lambda: Seq2Seq(Seq2SeqConfig(32, 48, d_model=128, nhead=4, dim_feedforward=512, dropout=DROPOUT)),
         _spelling_loss,
         _spelling_batches,
     ),
-    "reviews": Task(
+    "reviews": TrainedModel(
         "classifier, width 128, 3 causal layers, 32 reviews",
         lambda: Classifier(DecoderLM(DecoderLMConfig(4700, dropout=DROPOUT, max_length=128)), 2, dropout=DROPOUT),
         lambda model, cross_entropy, batch: cross_entropy(model(batch[0]), batch[1]),
@@ -79,7 +84,9 @@ TASKS = {
 }
 
 
-def stepper(task: Task, model: nn.Module, cross_entropy: Callable[..., Tensor], bf16: bool) -> Callable[[Batch], None]:
+def stepper(
+    trained: TrainedModel, model: nn.Module, cross_entropy: Callable[..., Tensor], bf16: bool
+) -> Callable[[Batch], None]:
     """One training step as a function of a batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     device = next(model.parameters()).device
@@ -87,7 +94,7 @@ def stepper(task: Task, model: nn.Module, cross_entropy: Callable[..., Tensor], 
     def step(batch: Batch) -> None:
         moved = (batch[0].to(device), batch[1].to(device))
         with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            loss = task.loss(model, cross_entropy, moved)
+            loss = trained.loss(model, cross_entropy, moved)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -98,18 +105,18 @@ def stepper(task: Task, model: nn.Module, cross_entropy: Callable[..., Tensor], 
 
 def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: int) -> dict[str, Any]:
     """Median over the rounds of (torch.nn's time / ours), each round one pass of both over the same batches."""
-    before, task = torch.get_num_threads(), TASKS[name]
+    before, trained = torch.get_num_threads(), MODELS[name]
     torch.set_num_threads(threads)
     try:
         torch.manual_seed(0)
-        ours = task.model().to(device)
+        ours = trained.model().to(device)
         theirs = copy.deepcopy(ours)  # the same weights
         revert(theirs)
         sides = {
-            "tileformer": stepper(task, ours, cross_entropy, bf16),
-            "torch.nn": stepper(task, theirs, F.cross_entropy, bf16),
+            "tileformer": stepper(trained, ours, cross_entropy, bf16),
+            "torch.nn": stepper(trained, theirs, F.cross_entropy, bf16),
         }
-        work = task.batches(0)
+        work = trained.batches(0)
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for n in range(rounds + 1):
             for side in sorted(sides, reverse=bool(n % 2)):
@@ -129,16 +136,38 @@ def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: i
     )  # fmt: skip
 
 
-def report(device: torch.device, threads: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
-    """Print and yield a row for each model, precision and number of threads."""
-    for name, task in TASKS.items():
-        print(f"one training step of {name} ({task.about}), dropout {DROPOUT}, median of {rounds} rounds")
-        print(f"{'precision':<9} {'threads':>7} {'torch.nn ms':>11} {'tileformer ms':>13} {'speed-up':>8}")
-        for bf16 in (False, True):
-            for count in threads:
-                row = compare(name, device, bf16, count, rounds)
-                print(
-                    f"{row['precision']:<9} {count:>7} {row['torch_nn_ms']:>11.1f} {row['tileformer_ms']:>13.1f} {row['speedup']:>7.2f}x",
-                    flush=True,
-                )
-                yield row
+TABLE = [
+    Column("precision", "precision", "<9"),
+    Column("threads", "threads", ">7"),
+    Column("torch.nn ms", "torch_nn_ms", ">11.1f"),
+    Column("tileformer ms", "tileformer_ms", ">13.1f"),
+    Column("speed-up", lambda row: f"{row['speedup']:.2f}x", ">8"),
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `tileformer bench step`."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
+    add("--json", type=arguments.output_file, metavar="FILE", help="also write every figure to FILE")
+    about = "on a CPU (default: 1 and 2)"
+    add("--threads", type=arguments.THREADS, nargs="+", metavar="N", help=about)
+    about = "rounds whose median is printed (default: 12)"
+    add("--rounds", type=arguments.COUNT, default=12, metavar="N", help=about)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print a row for each model, precision and number of threads; 0."""
+    device = require_device(args.device)
+    threads = args.threads or ([1, 2] if device.type == "cpu" else [torch.get_num_threads()])
+    rows: list[dict[str, Any]] = []
+    file = Growing(args.json, lambda: as_json(rows))
+    for name, model in MODELS.items():
+        print(f"one training step of {name} ({model.about}), dropout {DROPOUT}, median of {args.rounds} rounds")
+        print(head(TABLE))
+        for bf16, count in itertools.product((False, True), threads):
+            rows.append(compare(name, device, bf16, count, args.rounds))
+            print(line(TABLE, rows[-1]), flush=True)
+            file.write()
+    file.write(last=True)
+    return 0

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tileformer.bench import ahead
+from tileformer.bench.calls import Call
+from tileformer.bench.calls.providers import OURS, providers
+from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.bench.speed.measure import DRY, Bench, Truth, ours, passes
-from tileformer.bench.speed.providers import OURS, providers
-from tileformer.bench.speed.workloads import WORKLOADS, Workload
 from tileformer.kernels import device
 from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, Row, family, tiles_for
 from tileformer.kernels.launch import Launch
@@ -29,13 +30,10 @@ TABLES = {
     "BACKWARD_DQ": (BACKWARD_DQ, "_attention_bwd_dq_kernel", "backward"),
     "BACKWARD_DKDV": (BACKWARD_DKDV, "_attention_bwd_dkdv_kernel", "backward"),
 }
+_QUERY_ROWS: list[Row] = list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)))
 CANDIDATES: dict[str, list[Row]] = {
-    "FORWARD": [
-        *itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
-        (128, 32, 4, 2, 168),
-        (128, 32, 4, 3, 168),
-    ],
-    "BACKWARD_DQ": list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    "FORWARD": [*_QUERY_ROWS, (128, 32, 4, 2, 168), (128, 32, 4, 3, 168)],
+    "BACKWARD_DQ": _QUERY_ROWS,
     "BACKWARD_DKDV": list(itertools.product((32, 64), (64, 128), (4, 8), (2, 3, 4))),
 }
 FEATURES = {
@@ -46,28 +44,28 @@ FEATURES = {
 }
 
 
-def named(op: str, name: str) -> Workload:
+def named(op: str, name: str) -> Call:
     """The workload of that name."""
-    return next(w for w in WORKLOADS if (w.op, w.name) == (op, name))
+    return next(call for call in WORKLOADS if (call.op, call.name) == (op, name))
 
 
 class Trial:
-    """One workload and mode of ours, to be judged and timed under several tiles."""
+    """One workload and mode of ours, to be checked and timed under several tiles."""
 
-    def __init__(self, bench: Bench, workload: Workload, mode: str) -> None:
-        self.bench, self.workload, self.mode = bench, bench.sized(workload), mode
-        self.inputs = self.workload.inputs(bench.device, bench.dtype)
-        self.truth = Truth(self.workload, *self.inputs)
+    def __init__(self, bench: Bench, call: Call, mode: str) -> None:
+        self.bench, self.call, self.mode = bench, bench.sized(call), mode
+        self.inputs = self.call.inputs(bench.device, bench.dtype)
+        self.truth = Truth(self.call, *self.inputs)
 
     def __call__(self) -> tuple[float, str]:
         """Median ms of the kernels as they are now, and what is wrong with them ("" if nothing; only then the time counts)."""
-        call, dry = providers(self.workload.op)[OURS](self.workload), self.bench.clock.dry
+        function, dry = providers(self.call.op)[OURS](self.call), self.bench.clock.dry
         try:
             with ours(dry):
-                worst = max(self.truth.ratios(call, *self.inputs)[0].values())
+                worst = max(self.truth.errors(function, *self.inputs)[0].values())
                 if worst > 1.0 and not dry:  # a dry run executes nothing that could be right
                     return float("inf"), f"error is {worst:.3g} times its budget"
-                seconds = self.bench.clock.rounds(*passes(self.workload, call, *self.inputs, self.mode))
+                seconds = self.bench.clock.rounds(*passes(self.call, function, *self.inputs, self.mode))
                 return statistics.median(seconds) * 1e3, ""
         except Exception as error:
             if dry:
@@ -92,18 +90,18 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 def search(
-    bench: Bench, found: list[dict[str, Any]], keep: Keep, only: str = "", sizes: tuple[int, ...] = (64, 128)
+    bench: Bench, tried: list[dict[str, Any]], keep: Keep, only: str = "", sizes: tuple[int, ...] = (64, 128)
 ) -> None:
     """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste.
 
     Args:
-        found: rows of earlier calls, whose trials are not repeated.
-        keep: is given each new row at once, and adds it to `found`.
+        tried: rows of earlier calls, whose trials are not repeated.
+        keep: is given each new row at once, and adds it to `tried`.
         only: a part of the names to search, such as "BACKWARD_DQ plain 64".
     """
     with ours(bench.clock.dry):
         arch = family(device.arch_of(bench.clock.flush))
-    done = {(r["table"], r["arch"], r["feature"], r["size"], tuple(r["row"])) for r in found}
+    done = {(r["table"], r["arch"], r["feature"], r["size"], tuple(r["row"])) for r in tried}
     wanted: dict[tuple[str, int], list[Iterator[tuple[str, Row]]]] = {}
     for feature, size, name in itertools.product(FEATURES, sizes, TABLES):
         if feature not in TABLES[name][0][arch] or only not in f"{name} {feature} {size}":
@@ -118,44 +116,34 @@ def search(
         # A row of each kernel in turn: where time is short, forward and backward have had the same share of it.
         turns = [trial for turn in itertools.zip_longest(*lists) for trial in turn if trial]
         if turns and time.monotonic() < bench.deadline:
-            workload = named("attention", FEATURES[feature].format(size))
-            _ahead(bench, [(workload, tile(bench, name, feature, size, row)) for name, row in turns])
-            trials = {mode: Trial(bench, workload, mode) for mode in dict.fromkeys(TABLES[n][2] for n, _ in turns)}
+            call = named("attention", FEATURES[feature].format(size))
+            _compile(bench, [(call, tile(bench, name, feature, size, row)) for name, row in turns])
+            trials = {mode: Trial(bench, call, mode) for mode in dict.fromkeys(TABLES[n][2] for n, _ in turns)}
         for name, row in turns:
             if time.monotonic() > bench.deadline:
                 print(f"time is up: {feature} {size} is not finished")
                 break
             ms, problem = attempt(trials[TABLES[name][2]], tile(bench, name, feature, size, row))
-            keep(
-                dict(
-                    table=name,
-                    arch=arch,
-                    feature=feature,
-                    size=size,
-                    row=row,
-                    ms=None if problem else ms,
-                    problem=problem,
-                )
-            )
+            trial = dict(table=name, arch=arch, feature=feature, size=size, row=row)
+            keep(trial | dict(ms=None if problem else ms, problem=problem))
             figure = DRY if bench.clock.dry else f"{ms:.4f} ms"
             print(f"{name} {feature} {size} {row}: {problem or figure}", flush=True)
-    for name, feature in dict.fromkeys((row["table"], row["feature"]) for row in found if row["arch"] == arch):
+    here = [row for row in tried if row["arch"] == arch]
+    for name, feature in dict.fromkeys((row["table"], row["feature"]) for row in here):
         best = dict(TABLES[name][0][arch][feature])
-        right = [
-            r for r in found if (r["table"], r["arch"], r["feature"]) == (name, arch, feature) and not r["problem"]
-        ]
+        right = [row for row in here if (row["table"], row["feature"]) == (name, feature) and not row["problem"]]
         for size in {row["size"] for row in right}:
             fastest = min((row for row in right if row["size"] == size), key=lambda row: row["ms"])
             best[size] = tuple(fastest["row"])
         print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
 
 
-def _ahead(bench: Bench, trials: list[tuple[Workload, contextlib.AbstractContextManager[Any]]]) -> None:
+def _compile(bench: Bench, trials: list[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
     """Compile what the trials will launch, on all cores."""
 
-    def launches(workload: Workload, changes: contextlib.AbstractContextManager[Any]) -> None:
+    def launches(call: Call, changes: contextlib.AbstractContextManager[Any]) -> None:
         with changes:
-            ahead.workload_call(providers(workload.op)[OURS](workload), workload, bench.dtype)
+            ahead.launches_of(providers(call.op)[OURS](call), call, bench.dtype)
 
     if not bench.clock.dry and (said := ahead.compile_here([functools.partial(launches, *trial) for trial in trials])):
         print(said, flush=True)
@@ -230,11 +218,7 @@ def _tiles(name: str, size: int, *rows: Row) -> dict[str, Context]:
 
 
 _FWD, _LN_FWD, _LN_BWD = "_attention_fwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"
-_D64, _D128, _CAUSAL = (
-    ("attention", "D 64 full T 4096"),
-    ("attention", "D 128 full T 4096"),
-    ("attention", "D 128 causal T 4096"),
-)
+_D64, _D128, _CAUSAL = (("attention", f"D {name} T 4096") for name in ("64 full", "128 full", "128 causal"))
 _NORM, _WIDE_NORM, _LOSS = (
     ("layer_norm", "rows N 1024"),
     ("layer_norm", "rows N 4096"),
@@ -263,23 +247,23 @@ EXPERIMENTS = [
 ]  # fmt: skip
 
 
-def experiments(bench: Bench, found: list[dict[str, Any]], keep: Keep, every: int = 1) -> None:
+def experiments(bench: Bench, tried: list[dict[str, Any]], keep: Keep, every: int = 1) -> None:
     """Run the list, or every so manieth of those with variants: a row a variant with its ms, and its time over the shipped kernel's.
 
     Args:
-        found: rows of earlier calls; a question that has all of its variants there is not asked again.
-        keep: is given each new row at once, and adds it to `found`.
+        tried: rows of earlier calls; a question that has all of its variants there is not asked again.
+        keep: is given each new row at once, and adds it to `tried`.
     """
     chosen: list[tuple[Experiment, list[str]]] = []
     for experiment in [e for e in EXPERIMENTS if not e.variants] + [e for e in EXPERIMENTS if e.variants][::every]:
         labels = ["as shipped", *experiment.variants] if experiment.variants else [""]
         labels = labels[:: max(1, len(labels) - 1) if bench.clock.dry else 1]  # dry: the first and the last
-        if not {(experiment.question, label) for label in labels} <= {(r["question"], r["variant"]) for r in found}:
+        if not {(experiment.question, label) for label in labels} <= {(r["question"], r["variant"]) for r in tried}:
             chosen.append((experiment, labels))
     asked = {experiment.question for experiment, _ in chosen}
-    found[:] = [row for row in found if row["question"] not in asked]  # what was stopped in the middle is asked again
-    asked_of = [(named(*e.workload), _variant(e, label, bench)) for e, labels in chosen for label in labels if label]
-    _ahead(bench, asked_of)
+    tried[:] = [row for row in tried if row["question"] not in asked]  # what was stopped in the middle is asked again
+    calls = [(named(*e.workload), _variant(e, label, bench)) for e, labels in chosen for label in labels if label]
+    _compile(bench, calls)
     for experiment, labels in chosen:
         row = dict(question=experiment.question, variant="", ms=None, ratio=None, problem=experiment.reason)
         print(f"{experiment.question}{': ' + experiment.reason if experiment.reason else ''}", flush=True)

@@ -1,7 +1,7 @@
 """Compile the library's calls for GPUs that need not be there, and judge what the compiler made of them.
 
-The calls of MATRIX go through the public ops, so tiles and specialisations are those of a real launch. A kernel passes when no register spills (its
-stack is empty), its shared memory fits the architecture, and its 16-bit dots became tensor-core instructions.
+The calls of bench/calls/matrix.py go through the public ops, so tiles and specialisations are those of a real launch. A kernel passes when no
+register spills (its stack is empty), its shared memory fits the architecture, and its 16-bit dots became tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -10,92 +10,24 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.check.cases import DTYPES, Case, attention_call, class_call, row_call
+from tileformer.bench.calls import DTYPES, Call, differentiate, function_of
 from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
-from tileformer.bench.report import Growing, as_json
 from tileformer.bench.static.figures import exact
+from tileformer.bench.tables import Column, Growing, as_json, head, line
 
-FEATURES: dict[str, dict[str, Any]] = {
-    "causal padded": dict(causal=True, padding="right"),
-    "plain": dict(lse=False),
-    "boolean mask": dict(mask="boolean"),
-    "additive mask": dict(mask="additive"),
-    "dropout": dict(causal=True, padding="right", dropout_p=0.1),
-    "padded": dict(padding="right"),  # as cross-attention: each query head has a key head of its own
-    "everything": dict(causal="bottom_right", padding="right", mask="additive", dropout_p=0.1),
-    "dropout, no causal": dict(dropout_p=0.1),
-    "window, lengths": dict(window=(100, 30), lengths=True),
-    "packed": dict(causal=True, packed=((0, 100, 256), (0, 120, 256)), lse=False),
-    "ALiBi, soft cap": dict(causal=True, alibi=True, softcap=30.0),
-    "bias": dict(causal=True, bias=(1, 1, 256, 256)),
-    "all of these": dict(
-        window=(100, 30), lengths=True, alibi=True, softcap=30.0, bias=(1, 1, 256, 256), dropout_p=0.1
-    ),
-    "weights": dict(causal=True, padding="right", bias=(1, 1, 256, 256), return_weights=True),
-}
-LONG: dict[str, dict[str, Any]] = {  # keys enough for the forward that works ahead
-    "long": dict(lse=False),
-    "long, causal": dict(causal=True),
-}
-HEAD_SIZES = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
-SAMPLED = {
-    (64, "bf16", "causal padded"),
-    (64, "bf16", "weights"),
-    (128, "bf16", "long, causal"),
-}
-
-
-def _attention_matrix() -> Iterator[Case]:
-    for size in HEAD_SIZES:
-        for feature, options in (FEATURES | LONG).items():
-            if feature != "causal padded" and size not in (64, 128, 256):
-                continue
-            if feature in LONG and size != 128:
-                continue
-            length = 1024 if feature in LONG else 256
-            build = attention_call((1, 2, 2 if feature == "padded" else 1, length, length, size), **options)
-            for dtype in ("bf16", "fp32", "fp16"):
-                if dtype == "fp16" and (size, feature) != (64, "causal padded"):
-                    continue
-                if dtype == "fp32" and feature != "causal padded":
-                    continue
-                sampled = (size, dtype, feature) in SAMPLED
-                yield Case("attention", f"D {size} {feature}", "tile table", build, quick=sampled, dtypes=(dtype,))
-
-
-def _row_matrix() -> Iterator[Case]:
-    for width in (128, 1024, 3072, 4096, 8192, 16384):
-        both = ("bf16", "fp32")
-        affine = row_call(64, width, params=("weight", "bias"), normalized_shape=(width,))
-        yield Case(
-            "layer_norm",
-            f"N {width}",
-            "warps and rows table",
-            affine,
-            quick=width == 1024,
-            dtypes=both[: 1 if width == 1024 else 2],
-        )
-        affine = row_call(64, width, params=("weight",), normalized_shape=(width,), eps=1e-6)
-        yield Case("rms_norm", f"N {width}", "warps and rows table", affine, dtypes=("bf16",))
-        for op in ("softmax", "log_softmax"):
-            quick = op == "softmax" and width == 1024
-            yield Case(op, f"N {width}", "warps table", row_call(64, width), quick=quick, dtypes=("bf16",))
-        yield Case(
-            "dropout", f"N {width}", "warps table", row_call(64, width, params=("residual",), p=0.1), dtypes=("bf16",)
-        )
-    for classes in (4096, 32000, 131072):
-        build = class_call(8, classes, weighted=True, label_smoothing=0.1)
-        yield Case(
-            "cross_entropy", f"V {classes}", "blocks of classes", build, quick=classes == 32000, dtypes=("bf16",)
-        )
-
-
-MATRIX = [*_attention_matrix(), *_row_matrix()]
+TABLE = [
+    Column("sm", "arch", "<4"),
+    Column("kernel", "kernel", "<28"),
+    Column("call", "workload", "<20"),
+    Column("dtype", "dtype", "<5"),
+    Column("regs", "registers", ">4"),
+    Column("stack", "stack", ">5"),
+    Column("shared", "shared", ">6"),
+    Column("problem", "problem"),
+]
 
 # Stack bytes a thread that are accepted, by (dtype, kernel, head size from). float32 dots beyond 128 columns hold three operands of 16 x 256 and an
 # accumulator or two in registers, and no smaller tile exists (Triton's dots start at 16 x 16). The others are a few registers at head sizes where
@@ -117,45 +49,40 @@ ALLOWED_STACK = {
 }
 if triton.__version__.startswith("3.8."):
     ALLOWED_STACK["bf16", "_cross_entropy_fwd_kernel", 0] = 8  # two registers, on sm_90 alone
-NOTHING_SPILLS = {(arch, size) for arch in (80, 90, 100) for size in (64, 128)}
-OF_THOSE = 40 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
+# 16-bit kernels of these (architecture, head size) must not spill: the bytes are what some versions of Triton do all the same.
+SPILLS_ANYWAY = 40 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
+MUST_NOT_SPILL = {(arch, size): SPILLS_ANYWAY for arch in (80, 90, 100) for size in (64, 128)}
 
 
-def compiled(case: Case, dtype: str, arch: int) -> list[Launch]:
-    """The launches of a case, forward and backward, compiled for sm_`arch`; nothing runs."""
-    tensors, options = case.inputs()
-    cast = lambda x: x.to(DTYPES[dtype]) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
-    leaves = {name: cast(x).requires_grad_() for name, x in tensors.items()}
+def launches_of(call: Call, dtype: str, arch: int) -> list[Launch]:
+    """The launches of a call, forward and backward, compiled for sm_`arch`; nothing runs."""
+    tensors, options = call.inputs(dtype=DTYPES[dtype])
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    of_a_sum = lambda _, x: x.new_ones(()).expand(x.shape)  # noqa: E731
     with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message=".*does not fit this device"
-        )  # a table's first tile has to: no step to the next one
-        outputs = getattr(kernels, case.op)(**leaves, **{name: cast(x) for name, x in options.items()})
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.grad(sum(x.sum() for x in outputs), list(leaves.values()))
+        warnings.filterwarnings("error", message=".*does not fit this device")  # a table's first tile has to fit
+        differentiate(function_of(kernels, call.op), leaves, options, of_a_sum)
     return launches
 
 
-def _allowed_stack(case: Case, dtype: str, arch: int, kernel: str) -> int:
-    size = int(case.name.split()[1]) if case.op == "attention" else 0
-    if (arch, size) in NOTHING_SPILLS and dtype != "fp32":
-        return OF_THOSE
-    return max(
-        (stack for (d, name, least), stack in ALLOWED_STACK.items() if (d, name) == (dtype, kernel) and size >= least),
-        default=0,
-    )
+def _allowed_stack(call: Call, dtype: str, arch: int, kernel: str) -> int:
+    size = call.sizes.get("D", 0)
+    if (arch, size) in MUST_NOT_SPILL and dtype != "fp32":
+        return MUST_NOT_SPILL[arch, size]
+    fits = lambda of, name, least: (of, name) == (dtype, kernel) and size >= least  # noqa: E731
+    return max((stack for key, stack in ALLOWED_STACK.items() if fits(*key)), default=0)
 
 
-def judged(case: Case, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel of a case that is not in `seen` yet: what it uses, and what is wrong with it ("" if nothing)."""
-    for launch in compiled(case, dtype, arch):
+def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of a call that is not in `seen` yet: what it uses, and what is wrong with it ("" if nothing)."""
+    for launch in launches_of(call, dtype, arch):
         binary = launch.binary
         if binary.cubin in seen:
             continue
         seen.add(binary.cubin)
         figures = exact(launch)
-        allowed = _allowed_stack(case, dtype, arch, binary.name)
-        wants_dots = case.op == "attention" and dtype != "fp32" and "bounds" not in binary.name
+        allowed = _allowed_stack(call, dtype, arch, binary.name)
+        wants_dots = call.op == "attention" and dtype != "fp32" and "bounds" not in binary.name
         problem = ""
         if figures["stack"] > allowed:
             problem = f"spills: {figures['stack']} bytes of stack, {allowed} allowed"
@@ -163,34 +90,27 @@ def judged(case: Case, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict
             problem = f"shared memory {binary.shared} > {SHARED[arch]}"
         elif wants_dots and not figures["tensor"]:
             problem = "no tensor-core instruction"
-        yield dict(figures, op=case.op, workload=case.name, dtype=dtype, allowed_stack=allowed, problem=problem)
+        yield dict(figures, op=call.op, workload=call.name, dtype=dtype, allowed_stack=allowed, problem=problem)
 
 
-def report(calls: Iterable[tuple[Case, str]], archs: list[int] | None, output: str | None) -> int:
+def main(calls: Iterable[tuple[Call, str]], archs: list[int] | None, output: str | None) -> int:
     """Compile, print a table (or JSON to `output`, "-" for standard output), and return 1 if a kernel has a problem."""
     unknown = set(archs or ()) - set(ARCHITECTURES)
     if unknown:
         raise ValueError(f"--arch {min(unknown)}: choose from {', '.join(map(str, ARCHITECTURES))}")
     rows: list[dict[str, Any]] = []
-    file = Growing(None if output == "-" else output, lambda: as_json(rows))
-    if output != "-":
-        print(f"{'sm':<4} {'kernel':<28} {'call':<20} {'dtype':<5} {'regs':>4} {'stack':>5} {'shared':>6}  problem")
+    printed = output != "-"
+    file = Growing(output if printed else None, lambda: as_json(rows))
+    if printed:
+        print(head(TABLE))
     for arch in archs or ARCHITECTURES:
         seen: set[bytes] = set()
-        for case, dtype in calls:
-            for row in judged(case, dtype, arch, seen):
-                rows.append(row)
-                file.write()
-                if output != "-":
-                    print(
-                        f"{arch:<4} {row['kernel']:<28} {row['workload']:<20} {dtype:<5} {row['registers']:>4} {row['stack']:>5} "
-                        f"{row['shared']:>6}  {row['problem']}",
-                        flush=True,
-                    )
+        for row in (row for call, dtype in calls for row in rows_of(call, dtype, arch, seen)):
+            rows.append(row)
+            file.write()
+            if printed:
+                print(line(TABLE, row), flush=True)
     problems = sum(bool(row["problem"]) for row in rows)
     file.write(last=True)
-    if output == "-":
-        print(as_json(rows), end="")
-    else:
-        print(f"{len(rows)} kernels compiled, {problems} with a problem")
+    print(f"{len(rows)} kernels compiled, {problems} with a problem" if printed else as_json(rows).rstrip())
     return 1 if problems else 0

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from tileformer.bench.calls import Call
 from tileformer.bench.recording import Binary, Launch
-from tileformer.bench.speed.workloads import Workload
 from tileformer.bench.static import model
 from tileformer.bench.static.rates import LOADS, RATES, STORES, TENSOR, Rates
 from tileformer.bench.static.sass import Code, Instruction, accesses, cycles, occupancy, spills, tensor_shapes
@@ -64,12 +64,12 @@ def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, An
     """Each tensor loop's cycles of a warp on each pipe (B), issue / tensor (B), and share of the replay with a busy tensor pipe (C)."""
     rows = []
     for path in tensor_loops(code_of(launch.binary.cubin, launch.binary)):
-        held = cycles(path, rates)
-        row: dict[str, Any] = {name: round(time, 1) for name, time in held.items()}
-        if held["tensor"]:
+        of_pipe = cycles(path, rates)
+        row: dict[str, Any] = {name: round(time, 1) for name, time in of_pipe.items()}
+        if of_pipe["tensor"]:
             replay = model.band(path, rates, blocks, launch.warps, launch.stages)
-            busy = held["tensor"] * blocks * launch.warps / 4
-            row["issue_per_tensor"] = round(held["issue"] / held["tensor"], 3)
+            busy = of_pipe["tensor"] * blocks * launch.warps / 4
+            row["issue_per_tensor"] = round(of_pipe["issue"] / of_pipe["tensor"], 3)
             row["tensor_share"] = round(busy / replay[0], 3)
         rows.append(row)
     return rows
@@ -82,18 +82,18 @@ def causal_trips(length: int, rows: int, block: int) -> tuple[float, float]:
     return every, every - sum((n * rows + 1) // block for n in range(tiles)) / tiles
 
 
-def attention_share(launch: Launch, workload: Workload, rates: Rates, blocks: int) -> dict[str, Any]:
+def attention_share(launch: Launch, call: Call, rates: Rates, blocks: int) -> dict[str, Any]:
     """Forward attention on sm_80 and sm_90: shares of the tensor cores' peak, class B (`bound`) and C (`share` with its band)."""
-    paths, s, size = tensor_loops(code_of(launch.binary.cubin, launch.binary)), workload.sizes, 2
+    paths, s, size = tensor_loops(code_of(launch.binary.cubin, launch.binary)), call.sizes, 2
     per_trip = _flops(paths[0]) * launch.warps if paths else 0
     if not per_trip or not blocks:
         return {}
     programs = math.prod(launch.grid)
     rows = s["B"] * s["H"] * s["T_q"] // programs
     keys = per_trip // (4 * rows * s["D"])
-    every, edge = causal_trips(s["T_k"], rows, keys) if workload.options.get("causal") else (s["T_k"] / keys, 0.0)
+    every, edge = causal_trips(s["T_k"], rows, keys) if call.options.get("causal") else (s["T_k"] / keys, 0.0)
     edge = edge if len(paths) > 1 else 0.0
-    useful = workload.flops("forward") / programs * blocks / rates.tensor_flops  # cycles at the peak
+    useful = call.flops("forward") / programs * blocks / rates.tensor_flops  # cycles at the peak
 
     def time(n: int) -> tuple[float, ...]:
         l2 = size * _flops(paths[n]) * launch.warps / (2 * rows)  # keys and values of a trip
@@ -119,33 +119,33 @@ def row_figures(launch: Launch, rates: Rates, blocks: int, moved: int | None) ->
     loop = max(loops, key=lambda path: size(path, LOADS | STORES), default=[])
     whole, programs = code.path(), math.prod(launch.grid)
     loaded = max(size(loop, LOADS), size(whole, LOADS) - size(loop, LOADS))
-    found: dict[str, Any] = dict(bytes_in_flight=min(blocks, math.ceil(programs / rates.multiprocessors)) * loaded)
+    result: dict[str, Any] = dict(bytes_in_flight=min(blocks, math.ceil(programs / rates.multiprocessors)) * loaded)
     if moved and blocks:
         busy, floor = model.row_time(whole, loop, rates, blocks, launch.warps, programs, moved)
-        found |= dict(us_busy=round(busy, 1), us_dram=round(floor, 1), roof=round(floor / max(busy, floor), 3))
-    return found
+        result |= dict(us_busy=round(busy, 1), us_dram=round(floor, 1), roof=round(floor / max(busy, floor), 3))
+    return result
 
 
-def figures(launch: Launch, workload: Workload, mode: str, alone: bool) -> dict[str, Any]:
+def figures(launch: Launch, call: Call, mode: str, alone: bool) -> dict[str, Any]:
     """Every figure of one launch of a workload's pass; `alone`: the pass is this launch, so its bytes are known."""
-    found = exact(launch)
+    result = exact(launch)
     rates = RATES.get(launch.binary.arch)
     if rates is None:
-        return found
-    found["blocks"] = blocks = occupancy(found["registers"], launch.binary.shared, launch.warps, rates)
-    if workload.flops("forward"):
-        found["loops"] = loop_figures(launch, rates, blocks)
-        if found["loops"] and "issue_per_tensor" in found["loops"][0]:
-            found["issue_per_tensor"] = found["loops"][0]["issue_per_tensor"]
-        if mode == "forward" and not workload.masks and workload.sizes["T_q"] >= 128:
-            found |= attention_share(launch, workload, rates, blocks)
+        return result
+    result["blocks"] = blocks = occupancy(result["registers"], launch.binary.shared, launch.warps, rates)
+    if call.flops("forward"):
+        result["loops"] = loop_figures(launch, rates, blocks)
+        if result["loops"] and "issue_per_tensor" in result["loops"][0]:
+            result["issue_per_tensor"] = result["loops"][0]["issue_per_tensor"]
+        if mode == "forward" and not {"mask", "padding"} & call.options.keys() and call.sizes["T_q"] >= 128:
+            result |= attention_share(launch, call, rates, blocks)
     else:
-        moved = workload.bytes(torch.bfloat16, mode) if alone else None
-        found |= row_figures(launch, rates, blocks, moved)
-    return found
+        moved = call.bytes(torch.bfloat16, mode) if alone else None
+        result |= row_figures(launch, rates, blocks, moved)
+    return result
 
 
-def best(found: list[dict[str, Any]], tried: int) -> dict[str, Any]:
+def best(choices: list[dict[str, Any]], tried: int) -> dict[str, Any]:
     """Of an autotuner's choices, the one that the model likes best; how many of the list compiled, and how many different binaries spill."""
 
     def merit(row: dict[str, Any]) -> tuple[float, ...]:
@@ -155,8 +155,8 @@ def best(found: list[dict[str, Any]], tried: int) -> dict[str, Any]:
             -row["spill_instructions"], row.get("blocks", 0) * row["warps"], -row["narrow"],
         )  # fmt: skip
 
-    chosen = max(found, key=merit)  # the first of equals: the list's order
-    return chosen | dict(configurations=tried, spilling=sum(bool(row["spill_instructions"]) for row in found))
+    chosen = max(choices, key=merit)  # the first of equals: the list's order
+    return chosen | dict(configurations=tried, spilling=sum(bool(row["spill_instructions"]) for row in choices))
 
 
 def grouped(launches: list[Launch]) -> list[tuple[list[Launch], int]]:

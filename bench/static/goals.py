@@ -27,13 +27,13 @@ def _fits(row: dict[str, Any], where: dict[str, Any]) -> bool:
     return True
 
 
-def verdicts(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool = False) -> list[dict[str, Any]]:
+def verdicts_of(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool = False) -> list[dict[str, Any]]:
     """One for each goal: its worst figure, the row that has it, how many rows were held to it, and "pass", "miss", "lead" or "not run".
 
     A goal is not run where the run has no architecture or op for it, or took a `part` of the calls; one that finds no figure in rows that should
     have it is missed.
     """
-    found = []
+    verdicts = []
     seen = {(row["op"], row["arch"]) for row in rows if row["provider"] == "tileformer"}
     for goal in goals:
         where = {"provider": "tileformer"} | goal["where"]
@@ -46,14 +46,11 @@ def verdicts(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool
         if worst is None:
             verdict["verdict"] = "miss" if expected and not part and not goal.get("needs_peers") else "not run"
         else:
-            figure = worst[goal["figure"]]
-            kept = sign * figure <= sign * limit
-            verdict |= dict(
-                worst=figure,
-                at=" ".join(str(worst[x]) for x in ("op", "workload", "pass", "kernel", "dtype", "arch") if x in worst),
-            )
-            verdict["verdict"] = "lead" if goal["class"] == "C" else "pass" if kept else "miss"
+            figure, fields = worst[goal["figure"]], ("op", "workload", "pass", "kernel", "dtype", "arch")
+            reached = "pass" if sign * figure <= sign * limit else "miss"
+            verdict |= dict(worst=figure, at=" ".join(str(worst[field]) for field in fields if field in worst))
+            verdict["verdict"] = "lead" if goal["class"] == "C" else reached
             if "share_band" in worst:
                 verdict["band"] = worst["share_band"]
-        found.append(verdict)
-    return found
+        verdicts.append(verdict)
+    return verdicts

@@ -23,15 +23,15 @@ MEMORY_LATENCY = 600  # cycles until a global load's data is there, when it come
 def bound(path: list[Instruction], rates: Rates, blocks: int, warps: int, l2_bytes: float = 0.0) -> dict[str, float]:
     """Cycles of each pipe of a sub-partition for one iteration of all `blocks` resident blocks; `l2_bytes` are those of one block."""
     here = blocks * warps / 4
-    held = {name: time * here for name, time in cycles(path, rates).items()}
-    return held | dict(l2=blocks * l2_bytes / (4 * rates.per_cycle(rates.l2)))
+    of_pipe = {name: time * here for name, time in cycles(path, rates).items()}
+    return of_pipe | dict(l2=blocks * l2_bytes / (4 * rates.per_cycle(rates.l2)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
     kind: str
     pipe: str
-    held: float
+    cycles: float
     latency: float
     stall: int
     writes: int
@@ -43,7 +43,7 @@ class _Step:
 
 
 def _step(i: Instruction, rates: Rates) -> _Step:
-    name, held, latency = pipe(i.op, i.args, rates)
+    name, busy, latency = pipe(i.op, i.args, rates)
     kind = ""
     if TENSOR.match(i.op) and i.base != "HMMA":
         kind = "matrix"
@@ -61,11 +61,11 @@ def _step(i: Instruction, rates: Rates) -> _Step:
         kind = "await tile"
     elif i.base in LOADS | LOCAL | STORES:
         kind = "copy" if i.base == "LDGSTS" else "load" if i.base in LOADS else "store"
-    found = re.search(r",\s*0x([0-9a-f]+)", i.args) if kind in ("drain", "arrive") else None
-    keep = int(found[1], 16) if found else 0
+    groups = re.search(r",\s*0x([0-9a-f]+)", i.args) if kind in ("drain", "arrive") else None
+    keep = int(groups[1], 16) if groups else 0
     moved = 32 * i.bytes if i.base in LOADS | STORES else 0
     own = (max(1, i.stall), i.writes, i.reads, i.waits)
-    return _Step(kind, name, held, latency, *own, "gsb" in i.args, keep, moved)
+    return _Step(kind, name, busy, latency, *own, "gsb" in i.args, keep, moved)
 
 
 def replay(
@@ -113,19 +113,19 @@ def replay(
                 best, when = w, t
         w, step = best, steps[at[best]]
         last, issued = running.index(w), when + 1
-        done = when + step.held + step.latency
+        done = when + step.cycles + step.latency
         if step.kind == "matrix":
-            free["tensor"] = max(when, free["tensor"]) + step.held
+            free["tensor"] = max(when, free["tensor"]) + step.cycles
             done = free["tensor"] + step.latency
             if step.grouped:
                 groups[w].append(done)
         elif step.pipe in free:
-            free[step.pipe] = when + step.held
+            free[step.pipe] = when + step.cycles
         if step.kind == "drain":
             groups[w] = groups[w][-step.keep :] if step.keep else []
         if step.bytes:
             memory_free = max(memory_free, when) + step.bytes / memory
-            arrived = max(memory_free, when + step.held) + MEMORY_LATENCY
+            arrived = max(memory_free, when + step.cycles) + MEMORY_LATENCY
             if step.kind == "load":
                 done = arrived
             elif step.kind == "copy":
@@ -140,7 +140,7 @@ def replay(
         if step.writes < 6:
             boards[w][step.writes] = max(boards[w][step.writes], done)
         if step.reads < 6:
-            boards[w][step.reads] = max(boards[w][step.reads], when + step.held + 8)
+            boards[w][step.reads] = max(boards[w][step.reads], when + step.cycles + 8)
         after[w] = when + step.stall
         at[w] += 1
         if at[w] == len(steps):
@@ -181,8 +181,8 @@ def replay(
 def band(path: list[Instruction], rates: Rates, blocks: int, warps: int, stages: int = 2) -> tuple[float, float, float]:
     """Median, least and largest replay over the start skews; what is loaded comes at the L2's rate."""
     memory = rates.per_cycle(rates.l2)
-    found = sorted(replay(path, rates, blocks, warps, skew=skew, memory=memory, stages=stages) for skew in SKEWS)
-    return found[len(found) // 2], found[0], found[-1]
+    times = sorted(replay(path, rates, blocks, warps, skew=skew, memory=memory, stages=stages) for skew in SKEWS)
+    return times[len(times) // 2], times[0], times[-1]
 
 
 def row_time(

@@ -40,8 +40,8 @@ class Instruction:
     @property
     def target(self) -> str | None:
         """Label of a branch."""
-        found = re.search(r"`\((\.L_\w+)\)", self.args) if self.base in ("BRA", "JMP") else None
-        return found[1] if found else None
+        label = re.search(r"`\((\.L_\w+)\)", self.args) if self.base in ("BRA", "JMP") else None
+        return label[1] if label else None
 
     @property
     def conditional(self) -> bool:
@@ -70,10 +70,10 @@ class Code:
         for line in listing.splitlines():
             if label := _LABEL.match(line):
                 labels[label[1]] = len(instructions)
-            elif found := _LOW.match(line):
-                low = found
-            elif low and (found := _HIGH.match(line)):
-                bits = int(found[1], 16)
+            elif match := _LOW.match(line):
+                low = match
+            elif low and (match := _HIGH.match(line)):
+                bits = int(match[1], 16)
                 waits = tuple(n for n in range(6) if bits >> 52 + n & 1)
                 control = (bits >> 41 & 15, bits >> 46 & 7, bits >> 49 & 7, waits)
                 instructions.append(Instruction(low[1] or "", low[2], low[3] or "", *control))
@@ -130,7 +130,7 @@ class Code:
                 new = set.intersection(*(dominators[x] for x in before[block] if x in seen)) | {block}
                 if new != dominators[block]:
                     dominators[block], changed = new, True
-        found: dict[int, set[int]] = {}
+        bodies: dict[int, set[int]] = {}
         for block in order:
             for head in follow[block]:
                 if head in dominators[block]:
@@ -140,8 +140,8 @@ class Code:
                         if x not in body:
                             body.add(x)
                             waiting += [y for y in before[x] if y in seen]
-                    found.setdefault(head, set()).update(body)
-        loops = [(head, {k for block in body for k in range(block, end[block])}) for head, body in found.items()]
+                    bodies.setdefault(head, set()).update(body)
+        loops = [(head, {k for block in body for k in range(block, end[block])}) for head, body in bodies.items()]
         return sorted(loops, key=lambda loop: (len(loop[1]), loop[0]))
 
     def path(self, head: int = 0, body: set[int] | None = None) -> list[Instruction]:
@@ -189,12 +189,12 @@ def tensor_shapes(code: Iterable[Instruction]) -> dict[str, int]:
 
 def cycles(path: list[Instruction], rates: Rates) -> dict[str, float]:
     """Cycles of one warp's `path` on each pipe of its sub-partition; "issue" is one for each instruction."""
-    held: dict[str, float] = dict(tensor=0.0, xu=0.0, fma=0.0, alu=0.0, mio=0.0)
+    busy: dict[str, float] = dict(tensor=0.0, xu=0.0, fma=0.0, alu=0.0, mio=0.0)
     for i in path:
         name, time, _ = pipe(i.op, i.args, rates)
-        if name in held:
-            held[name] += time
-    return held | dict(issue=float(len(path)))
+        if name in busy:
+            busy[name] += time
+    return busy | dict(issue=float(len(path)))
 
 
 def occupancy(registers: int, shared: int, warps: int, rates: Rates) -> int:

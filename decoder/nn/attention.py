@@ -3,14 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from tileformer.decoder.cache import AttentionCache
+from tileformer.decoder.blocks import Attention, check_heads
+from tileformer.decoder.generation.cache import AttentionCache
 from tileformer.kernels import attention, checks
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(Attention):
     """``torch.nn.MultiheadAttention``: same constructor, forward signature, parameters and state_dict keys.
 
     It differs from torch's module where torch's differs from itself. A query that may attend to nothing has attention
@@ -68,9 +69,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises ValueError on shapes that do not fit, TypeError on a mask that is neither boolean nor floating or on
         nested tensors, RuntimeError on ``is_causal`` without a mask (as torch), all before any computation.
         """
-        given = attn_mask
+        passed = attn_mask
         attn_mask = self._check(query, key, value, attn_mask, key_padding_mask, cache)
-        is_causal = is_causal and attn_mask is given  # a CausalBias says itself which diagonal it means
+        is_causal = is_causal and attn_mask is passed  # a CausalBias says itself which diagonal it means
         packed = cu_seqlens is not None
         if packed and (query is not key or key is not value or cache is not None):
             raise ValueError("cu_seqlens packs self-attention: pass one tensor as query, key and value, and no cache")
@@ -86,23 +87,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
 
         q, k, v = self._project(query, key, value, cache)
-        causal: bool | str = is_causal and not appends  # every query sees appended keys: only the mask says so
+        causal = is_causal and not appends  # every query sees appended keys: only the mask says so
         mask, key_mask = self._kernel_masks(None if causal else attn_mask, key_padding_mask)
-        if cache is not None and cache.grows:
-            # The newest query sees every key: one query alone needs no mask.
-            causal = "bottom_right" if q.shape[2] > 1 else False
         if appends:
             k, v, mask, key_mask = self._append_keys(k, v, mask, key_mask)
-
-        p = self.dropout if self.training else 0.0
-        asked: bool | str = ("average" if average_attn_weights else True) if need_weights else False
+        options: dict[str, Any] = {"causal": causal, "dropout_p": self.dropout if self.training else 0.0}
+        if cache is not None and cache.grows:
+            options |= cache.reach(q.shape[2])
         # A bound without sequences is the kernel's error to name.
-        bounds = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-        options: dict[str, Any] = {"causal": causal, "dropout_p": p, "return_weights": asked, **ends, **bounds}
-        out = attention(q, k, v, mask=mask, key_mask=key_mask, **options)
-        weights = None
-        if asked:
+        options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        if need_weights:
+            options["return_weights"] = "average" if average_attn_weights else True
+        out, weights = attention(q, k, v, mask=mask, key_mask=key_mask, **options), None
+        if need_weights:
             out, weights = out
             weights = weights if query.dim() == 3 else weights.squeeze(0)
         return self.out_proj(self._join_heads(out, query.dim())), weights
@@ -158,48 +156,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"key_padding_mask {tuple(key_padding_mask.shape)} must be one value a key, {keys}")
         return attn_mask
 
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B, H, T, D): one GEMM for self-attention, one for queries and one for keys and values otherwise."""
-        C, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
-        if weight is not None and query is key and key is value:
-            q, k, v = self._split_heads(F.linear(query, weight, bias), 3)
-        else:
-            # split, not slices: its gradient is one concatenation
-            if weight is not None:
-                w_q, *w_kv = weight.split((C, 2 * C) if key is value else (C, C, C))
-            else:
-                w_q, *w_kv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-            sizes = (C, 2 * C) if len(w_kv) == 1 else (C, C, C)
-            b_q, *b_kv = (None,) * len(sizes) if bias is None else bias.split(sizes)
-            (q,) = self._split_heads(F.linear(query, w_q, b_q), 1)
-            if cache is not None and cache.written:
-                return q, *cache.read()
-            if len(w_kv) == 1:
-                k, v = self._split_heads(F.linear(key, w_kv[0], b_kv[0]), 2)
-            else:
-                (k,) = self._split_heads(F.linear(key, w_kv[0], b_kv[0]), 1)
-                (v,) = self._split_heads(F.linear(value, w_kv[1], b_kv[1]), 1)
-        if cache is not None:
-            k, v = cache.store(k, v)
-        return q, k, v
-
-    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(..., parts * C) -> ``parts`` views (B, H, T, D), whatever the layout of x."""
-        x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
-        if x.dim() == 4:
-            return tuple(part.transpose(0, 1).unsqueeze(0) for part in x.unbind(-3))
-        if self.batch_first:
-            return tuple(part.transpose(1, 2) for part in x.unbind(-3))
-        return tuple(part.permute(1, 2, 0, 3) for part in x.unbind(-3))
-
-    def _join_heads(self, x: Tensor, dim: int) -> Tensor:
-        """(B, H, T, D) -> the layout of the query, (..., C)."""
-        if dim == 2:
-            return x.squeeze(0).transpose(0, 1).flatten(-2)
-        return (x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
-
     def _kernel_masks(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -243,23 +199,3 @@ class MultiheadAttention(nn.MultiheadAttention):
         if key_mask is not None:
             key_mask = F.pad(key_mask, added, value=True)
         return k, v, mask, key_mask
-
-
-def check_heads(embed_dim: int, num_heads: int) -> None:
-    """Raise ValueError where a model of this width cannot be split into this many heads."""
-    if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
-        raise ValueError(
-            f"a width of {embed_dim} cannot be split into {num_heads} heads: the number of heads must divide it"
-        )
-
-
-def check_config(config: Any, sizes: tuple[str, ...]) -> None:
-    """Raise ValueError where a model's configuration makes no sense; ``sizes`` names its fields that count something."""
-    for name in sizes:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    check_heads(config.d_model, config.nhead)
-    if not 0.0 <= config.dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {config.dropout}")
-    if config.activation not in ("relu", "gelu"):
-        raise ValueError(f"activation must be 'relu' or 'gelu', got {config.activation!r}")

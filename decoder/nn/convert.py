@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from tileformer.decoder.blocks import Attention, Block, Stack
 from tileformer.decoder.nn.attention import MultiheadAttention
 from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.nn.modules import CrossEntropyLoss, Dropout, LayerNorm, LogSoftmax, RMSNorm, Softmax
@@ -63,7 +64,7 @@ def convert(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         old = _plain(module)
         base = next((cls for cls in old.__mro__ if cls in TWINS), None)
-        if base is None or issubclass(old, (TWINS[base], _Unnested)):
+        if base is None or old is Attention or issubclass(old, (TWINS[base], _Unnested)):
             continue
         why = _unfit(module, old, base)
         if why:
@@ -82,7 +83,7 @@ def revert(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         new = _plain(module)
         old: Any
-        old, twin = vars(new).get("_made_of") or (next((x for x, twin in TWINS.items() if new is twin), None), new)
+        old, twin = vars(new).get("_made_of") or (_torchs_class(module, new), new)
         if old is None:
             if isinstance(module, (_Joined, *TWINS.values())):
                 report.left[name] = f"{new.__name__} was made on top of our class, not by `convert`"
@@ -97,6 +98,17 @@ def revert(model: nn.Module) -> Report:
         if not issubclass(new, _Unnested):
             report.swapped[name] = f"{_title(twin)} -> {_title(old)}"
     return report
+
+
+def _torchs_class(module: Any, new: type) -> type[nn.Module] | None:
+    """The class of torch.nn that a twin, or a part of our own models, computes the same as."""
+    if new is Attention:
+        return nn.MultiheadAttention
+    if new is Block:
+        return nn.TransformerEncoderLayer if module.multihead_attn is None else nn.TransformerDecoderLayer
+    if new is Stack:
+        return nn.TransformerEncoder if module.layers[0].multihead_attn is None else nn.TransformerDecoder
+    return next((x for x, twin in TWINS.items() if new is twin), None)
 
 
 def _fast_activation(activation: Any) -> int:
@@ -136,9 +148,9 @@ def _unfit(module: nn.Module, old: type, base: type[nn.Module]) -> str:
         return "it works in place, ours does not"
     if isinstance(module, nn.MultiheadAttention) and module.head_dim > WIDEST_HEAD:
         return f"heads of {module.head_dim} are wider than {WIDEST_HEAD}"
-    computed = {
-        name for name, x in vars(TWINS[base]).items() if isinstance(x, types.FunctionType) and not name.startswith("__")
-    }
+    twins = TWINS[base].__mro__[: TWINS[base].__mro__.index(base)]
+    functions = {name for cls in twins for name, x in vars(cls).items() if isinstance(x, types.FunctionType)}
+    computed = {name for name in functions if not name.startswith("__")}
     own = [cls for cls in old.__mro__[: old.__mro__.index(base)] if computed & set(vars(cls))]
     if own:
         return f"{own[0].__name__} has its own {', '.join(sorted(computed & set(vars(own[0]))))}"

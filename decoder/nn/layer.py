@@ -5,14 +5,16 @@ Source: Vaswani et al. 2017, "Attention Is All You Need"; torch/nn/modules/trans
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.cache import AttentionCache, LayerCache
-from tileformer.decoder.nn.attention import MultiheadAttention, check_heads
-from tileformer.decoder.nn.modules import Dropout, LayerNorm
+from tileformer.decoder.blocks import check_heads
+from tileformer.decoder.generation.cache import AttentionCache, LayerCache
+from tileformer.decoder.nn.attention import MultiheadAttention
+from tileformer.decoder.nn.modules import Dropout, LayerNorm, fuses_residual
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
@@ -21,63 +23,44 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _adopt_children(layer: nn.Module) -> None:
+def _swap_child_classes(layer: nn.Module) -> None:
     """Turn torch's children into ours. The objects stay, so the same seed gives the same weights as torch."""
     for child in layer.children():
         if type(child) in _OURS:
             child.__class__ = _OURS[type(child)]
 
 
-def _drop_and_add(dropout: nn.Module, branch: Tensor, residual: Tensor | None) -> Tensor:
-    """``residual + dropout(branch)``: in one pass where the dropout is ours and nobody has replaced or hooked what it does."""
-    ours = type(dropout).forward is Dropout.forward and "forward" not in dropout.__dict__
-    if ours and not any(getattr(dropout, hooks) for hooks in _HOOKS):
-        return dropout(branch, residual)
-    return dropout(branch) if residual is None else residual + dropout(branch)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _adds_residual(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Mark a block that takes ``residual`` and adds it itself, in one pass with its dropout."""
-    # Itself, not True: functools.wraps copies the mark onto what a user puts around the block.
-    block.adds_residual = block  # type: ignore[attr-defined]
-    return block
-
-
-def _add_block(block: Callable[..., Tensor], residual: Tensor, *args, **kwargs) -> Tensor:
-    """``residual + block(*args)``. A block that a subclass or a user has put there is not marked: it returns only its
-    branch, after its dropout, as torch's blocks do."""
-    function = getattr(block, "__func__", block)
-    if getattr(function, "adds_residual", None) is function:
-        return block(*args, residual=residual, **kwargs)
-    return residual + block(*args, **kwargs)
-
-
-def _given(**options) -> dict:
+def _drop_none(**options) -> dict[str, Any]:
     """The options that are not None: what is not asked for is not named, so that a user's module needs not know it."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _added_masks(x: Tensor, mask: Tensor | None, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Masks as torch's encoder layer hands them to a user's own attention: floating, -inf where hidden."""
+class _Blocks:
+    """torch's names for the parts of a layer, for who overrides or calls them: each returns its branch, after its dropout."""
 
-    def added(m: Tensor | None) -> Tensor | None:
-        if m is None or m.is_floating_point():
-            return m
-        return torch.zeros_like(m, dtype=x.dtype).masked_fill(m, -torch.inf)
+    def _sa_block(self: Any, x, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        return self.dropout1(self.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
 
-    return added(mask), added(padding)
+    def _feed_forward(self: Any, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+    def _is_fused(self: Any, twin: type) -> bool:
+        """Whether nobody has overridden, replaced or hooked a block of a layer that is a ``twin``."""
+        cls, own, children = type(self), self.__dict__, self._modules
+        blocks = ("_sa_block", "_mha_block", "_ff_block")
+        if any(name in own or getattr(cls, name, None) is not getattr(twin, name, None) for name in blocks):
+            return False
+        return all(fuses_residual(children[name]) for name in ("dropout1", "dropout2", "dropout3") if name in children)
+
+    def _add_blocks(self: Any, x: Tensor, *sublayers: tuple[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+        """torch's unfused order, for options that torch's own forward does not know."""
+        for norm, block in sublayers:
+            x = x + block(norm(x)) if self.norm_first else norm(x + block(x))
+        return x
 
 
-def _attend(attn: nn.Module, x: Tensor, memory: Tensor, attn_mask, key_padding_mask, is_causal, **options) -> Tensor:
-    """Output of ``attn``; ``options`` as cache, named only where there is one."""
-    masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-    return attn(x, memory, memory, need_weights=False, **masks, **options)[0]
-
-
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(_Blocks, nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer``: same constructor, forward signature, parameters and state_dict keys.
 
     There is one path: no inference fast path and no nested tensors, so training and evaluation agree.
@@ -104,7 +87,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         check_heads(d_model, nhead)
         shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
         super().__init__(*shape, device=device, dtype=dtype)
-        _adopt_children(self)
+        _swap_child_classes(self)
 
     def forward(
         self,
@@ -121,29 +104,27 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         For a decoder without memory: with ``cache``, src holds only tokens that the cache has not seen, and attention
         is causal. ``cu_seqlens`` and ``max_seqlen`` say that src is packed.
         """
+        options = _drop_none(cache=cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        if not (isinstance(self.self_attn, MultiheadAttention) and self._is_fused(TransformerEncoderLayer)):
+            if not options:  # torch hands a user's attention floating masks
+                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+            attend = partial(self._sa_block, **masks, **options)
+            return self._add_blocks(src, (self.norm1, attend), (self.norm2, self._ff_block))
+        options |= masks
         x = src
-        masks = (src_mask, src_key_padding_mask)
-        if not isinstance(self.self_attn, MultiheadAttention):
-            masks = _added_masks(src, *masks)
-        options = _given(cache=cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if self.norm_first:
-            x = _add_block(self._sa_block, x, self.norm1(x), *masks, is_causal=is_causal, **options)
-            return _add_block(self._ff_block, x, self.norm2(x))
-        x = self.norm1(_add_block(self._sa_block, x, x, *masks, is_causal=is_causal, **options))
-        return self.norm2(_add_block(self._ff_block, x, x))
+            h = self.norm1(x)
+            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **options)[0], x)
+            return self.dropout2(self._feed_forward(self.norm2(x)), x)
+        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **options)[0], x))
+        return self.norm2(self.dropout2(self._feed_forward(x), x))
 
-    @_adds_residual
-    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, residual=None, **options) -> Tensor:
-        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, **options)
-        return _drop_and_add(self.dropout1, branch, residual)
-
-    @_adds_residual
-    def _ff_block(self, x, *, residual=None) -> Tensor:
-        branch = self.linear2(self.dropout(self.activation(self.linear1(x))))
-        return _drop_and_add(self.dropout2, branch, residual)
+    def _ff_block(self, x) -> Tensor:
+        return self.dropout2(self._feed_forward(x))
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(_Blocks, nn.TransformerDecoderLayer):
     """``torch.nn.TransformerDecoderLayer``: same constructor, forward signature, parameters and state_dict keys."""
 
     def __init__(
@@ -163,7 +144,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         check_heads(d_model, nhead)
         shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
         super().__init__(*shape, device=device, dtype=dtype)
-        _adopt_children(self)
+        _swap_child_classes(self)
 
     def forward(
         self,
@@ -181,30 +162,32 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
         Masks as in ``MultiheadAttention.forward``. With ``cache``, tgt holds only tokens that the cache has not seen.
         """
+        sa = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
+        mha = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        if cache is not None:
+            sa["cache"], mha["cache"] = cache.self_attn, cache.cross_attn
+        if not self._is_fused(TransformerDecoderLayer):
+            if cache is None:
+                masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+                return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+            attend, attend_memory = partial(self._sa_block, **sa), partial(self._mha_block, mem=memory, **mha)
+            return self._add_blocks(
+                tgt, (self.norm1, attend), (self.norm2, attend_memory), (self.norm3, self._ff_block)
+            )
         x = tgt
-        sa = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-        mha = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
-        sa_cache = _given(cache=None if cache is None else cache.self_attn)
-        mha_cache = _given(cache=None if cache is None else cache.cross_attn)
         if self.norm_first:
-            x = _add_block(self._sa_block, x, self.norm1(x), *sa, **sa_cache)
-            x = _add_block(self._mha_block, x, self.norm2(x), *mha, **mha_cache)
-            return _add_block(self._ff_block, x, self.norm3(x))
-        x = self.norm1(_add_block(self._sa_block, x, x, *sa, **sa_cache))
-        x = self.norm2(_add_block(self._mha_block, x, x, *mha, **mha_cache))
-        return self.norm3(_add_block(self._ff_block, x, x))
+            h = self.norm1(x)
+            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **sa)[0], x)
+            h = self.norm2(x)
+            x = self.dropout2(self.multihead_attn(h, memory, memory, need_weights=False, **mha)[0], x)
+            return self.dropout3(self._feed_forward(self.norm3(x)), x)
+        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **sa)[0], x))
+        x = self.norm2(self.dropout2(self.multihead_attn(x, memory, memory, need_weights=False, **mha)[0], x))
+        return self.norm3(self.dropout3(self._feed_forward(x), x))
 
-    @_adds_residual
-    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False, *, residual=None, **options) -> Tensor:
-        branch = _attend(self.self_attn, x, x, attn_mask, key_padding_mask, is_causal, **options)
-        return _drop_and_add(self.dropout1, branch, residual)
+    def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **masks, **options)[0])
 
-    @_adds_residual
-    def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, *, residual=None, **options) -> Tensor:
-        branch = _attend(self.multihead_attn, x, mem, attn_mask, key_padding_mask, is_causal, **options)
-        return _drop_and_add(self.dropout2, branch, residual)
-
-    @_adds_residual
-    def _ff_block(self, x, *, residual=None) -> Tensor:
-        branch = self.linear2(self.dropout(self.activation(self.linear1(x))))
-        return _drop_and_add(self.dropout3, branch, residual)
+    def _ff_block(self, x) -> Tensor:
+        return self.dropout3(self._feed_forward(x))

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.cache import KVCache
-from tileformer.decoder.nn.attention import check_heads
+from tileformer.decoder.blocks import check_heads
+from tileformer.decoder.generation.cache import KVCache
 from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.nn.modules import LayerNorm
 
@@ -126,14 +126,14 @@ class Transformer(nn.Transformer):
         if custom_encoder is None or custom_decoder is None:
             check_heads(d_model, nhead)
         shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
-        place = {"device": device, "dtype": dtype}
+        factory = {"device": device, "dtype": dtype}
         # Built in torch's order, so that the generator gives the same weights.
         if custom_encoder is None:
-            norm = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **place)
-            custom_encoder = TransformerEncoder(TransformerEncoderLayer(*shape, **place), num_encoder_layers, norm)
+            norm = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **factory)
+            custom_encoder = TransformerEncoder(TransformerEncoderLayer(*shape, **factory), num_encoder_layers, norm)
         if custom_decoder is None:
-            norm = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **place)
-            custom_decoder = TransformerDecoder(TransformerDecoderLayer(*shape, **place), num_decoder_layers, norm)
+            norm = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **factory)
+            custom_decoder = TransformerDecoder(TransformerDecoderLayer(*shape, **factory), num_decoder_layers, norm)
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )

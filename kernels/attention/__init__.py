@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
 from tileformer.kernels.attention.launchers import attention_bwd, attention_fwd, attention_weights, bwd, fwd, weights_of
-from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams, check_attention
+from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams, check_attention, limits
 from tileformer.kernels.attention.torch_backend import torch_attention
 from tileformer.kernels.autograd import KernelFunction
 from tileformer.kernels.backend import choose
@@ -246,12 +246,12 @@ def attention(
         mask, bias = None, mask
     if dropout_p > 0.0 and seed is None:
         seed = random.new_seed(q.device)
-    left, right, bottom_right = reference.limits(causal, window, align)
+    left, right, bottom_right = limits(causal, window, align)
     longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
-    limits = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
+    sides = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     params = AttentionParams(
-        *limits, int(bottom_right), int(packed), *longest, int(bias_grad), scale, softcap, dropout_p
+        *sides, int(bottom_right), int(packed), *longest, int(bias_grad), scale, softcap, dropout_p
     )
     masks = AttentionMasks(mask, bias, key_mask, *lens, alibi_slopes, seed)
     if backend == "reference":

@@ -129,6 +129,13 @@ def check_attention(
         checks.broadcastable("attention", (b, h, t_q, t_k), bias=bias)
 
 
+def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | None, int | None, bool]:
+    """How many keys a row sees before and past its diagonal (None: all of them), and whether the diagonal ends at the bottom right."""
+    left, right = window if isinstance(window, (tuple, list)) else (window, window)
+    named = causal if isinstance(causal, str) else align
+    return left, 0 if causal else right, named == "bottom_right"
+
+
 def _check_window(causal: bool | str, window: Any, align: str | None) -> None:
     pair = (window, window) if window is None or isinstance(window, int) else window
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):

@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 from tileformer.kernels import random
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
 from tileformer.kernels.double_backward import second_derivative
-from tileformer.kernels.reference import LOWEST
 
+LOWEST = -2.3e38  # what is added below it excludes: the kernels' scores, times log2(e), are beyond float32
 FUSED_FROM = 32  # keys from which torch's fused attention beats three plain operators on a CPU
 FUSED_GRADIENTS_FROM = 192  # the same, where there is a backward to come
 SHORT_ROW = (

@@ -12,7 +12,7 @@ Importing this package, or any room, starts no GPU driver.
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 import tileformer
+from tileformer.extras import advice
 
 VERBS = {
     "info": "tileformer.kernels.info",
@@ -100,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         if sys.flags.dev_mode:
             raise
         hint = ""
-        if isinstance(error, ModuleNotFoundError) and VERBS.get(argv[0], "").startswith("tileformer.training"):
-            hint = ': pip install "tileformer[train,finetune]"'
+        if isinstance(error, ModuleNotFoundError) and (way := advice(error.name)):
+            hint = f": {way}"
         _complain(_text_of(error) + hint, argv)
         try:
             sys.stdout.flush()

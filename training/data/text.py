@@ -1,6 +1,6 @@
 """Labelled texts: cleaning, the `label<TAB>text` file, duplicates, and splits that follow from the texts alone.
 
-A text's place is decided by the hash of its key (its letters, ideographs and digits, without case, width, punctuation
+A text's part is decided by the hash of its key (its letters, ideographs and digits, without case, width, punctuation
 and spacing), so the same text never stands on both sides of a split, whatever the order or the number of lines.
 """
 
@@ -8,13 +8,14 @@ import codecs
 import contextlib
 import hashlib
 import html
-import os
 import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tileformer.training.files import PathLike, quote
 
 HIDDEN = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
 # Tags that end a line of text are a space; the others (<b>, <span>) stand inside words of Chinese, and leave nothing.
@@ -25,7 +26,7 @@ LONGEST = 20_000  # characters of one text; a longer line is most often a file w
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts and their labels: `labels[i]` is the place in `names` of what `texts[i]` is."""
+    """Texts and their labels: `labels[i]` is the index in `names` of what `texts[i]` is."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
@@ -34,10 +35,10 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def pick(self, places: Iterable[int]) -> "Labelled":
-        """The texts at `places`, in that order, under the same names."""
-        places = list(places)
-        return Labelled(tuple(self.texts[i] for i in places), tuple(self.labels[i] for i in places), self.names)
+    def pick(self, indices: Iterable[int]) -> "Labelled":
+        """The texts at `indices`, in that order, under the same names."""
+        indices = list(indices)
+        return Labelled(tuple(self.texts[i] for i in indices), tuple(self.labels[i] for i in indices), self.names)
 
 
 def clean(text: str, *, markup: bool = True, width: bool = True, case: bool = False) -> str:
@@ -61,18 +62,18 @@ def key(text: str) -> str:
     return re.sub(r"\W+", _marks, unicodedata.normalize("NFKC", text)).lower()
 
 
-def _marks(found: re.Match[str]) -> str:
+def _marks(result: re.Match[str]) -> str:
     """The combining marks of what is no word character: they make other vowels of a letter in Hindi, Thai or Arabic."""
-    return "".join(c for c in found[0] if unicodedata.category(c).startswith("M"))
+    return "".join(c for c in result[0] if unicodedata.category(c).startswith("M"))
 
 
-def place(key: str, modulo: int = 100) -> int:
+def hash_bucket(key: str, modulo: int = 100) -> int:
     """Where a key falls, 0 to `modulo` - 1: the first 8 bytes of its sha256, big-endian, modulo that."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % modulo
 
 
 def read_labelled(
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     encoding: str = "utf-8",
     names: Sequence[str] | None = None,
@@ -88,29 +89,28 @@ def read_labelled(
     looks like `text<TAB>label`; OSError when the file cannot be read.
     """
     texts: list[str] = []
-    found: list[str] = []
+    seen: list[str] = []
     faults: list[tuple[int, str]] = []
     lines = lines_of(Path(path).read_bytes(), path, encoding, skip_bad_lines)
     for number, line in enumerate(lines, 1):
         if isinstance(line, ValueError):
             faults.append((number, str(line).removeprefix(f"{path}:{number}: ")))
             continue
-        label, tab, text = (
-            part.strip(" \u3000") for part in line.removeprefix("\ufeff").partition("\t")
-        )  # joined files
+        line = line.removeprefix("\ufeff")  # of joined files
+        label, tab, text = (part.strip(" \u3000") for part in line.partition("\t"))
         if not (label or tab):
             continue
         if not tab:
-            faults.append((number, f"expected label<TAB>text, found no tab in {shown(line)}"))
+            faults.append((number, f"expected label<TAB>text, found no tab in {quote(line, 40)}"))
         elif not (label and text.strip()):
             faults.append((number, f"expected label<TAB>text, found no {'text' if label else 'label'}"))
         elif len(text) > longest:
             faults.append((number, f"a text of {len(text):,} characters, over {longest:,}; cut it"))
         elif names is not None and label not in names:
-            faults.append((number, f"unknown label {shown(label)}; there is: {shown(', '.join(names), 100)}"))
+            faults.append((number, f"unknown label {quote(label, 40)}; there is: {quote(', '.join(names), 100)}"))
         else:
             texts.append(text)
-            found.append(label)
+            seen.append(label)
     if faults:
         (number, fault), *others = faults
         more = f"; {len(others):,} more bad lines, the next is {others[0][0]}" if others else ""
@@ -120,17 +120,17 @@ def read_labelled(
         warnings.warn(said, stacklevel=2)
     if not texts:
         raise ValueError(f"{path}: expected lines of label<TAB>text, the file holds none")
-    known = tuple(sorted(set(found)) if names is None else names)
-    if len(set(found)) == 1:
-        raise ValueError(f"{path}: expected two labels or more, all {len(texts):,} lines have {shown(found[0])}")
+    known = tuple(sorted(set(seen)) if names is None else names)
+    if len(set(seen)) == 1:
+        raise ValueError(f"{path}: expected two labels or more, all {len(texts):,} lines have {quote(seen[0], 40)}")
     if len(known) > max(20, len(texts) // 2):
         raise ValueError(f"{path}: {len(known):,} labels in {len(texts):,} lines; swap columns that are text<TAB>label")
     ids = {name: number for number, name in enumerate(known)}
-    return Labelled(tuple(texts), tuple(ids[label] for label in found), known)
+    return Labelled(tuple(texts), tuple(ids[label] for label in seen), known)
 
 
 def lines_of(
-    content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8", skip_bad_lines: bool = False
+    content: bytes, path: PathLike, encoding: str = "utf-8", skip_bad_lines: bool = False
 ) -> list[str | ValueError]:
     """The lines of all of a file, whatever ends them; a byte-order mark of UTF-16 or UTF-32 goes before `encoding`.
 
@@ -146,7 +146,7 @@ def lines_of(
             raise
     told = f"is not {encoding} text"
     return [
-        UnreadableError(f"{path}:{number}: {shown(line)} {told}") if is_damaged(line) else line
+        UnreadableError(f"{path}:{number}: {quote(line, 40)} {told}") if is_damaged(line) else line
         for number, line in enumerate(lines, 1)
     ]
 
@@ -164,7 +164,7 @@ class UnreadableError(ValueError):
     """Bytes that are no text in the encoding they were read in."""
 
 
-def decode(content: bytes, path: str | os.PathLike[str], encoding: str = "utf-8", *, line: int = 1, at: int = 0) -> str:
+def decode(content: bytes, path: PathLike, encoding: str = "utf-8", *, line: int = 1, at: int = 0) -> str:
     """`content`, which stands at byte `at`, in line `line`, of the file `path`, as text without a byte-order mark.
 
     Raises UnreadableError that names file:line, the byte and its offset, and the encoding that would fit, if one does;
@@ -213,7 +213,7 @@ def deduplicate(labelled: Labelled, clean: Callable[[str], str] = clean) -> tupl
 
 
 def split(labelled: Labelled, test: int = 10, valid: int = 5) -> dict[str, Labelled]:
-    """Parts "train", "valid" and "test" by the place of each text's key: below `test` %, the next `valid` %, the rest.
+    """Parts "train", "valid" and "test" by the bucket of each text's key: below `test` %, the next `valid` %, the rest.
 
     Raises ValueError for a part with fewer than two labels, and for a label of valid or test that train does not have.
     """
@@ -221,7 +221,7 @@ def split(labelled: Labelled, test: int = 10, valid: int = 5) -> dict[str, Label
         raise ValueError(f"test and valid must be above 0 and leave train something, got {test} % and {valid} %")
     rows: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
     for number, text in enumerate(labelled.texts):
-        where = place(key(text))
+        where = hash_bucket(key(text))
         rows["test" if where < test else "valid" if where < test + valid else "train"].append(number)
     parts = {name: labelled.pick(chosen) for name, chosen in rows.items()}
     trained = set(parts["train"].labels)
@@ -241,7 +241,7 @@ def subset(labelled: Labelled, n: int, seed: int) -> Labelled:
     Within a label texts are taken in the order of sha256(seed, key): another order of lines gives the same texts, and a
     smaller subset of the same seed is part of a larger one. Raises ValueError for `n` below the labels or above all.
     """
-    order = [place(f"{seed}/{key(text)}", 1 << 64) for text in labelled.texts]
+    order = [hash_bucket(f"{seed}/{key(text)}", 1 << 64) for text in labelled.texts]
     groups: dict[int, list[int]] = {}
     for number in sorted(range(len(order)), key=order.__getitem__):
         groups.setdefault(labelled.labels[number], []).append(number)
@@ -300,8 +300,3 @@ def _encoding_of(content: bytes, encoding: str) -> str | None:
             if beyond and "\0" not in text and 10 * rare <= len(beyond) and not crowded:
                 return name
     return None
-
-
-def shown(text: str, most: int = 40) -> str:
-    """`text` quoted on one line, its end left out when it is long."""
-    return repr(text if len(text) <= most else text[:most] + "...")

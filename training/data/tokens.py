@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tileformer.training.extras import library
-from tileformer.training.files import PathLike, read_json, shorten, write
+from tileformer.training.extras import optional_import
+from tileformer.training.files import PathLike, quote, read_json, shorten, write
 
 KINDS = ("characters", "bpe", "words")
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -32,12 +32,10 @@ class Tokenizer:
     def __init__(self, kind: str, made: Any) -> None:
         made.encode_special_tokens = True  # a text that says "<eos>" is text: begin and end come from the recipe
         self.kind, self.size, self._made = kind, made.get_vocab_size(), made
-        self._segment = library("rjieba").cut if kind == "words" else None
+        self._segment = optional_import("rjieba").cut if kind == "words" else None
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], kind: str = "characters", vocabulary: int = 8000, minimum: int = 2
-    ) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], kind: str = KINDS[0], vocabulary: int = 8000, minimum: int = 2) -> "Tokenizer":
         """Learn at most `vocabulary` ids, the special ones too, of what `texts` say at least `minimum` times.
 
         The same texts give the same ids, the most frequent first. "bpe": at most three quarters of the ids are single
@@ -45,17 +43,17 @@ class Tokenizer:
         leave no room, texts in which nothing is frequent enough, and a library that is not installed.
         """
         if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {shorten(repr(kind))}")
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {quote(kind, 200)}")
         if vocabulary <= len(SPECIAL) or minimum < 1:
             sizes = f"vocabulary {vocabulary} and minimum {minimum}"
             raise ValueError(f"vocabulary must be above {len(SPECIAL)} and minimum at least 1, got {sizes}")
-        tokenizers = library("tokenizers")
+        tokenizers = optional_import("tokenizers")
         shared = dict(vocab_size=vocabulary, min_frequency=minimum, special_tokens=SPECIAL, show_progress=False)
         trainer = tokenizers.trainers.WordLevelTrainer(**shared)
         if kind == "bpe":
             trainer = tokenizers.trainers.BpeTrainer(**shared, limit_alphabet=(vocabulary - len(SPECIAL)) * 3 // 4)
         made = _blank(kind)
-        cut = library("rjieba").cut if kind == "words" else lambda text: text
+        cut = optional_import("rjieba").cut if kind == "words" else lambda text: text
         made.train_from_iterator((cut(text) for text in texts), trainer)
         if made.get_vocab_size() <= len(SPECIAL):
             raise ValueError(f"the texts hold nothing {minimum} times; give more texts or a lower minimum")
@@ -93,11 +91,11 @@ class Tokenizer:
         content = read_json(path)
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT or content.get("kind") not in KINDS:
-            given = shorten(repr(found), 60)
-            raise ValueError(f"{path}: expected format {FORMAT!r}, found {given}; write it by Tokenizer.save")
+            shown = quote(found)
+            raise ValueError(f"{path}: expected format {FORMAT!r}, found {shown}; write it by Tokenizer.save")
         if wrong := _wrong_vocabulary(content.get("tokenizer")):
             raise ValueError(f"{path}: damaged; {wrong}")
-        kind, tokenizers = content["kind"], library("tokenizers")
+        kind, tokenizers = content["kind"], optional_import("tokenizers")
         try:
             made = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
             known = _rules(made) == _rules(_blank(kind))
@@ -116,7 +114,7 @@ class Tokenizer:
 
 def _blank(kind: str) -> Any:
     """The rules of a kind, without a vocabulary."""
-    tokenizers = library("tokenizers")
+    tokenizers = optional_import("tokenizers")
     split, space = tokenizers.pre_tokenizers.Split, ("\u2581", "never")
     unknown = SPECIAL[Tokenizer.unk_id]
     if kind == "bpe":

@@ -49,9 +49,8 @@ class Gan(nn.Module):
         width = classifier.backbone.config.d_model
         self.classifier = classifier
         self.fake = nn.Linear(width, 1)
-        self.generator = nn.Sequential(
-            nn.Linear(width, width), nn.LeakyReLU(0.2), nn.Dropout(0.1), nn.Linear(width, width)
-        )
+        into, out = nn.Linear(width, width), nn.Linear(width, width)
+        self.generator = nn.Sequential(into, nn.LeakyReLU(0.2), nn.Dropout(0.1), out)
 
     def judge(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) of the real classes, and log-odds (B,) that features (B, C) are generated."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from tileformer.training.extras import library
+from tileformer.training.extras import optional_import
 
 
 def tfidf(
@@ -25,7 +25,7 @@ def tfidf(
         raise ValueError(f"expected one label for each text, got {len(labels)} for {len(texts)}")
     if len(set(labels)) < 2:
         raise ValueError(f"a classifier needs examples of at least 2 classes, got {len(set(labels))}")
-    linear, text = library("sklearn.linear_model"), library("sklearn.feature_extraction.text")
+    linear, text = optional_import("sklearn.linear_model"), optional_import("sklearn.feature_extraction.text")
     start = time.process_time()
     options: dict[str, Any] = {"analyzer": "char", "ngram_range": (1, 3), "sublinear_tf": True}
     vectorizer = text.TfidfVectorizer(min_df=2 if len(texts) >= 1000 else 1, **options)

@@ -20,7 +20,7 @@ from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadRepor
 from tileformer.training import checkpoint
 from tileformer.training.data.augment import token_dropout
 from tileformer.training.data.batches import Augment, LabelledBatches, PackedBatches
-from tileformer.training.extras import library
+from tileformer.training.extras import optional_import
 from tileformer.training.finetune.adversarial import Gan, fgm_backward, gan_backward, gan_loss
 from tileformer.training.finetune.ngrams import JointClassifier, joint_loss
 from tileformer.training.loop import fit
@@ -91,7 +91,7 @@ class Method:
         if self.pretrained and weights is None:
             raise ValueError(f"{self.name} starts from a pretrained model, and there is none: tileformer train reviews")
         if self.recipe is _lora:
-            library("peft")
+            optional_import("peft")
 
     def start(self, context: Context) -> tuple[Classifier, LoadReport | None]:
         """The model before its training, and what came of the pretrained weights (None: from scratch).
@@ -109,7 +109,7 @@ class Method:
         return self.recipe(context, self.start(context)[0]).eval()
 
 
-def train(
+def fit_labelled(
     context: Context,
     model: nn.Module,
     rows: Rows | None = None,
@@ -134,7 +134,7 @@ def train(
     return model
 
 
-def only(model: nn.Module, *parts: nn.Module) -> None:
+def freeze_except(model: nn.Module, *parts: nn.Module) -> None:
     """Freeze `model` but for `parts`."""
     model.requires_grad_(False)
     for part in parts:
@@ -142,45 +142,47 @@ def only(model: nn.Module, *parts: nn.Module) -> None:
 
 
 @torch.no_grad()
-def over(function: Callable[[Tensor], Tensor], model: nn.Module, rows: Rows, batch_size: int = 256) -> Tensor:
+def predict_batched(
+    function: Callable[[Tensor], Tensor], model: nn.Module, rows: Rows, batch_size: int = 256
+) -> Tensor:
     """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, is in eval mode."""
     device = next(model.parameters()).device
     training = model.training
-    found: dict[int, Tensor] = {}
+    result: dict[int, Tensor] = {}
     model.eval()
     for batch in LabelledBatches(rows, [0] * len(rows), batch_size):
-        found |= dict(zip(batch.rows, function(batch.to(device).source).float().cpu(), strict=True))
+        result |= dict(zip(batch.rows, function(batch.to(device).source).float().cpu(), strict=True))
     model.train(training)
-    return torch.stack([found[number] for number in range(len(rows))])
+    return torch.stack([result[number] for number in range(len(rows))])
 
 
 def probabilities(model: nn.Module, rows: Rows) -> Tensor:
     """Class probabilities (N, classes) of each row, on the CPU."""
-    return over(lambda tokens: model(tokens).float().softmax(1), model, rows)
+    return predict_batched(lambda tokens: model(tokens).float().softmax(1), model, rows)
 
 
 def _everything(context: Context, model: Model) -> Classifier:
-    return train(context, model)
+    return fit_labelled(context, model)
 
 
 def _head(context: Context, model: Model) -> Classifier:
-    only(model, model.head)
-    return train(context, model, lr=FROZEN_LR)
+    freeze_except(model, model.head)
+    return fit_labelled(context, model, lr=FROZEN_LR)
 
 
 def _partial(context: Context, model: Model, layers: int = 1) -> Classifier:
-    only(model, model.head, model.backbone.norm, *list(model.backbone.layers)[-layers:])
-    return train(context, model, lr=FROZEN_LR / 2)
+    freeze_except(model, model.head, model.backbone.norm, *list(model.backbone.layers)[-layers:])
+    return fit_labelled(context, model, lr=FROZEN_LR / 2)
 
 
 def _gradual(context: Context, model: Model) -> Classifier:
     """Head first, then one layer more from the top, at last everything: an equal share of the epochs each."""
     layers = list(model.backbone.layers)
     for free in range(len(layers) + 1):
-        only(model, model.head, model.backbone.norm, *layers[len(layers) - free :])
+        freeze_except(model, model.head, model.backbone.norm, *layers[len(layers) - free :])
         if free == len(layers):
             model.requires_grad_(True)
-        train(context, model, epochs=context.epochs / (len(layers) + 1), stage=f"free-{free}")
+        fit_labelled(context, model, epochs=context.epochs / (len(layers) + 1), stage=f"free-{free}")
     return model
 
 
@@ -189,19 +191,19 @@ def _decay(context: Context, model: Model, factor: float = 0.6) -> Classifier:
     backbone = model.backbone
     stack = [nn.ModuleList([backbone.embedding, backbone.position]), *backbone.layers]
     groups = [
-        {"params": list(part.parameters()), "lr_scale": factor ** (len(stack) - place)}
-        for place, part in enumerate(stack)
+        {"params": list(part.parameters()), "lr_scale": factor ** (len(stack) - depth)}
+        for depth, part in enumerate(stack)
     ]
-    return train(context, model, groups=groups)
+    return fit_labelled(context, model, groups=groups)
 
 
 def _lora(context: Context, model: Model, rank: int = 8) -> Classifier:
     """peft's LoRA beside every projection (q, k and v packed in one, out, both of the feed-forward), then merged."""
-    peft = library("peft")
+    peft = optional_import("peft")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["self_attn", "linear1", "linear2"])
     model.backbone.requires_grad_(False)
     tuner = peft.LoraModel(model.backbone, config, "default")  # puts its layers into the backbone
-    train(context, model, lr=FROZEN_LR / 2)
+    fit_labelled(context, model, lr=FROZEN_LR / 2)
     model.backbone = tuner.merge_and_unload()
     return model
 
@@ -233,8 +235,8 @@ def _with_bottlenecks(backbone: DecoderLM, classes: int) -> Classifier:
 
 
 def _adapters(context: Context, model: Model) -> Classifier:
-    only(model, model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm)))
-    return train(context, model, lr=FROZEN_LR / 2)
+    freeze_except(model, model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm)))
+    return fit_labelled(context, model, lr=FROZEN_LR / 2)
 
 
 def _pseudo(context: Context, model: Model, rounds: int = 2, threshold: float = 0.9) -> Classifier:
@@ -244,19 +246,19 @@ def _pseudo(context: Context, model: Model, rounds: int = 2, threshold: float = 
     class balance as in Zou et al. 2018).
     """
     start, some = copy.deepcopy(model), context.some_unlabelled()
-    train(context, model, stage="round-0")
+    fit_labelled(context, model, stage="round-0")
     known = torch.tensor(context.labels).bincount(minlength=context.classes)
     for number in range(rounds):
         sure, guesses = probabilities(model, some).max(1)
-        found = guesses[sure >= threshold].bincount(minlength=context.classes)
-        share = (found / known)[known > 0].min()
+        result = guesses[sure >= threshold].bincount(minlength=context.classes)
+        share = (result / known)[known > 0].min()
         chosen: list[int] = []
         for label, count in enumerate((share * known).int().tolist()):
             chosen += (sure * (guesses == label)).argsort(descending=True)[:count].tolist()
-        rows = [*context.rows, *(some[place] for place in chosen)]
+        rows = [*context.rows, *(some[index] for index in chosen)]
         labels = [*context.labels, *guesses[chosen].tolist()]
         epochs = context.epochs * len(context.rows) / len(rows)  # a round takes as long as the first one
-        model = train(context, copy.deepcopy(start), rows, labels, epochs=epochs, stage=f"round-{number + 1}")
+        model = fit_labelled(context, copy.deepcopy(start), rows, labels, epochs=epochs, stage=f"round-{number + 1}")
     return model
 
 
@@ -274,11 +276,11 @@ def _gan(context: Context, model: Model) -> Classifier:
         "weights": weights,
         "epochs": context.epochs / copies,
     }
-    return train(context, gan, rows, labels, **options).classifier
+    return fit_labelled(context, gan, rows, labels, **options).classifier
 
 
 def _fgm(context: Context, model: Model) -> Classifier:
-    return train(context, model, backward=fgm_backward)
+    return fit_labelled(context, model, backward=fgm_backward)
 
 
 def _continued(context: Context, model: Model) -> Classifier:
@@ -287,19 +289,19 @@ def _continued(context: Context, model: Model) -> Classifier:
     batches = PackedBatches(texts, 512, seed=context.seed, longest=context.config.max_length - 1)
     tokens = min(CONTINUED, sum(map(len, texts)))
     _fit(context, model.backbone, batches, tokens, context.lr, language_loss, "language")
-    return train(context, model)
+    return fit_labelled(context, model)
 
 
 def _clusters(context: Context, model: Model, clusters: int = 20) -> Classifier:
     """k-means on the pooled states of texts without their labels, learn the cluster of each text, then the labels."""
     rows = [*context.rows, *context.unlabelled]
     rows = random.Random(context.seed).sample(rows, min(UNLABELLED, len(rows)))
-    states = over(model.features, model, rows)
-    means = library("sklearn.cluster").KMeans(min(clusters, len(rows)), n_init=3, random_state=context.seed % 2**32)
-    found = means.fit_predict(states.numpy()).tolist()
+    states = predict_batched(model.features, model, rows)
+    seed, kmeans = context.seed % 2**32, optional_import("sklearn.cluster").KMeans
+    result = kmeans(min(clusters, len(rows)), n_init=3, random_state=seed).fit_predict(states.numpy()).tolist()
     guesser = Classifier(model.backbone, clusters).to(context.device)
-    train(context, guesser, rows, found, epochs=1, stage="clusters")
-    return train(context, model)
+    fit_labelled(context, guesser, rows, result, epochs=1, stage="clusters")
+    return fit_labelled(context, model)
 
 
 def _joint(context: Context, model: Model) -> Classifier:
@@ -310,7 +312,7 @@ def _joint(context: Context, model: Model) -> Classifier:
     model.ngrams.count([*context.rows, *context.unlabelled])
     groups = [{"params": list(model.ngrams.parameters()), "lr_scale": 20.0}]
     hide = partial(token_dropout, rate=0.15)
-    return train(context, model, groups=groups, loss_fn=joint_loss, augment=hide, epochs=1.5 * context.epochs)
+    return fit_labelled(context, model, groups=groups, loss_fn=joint_loss, augment=hide, epochs=1.5 * context.epochs)
 
 
 def _fit(

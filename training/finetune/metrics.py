@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from tileformer.training.extras import library
+from tileformer.training.extras import optional_import
 
 Interval = tuple[float, float]
 
@@ -25,7 +25,7 @@ def classification(true: Sequence[int], predicted: Sequence[int], names: Sequenc
     Raises ValueError when the two lengths differ, nothing is given, or a number has no name.
     """
     _check(true, predicted, len(names))
-    score = library("sklearn.metrics").precision_recall_fscore_support
+    score = optional_import("sklearn.metrics").precision_recall_fscore_support
     options: dict[str, Any] = {"zero_division": 0}
     result: dict[str, Any] = {"accuracy": float(numpy.equal(true, predicted).mean()), "examples": len(true)}
     for average in ("macro", "micro"):
@@ -42,7 +42,7 @@ def classification(true: Sequence[int], predicted: Sequence[int], names: Sequenc
 def confusion(true: Sequence[int], predicted: Sequence[int], classes: int) -> numpy.ndarray:
     """Counts (K, K) int64: row = true class, column = predicted class."""
     _check(true, predicted, classes)
-    return library("sklearn.metrics").confusion_matrix(true, predicted, labels=range(classes))
+    return optional_import("sklearn.metrics").confusion_matrix(true, predicted, labels=range(classes))
 
 
 def perplexity(nats: float) -> float:
@@ -61,10 +61,10 @@ def bootstrap(true: Sequence[int], predicted: Sequence[int], resamples: int = 20
         raise ValueError(f"an interval needs at least 2 examples, got {len(true)}")
     right = (numpy.equal(true, predicted),)
     options: dict[str, Any] = {"vectorized": True, "method": "percentile", "batch": 100}
-    found = library("scipy.stats").bootstrap(right, numpy.mean, n_resamples=resamples, rng=seed, **options)
+    found = optional_import("scipy.stats").bootstrap(right, numpy.mean, n_resamples=resamples, rng=seed, **options)
     low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
     if low == high:  # all right or all wrong: resamples know nothing else, Wilson's does
-        wilson = library("scipy.stats").binomtest(int(right[0].sum()), len(true)).proportion_ci(method="wilson")
+        wilson = optional_import("scipy.stats").binomtest(int(right[0].sum()), len(true)).proportion_ci(method="wilson")
         low, high = float(wilson.low), float(wilson.high)
     return low, high
 
@@ -75,7 +75,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, math.nan
     error = float(numpy.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, float(library("scipy.stats").t.ppf(0.975, len(values) - 1)) * error
+    return mean, float(optional_import("scipy.stats").t.ppf(0.975, len(values) - 1)) * error
 
 
 def errors_csv(

@@ -44,14 +44,14 @@ class NgramClassifier(nn.Module):
 
     def grams(self, tokens: Tensor) -> Tensor:
         """Bucket (B, longest * T) of each gram of tokens (B, T); 0 where it would reach into padding."""
-        found, real = [], tokens != self.pad_id
+        result, real = [], tokens != self.pad_id
         key, whole = torch.zeros_like(tokens), torch.ones_like(real)
         for size in range(self.longest):
             shifted = F.pad(tokens[:, size:], (0, size), value=self.pad_id)
             whole = whole & (shifted != self.pad_id)
             key = (key * 1_000_003 + shifted * 8_191 + size) % 2_147_483_647
-            found.append(torch.where(whole, 1 + key % (self.buckets - 1), 0))
-        return torch.cat(found, 1)
+            result.append(torch.where(whole, 1 + key % (self.buckets - 1), 0))
+        return torch.cat(result, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, classes) of tokens (B, T) int64, padded behind each row."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from tileformer.training.extras import library
+from tileformer.training.extras import optional_import
 from tileformer.training.log import records
 
 PathLike = str | os.PathLike[str]
@@ -92,8 +92,8 @@ def attention(weights: Any, tokens: Sequence[str], png: PathLike, keys: Sequence
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """A figure that no window system and no global state of pyplot knows about."""
-    figure = library("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    library("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = optional_import("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    optional_import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -116,24 +116,24 @@ def _room(labels: Iterable[str]) -> float:
 
 
 def _fonts() -> list[str]:
-    installed = {font.name for font in library("matplotlib.font_manager").fontManager.ttflist}
+    installed = {font.name for font in optional_import("matplotlib.font_manager").fontManager.ttflist}
     return [name for name in FONTS if name in installed]
 
 
 def _characters(fonts: Sequence[str]) -> set[int]:
     """Code points that the fonts have together."""
-    manager = library("matplotlib.font_manager")
-    found: set[int] = set()
+    manager = optional_import("matplotlib.font_manager")
+    result: set[int] = set()
     for name in fonts:
-        found |= manager.get_font(manager.findfont(name)).get_charmap().keys()
-    return found
+        result |= manager.get_font(manager.findfont(name)).get_charmap().keys()
+    return result
 
 
 def save(figure: Any, png: PathLike) -> Path:
     """Write a figure, its texts in the fonts that are here; the path."""
     path = Path(png)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for text in figure.findobj(library("matplotlib.text").Text):
+    for text in figure.findobj(optional_import("matplotlib.text").Text):
         text.set_fontfamily(_fonts())
         text.set_parse_math(False)  # a token `$` is a dollar
     figure.savefig(path, format="png", dpi=110, bbox_inches="tight")  # titles and labels beyond the canvas are not cut

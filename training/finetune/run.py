@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tileformer import arguments
+from tileformer.training import process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,19 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", nargs="?", help="what to fine-tune: reviews")
     add("--list", action="store_true", help="list the methods and stop")
-    add(
-        "--method",
-        type=arguments.name,
-        metavar="M",
-        help="how; --list names them (default full; with --table all, or several: a,b)",
-    )
+    about = "how; --list names them (default full; with --table all, or several: a,b)"
+    add("--method", type=arguments.name, metavar="M", help=about)
     add("--labels", default="all", metavar="N", help="texts of the train part whose label is used (default all)")
-    add(
-        "--data",
-        type=arguments.input_file,
-        metavar="FILE",
-        help="your own label<TAB>text instead of the recipe's texts",
-    )
+    about = "your own label<TAB>text instead of the recipe's texts"
+    add("--data", type=arguments.input_file, metavar="FILE", help=about)
     add("--encoding", type=arguments.encoding, default="utf-8", metavar="E", help="of --data (default utf-8)")
     add("--skip-bad-lines", action="store_true", help="leave out lines of --data that cannot be read, and say how many")
     add("--checkpoint", type=arguments.input_path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
@@ -42,26 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=arguments.output_folder, metavar="DIR", help=about)
     about = "go on with the run in the output folder; without it too, if there is one"
     add("--resume", action="store_true", help=about)
-    add(
-        "--seed",
-        type=arguments.SEED,
-        default=0,
-        metavar="N",
-        help="which labels, new weights, order, dropout (default 0)",
-    )
     add("--table", action="store_true", help="all methods and sizes; goes on where it was stopped")
     add("--seeds", type=arguments.whole(1, 1000), default=3, metavar="N", help="of --table (default 3)")
     add("--workers", type=arguments.whole(1, 1000), default=1, metavar="N", help="processes of --table (default 1)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
-    add("--threads", type=arguments.THREADS, default=1, metavar="N", help="CPU threads of a process (default 1)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="default: the faster one")
+    process.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """One run, or the table. ValueError: wrong arguments or input."""
     from tileformer.kernels.info import require_device
-    from tileformer.training import checkpoint, process
-    from tileformer.training.extras import library
+    from tileformer.training import checkpoint
+    from tileformer.training.extras import optional_import
     from tileformer.training.finetune import table
     from tileformer.training.finetune.methods import METHODS
 
@@ -81,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     ending = "table" if args.table else f"{args.method}-{args.labels}-{args.seed}"
     args.output = args.output or arguments.output_folder(f"runs/{args.recipe}-{ending}")
     for name in ("sklearn", "scipy", "matplotlib"):  # said before the training, not after it
-        library(name)
+        optional_import(name)
     if not args.table and ((args.output / checkpoint.STATE).exists() or checkpoint.steps_in(args.output)):
         raise ValueError(f"{args.output}: a run is already here; choose another --output")
 
@@ -99,7 +83,7 @@ def _single(args: argparse.Namespace) -> int:
     """One method beside the baseline, with everything to look at in the output folder."""
     from tileformer.training import checkpoint
     from tileformer.training.files import to_json, write
-    from tileformer.training.finetune import metrics, plots, table
+    from tileformer.training.finetune import metrics, plots, table, texts
     from tileformer.training.finetune.methods import probabilities
 
     task = table.load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
@@ -111,10 +95,11 @@ def _single(args: argparse.Namespace) -> int:
     scores[table.BASELINE] = table.score(task, other) | {"core_seconds": seconds}
 
     valid = task.parts["valid"]
-    guessed = probabilities(model, task.recipe.to_rows(task.tokenizer, valid.texts)).argmax(1)
+    guessed = probabilities(model, texts.to_rows(task.tokenizer, valid.texts)).argmax(1)
     chosen_by = metrics.classification(valid.labels, guessed.tolist(), valid.names)["accuracy"]
     predicted = probability.argmax(1)
-    task.recipe.save_classifier(args.output, model, args.method, test.names, task.tokenizer, task.config)
+    meta = {"recipe": args.recipe, "method": args.method, "names": test.names}
+    texts.save_classifier(args.output, model, task.config, task.tokenizer, **meta)
     write(args.output / "scores.json", to_json(scores, indent=1))
     counts = metrics.confusion(test.labels, predicted, len(test.names))
     plots.confusion(counts, test.names, args.output / "confusion.png")
@@ -123,19 +108,18 @@ def _single(args: argparse.Namespace) -> int:
         for step in checkpoint.steps_in(log.parent):  # the end of a stage is only the start of the next one
             checkpoint.discard(step)
     shown = test.texts[0][:30]
-    (row,) = task.recipe.to_rows(task.tokenizer, [shown])
+    (row,) = texts.to_rows(task.tokenizer, [shown])
     letters = ["begin", *(task.tokenizer.decode([number]) for number in row[1:])]
     plots.attention(attention_weights(model, row), letters, args.output / "attention.png")
-    wrong = metrics.errors_csv(
-        args.output / "errors.csv", test.texts, test.labels, predicted, probability.max(1), test.names
-    )
+    shares, errors = probability.max(1), args.output / "errors.csv"
+    wrong = metrics.errors_csv(errors, test.texts, test.labels, predicted, shares, test.names)
     print(f"test, {len(test):,} texts never seen; {args.labels} labels, seed {args.seed}:")
-    for name, found in scores.items():
-        low, high = found["accuracy_interval"]
-        figures = f"accuracy {found['accuracy']:.2%} ({low:.1%} to {high:.1%}), macro F1 {found['macro']['f1']:.2%}"
-        print(f"  {name:<9} {figures}, {found['core_seconds']:.1f} core-seconds")
+    for name, scored in scores.items():
+        low, high = scored["accuracy_interval"]
+        figures = f"accuracy {scored['accuracy']:.2%} ({low:.1%} to {high:.1%}), macro F1 {scored['macro']['f1']:.2%}"
+        print(f"  {name:<9} {figures}, {scored['core_seconds']:.1f} core-seconds")
     print(f"valid, {len(valid):,} texts, by which to choose between methods: {args.method} {chosen_by:.2%}")
-    print(f"{wrong} errors in {args.output}/errors.csv; plots beside it")
+    print(f"{wrong} errors in {errors}; plots beside it")
     print(f"use it: tileformer generate --checkpoint {args.output} TEXT ...")
     return 0
 
@@ -147,28 +131,29 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
     backbone = model.backbone
     device = next(model.parameters()).device
     tokens = torch.tensor([list(row)], device=device)
-    layer, causal = backbone.layers[-1], torch.ones(len(row), len(row), dtype=torch.bool, device=device).triu(1)
+    layer = backbone.layers[-1]
     with torch.no_grad():
         x = layer.norm1(backbone.states(tokens)[-2])
-        return layer.self_attn(x, x, x, attn_mask=causal, is_causal=True, average_attn_weights=False)[1][0]
+        return layer.self_attn(x, x, x, need_weights=True, causal=True)[1][0]
 
 
 def _check(args: argparse.Namespace) -> None:
-    from tileformer.training.files import shorten
+    from tileformer.training.files import quote
     from tileformer.training.finetune.methods import METHODS
     from tileformer.training.finetune.table import BASELINE
-    from tileformer.training.recipes import FINETUNED
+    from tileformer.training.recipes import RECIPES
 
-    if args.recipe not in FINETUNED:
-        found = "no recipe given" if args.recipe is None else f"no recipe {shorten(repr(args.recipe), 60)}"
-        raise ValueError(f"{found}; to fine-tune there is: {', '.join(FINETUNED)}")
+    known = [name for name, recipe in RECIPES.items() if recipe.labelled]
+    if args.recipe not in known:
+        found = "no recipe given" if args.recipe is None else f"no recipe {quote(args.recipe)}"
+        raise ValueError(f"{found}; to fine-tune there is: {', '.join(known)}")
     method = args.method or "full"
     names = method.split(",") if args.table else [method]
-    known = {*METHODS, BASELINE} if args.table else {*METHODS}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no method {shorten(repr(unknown[0]), 60)}; there is: {', '.join(METHODS)}")
+    allowed = {*METHODS, BASELINE} if args.table else {*METHODS}
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"no method {quote(unknown[0])}; there is: {', '.join(METHODS)}")
     if args.labels != "all" and not re.fullmatch("[2-9]|[1-9][0-9]{1,8}", args.labels):
-        raise ValueError(f"--labels must be a number above 1 or all, got {shorten(repr(args.labels), 60)}")
+        raise ValueError(f"--labels must be a number above 1 or all, got {quote(args.labels)}")
     if args.labels == "all" and not args.table and METHODS[method].unlabelled:
         raise ValueError(f"{method} needs texts without labels: give --labels N")
     if args.table and (args.labels != "all" or args.seed):

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib
 import io
 import math
 import multiprocessing
@@ -25,9 +24,11 @@ import torch
 from tileformer.training import checkpoint
 from tileformer.training.data import text
 from tileformer.training.files import read_json, to_json, write
-from tileformer.training.finetune import baseline, metrics
+from tileformer.training.finetune import baseline, metrics, texts
 from tileformer.training.finetune.methods import METHODS, Context, probabilities
 from tileformer.training.loop import resolve_precision
+from tileformer.training.recipes import RECIPES
+from tileformer.training.recipes.recipe import load
 
 SIZES = ("100", "1000", "all")
 BASELINE = "tfidf"
@@ -41,8 +42,7 @@ class Task:
     fingerprint: of the texts and the weights; the cells of one table must share it.
     """
 
-    recipe: Any
-    parts: dict[str, Any]
+    parts: dict[str, text.Labelled]
     tokenizer: Any
     config: Any
     weights: dict[str, Any] | None
@@ -52,19 +52,24 @@ class Task:
 @functools.lru_cache(maxsize=1)  # a process of the table reads it once
 def load_task(name: str, data: Path | None, encoding: str, path: Path, skip_bad_lines: bool = False) -> Task:
     """Read the recipe's texts, or `data`, and the pretrained model at `path` if there is one."""
-    recipe = importlib.import_module(f"tileformer.training.recipes.{name}")
-    parts = recipe.parts(data, encoding, skip_bad_lines)
+    recipe = RECIPES[name]
+    if data is not None:
+        labelled = text.read_labelled(data, encoding=encoding, skip_bad_lines=skip_bad_lines)
+    elif recipe.labelled is not None:
+        labelled = recipe.labelled()
+    parts, facts = texts.split(labelled)
+    print(facts)
     digest = hashlib.sha256(repr([(part.texts, part.labels) for part in parts.values()]).encode())
     if path.exists():
-        model, tokenizer = recipe.load(checkpoint.latest(path), torch.device("cpu"))
+        model, tokenizer = load(recipe, checkpoint.latest(path), torch.device("cpu"))
         config, weights = model.config, model.state_dict()
         for tensor in weights.values():
             digest.update(tensor.contiguous().numpy().tobytes())
     else:
-        tokenizer, weights = recipe.make_tokenizer(parts["train"].texts), None
-        config = recipe.make_config(tokenizer)
+        tokenizer, weights = texts.make_tokenizer(parts["train"].texts), None
+        config = texts.make_config(tokenizer)
     config = replace(config, dropout=0.1)
-    return Task(recipe, parts, tokenizer, config, weights, digest.hexdigest()[:16])
+    return Task(parts, tokenizer, config, weights, digest.hexdigest()[:16])
 
 
 def epochs_for(labels: int) -> float:
@@ -86,9 +91,9 @@ def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: 
     context = Context(
         config=task.config,
         weights=task.weights,
-        rows=task.recipe.to_rows(task.tokenizer, chosen.texts),
+        rows=texts.to_rows(task.tokenizer, chosen.texts),
         labels=chosen.labels,
-        unlabelled=task.recipe.to_rows(task.tokenizer, [line for line in train.texts if line not in known]),
+        unlabelled=texts.to_rows(task.tokenizer, [line for line in train.texts if line not in known]),
         classes=len(train.names),
         epochs=epochs_for(len(chosen)),
         batch_size=16 if len(chosen) < 300 else 32,
@@ -108,14 +113,14 @@ def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: 
     start = time.process_time()
     model = METHODS[method].recipe(context, model).eval()
     spent += time.process_time() - start
-    return probabilities(model, task.recipe.to_rows(task.tokenizer, test.texts)).numpy(), spent, model
+    return probabilities(model, texts.to_rows(task.tokenizer, test.texts)).numpy(), spent, model
 
 
 def score(task: Task, probability: Any) -> dict[str, Any]:
     """Scores on the test part, and the interval that the choice of its texts leaves around the accuracy."""
     test, predicted = task.parts["test"], probability.argmax(1)
-    found = metrics.classification(test.labels, predicted, test.names)
-    return found | {"accuracy_interval": metrics.bootstrap(test.labels, predicted)}
+    result = metrics.classification(test.labels, predicted, test.names)
+    return result | {"accuracy_interval": metrics.bootstrap(test.labels, predicted)}
 
 
 def table(args: argparse.Namespace) -> int:
@@ -123,11 +128,11 @@ def table(args: argparse.Namespace) -> int:
     (args.output / "cells").mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([BASELINE, *(args.method.split(",") if args.method else METHODS)]))
     task = load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
-    texts = len(task.parts["train"])
+    most = len(task.parts["train"])
     for name in names:
         if name in METHODS:
             METHODS[name].check(task.weights)
-    sizes = [size for size in SIZES if size == "all" or int(size) < texts]
+    sizes = [size for size in SIZES if size == "all" or int(size) < most]
     jobs = [
         (args, name, size, seed)
         for size in sizes  # the cheap ones first: a table that is stopped has whole columns
@@ -160,14 +165,14 @@ def _cell(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
     how = {"device": args.device, "precision": resolve_precision(args.precision, torch.device(args.device))}
     file = args.output / "cells" / f"{method}-{size}-{seed}.json"
     if file.exists():
-        found = read_json(file)
-        if not isinstance(found, dict) or not found.keys() >= _FIGURES:
+        result = read_json(file)
+        if not isinstance(result, dict) or not result.keys() >= _FIGURES:
             raise ValueError(f"{file}: damaged; expected the scores of a cell: remove it, and it is measured again")
-        if found["task"] != task.fingerprint:
+        if result["task"] != task.fingerprint:
             raise ValueError(f"{file}: of other texts or another pretrained model; choose another --output")
-        if (before := {name: found.get(name, now) for name, now in how.items()}) != how:
+        if (before := {name: result.get(name, now) for name, now in how.items()}) != how:
             raise ValueError(f"{file}: computed with {before}, asked for {how}; choose another --output")
-        return found
+        return result
     stages = args.output / "stages" / f"{method}-{size}-{seed}"
     try:
         quiet = io.StringIO()  # the bars of several processes would draw over each other
@@ -177,12 +182,12 @@ def _cell(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
         if multiprocessing.parent_process() is not None:
             os._exit(1)  # the stage is saved; the pool would hand this process the next cell
         raise
-    found = {"method": method, "labels": size, "seed": seed, "task": task.fingerprint, "core_seconds": spent} | how
-    found |= score(task, probability)
-    write(file, to_json(found, indent=1))
+    result = {"method": method, "labels": size, "seed": seed, "task": task.fingerprint, "core_seconds": spent} | how
+    result |= score(task, probability)
+    write(file, to_json(result, indent=1))
     shutil.rmtree(stages, ignore_errors=True)
-    print(f"{method} {size} seed {seed}: accuracy {found['accuracy']:.2%}, {spent:.0f} core-seconds", flush=True)
-    return found
+    print(f"{method} {size} seed {seed}: accuracy {result['accuracy']:.2%}, {spent:.0f} core-seconds", flush=True)
+    return result
 
 
 def render(cells: Sequence[dict[str, Any]]) -> str:
@@ -209,7 +214,6 @@ def render(cells: Sequence[dict[str, Any]]) -> str:
     rows.append("")
     if seeds > 1:
         rows += [f"Mean over {seeds} seeds (labels, weights, order) and the 95 % Student interval of that mean."]
-    rows += [
-        f"The {examples:,} test texts are a sample too: for one model, up to ± {50 * widest:.1f} points (bootstrap)."
-    ]
+    sample = f"for one model, up to ± {50 * widest:.1f} points (bootstrap)"
+    rows.append(f"The {examples:,} test texts are a sample too: {sample}.")
     return "\n".join(rows) + "\n"

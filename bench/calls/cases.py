@@ -1,0 +1,282 @@
+"""What is checked: one list of calls, each with the reason why it is there.
+
+A new op joins everything (`tileformer check`, the tests, the ahead-of-time compiler, the GPU tests) by one entry in ops.py and its calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from tileformer.bench.calls import Call, describe
+from tileformer.bench.calls.ops import AFFINE, OPS, Options, Tensors
+
+NAN, INF = math.nan, math.inf
+BF, HALF, TWO = ("bf16",), ("bf16", "fp16"), ("bf16", "fp32")
+
+
+def _poison_padding(tensors: Tensors, options: Options) -> None:
+    padded = ~options["key_mask"][:, None, :, None]
+    tensors["k"].masked_fill_(padded, NAN)
+    tensors["v"].masked_fill_(padded, INF)
+
+
+def _poison_past_lengths(tensors: Tensors, options: Options) -> None:
+    for name, lengths, number in (("q", "query_lengths", INF), ("k", "key_lengths", NAN), ("v", "key_lengths", NAN)):
+        x = tensors[name]
+        x.masked_fill_(torch.arange(x.shape[2])[:, None] >= options[lengths][:, None, None, None], number)
+
+
+_attention = functools.partial(describe, "attention", lse=True)
+_layer_norm = functools.partial(describe, "layer_norm", axes=1)
+_rms_norm = functools.partial(describe, "rms_norm", axes=1, eps=1e-6)
+_softmax = functools.partial(describe, "softmax")
+_log_softmax = functools.partial(describe, "log_softmax")
+_cross_entropy = functools.partial(describe, "cross_entropy")
+_dropout = functools.partial(describe, "dropout")
+# fmt: off
+CASES = [
+    _attention("plain", "whole tiles, no restriction", 1, 2, 2, 64, 64, 64, lse=False),
+    _attention("causal", "ragged tiles; B, T, H, D views", 1, 2, 2, 70, 70, 64, causal=True, heads_last=True, quick=True),
+    _attention("cross padded", "T_q < T_k, a batch without a key", 3, 2, 2, 40, 70, 64, padding="none"),
+    _attention("causal padded left", "keys start late", 2, 2, 2, 70, 70, 64, causal=True, padding="left", dtypes=BF),
+    _attention("holes", "padding inside the range", 2, 1, 1, 33, 97, 64, padding="holes", dtypes=BF),
+    _attention("bottom right", "cached prefix: T_q < T_k", 1, 2, 1, 33, 100, 64, causal="bottom_right", dtypes=BF),
+    _attention("no keys in sight", "T_q > T_k, bottom right: rows without a key", 1, 2, 2, 90, 40, 64, causal="bottom_right", dtypes=BF),
+    _attention("boolean mask", "broadcast over B and H, an empty row", 2, 2, 2, 50, 70, 64, mask="boolean", dtypes=HALF),
+    _attention("additive mask", "broadcast over H", 2, 2, 2, 50, 70, 64, mask="additive", dtypes=TWO),
+    _attention("column bias", "broadcast over B and T_q, with -inf", 2, 2, 2, 50, 70, 64, mask="columns", causal=True, dtypes=BF),
+    _attention("dropout", "ragged tiles", 1, 2, 2, 50, 70, 64, dropout_p=0.3, dtypes=HALF),
+    _attention("everything", "all masks, dropout, shared key heads", 2, 2, 1, 40, 75, 64, mask="additive", padding="right",
+               causal="bottom_right", dropout_p=0.1, heads_last=True, quick=True),
+    _attention("one query", "a decoding step, many key tiles", 2, 2, 1, 1, 200, 64, padding="right", dtypes=BF),
+    _attention("one of each", "the smallest call: exact cancellation in dq", 1, 1, 1, 1, 1, 1, dtypes=("fp32", "bf16")),
+    _attention("head size 40", "not a power of two", 1, 2, 1, 40, 50, 40, causal=True, scale=0.3, dtypes=TWO),
+    _attention("head size 128", "the other common size", 1, 1, 1, 40, 70, 128, causal=True, dtypes=BF),
+    _attention("long", "keys enough for Hopper's forward to work one tile ahead", 1, 2, 1, 130, 1100, 128, causal="bottom_right", dtypes=BF),
+    _attention("head size 256", "the largest", 1, 1, 1, 33, 40, 256, causal=True, dtypes=TWO),
+    # lengths
+    _attention("one key", "a softmax over one score: dq and dk are exactly 0", 2, 2, 2, 40, 1, 64, dtypes=TWO),
+    _attention("one more than a tile", "129 = 128 + 1: a tail of one row and one key", 1, 1, 1, 129, 129, 64, causal=True, dtypes=TWO),
+    _attention("fifteen", "shorter than the shortest tile of a dot", 1, 2, 2, 15, 17, 64, dtypes=BF),
+    _attention("six heads share two", "each key head serves its own three", 2, 6, 2, 33, 40, 64, padding="right", dtypes=BF),
+    _attention("no key", "T_k = 0: out is 0, lse -inf", 2, 2, 2, 5, 0, 64, dtypes=BF, suite=False),
+    _attention("no query", "T_q = 0: dk and dv are 0, though no query tile runs", 2, 2, 2, 0, 5, 64, dtypes=BF, suite=False),
+    _attention("no batch", "nothing to launch", 0, 2, 2, 5, 5, 64, dtypes=BF, suite=False),
+    _attention("66000 heads", "more programs than a grid's second axis takes", 33000, 2, 1, 3, 3, 16, dtypes=BF, suite=False, interpret=False),
+    # rows without a key, and keys that are not there
+    _attention("all padding", "no batch has a key", 2, 2, 2, 20, 40, 64, padding="nowhere", dtypes=BF),
+    _attention("padding of nothing", "a key mask that hides no key", 2, 2, 2, 40, 64, 64, padding="all", causal=True, dtypes=BF),
+    _attention("poisoned padding", "NaN keys and infinite values where padded", 3, 2, 1, 40, 70, 64, padding="none", edit=_poison_padding),
+    _attention("poisoned holes", "the same between real keys, under a causal mask", 2, 2, 2, 70, 70, 64, padding="holes", causal=True,
+               edit=_poison_padding, dtypes=BF),
+    _attention("rows of -inf", "an additive mask that leaves rows without a key", 2, 2, 2, 20, 70, 64, mask=-INF, dtypes=TWO),
+    _attention("lowest mask", "about finfo.min where hidden: in base 2 it is -inf", 2, 2, 2, 20, 70, 64, mask=-3.38e38, dtypes=TWO),
+    _attention("lowest fp16 mask", "half precision's lowest number: a row full of it is a uniform average", 1, 2, 2, 40, 40, 64, mask=-65504.0,
+        dtypes=HALF, suite=False),
+    _attention("NaN in a query", "its row is NaN, other heads are not", 1, 2, 2, 20, 40, 64, edit=lambda t, o: t["q"][0, 1, 7].fill_(NAN),
+        dtypes=TWO),
+    # where a query may look
+    _attention("window", "before and after the diagonal", 1, 2, 2, 90, 90, 64, window=(20, 5), dtypes=TWO, suite=False),
+    _attention("window of the past", "the first tile of a row may be empty", 1, 2, 1, 70, 100, 64, window=(8, None), causal="bottom_right",
+        dtypes=BF,
+               suite=False),
+    _attention("window beyond the keys", "T_q > T_k: late rows see nothing", 1, 2, 1, 90, 30, 64, window=(8, 0), dtypes=BF, suite=False),
+    _attention("poison past lengths", "NaN and inf there; a batch without a query", 3, 2, 1, 40, 70, 64, lengths=True, causal="bottom_right",
+               edit=_poison_past_lengths, dtypes=TWO, suite=False),
+    _attention("packed", "sequences of many, no and one query; rows of none at the end", 1, 2, 1, 60, 80, 64, dtypes=TWO, suite=False,
+               packed=((0, 33, 33, 34, 55), (0, 40, 50, 50, 75)), causal="bottom_right", dropout_p=0.1),
+    # what is added to a score
+    _attention("bias", "its gradient is a sum over the batch", 2, 2, 2, 50, 70, 64, bias=(2, 50, 70), causal=True, suite=False),
+    _attention("bias of columns", "its gradient is a sum over heads and queries", 2, 2, 1, 20, 40, 64, bias=(2, 1, 1, 40), mask="boolean",
+        dropout_p=0.1,
+               dtypes=TWO, suite=False),
+    _attention("linear bias", "ALiBi, beside a window", 1, 2, 2, 50, 70, 64, alibi=True, causal="bottom_right", window=(30, None), dtypes=TWO,
+        suite=False),
+    _attention("soft cap", "scores far beyond it", 1, 2, 2, 50, 70, 64, softcap=5.0, causal=True, edit=lambda t, o: t["q"].mul_(20), dtypes=TWO,
+        suite=False),
+    _attention("narrow values", "D_v is not D", 1, 2, 1, 50, 70, 64, dv=24, causal=True, dtypes=TWO, suite=False),
+    # numbers
+    _attention("extreme scores", "scores of hundreds: one key takes all", 1, 2, 2, 50, 70, 64, edit=lambda t, o: t["q"].mul_(100),
+        dtypes=("bf16", "fp16", "fp32")),
+    _attention("large scale", "a thousand times the usual", 1, 2, 2, 50, 70, 64, scale=125.0, dtypes=HALF),
+    _attention("negative scale", "the running maximum is of the scaled scores", 1, 2, 2, 50, 70, 64, scale=-0.3, causal=True, dtypes=TWO),
+    _attention("zero scale", "a plain average; no gradient for q and k", 1, 2, 2, 50, 70, 64, scale=0.0, dtypes=BF),
+    _attention("large values", "near the largest half-precision number", 1, 2, 2, 50, 70, 64, edit=lambda t, o: t["v"].mul_(5000), dtypes=HALF),
+    _attention("p = 0", "a rate of 0 with a seed drops nothing", 1, 2, 2, 50, 70, 64, dropout_p=0.0, dtypes=BF, suite=False),
+    _attention("p = 0.99", "nearly all dropped, the rest times 100", 1, 2, 2, 50, 70, 64, dropout_p=0.99, dtypes=BF),
+    _attention("p = 1", "everything dropped: 0, not NaN", 1, 2, 2, 50, 70, 64, dropout_p=1.0, dtypes=BF),
+    _attention("float32 mask", "beside 16-bit queries", 2, 2, 2, 50, 70, 64, mask="additive", fp32=("mask",), dtypes=HALF, suite=False),
+    # memory
+    _attention("misaligned", "no 16-byte alignment", 1, 2, 2, 50, 70, 64, layouts=dict.fromkeys("qkv", "offset"), dtypes=BF, suite=False),
+    _attention("odd strides", "rows 67 elements apart", 1, 2, 2, 50, 70, 64, layouts=dict.fromkeys("qkv", "padded"), dtypes=TWO, suite=False),
+    _attention("columns first", "the last axis is not contiguous: copied once", 1, 2, 2, 50, 70, 64,
+        layouts=dict.fromkeys([*"qkv", "out"], "transposed"),
+               dtypes=BF, suite=False),
+    _attention("keys for all", "stride 0 over the batch", 3, 2, 2, 50, 70, 64, layouts=dict(k="expanded", v="expanded"), dtypes=BF),
+    _attention("gradient of a sum", "stride 0 everywhere", 1, 2, 2, 50, 70, 64, layouts=dict(out="scalar"), lse=False, dtypes=TWO, suite=False),
+    _attention("transposed mask", "its last axis is not contiguous", 2, 2, 2, 50, 70, 64, mask="boolean", layouts=dict(mask="transposed"),
+               dtypes=BF, suite=False),
+    _attention("one mask for all", "a mask expanded to every head and batch by the caller", 3, 2, 2, 50, 70, 64, mask="additive",
+               layouts=dict(mask="expanded"), dtypes=BF),
+    _attention("far batches", "offsets beyond 2^31 elements", 3, 2, 1, 20, 40, 64, layouts=dict.fromkeys([*"qkv", "out"], "far"),
+               dtypes=BF, suite=False),
+    _attention("far rows", "neighbouring rows 2^26 elements apart", 1, 1, 1, 30, 30, 64, layouts=dict.fromkeys([*"qkv", "out"], "far rows"),
+               dtypes=BF, suite=False),
+    _attention("far mask", "a mask whose batches lie beyond 2^31 elements", 3, 2, 2, 30, 40, 64, mask="additive", layouts=dict(mask="far"),
+               dtypes=BF, suite=False),
+    _attention("far mask rows", "a mask with neighbouring rows 2^26 elements apart", 1, 2, 2, 30, 40, 64, mask="boolean",
+        layouts=dict(mask="far"),
+               dtypes=BF, suite=False),
+
+    _layer_norm("model width", "a power of two", 37, 128, params=AFFINE, quick=True),
+    _layer_norm("ragged", "not a multiple of 8; weight only", 3, 5, 99, params=("weight",)),
+    _layer_norm("two axes", "no weight", 6, 4, 24, axes=2, dtypes=("fp32", "bf16")),
+    _layer_norm("wide", "many elements a thread", 5, 4096, params=AFFINE, dtypes=BF),
+    _layer_norm("very wide", "the backward takes its sums from a kernel of their own", 2, 9001, params=AFFINE, dtypes=TWO, suite=False),
+    _layer_norm("widest", "the forward merges statistics of tiles", 2, 20000, params=AFFINE, dtypes=TWO, suite=False),
+    _layer_norm("one column", "no variance: y is the bias", 20, 1, params=AFFINE, dtypes=TWO, suite=False),
+    _layer_norm("one row", "a tile of rows that are not there", 1, 128, params=AFFINE, dtypes=BF),
+    _layer_norm("no row", "dweight and dbias are 0, though nothing runs", 0, 128, params=AFFINE, dtypes=BF),
+    _layer_norm("66000 rows", "more rows than 16 bits count", 66000, 8, params=AFFINE, dtypes=BF, suite=False, interpret=False),
+    _layer_norm("constant rows", "no variance: eps alone", 37, 128, params=AFFINE, edit=lambda t, o: t["x"][::3].fill_(3.0), dtypes=TWO),
+    _layer_norm("far from zero", "mean(x^2) - mean(x)^2 would cancel", 37, 128, params=AFFINE, edit=lambda t, o: t["x"].add_(1000),
+                dtypes=("fp32",), suite=False),
+    _layer_norm("large", "squares beyond half precision", 37, 128, params=AFFINE, edit=lambda t, o: t["x"].mul_(5000)),
+    _layer_norm("tiny", "variance far below eps", 37, 128, params=AFFINE, edit=lambda t, o: t["x"].mul_(1e-4), dtypes=TWO),
+    _layer_norm("a NaN and an inf", "they stay in their rows", 37, 128,
+                edit=lambda t, o: (t["x"][5, 9].fill_(NAN), t["x"][20, 0].fill_(INF)), dtypes=TWO, suite=False),
+    _layer_norm("zero weight", "no gradient for x", 37, 128, params=AFFINE, edit=lambda t, o: t["weight"].zero_(), dtypes=BF),
+    _layer_norm("float32 weight", "beside 16-bit rows", 37, 128, params=AFFINE, fp32=AFFINE, dtypes=HALF, suite=False),
+    _layer_norm("misaligned", "no 16-byte alignment", 37, 128, params=AFFINE, dtypes=TWO, suite=False,
+                layouts=dict.fromkeys(["x", *AFFINE, "out"], "offset")),
+    _layer_norm("odd strides", "a slice of wider rows", 37, 128, params=("weight",), dtypes=BF, suite=False,
+                layouts=dict(x="padded", out="padded", weight="strided")),
+    _layer_norm("columns first", "the last axis is not contiguous: copied once", 37, 128, params=("weight",), dtypes=BF,
+                layouts=dict(x="transposed", out="transposed"), suite=False),
+    _layer_norm("gradient of a sum", "stride 0, for a row that repeats", 37, 128, params=AFFINE, dtypes=TWO, suite=False,
+                layouts=dict(x="expanded", out="scalar")),
+    _layer_norm("far rows", "offsets beyond 2^31 elements", 20, 128, params=AFFINE, dtypes=BF, suite=False,
+                layouts=dict(x="far", out="far")),
+
+    _rms_norm("model width", "a power of two", 37, 128, params=("weight",), dtypes=TWO),
+    _rms_norm("ragged", "not a multiple of 8; no weight", 3, 5, 99, dtypes=TWO, suite=False),
+    _rms_norm("very wide", "the backward takes its sum from a kernel of its own", 2, 9001, params=("weight",), dtypes=TWO, suite=False),
+    _rms_norm("widest", "the forward reads its rows twice", 2, 20000, params=("weight",), dtypes=TWO, suite=False),
+    _rms_norm("one column", "the sign alone", 20, 1, params=("weight",), dtypes=TWO, suite=False),
+    _rms_norm("no row", "dweight is 0, though nothing runs", 0, 128, params=("weight",), dtypes=BF, suite=False),
+    _rms_norm("far from zero", "the mean stays", 37, 128, params=("weight",), edit=lambda t, o: t["x"].add_(1000), dtypes=TWO, suite=False),
+    _rms_norm("large", "squares beyond half precision", 37, 128, params=("weight",), edit=lambda t, o: t["x"].mul_(5000), suite=False),
+    _rms_norm("float32 weight", "beside 16-bit rows", 37, 128, params=("weight",), fp32=("weight",), dtypes=HALF, suite=False),
+    _rms_norm("odd strides", "a slice of wider rows", 37, 128, params=("weight",), dtypes=BF, suite=False,
+        layouts=dict(x="padded", out="padded")),
+    _softmax("plain", "a power of two", 30, 64, quick=True),
+    _softmax("causal ragged", "T_q != T_k", 2, 3, 20, 37, causal=True, scale=0.2),
+    _softmax("boolean mask", "an empty row", 2, 3, 20, 37, mask="boolean", dtypes=("fp32", "bf16")),
+    _softmax("additive mask", "broadcast over the first axes", 2, 3, 20, 37, mask="additive", dtypes=("fp32", "bf16")),
+    _softmax("wide", "a vocabulary", 3, 5000, dtypes=("fp32", "bf16"), suite=False),
+    _softmax("very wide", "the backward reads its rows twice", 2, 17001, dtypes=TWO, suite=False),
+    _softmax("widest", "the forward keeps a running maximum", 2, 33000, edit=lambda t, o: t["x"][:, -1].add_(30), dtypes=TWO, suite=False),
+    _softmax("one column", "all ones, no gradient", 30, 1, dtypes=BF, suite=False),
+    _softmax("one row", "a vector without a batch", 64, dtypes=BF),
+    _softmax("no row", "nothing to launch", 0, 64, dtypes=BF),
+    _softmax("no column", "rows of nothing", 3, 0, dtypes=BF),
+    _softmax("66000 rows", "more rows than 16 bits count", 66000, 8, dtypes=BF, suite=False, interpret=False),
+    _softmax("rows without a key", "T_q > T_k, bottom right", 2, 20, 9, causal="bottom_right", dtypes=BF, suite=False),
+    _softmax("extreme", "differences of thousands", 30, 64, edit=lambda t, o: t["x"].mul_(1000)),
+    _softmax("large scale", "the maximum is of the scaled scores", 30, 64, scale=200.0, dtypes=TWO),
+    _softmax("negative scale", "the smallest element wins", 30, 64, scale=-2.0, dtypes=TWO),
+    _softmax("lowest mask", "about finfo.min: a row full of it is uniform", 2, 20, 37, mask="additive",
+             edit=lambda t, o: (o["mask"][3].fill_(-3.38e38), o["mask"][5, :30].fill_(-3.38e38)), dtypes=TWO, suite=False),
+    _softmax("row of -inf", "in x itself: 0, not NaN", 30, 64, edit=lambda t, o: t["x"][4].fill_(-INF), dtypes=TWO,
+        not_torch="NaN there, as in torch"),
+    _softmax("NaN behind a mask", "a hidden element is not read", 20, 37, mask="boolean", edit=lambda t, o: t["x"].masked_fill_(~o["mask"], NAN),
+        dtypes=TWO,
+             suite=False),
+    _softmax("misaligned", "no 16-byte alignment", 30, 64, layouts=dict(x="offset", out="offset"), dtypes=TWO, suite=False),
+    _softmax("odd strides", "a slice of wider rows", 30, 64, layouts=dict(x="padded", out="padded"), dtypes=BF, suite=False),
+    _softmax("columns first", "the last axis is not contiguous: copied once", 30, 64, layouts=dict(x="transposed", out="transposed"), dtypes=BF,
+        suite=False),
+    _softmax("gradient of a sum", "no gradient at all", 30, 64, layouts=dict(x="expanded", out="scalar"), dtypes=BF, suite=False),
+    _softmax("transposed mask", "its last axis is not contiguous", 2, 3, 20, 37, mask="additive", layouts=dict(mask="transposed"), dtypes=BF,
+        suite=False),
+    _softmax("far rows", "offsets beyond 2^31 elements", 20, 64, layouts=dict(x="far", out="far"), dtypes=BF, suite=False),
+    _log_softmax("plain", "a power of two", 30, 64, dtypes=TWO),
+    _log_softmax("causal ragged", "T_q != T_k", 2, 3, 20, 37, causal=True, scale=0.2, suite=False),
+    _log_softmax("boolean mask", "an empty row: -inf, no gradient", 2, 3, 20, 37, mask="boolean", dtypes=TWO, suite=False),
+    _log_softmax("additive mask", "broadcast over the first axes", 2, 3, 20, 37, mask="additive", dtypes=TWO, suite=False),
+    _log_softmax("very wide", "the backward reads its rows twice", 2, 17001, dtypes=TWO, suite=False),
+    _log_softmax("widest", "the forward keeps a running maximum", 2, 33000, edit=lambda t, o: t["x"][:, -1].add_(30), dtypes=TWO, suite=False),
+    _log_softmax("one column", "all zeros, no gradient", 30, 1, dtypes=BF, suite=False),
+    _log_softmax("no column", "rows of nothing", 3, 0, dtypes=BF, suite=False),
+    _log_softmax("extreme", "far below what a softmax can hold", 30, 64, dtypes=TWO, edit=lambda t, o: t["x"].mul_(1000)),
+    _log_softmax("row of -inf", "in x itself: -inf, not NaN", 30, 64, edit=lambda t, o: t["x"][4].fill_(-INF), dtypes=TWO,
+        suite=False, not_torch="it hands the gradient of -inf on, as torch does"),
+    _log_softmax("odd strides", "a slice of wider rows", 30, 64, layouts=dict(x="padded", out="padded"), dtypes=BF, suite=False),
+
+    _cross_entropy("mean", "ragged, ignored rows", 33, 41, ignored=5, quick=True),
+    _cross_entropy("all options", "smoothing, class weights", 33, 41, ignored=5, weighted=True, label_smoothing=0.1),
+    _cross_entropy("none", "one loss a row", 20, 128, reduction="none", label_smoothing=0.2, dtypes=("fp32", "bf16")),
+    _cross_entropy("sum, wide", "several blocks of classes", 4, 33000, reduction="sum", dtypes=("fp32", "bf16")),
+    _cross_entropy("ragged and wide", "a vocabulary that no power of two divides", 3, 8195, ignored=1, weighted=True, label_smoothing=0.1,
+        dtypes=TWO, suite=False),
+    _cross_entropy("ignored NaN", "what an ignored row holds reaches nothing", 33, 41, ignored=5, edit=lambda t, o: t["logits"][:5].fill_(NAN)),
+    _cross_entropy("ignored NaN, smoothed", "the same where all classes count", 33, 41, ignored=5, weighted=True, label_smoothing=0.1,
+                   edit=lambda t, o: t["logits"][:5].fill_(NAN), dtypes=("fp32", "bf16")),
+    _cross_entropy("all ignored, mean", "0 / 0, as in torch", 33, 41, ignored=33, dtypes=TWO),
+    _cross_entropy("all ignored, sum", "no loss, no gradient", 33, 41, ignored=33, reduction="sum", dtypes=TWO),
+    _cross_entropy("no row", "nothing to launch", 0, 41, reduction="sum", dtypes=BF),
+    _cross_entropy("one row", "a tile of rows that are not there", 1, 41, dtypes=BF),
+    _cross_entropy("one class", "no loss, no gradient", 33, 1, dtypes=BF, suite=False),
+    _cross_entropy("66000 rows", "more rows than 16 bits count", 66000, 8, reduction="none", ignored=5, dtypes=BF, suite=False,
+        interpret=False),
+    _cross_entropy("all smoothing", "the target itself does not count", 33, 41, label_smoothing=1.0, dtypes=TWO, suite=False),
+    _cross_entropy("extreme", "the largest logit is thousands above", 33, 41, edit=lambda t, o: t["logits"].mul_(1000)),
+    _cross_entropy("excluded classes", "-inf logits that are no target", 33, 41, reduction="sum", dtypes=TWO,
+                   edit=lambda t, o: t["logits"].scatter_(1, (o["target"] + 1)[:, None] % 41, -INF)),
+    _cross_entropy("zero weights", "classes that do not count", 33, 41, weighted=True, edit=lambda t, o: o["weight"][::2].zero_(), dtypes=TWO,
+        suite=False),
+    _cross_entropy("float32 weight", "beside 16-bit logits", 33, 41, weighted=True, fp32=("weight",), dtypes=HALF, suite=False),
+    _cross_entropy("a NaN and an inf", "they stay in their rows", 33, 41, reduction="none",
+                   edit=lambda t, o: (t["logits"][7, 3].fill_(NAN), t["logits"][20, 5].fill_(INF)), dtypes=TWO, suite=False),
+    _cross_entropy("misaligned", "no 16-byte alignment", 33, 41, reduction="none", layouts=dict(logits="offset", target="offset", out="offset"),
+        dtypes=TWO, suite=False),
+    _cross_entropy("padded vocabulary", "a slice of wider rows", 33, 128, weighted=True,
+        layouts=dict(logits="padded", target="strided", weight="strided"),
+                   dtypes=BF, suite=False),
+    _cross_entropy("columns first", "the last axis is not contiguous: copied once", 33, 41, layouts=dict(logits="transposed"), dtypes=BF,
+        suite=False),
+    _cross_entropy("gradient of a sum", "stride 0", 33, 41, reduction="none", layouts=dict(logits="expanded", out="scalar"), dtypes=BF,
+        suite=False),
+    _cross_entropy("far rows", "offsets beyond 2^31 elements", 20, 41, layouts=dict(logits="far"), dtypes=BF, suite=False),
+
+    _dropout("residual", "ragged rows", 3, 7, 99, params=("residual",), p=0.3, quick=True),
+    _dropout("alone", "a power of two", 20, 128, p=0.1, dtypes=BF),
+    _dropout("p = 0", "nothing dropped", 20, 128, params=("residual",), p=0.0, dtypes=BF),
+    _dropout("p = 0.99", "nearly all dropped, the rest times 100", 20, 128, p=0.99, dtypes=TWO),
+    _dropout("p = 1", "everything dropped: the residual alone", 20, 128, params=("residual",), p=1.0, dtypes=BF, suite=False),
+    _dropout("one column", "fewer than one draw makes", 20, 1, p=0.3, dtypes=BF, suite=False),
+    _dropout("three tiles", "columns beyond one program's", 3, 5001, params=("residual",), p=0.3, dtypes=TWO, suite=False),
+    _dropout("no row", "nothing to launch", 0, 128, p=0.1, dtypes=BF),
+    _dropout("66000 rows", "more rows than 16 bits count", 66000, 8, p=0.1, dtypes=BF, suite=False, interpret=False),
+    _dropout("a NaN and an inf", "they stay where they are", 20, 128, p=0.1, edit=lambda t, o: (t["x"][5, 9].fill_(NAN), t["x"][6, 0].fill_(INF)),
+        dtypes=TWO),
+    _dropout("float32 residual", "beside 16-bit rows", 20, 128, params=("residual",), p=0.1, fp32=("residual",), dtypes=HALF, suite=False),
+    _dropout("misaligned", "no 16-byte alignment", 20, 128, params=("residual",), p=0.1, layouts=dict(x="offset", residual="offset", out="offset"),
+             dtypes=TWO, suite=False),
+    _dropout("odd strides", "a slice of wider rows", 20, 128, params=("residual",), p=0.1,
+        layouts=dict(x="padded", residual="transposed", out="padded"),
+             dtypes=BF, suite=False),
+    _dropout("gradient of a sum", "stride 0", 20, 128, p=0.1, layouts=dict(x="expanded", out="scalar"), dtypes=BF, suite=False),
+    _dropout("far rows", "offsets beyond 2^31 elements", 20, 128, p=0.1, layouts=dict(x="far", out="far"), dtypes=BF, suite=False),
+]
+# fmt: on
+
+DRAWS = [
+    Call(op, f"draws at {p}", options=dict(p=p), reason=why, dtypes=BF, draws=True)
+    for op in OPS
+    if OPS[op].draw
+    for p, why in ((0.1, "the usual rate"), (0.9, "few are kept"))
+]

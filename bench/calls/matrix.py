@@ -1,0 +1,67 @@
+"""What is compiled ahead: the default configurations of the tile tables, as calls that reach each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tileformer.bench.calls import Call, describe
+from tileformer.bench.calls.ops import AFFINE
+
+EVERY_SIZE = "causal padded"  # the features that are compiled for every head size, and in float32
+FEATURES: dict[str, dict[str, Any]] = {
+    EVERY_SIZE: dict(causal=True, padding="right"),
+    "plain": dict(lse=False),
+    "boolean mask": dict(mask="boolean"),
+    "additive mask": dict(mask="additive"),
+    "dropout": dict(causal=True, padding="right", dropout_p=0.1),
+    "padded": dict(padding="right"),  # as cross-attention: each query head has a key head of its own
+    "everything": dict(causal="bottom_right", padding="right", mask="additive", dropout_p=0.1),
+    "dropout, no causal": dict(dropout_p=0.1),
+    "window, lengths": dict(window=(100, 30), lengths=True),
+    "packed": dict(causal=True, packed=((0, 100, 256), (0, 120, 256)), lse=False),
+    "ALiBi, soft cap": dict(causal=True, alibi=True, softcap=30.0),
+    "bias": dict(causal=True, bias=(1, 1, 256, 256)),
+    "all of these": dict(
+        window=(100, 30), lengths=True, alibi=True, softcap=30.0, bias=(1, 1, 256, 256), dropout_p=0.1
+    ),
+    "weights": dict(causal=True, padding="right", bias=(1, 1, 256, 256), return_weights=True),
+}
+LONG: dict[str, dict[str, Any]] = {  # keys enough for the forward that works ahead
+    "long": dict(lse=False),
+    "long, causal": dict(causal=True),
+}
+HEAD_SIZES = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
+SAMPLED = {(64, "bf16", EVERY_SIZE), (64, "bf16", "weights"), (128, "bf16", "long, causal")}
+
+
+def _attention_matrix() -> Iterator[Call]:
+    for size in HEAD_SIZES:
+        for feature, options in (FEATURES | LONG).items():
+            if feature != EVERY_SIZE and size not in ((128,) if feature in LONG else (64, 128, 256)):
+                continue
+            length, h_kv = 1024 if feature in LONG else 256, 2 if feature == "padded" else 1
+            dtypes = ["bf16"] + ["fp32"] * (feature == EVERY_SIZE) + ["fp16"] * ((size, feature) == (64, EVERY_SIZE))
+            for dtype in dtypes:
+                fields = dict(dtypes=(dtype,), quick=(size, dtype, feature) in SAMPLED, lse=True)
+                shape = (1, 2, h_kv, length, length, size)
+                yield describe("attention", f"D {size} {feature}", "tile table", *shape, **fields | options)
+
+
+def _row_matrix() -> Iterator[Call]:
+    bf16: dict[str, Any] = dict(dtypes=("bf16",))
+    for n in (128, 1024, 3072, 4096, 8192, 16384):
+        sampled = n == 1024
+        norm, warps = (f"N {n}", "warps and rows table", 64, n), (f"N {n}", "warps table", 64, n)
+        dtypes = ("bf16",) if sampled else ("bf16", "fp32")
+        yield describe("layer_norm", *norm, params=AFFINE, axes=1, quick=sampled, dtypes=dtypes)
+        yield describe("rms_norm", *norm, params=AFFINE[:1], axes=1, eps=1e-6, **bf16)
+        yield describe("softmax", *warps, quick=sampled, **bf16)
+        yield describe("log_softmax", *warps, **bf16)
+        yield describe("dropout", *warps, params=("residual",), p=0.1, **bf16)
+    for classes in (4096, 32000, 131072):
+        options = dict(weighted=True, label_smoothing=0.1, quick=classes == 32000)
+        yield describe("cross_entropy", f"V {classes}", "blocks of classes", 8, classes, **options, **bf16)
+
+
+MATRIX = [*_attention_matrix(), *_row_matrix()]

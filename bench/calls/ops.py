@@ -1,0 +1,402 @@
+"""What each op is to a check and to a benchmark: its tensors, its least cost, the size of its rounding errors, its dropout bits.
+
+Costs are those of an ideal implementation. FLOPs count what is attended to: a causal shift or padding hides whole keys, which a kernel can skip, and
+they do not count; a boolean mask hides keys here and there, which none can skip, and they do. Bytes count each input read once and each output
+written once; statistics of a few bytes a row are left out. Backward of attention is 2.5 times its forward (five products instead of two;
+arXiv:2307.08691, section 3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from tileformer.kernels import reference
+
+Sizes = Mapping[str, int]
+Tensors = dict[str, Tensor]
+Options = dict[str, Any]
+Build = Callable[..., tuple[Tensors, Options]]
+MODES = ("forward", "backward", "both")
+AFFINE = ("weight", "bias")
+
+
+class Cost(NamedTuple):
+    """Bytes between memory and the chip, and FLOPs of the matrix products, of (forward, backward); `both` if it is not their sum."""
+
+    bytes: tuple[int, int]
+    flops: tuple[int, int] = (0, 0)
+    both: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """What is known about an op.
+
+    Args:
+        axes: the names of its sizes, for each number of them.
+        build: of (generator, sizes, **options): the tensors to differentiate, and the op's other arguments. Options that name a tensor
+            (mask="boolean") are made into one, the others are passed on. Everything is drawn in float32 on the generator's device.
+        cost: of (sizes, options, bytes of an element).
+        error_sizes: of (tensors, options, results, grad_outputs), all float64 on the CPU: for each result whose error budget is not the largest
+            |result|, the sum of the absolute values of what is added up (bench/check/budget.py).
+        draw: of (op, p, seed, device, dtype): (..., rows, columns) once from the forward and once from the backward, 0 where an element is
+            dropped and else what a 1 becomes. None for an op without dropout.
+    """
+
+    axes: tuple[str, ...]
+    build: Build
+    cost: Callable[[Sizes, Options, int], Cost]
+    error_sizes: Callable[[Tensors, Options, Tensors, Tensors], Mapping[str, Tensor | float]] = lambda *_: {}
+    draw: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
+def _normal(generator: Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def _uniform(generator: Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def _largest(x: Tensor) -> float:
+    """Largest finite absolute value."""
+    return float(torch.where(x.isfinite(), x, 0.0).abs().max()) if x.numel() else 0.0
+
+
+# attention
+
+
+def key_padding(kind: str, b: int, t_k: int, device: torch.device | str = "cpu") -> Tensor:
+    """Boolean (B, T_k), True where a key is real.
+
+    Args:
+        kind: "right" (T_k to a third of it real), "quarter" (T_k to a quarter), "left", "holes", "none" (the last batch has no real key),
+            "nowhere" (has any), "all" (are real).
+    """
+    column = torch.arange(t_k, device=device).expand(b, t_k)
+    length = torch.linspace(t_k, max(1, t_k // 3), b).long().to(device)[:, None]
+    if kind == "quarter":
+        evenly = [max(1, t_k - (t_k - t_k // 4) * n // max(b - 1, 1)) for n in range(b)]
+        return column < torch.tensor(evenly, device=device)[:, None]
+    return {
+        "right": column < length,
+        "left": column >= t_k - length,
+        "holes": column % 3 != 1,
+        "none": (column < length) & (torch.arange(b, device=device)[:, None] < b - 1),
+        "nowhere": column < 0,
+        "all": column >= 0,
+    }[kind]
+
+
+def _build_attention(
+    generator: Generator, sizes: Sizes, *, mask: str | float = "", padding: str = "", bias: tuple[int, ...] = (), lengths: bool = False,
+    packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None, alibi: bool = False, dv: int = 0, heads_last: bool = False,
+    lse: bool = False, **options: Any,
+) -> tuple[Tensors, Options]:  # fmt: skip
+    """q, k, v and `bias`, of that shape.
+
+    Args:
+        mask: boolean: "boolean" (and a row that may attend to nothing), "thinned" (no such row); added: "additive" (of each batch), "heads" (of
+            each head), "columns"; a number: a causal mask as Hugging Face's models add it, that number where a key is hidden, here also all
+            along two rows.
+        padding: a kind of `key_padding`.
+        lengths: of queries and keys, in each batch.
+        packed: the starts of sequences.
+        dv: D_v, if it is not D.
+        heads_last: store (B, T, H, D).
+        lse: return the log-sum-exp too.
+    """
+    b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
+    device = generator.device
+    shapes = dict(q=(b, h, t_q, d), k=(b, h_kv, t_k, d), v=(b, h_kv, t_k, dv or d))
+    tensors = {name: _normal(generator, *shape) for name, shape in shapes.items()}
+    if heads_last:
+        tensors = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
+    if lse:
+        options["return_lse"] = True
+    if mask in ("boolean", "thinned"):
+        options["mask"] = _uniform(generator, t_q, t_k) > (0.3 if mask == "boolean" else 0.2)
+        if mask == "boolean":
+            options["mask"][t_q // 2] = False
+    elif mask in ("additive", "heads"):
+        options["mask"] = _normal(generator, *((b, 1) if mask == "additive" else (1, h)), t_q, t_k)
+    elif mask == "columns":
+        added = _normal(generator, h, 1, t_k)
+        options["mask"] = added.masked_fill(_uniform(generator, h, 1, t_k) < 0.2, -torch.inf)
+    elif isinstance(mask, float):
+        hidden = torch.ones(t_q, t_k, device=device).triu(1) > 0
+        hidden[:2] = True
+        options["mask"] = torch.zeros(b, 1, t_q, t_k, device=device).masked_fill(hidden, mask)
+    if bias:
+        tensors["bias"] = _normal(generator, *bias)
+    if padding:
+        options["key_mask"] = key_padding(padding, b, t_k, device)
+    if lengths:  # all, some, none of the queries; one more key each
+        options["query_lengths"] = torch.linspace(t_q, 0, b).int()
+        options["key_lengths"] = torch.linspace(t_k, 1, b).int()
+    if packed:
+        starts = (torch.tensor(part, dtype=torch.int32) for part in packed)
+        options["cu_seqlens_q"], options["cu_seqlens_k"] = starts
+    if alibi:
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, h + 1)
+    if "dropout_p" in options:
+        options["seed"] = torch.tensor([0x1234_5678_9ABC], device=device)
+    return tensors, options
+
+
+def real_keys(sizes: Sizes, options: Options) -> list[int]:
+    """Number of real keys of each batch."""
+    if "padding" not in options:
+        return [sizes["T_k"]] * sizes["B"]
+    return key_padding(options["padding"], sizes["B"], sizes["T_k"]).sum(1).tolist()
+
+
+def attended_pairs(sizes: Sizes, options: Options) -> int:
+    """(query, key) pairs that are attended to, over batches and heads. Padding lies on the right."""
+    t_q, causal, per_head = sizes["T_q"], options.get("causal", False), 0
+    offset = sizes["T_k"] - t_q if causal == "bottom_right" else 0
+    for length in real_keys(sizes, options):
+        if not causal:
+            per_head += t_q * length
+            continue
+        # Row i sees min(length, max(0, i + offset + 1)) keys.
+        first = min(max(0, -offset), t_q)  # the first row that sees a key
+        full = min(max(first, length - offset), t_q)  # the first row that sees them all
+        per_head += (full - first) * (first + full - 1 + 2 * (offset + 1)) // 2 + (t_q - full) * length
+    return per_head * sizes["H"]
+
+
+def _attention_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
+    query, keys = b * h * t_q * d, 2 * b * h_kv * t_k * d
+    real = 2 * h_kv * d * sum(real_keys(sizes, options))  # keys and values that are not padding
+    sides = {"thinned": t_q * t_k, "heads": item * h * t_q * t_k}.get(options.get("mask", ""), 0)
+    sides += b * t_k if "padding" in options else 0
+    product = 2 * attended_pairs(sizes, options) * d
+    forward, backward = 2 * query + real, 4 * query + real + keys
+    return Cost((item * forward + sides, item * backward + sides), (2 * product, 5 * product))
+
+
+def attention_sizes(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
+) -> dict[str, Tensor | float]:
+    """S of out, lse, dq, dk, dv and dbias: the sums of `reference.attention` and of its backward with every term replaced by its absolute value;
+    and R of the gradients, as "dq again" and so on (bench/check/budget.py).
+
+    With P the weights and M their dropout (0 or 1 / (1 - p)): dS is at most P (M |dO| |V|^T + rowsum|dO O| + |dlse|).
+    """
+    (b, h, _, d), h_kv, t_k = q.shape, k.shape[1], k.shape[2]
+    for name in ("return_lse", "return_weights"):
+        options.pop(name, None)
+    q, k, v = (torch.where(x.isfinite(), x, 0.0) for x in (q, k, v))  # padding may hold anything
+    identity = torch.eye(t_k, dtype=q.dtype, device=q.device).expand(b, h_kv, t_k, t_k)
+    dropped = reference.attention(q, k, identity, **options)
+    weights = reference.attention(q, k, identity, **(options | dict(dropout_p=0.0)))
+    scale = d**-0.5 if options.get("scale") is None else abs(options["scale"])
+    key, value = (x.abs().repeat_interleave(h // h_kv, 1) for x in (k, v))
+    delta = (out * dout).abs().sum(-1, keepdim=True) + (0 if dlse is None else dlse.abs()[..., None])
+    ds = dropped * (dout.abs() @ value.transpose(-1, -2)) + weights * delta
+    scores = scale * (q.abs() @ key.transpose(-1, -2))
+    mask, bias = options.get("mask"), options.get("bias")
+    for added in (mask, bias):
+        if added is not None and added.dtype != torch.bool:
+            scores = scores + torch.where(added.isfinite(), added.abs(), 0.0)
+    shared = lambda x: x.unflatten(1, (h_kv, h // h_kv)).sum(2)  # noqa: E731
+
+    def gradients(ds: Tensor, dropped: Tensor) -> dict[str, Tensor | float]:
+        return dict(
+            dq=scale * ds @ key,
+            dk=scale * shared(ds.transpose(-1, -2) @ q.abs()),
+            dv=shared(dropped.transpose(-1, -2) @ dout.abs()),
+            dbias=0.0 if bias is None else ds.sum_to_size(bias.shape),
+        )
+
+    again = {f"{name} again": x for name, x in gradients(ds * scores, dropped * scores).items()}
+    return dict(out=dropped @ value, lse=scores.amax(-1) if t_k else 0.0, **gradients(ds, dropped), **again)
+
+
+def _attention_error_sizes(
+    tensors: Tensors, options: Options, results: Tensors, grads: Tensors
+) -> dict[str, Tensor | float]:
+    return attention_sizes(**tensors, out=results["out"], dout=grads["out"], dlse=grads.get("lse"), **options)
+
+
+def _attention_draw(
+    op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Equal scores over n keys and v = n I make the output the dropped weights; their transpose is the gradient of v for dO = I."""
+    b, h, n = 2, 2, 64
+    identity = torch.eye(n, dtype=dtype, device=device).expand(b, h, n, n).contiguous()
+    zeros = torch.zeros_like(identity)
+    v = (n * identity).requires_grad_()
+    out = op(zeros, zeros, v, dropout_p=p, seed=seed)
+    (dv,) = torch.autograd.grad(out, v, identity)
+    return out.detach(), n * dv.transpose(-1, -2)
+
+
+# ops on rows: the sizes are the shape
+
+
+def _build_rows(
+    generator: Generator, sizes: Sizes, *, params: tuple[str, ...] = (), mask: str = "", axes: int = 0, **options: Any
+) -> tuple[Tensors, Options]:
+    """x, and `params`: further differentiable tensors of one row ("residual": of x's shape). A norm is over the last `axes`."""
+    shape = tuple(sizes.values())
+    tensors = {"x": 2 * _normal(generator, *shape)}
+    for param in params:
+        tensors[param] = _normal(generator, *(shape if param == "residual" else shape[-1:]))
+    if axes:
+        options["normalized_shape"] = shape[-axes:]
+    if mask == "boolean":
+        options["mask"] = _uniform(generator, *shape[-2:]) > 0.3
+        options["mask"][0] = False
+    if mask == "additive":
+        options["mask"] = _normal(generator, *shape[-2:])
+    if "p" in options:
+        options["seed"] = torch.tensor([77], device=generator.device)
+    return tensors, options
+
+
+def _norm_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """x, parameters -> y;  x, dy, weight -> dx and the parameters' gradients."""
+    x, row, params = math.prod(sizes.values()), sizes["N"], len(options.get("params", ()))
+    return Cost((item * (2 * x + params * row), item * (3 * x + (1 + params) * row)))
+
+
+def _norm_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors, centre: bool) -> Tensors:
+    axes = tuple(range(-len(options["normalized_shape"]), 0))
+    x, grad = tensors["x"], grads["out"].abs()
+    mean = x.mean(axes, keepdim=True) if centre else x.new_zeros(())
+    rstd = ((x - mean).square().mean(axes, keepdim=True) + options.get("eps", 1e-5)).rsqrt()
+    xhat = (x.abs() + mean.abs()) * rstd
+    weight, rows = tensors.get("weight", x.new_ones(())).abs(), tuple(range(x.dim() + axes[0]))
+    g = grad * weight
+    return dict(
+        out=xhat * weight + tensors.get("bias", x.new_zeros(())).abs(),
+        dx=rstd * (g + centre * g.mean(axes, keepdim=True) + xhat * (g * xhat).mean(axes, keepdim=True)),
+        dweight=(grad * xhat).sum(rows),
+        dbias=grad.sum(rows),
+    )
+
+
+def _softmax_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """What is hidden need not be read, but is written."""
+    x = math.prod(sizes.values())
+    seen = attended_pairs(sizes, options) if "causal" in options else x
+    return Cost((item * (seen + x), item * (2 * seen + x)))
+
+
+def _softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
+    y, grad = results["out"], grads["out"].abs()
+    return dict(dx=abs(options.get("scale", 1.0)) * y * (grad + (y * grad).sum(-1, keepdim=True)))
+
+
+def _log_softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
+    y, grad = results["out"], grads["out"].abs()
+    scale = abs(options.get("scale", 1.0))
+    largest = _largest((scale * tensors["x"]).nan_to_num(0.0, 0.0, 0.0))
+    # The output is a score minus a sum of about its size; the gradient reads the output, as rounded.
+    total = grad + y.exp() * grad.sum(-1, keepdim=True) * (1 + largest)
+    return dict(out=2 * largest + y.abs().nan_to_num(0.0, 0.0, 0.0), dx=scale * total)
+
+
+def _dropout_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """x, residual -> y;  dy -> dx (the residual's gradient is dy itself)."""
+    x = math.prod(sizes.values())
+    return Cost((item * 3 * x, item * 2 * x))
+
+
+def _dropout_draw(
+    op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A tensor of ones shows its own factors; so does its gradient."""
+    x = torch.ones(256, 128, dtype=dtype, device=device).requires_grad_()
+    out = op(x, p, seed=seed)
+    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    return out.detach(), dx
+
+
+# cross-entropy
+
+
+def _build_cross_entropy(
+    generator: Generator, sizes: Sizes, *, weighted: bool = False, ignored: int = 0, **options: Any
+) -> tuple[Tensors, Options]:
+    """logits, target and maybe a weight of each class; the first `ignored` rows are."""
+    rows, classes = sizes["R"], sizes["V"]
+    logits = 3 * _normal(generator, rows, classes)
+    options["target"] = torch.randint(classes, (rows,), generator=generator, device=generator.device)
+    options["target"][:ignored] = -100
+    if weighted:
+        options["weight"] = _uniform(generator, classes) + 0.1
+    return dict(logits=logits), options
+
+
+def _cross_entropy_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """Forward and backward need one read and one write together."""
+    logits, targets = item * sizes["R"] * sizes["V"], 8 * sizes["R"]
+    return Cost((logits + targets, 2 * logits + targets), both=2 * logits + targets)
+
+
+def _cross_entropy_error_sizes(
+    tensors: Tensors, options: Options, results: Tensors, grads: Tensors
+) -> dict[str, Tensor | float]:
+    return dict(out=_largest(results["out"]) + _largest(tensors["logits"]))
+
+
+# a decoder layer: its parameters by their names in the state_dict
+
+
+def _layer_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
+    c, f = s["C"], s["F"]
+    shapes: dict[str, tuple[int, ...]] = dict(x=(s["B"], s["T_q"], c), memory=(s["B"], s["T_k"], c))
+    for block in ("self_attn", "multihead_attn"):
+        shapes |= {f"{block}.in_proj_weight": (3 * c, c), f"{block}.in_proj_bias": (3 * c,)}
+        shapes |= {f"{block}.out_proj.weight": (c, c), f"{block}.out_proj.bias": (c,)}
+    shapes |= {"linear1.weight": (f, c), "linear1.bias": (f,), "linear2.weight": (c, f), "linear2.bias": (c,)}
+    return shapes | {f"norm{n}.{kind}": (c,) for n in (1, 2, 3) for kind in AFFINE}
+
+
+def _build_layer(generator: Generator, sizes: Sizes, *, padding: str = "", **options: Any) -> tuple[Tensors, Options]:
+    tensors = {
+        name: _normal(generator, *shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+        for name, shape in _layer_shapes(sizes).items()
+    }
+    if padding:
+        options["key_mask"] = key_padding(padding, sizes["B"], sizes["T_k"], generator.device)
+    return tensors, options
+
+
+def _layer_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """Inputs and parameters -> y;  these and dy -> their gradients."""
+    c, target, memory = sizes["C"], sizes["B"] * sizes["T_q"], sizes["B"] * sizes["T_k"]
+    everything, x = sum(math.prod(shape) for shape in _layer_shapes(sizes).values()), target * c
+    crossed = attended_pairs(sizes, options | dict(causal=False))
+    itself = {name: option for name, option in options.items() if name != "padding"}
+    pairs = crossed + attended_pairs({**sizes, "T_k": sizes["T_q"]}, itself)
+    weights = (6 * target + 2 * memory) * c**2 + 2 * target * c * sizes["F"]  # multiply-adds of the linear maps
+    product = 2 * pairs * (c // sizes["H"])
+    flops = (2 * weights + 2 * product, 4 * weights + 5 * product)
+    return Cost((item * (everything + x), item * (2 * everything + x)), flops)
+
+
+ROWS = ("N", "R N", "B R N", "B H T_q T_k")
+OPS = {
+    "attention": Op(
+        ("B H H_kv T_q T_k D",), _build_attention, _attention_cost, _attention_error_sizes, _attention_draw
+    ),
+    "layer_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=True)),
+    "rms_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=False)),
+    "softmax": Op(ROWS, _build_rows, _softmax_cost, _softmax_error_sizes),
+    "log_softmax": Op(ROWS, _build_rows, _softmax_cost, _log_softmax_error_sizes),
+    "cross_entropy": Op(("R V",), _build_cross_entropy, _cross_entropy_cost, _cross_entropy_error_sizes),
+    "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
+    "decoder_layer": Op(("B T_q T_k C H F",), _build_layer, _layer_cost),
+}

@@ -1,0 +1,476 @@
+"""Who is timed: for each op the callables of tileformer, of PyTorch and of other libraries where they are installed.
+
+    function = providers("attention")["sdpa flash"](call)
+    out = function(*call.inputs("cuda", torch.bfloat16))
+
+What a provider cannot do raises `Unavailable`, whose text is printed. A peer is called through its public functions, with the inputs that every
+other provider gets. Masks in another form, and block masks, are made at the first call and kept, so they are outside every timing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from tileformer import kernels
+from tileformer.bench.calls import Call, Function, function_of
+from tileformer.bench.calls.ops import Options, Tensors
+from tileformer.decoder import TransformerDecoderLayer
+from tileformer.kernels import device
+
+Provider = Callable[[Call], Function]
+OURS = "tileformer"
+# A shape costs these many seconds before its first result: a compilation, or the timing of dozens of configurations.
+SLOW_START = {"attention": ("torch.compile", "flex", "flag_gems", "fla"), "*": ("torch.compile",)}
+GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
+compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
+
+
+class Unavailable(Exception):
+    """A provider that cannot serve a workload here; the text says why."""
+
+
+def providers(op: str) -> dict[str, Provider]:
+    """The providers of an op, ours first. Building or calling one may raise `Unavailable`."""
+    return _PROVIDERS[op]
+
+
+def reference(call: Call) -> Function:
+    """The definition, to run in float64: kernels.reference, or torch.nn's layer."""
+    if call.op == "decoder_layer":
+        return _layer(nn.TransformerDecoderLayer)(call)
+    return function_of(kernels.reference, call.op)
+
+
+def _refuse(reasons: dict[str, Any]) -> None:
+    """Raise with the first reason that holds."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise Unavailable(reason)
+
+
+@functools.cache
+def _package(name: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        why = "is not installed" if name.startswith(missing) else f"cannot be imported: {error}"
+        raise Unavailable(f"{name.split('.')[0]} {why}") from None
+    except Exception as error:  # a package may look for a GPU, or for another torch, while it is imported
+        raise Unavailable(f"{name} cannot be imported: {' '.join(str(error).split())}") from None
+
+
+def _peer(
+    module: str,
+    compute: Callable[[Any, Tensors, Options], Tensor],
+    *limits: str,
+    half: bool = False,
+    heads_last: bool = False,
+) -> Provider:
+    """A provider from another package: compute(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only;
+    heads_last: it would copy tensors that are not stored (B, T, H, D), so its own are."""
+
+    def build(call: Call) -> Function:
+        sizes, options = call.sizes, call.options
+        reasons = {
+            "takes no mask": "mask" in options,
+            "takes padding only as packed sequences": "padding" in options,
+            "has no dropout": call.dropout,
+            "takes no scale and no mask": options,
+            "is causal only": not options.get("causal") or sizes["T_q"] != sizes["T_k"],
+        }
+        _refuse({reason: holds for reason, holds in reasons.items() if reason in limits})
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            x = next(iter(t.values()))
+            _refuse({"runs on CUDA tensors only": not (x.is_cuda or (device.recording() and not half))})
+            _refuse({"takes float16 and bfloat16": half and x.dtype == torch.float32})
+            return compute(_package(module), t, o)
+
+        if heads_last:
+            run.stored = lambda x: x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)  # type: ignore[attr-defined]
+        return run
+
+    return build
+
+
+class _Pair(torch.autograd.Function):
+    """A forward and a backward that a package offers as two functions: forward(*tensors) returns (y, what backward(dy, ...) needs)."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Any, backward: Any, *tensors: Any) -> Any:
+        y, saved = forward(*tensors)
+        ctx.backward_of, ctx.saved = backward, saved
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        return None, None, *ctx.backward_of(dy, *ctx.saved)
+
+
+def _compile(function: Any) -> Any:
+    torch.compiler.reset()  # the limit on recompilations counts all shapes of a function
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
+
+
+def _no_slow_compilation(x: Tensor) -> None:
+    slow = compile_backend == "inductor" and not x.is_cuda
+    _refuse({"a compilation takes minutes on a CPU: timed on CUDA only": slow})
+
+
+def _eager(function: Function, compiled: bool = False) -> Provider:
+    """An eager function, or what torch.compile makes of it. A causal one finds its mask as the option "future"."""
+
+    def build(call: Call) -> Function:
+        compute = _compile(function) if compiled else function
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            x = next(iter(t.values()))
+            if compiled:
+                _no_slow_compilation(x)
+            if o.get("causal"):
+                o = o | dict(future=_future(call.sizes["T_q"], call.sizes["T_k"], x.device))
+            return compute(t, o)
+
+        return run
+
+    return build
+
+
+# ---- attention: tensors q, k, v; options mask, key_mask, causal, dropout_p, seed
+
+
+def _mask_of(o: Options) -> Tensor | None:
+    """`mask`, or `key_mask` as one: broadcastable to (B, H, T_q, T_k). No workload has both."""
+    return o.get("mask") if o.get("key_mask") is None else o["key_mask"][:, None, None, :]
+
+
+_made: dict[str, tuple[Tensor, Tensor]] = {}
+
+
+def _once(kind: str, o: Options, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` makes of the mask among the options; kept, the last one of each kind."""
+    source = o["mask"] if o.get("key_mask") is None else o["key_mask"]
+    if kind not in _made or _made[kind][0] is not source:
+        _made[kind] = (source, make())
+    return _made[kind][1]
+
+
+@functools.lru_cache(maxsize=4)
+def _future(t_q: int, t_k: int, device: torch.device) -> Tensor:
+    return torch.ones(t_q, t_k, dtype=torch.bool, device=device).triu(1)
+
+
+def _heads_last(t: Tensors) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in t.values()]
+
+
+def _eager_attention(t: Tensors, o: Options) -> Tensor:
+    q, k, v = t["q"], t["k"], t["v"]
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    mask = _mask_of(o)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if o.get("causal"):
+        scores = scores.masked_fill(o["future"], -torch.inf)
+    return F.dropout(scores.softmax(-1), o.get("dropout_p", 0.0)) @ v
+
+
+def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
+    q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
+    if mask is not None and causal:  # torch takes one of them
+        kept = mask
+        mask, causal = _once("both", o, lambda: kept & ~_future(q.shape[2], k.shape[2], q.device)), False
+    return F.scaled_dot_product_attention(
+        q, k, t["v"], mask, o.get("dropout_p", 0.0), causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _sdpa(backend: SDPBackend) -> Provider:
+    """One backend of torch's attention. Where it refuses, the reason is what torch says in warnings."""
+
+    def build(call: Call) -> Function:
+        tried: list[bool] = []
+
+        def attend(t: Tensors, o: Options) -> Tensor:
+            with sdpa_kernel(backend):
+                return _sdpa_attention(t, o)
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            if tried:
+                return attend(t, o)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    out = attend(t, o)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    said = [str(w.message).split(" (Triggered")[0] for w in caught]
+                    said = [line for line in said if not line.endswith("because:") and "disabled" not in line]
+                    raise Unavailable("; ".join(said) or str(error).splitlines()[0]) from None
+            tried.append(True)
+            return out
+
+        return run
+
+    return build
+
+
+def _flex(call: Call) -> Function:
+    _refuse({"has no dropout": call.dropout})
+    attend = _compile(flex_attention)
+    made: dict[Any, tuple[Any, Any]] = {}
+
+    def restrictions(q: Tensor, k: Tensor, o: Options) -> tuple[Any, Any]:
+        """score_mod and block_mask."""
+        mask, padding, causal = o.get("mask"), o.get("key_mask"), bool(o.get("causal"))
+        if mask is not None and mask.dtype != torch.bool:
+            return (lambda score, b, h, i, j: score + mask[0, h, i, j]), None
+        if mask is None and padding is None and not causal:
+            return None, None
+
+        def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+            keep = i >= j if causal else j >= 0
+            if padding is not None:
+                keep = keep & padding[b, j]
+            return keep & mask[i, j] if mask is not None else keep
+
+        batches: Any = None if padding is None else q.shape[0]
+        heads: Any = None
+        return None, create_block_mask(seen, batches, heads, q.shape[2], k.shape[2], q.device)
+
+    def run(t: Tensors, o: Options) -> Tensor:
+        q, k, v = (x if x.is_cuda else x.detach() for x in t.values())  # on a CPU it has no backward
+        _no_slow_compilation(q)
+        if q.shape not in made:
+            made[q.shape] = restrictions(q, k, o)
+        return attend(q, k, v, *made[q.shape], enable_gqa=q.shape[1] != k.shape[1])
+
+    return run
+
+
+def _flash_attn(package: Any, t: Tensors, o: Options) -> Tensor:
+    more = {"dropout_p": o["dropout_p"]} if "dropout_p" in o else {}
+    out = package.flash_attn_func(*_heads_last(t), causal=bool(o.get("causal")), **more)
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _xformers(package: Any, t: Tensors, o: Options) -> Tensor:
+    q, k, mask, causal = t["q"], t["k"], _mask_of(o), bool(o.get("causal"))
+    group = q.shape[1] // k.shape[1]
+    bias = package.LowerTriangularMask() if causal else None
+    if mask is not None:
+
+        def dense() -> Tensor:
+            added = mask
+            if mask.dtype == torch.bool:
+                keep = mask & ~_future(q.shape[2], k.shape[2], q.device) if causal else mask
+                added = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill(~keep, -torch.inf)
+            return added.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]).contiguous()
+
+        bias = _once("dense", o, dense)
+    q, k, v = _heads_last(t)
+    if group > 1:  # (B, T, H_kv, group, D), keys expanded
+        q, k, v = q.unflatten(2, (-1, group)), *(x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (k, v))
+    try:
+        out = package.memory_efficient_attention(q, k, v, attn_bias=bias, p=o.get("dropout_p", 0.0))
+    except (NotImplementedError, ValueError) as error:
+        raise Unavailable(" ".join(str(error).split())[:200]) from None
+    return (out.flatten(2, 3) if group > 1 else out).transpose(1, 2)
+
+
+def _flag_gems_attention(package: Any, t: Tensors, o: Options) -> Tensor:
+    q, k, mask = t["q"], t["k"], _mask_of(o)
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    causal, gqa = bool(o.get("causal")), q.shape[1] != k.shape[1]
+    return package.scaled_dot_product_attention(q, k, t["v"], mask, 0.0, causal, None, gqa)
+
+
+# ---- row ops
+
+
+def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
+    shape = o["normalized_shape"]
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        y, mean, rstd = package.layer_norm(x, shape, weight, bias, o["eps"])
+        return y, (x, mean, rstd, weight, bias)
+
+    def backward(dy: Tensor, x: Tensor, *saved: Tensor) -> Any:
+        mean, rstd, weight, bias = saved
+        return package.layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, [True, True, True])
+
+    return _Pair.apply(forward, backward, t["x"], t["weight"], t["bias"])
+
+
+def _eager_softmax(t: Tensors, o: Options) -> Tensor:
+    x = t["x"] * o["scale"] if "scale" in o else t["x"]
+    if o.get("causal"):
+        x = x.masked_fill(o["future"], -torch.inf)
+    return x.softmax(-1)
+
+
+def _from_output(forward: Any, backward: Any) -> Any:
+    """An op of x whose backward reads what its forward wrote: forward(package, x), backward(package, dy, y)."""
+
+    def compute(package: Any, t: Tensors, o: Options) -> Tensor:
+        def keep(x: Tensor) -> Any:
+            y = forward(package, x)
+            return y, (y,)
+
+        return _Pair.apply(keep, lambda dy, y: (backward(package, dy, y),), t["x"])
+
+    return compute
+
+
+def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
+    smoothing = o.get("label_smoothing", 0.0)
+    return package.LigerCrossEntropyFunction.apply(
+        t["logits"], o["target"], None, -100, 0.0, smoothing, "mean", None, False, False, False
+    )[0]
+
+
+def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
+    def forward(x: Tensor) -> Any:
+        y, mask = package.dropout(x, o["p"], True)
+        return y, (mask,)
+
+    def backward(dy: Tensor, mask: Tensor) -> Any:
+        return (package.dropout_backward(dy, mask, 1 / (1 - o["p"])),)
+
+    return t["residual"] + _Pair.apply(forward, backward, t["x"])
+
+
+# ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict; options causal, dropout, norm_first, key_mask
+
+
+def _layer(kind: type[nn.Module], compiled: bool = False) -> Provider:
+    """A layer class; its parameters become the workload's very tensors, so that gradients are theirs."""
+
+    def build(call: Call) -> Function:
+        sizes = (call.sizes[name] for name in ("C", "H", "F"))
+        options = dict(norm_first=call.options["norm_first"], batch_first=True, device="meta")
+        layer = kind(*sizes, call.options["dropout"], **options)
+        forward = _compile(layer) if compiled else layer
+        attached: list[Tensor] = []
+
+        def run(t: Tensors, o: Options) -> Tensor:
+            x = t["x"]
+            if compiled:
+                _no_slow_compilation(x)
+            if not (attached and attached[0] is x):
+                for name in set(t) - {"x", "memory"}:
+                    owner, _, leaf = name.rpartition(".")
+                    module = layer.get_submodule(owner)
+                    delattr(module, leaf)
+                    setattr(module, leaf, t[name])
+                attached[:] = [x]
+            padding = None if o.get("key_mask") is None else ~o["key_mask"]
+            causal = _future(x.shape[1], x.shape[1], x.device)
+            return forward(x, t["memory"], tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
+
+        return run
+
+    return build
+
+
+def _torch(eager: Function) -> dict[str, Provider]:
+    """The providers that every op has: ours, PyTorch's own operators, and what torch.compile makes of them."""
+    ours = lambda call: function_of(kernels, call.op)  # noqa: E731
+    return {OURS: ours, "eager": _eager(eager), "torch.compile": _eager(eager, compiled=True)}
+
+
+_NO_MASKS = "takes no mask", "takes padding only as packed sequences"
+_PLAIN = "takes no scale and no mask"
+_PROVIDERS: dict[str, dict[str, Provider]] = {
+    "attention": _torch(_eager_attention)
+    | {
+        "sdpa": lambda _: _sdpa_attention,
+        "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "sdpa math": _sdpa(SDPBackend.MATH),
+        "flex": _flex,
+        "flash_attn": _peer("flash_attn", _flash_attn, *_NO_MASKS, half=True),
+        "flash_attn 3": _peer("flash_attn_interface", _flash_attn, *_NO_MASKS, "has no dropout", half=True),
+        "xformers": _peer("xformers.ops", _xformers),
+        "flag_gems": _peer("flag_gems", _flag_gems_attention, "has no dropout"),
+        "fla": _peer(
+            "fla.ops.attn", lambda package, t, o: package.parallel_attn(*_heads_last(t)).transpose(1, 2),
+            *_NO_MASKS, "has no dropout", "is causal only", heads_last=True,
+        ),
+    },
+    "layer_norm": _torch(lambda t, o: F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"]))
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.layer_norm",
+            lambda package, t, o: package.LigerLayerNormFunction.apply(t["x"], t["weight"], t["bias"], o["eps"]),
+        ),
+        "flag_gems": _peer("flag_gems", _flag_gems_layer_norm),
+        "fla": _peer(
+            "fla.modules.norm.layernorm",
+            lambda package, t, o: package.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"]),
+        ),
+    },
+    "rms_norm": _torch(lambda t, o: F.rms_norm(t["x"], o["normalized_shape"], t["weight"], o["eps"]))
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.rms_norm",
+            lambda package, t, o: package.LigerRMSNormFunction.apply(t["x"], t["weight"], o["eps"], 0.0, "llama", False),
+        ),
+    },
+    "softmax": _torch(_eager_softmax)
+    | {
+        "liger": _peer(
+            "liger_kernel.ops.softmax", lambda package, t, o: package.LigerSoftmaxFunction.apply(t["x"]), _PLAIN
+        ),
+        "flag_gems": _peer(
+            "flag_gems",
+            _from_output(lambda p, x: p.softmax(x, -1), lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)), _PLAIN,
+        ),
+        "fla": _peer(
+            "fla.ops.utils.softmax",
+            _from_output(lambda p, x: p.softmax_fwd(x, x.dtype), lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype)), _PLAIN,
+        ),
+    },
+    "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1))
+    | {
+        "flag_gems": _peer(
+            "flag_gems",
+            _from_output(lambda p, x: p.log_softmax(x, -1), lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)), _PLAIN,
+        ),
+    },
+    "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o))
+    | {
+        "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),
+        "flag_gems": _peer(
+            "flag_gems.fused.cross_entropy_loss", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)
+        ),
+        "fla": _peer(
+            "fla.modules.fused_cross_entropy", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)[0].mean()
+        ),
+    },
+    "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"])) | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
+    "decoder_layer": {
+        OURS: _layer(TransformerDecoderLayer),
+        "eager": _layer(nn.TransformerDecoderLayer),
+        "torch.compile": _layer(nn.TransformerDecoderLayer, compiled=True),
+    },
+}  # fmt: skip

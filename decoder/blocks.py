@@ -1,0 +1,186 @@
+"""Attention, Block and Stack: what our own models are made of; torch.nn's contracts are met in `decoder.nn`.
+
+Names and order of the parameters are those of torch.nn's layers, so that weights fit both and `revert` gives torch's.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tileformer.decoder.generation.cache import AttentionCache, KVCache, LayerCache
+from tileformer.decoder.nn.modules import Dropout, LayerNorm, fuses_residual
+from tileformer.kernels import attention
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Raise ValueError where a model of this width cannot be split into this many heads."""
+    if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+        raise ValueError(
+            f"a width of {embed_dim} cannot be split into {num_heads} heads: the number of heads must divide it"
+        )
+
+
+class Attention(nn.MultiheadAttention):
+    """Attention of several heads: project, call the kernel, join. The parameters are torch.nn.MultiheadAttention's."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        *,
+        causal: bool = False,
+        key_mask: Tensor | None = None,
+        cache: AttentionCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from ``query`` (B, T_q, C) to ``key`` and ``value`` (B, T_k, C); ``key_mask`` (B, T_k), True = a key.
+
+        With a ``cache`` that grows, key and value hold what it has not seen, and attention is causal. ``cu_seqlens``
+        (N + 1,): the one row of a batch of 1 is N sequences behind each other. Returns the output (B, T_q, C) and the
+        weights (B, H, T_q, T_k), or None.
+        """
+        if cache is not None and cache.written:
+            cache.keys_after(len(query), key.shape[1])
+        q, k, v = self._project(query, key, value, cache)
+        options: dict[str, Any] = {"causal": causal, "key_mask": key_mask, "return_weights": need_weights}
+        if cache is not None and cache.grows:
+            options |= cache.reach(q.shape[2])
+        if cu_seqlens is not None:
+            options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        out = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **options)
+        out, weights = out if need_weights else (out, None)
+        return self.out_proj(self._join_heads(out, 3)), weights
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, H, T, D): one GEMM for self-attention, one for queries and one for keys and values otherwise."""
+        C, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if weight is not None and query is key and key is value:
+            q, k, v = self._split_heads(F.linear(query, weight, bias), 3)
+        else:
+            # split, not slices: its gradient is one concatenation
+            if weight is not None:
+                w_q, *w_kv = weight.split((C, 2 * C) if key is value else (C, C, C))
+            else:
+                w_q, *w_kv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            sizes = (C, 2 * C) if len(w_kv) == 1 else (C, C, C)
+            b_q, *b_kv = (None,) * len(sizes) if bias is None else bias.split(sizes)
+            (q,) = self._split_heads(F.linear(query, w_q, b_q), 1)
+            if cache is not None and cache.written:
+                return q, *cache.read()
+            if len(w_kv) == 1:
+                k, v = self._split_heads(F.linear(key, w_kv[0], b_kv[0]), 2)
+            else:
+                (k,) = self._split_heads(F.linear(key, w_kv[0], b_kv[0]), 1)
+                (v,) = self._split_heads(F.linear(value, w_kv[1], b_kv[1]), 1)
+        if cache is not None:
+            k, v = cache.store(k, v)
+        return q, k, v
+
+    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(..., parts * C) -> ``parts`` views (B, H, T, D), whatever the layout of x."""
+        x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
+        if x.dim() == 4:
+            return tuple(part.transpose(0, 1).unsqueeze(0) for part in x.unbind(-3))
+        if self.batch_first:
+            return tuple(part.transpose(1, 2) for part in x.unbind(-3))
+        return tuple(part.permute(1, 2, 0, 3) for part in x.unbind(-3))
+
+    def _join_heads(self, x: Tensor, dim: int) -> Tensor:
+        """(B, H, T, D) -> the layout of the query, (..., C)."""
+        if dim == 2:
+            return x.squeeze(0).transpose(0, 1).flatten(-2)
+        return (x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
+
+
+class Block(nn.Module):
+    """``x + dropout(f(norm(x)))``, or ``norm(x + dropout(f(x)))`` without ``norm_first``, for each f of a layer:
+    self-attention, attention to a memory (``cross``), feed-forward. Source: Vaswani et al. 2017."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int,
+        dropout: float,
+        activation: str,
+        norm_first: bool,
+        cross: bool = False,
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(d_model, nhead, dropout, batch_first=True)
+        self.multihead_attn = Attention(d_model, nhead, dropout, batch_first=True) if cross else None
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.norm_first = norm_first
+        self.norm1, self.norm2 = LayerNorm(d_model), LayerNorm(d_model)
+        self.norm3 = LayerNorm(d_model) if cross else None
+        self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
+        self.dropout3 = Dropout(dropout) if cross else None
+        self.activation = {"relu": F.relu, "gelu": F.gelu}[activation]
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        memory_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """(B, T, C) of ``x`` (B, T, C); ``memory`` (B, T_m, C) with ``memory_mask`` (B, T_m), True = a key.
+
+        ``options`` are those of the self-attention: causal, key_mask, cu_seqlens, max_seqlen.
+        """
+        own, cross = (None, None) if cache is None else (cache.self_attn, cache.cross_attn)
+        h = self.norm1(x) if self.norm_first else x
+        x = self._add(x, self.dropout1, self.self_attn(h, h, h, cache=own, **options)[0], self.norm1)
+        dropout, norm = self.dropout2, self.norm2
+        if self.multihead_attn is not None:
+            h = norm(x) if self.norm_first else x
+            attended = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross)[0]
+            x = self._add(x, dropout, attended, norm)
+            dropout, norm = self.dropout3, self.norm3
+        h = norm(x) if self.norm_first else x
+        return self._add(x, dropout, self.linear2(self.dropout(self.activation(self.linear1(h)))), norm)
+
+    def _add(self, x: Tensor, dropout: nn.Module, branch: Tensor, norm: nn.Module) -> Tensor:
+        x = dropout(branch, x) if fuses_residual(dropout) else x + dropout(branch)
+        return x if self.norm_first else norm(x)
+
+
+class Stack(nn.Module):
+    """``num_layers`` copies of a block behind each other, and a final norm."""
+
+    def __init__(self, block: Block, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(block) for _ in range(num_layers))
+        self.num_layers = num_layers
+        self.norm = LayerNorm(block.linear1.in_features)
+
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, *, cache: KVCache | None = None, **options: Any
+    ) -> Tensor:
+        """Pass ``x`` (B, T, C) through the blocks and the norm; ``options`` as `Block.forward`."""
+        return self.states(x, memory, cache=cache, **options)[-1]
+
+    def states(
+        self, x: Tensor, memory: Tensor | None = None, *, cache: KVCache | None = None, **options: Any
+    ) -> list[Tensor]:
+        """``x`` and what each block gives, the last one after the norm: num_layers + 1 of (B, T, C)."""
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(f"the cache has {len(cache.layers)} layers, this decoder {len(self.layers)}")
+        states = [x]
+        for i, layer in enumerate(self.layers):
+            states.append(layer(states[-1], memory, cache=None if cache is None else cache.layers[i], **options))
+        return [*states[:-1], self.norm(states[-1])]
