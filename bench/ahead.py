@@ -29,7 +29,9 @@ from tileformer.bench.calls import Call, Function, differentiate
 from tileformer.kernels import device, use_backend
 
 MAX_PROCESSES = 32  # each holds some 400 MB
-Job = tuple[str, str, str]  # module and name of a kernel, and what it is compiled for, as JITFunction.preload takes it
+# Module and name of a kernel, and what it is compiled for: as JITFunction.preload takes it, and the signature and
+# constants, of which JSON keeps no NamedTuple.
+Job = tuple[str, str, str, Any, Any]
 
 
 @contextlib.contextmanager
@@ -38,7 +40,8 @@ def announced(arch: int) -> Iterator[dict[tuple[str, str], Job]]:
     jobs: dict[tuple[str, str], Job] = {}
 
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        jobs[fn.name, compile["key"]] = fn.module, fn.name.rpartition(".")[2], compile["specialization_data"]
+        how = compile["specialization_data"], compile["signature"], compile["constants"]
+        jobs[fn.name, compile["key"]] = fn.module, fn.name.rpartition(".")[2], *how
         return True  # Triton takes it for compiled elsewhere
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
@@ -101,9 +104,15 @@ def _start(arch: int, launchers: bool) -> None:
 
 
 def _compile(job: Job) -> str:
-    module, name, specialisation = job
+    module, name, specialisation, signature, constants = job
     try:
-        kernel = getattr(importlib.import_module(module), name).preload(specialisation)
+        function = getattr(importlib.import_module(module), name)
+
+        def compiled(key: str, _: Any, device: Any, __: Any, *rest: Any, **more: Any) -> Any:
+            return type(function)._do_compile(function, key, signature, device, constants, *rest, **more)
+
+        with mock.patch.object(function, "_do_compile", compiled):
+            kernel = function.preload(specialisation)
         if _launchers:
             from triton.backends.nvidia import driver as nvidia
 

@@ -35,7 +35,7 @@ class RegisteredOp:
 registered: dict[str, RegisteredOp] = globals().get("registered", {})
 
 
-def register(launcher: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
+def register(launcher: Callable[P, R], fake: Callable[..., R]) -> Callable[P, R]:
     """Make `tileformer::<launcher's name>` from a typed function that returns new tensors; `fake` gives their shapes.
 
     One implementation serves all devices: compiled on CUDA tensors, interpreted on CPU tensors. `Library.define` costs
@@ -78,7 +78,16 @@ _thread_keys = _of_torch("_C._dispatch_tls_local_include_set")
 _of_torch("_C._FunctionBase.apply")
 _of_torch("autograd.forward_ad._current_level")
 
-_UNSEEN = "CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView", "BackendSelect"
+_UNSEEN = (
+    "CPU",
+    "CUDA",
+    "AutogradCPU",
+    "AutogradCUDA",
+    "AutocastCPU",
+    "AutocastCUDA",
+    "ADInplaceOrView",
+    "BackendSelect",
+)
 _keys = [_of_torch(f"_C.DispatchKey.{name}") for name in _UNSEEN]
 _KeySet = _of_torch("_C.DispatchKeySet")
 # All dispatch keys but those of a plain tensor, and of a thread in which nothing listens to ops: the dispatcher acts on these.

@@ -340,6 +340,7 @@ def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch: pytest.Monk
         with pytest.warns(UserWarning, match="does not fit this device"):
             attention(q, k, v)
         monkeypatch.setattr(launch, "cached_kernels", {})
+        room._plan.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # remembered: no second warning
             attention(q, k, v)

@@ -97,7 +97,7 @@ def test_a_row_of_the_table_exists_for_every_head_size() -> None:
     for size in range(1, 257):
         for feature in ("plain", "mask", "dropout", "both"):
             tile = tiles_for(FORWARD, 90, size, torch.bfloat16, feature)[0]
-            assert tile["BLOCK_MASKED"] <= tile["BLOCK_N"] and tile["BLOCK_N"] % tile["EDGE"] == 0
+            assert tile["BLOCK_MASKED"] <= tile["BLOCK_N"] and tile["BLOCK_N"] % tile["BLOCK_MASKED"] == 0
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -61,6 +61,13 @@ def _flat(x: Any) -> list[Any]:
     return [z for y in x for z in _flat(y)] if isinstance(x, (tuple, list)) else [x]
 
 
+def _pairs(x: Any, kind: Any) -> list[tuple[Any, str]]:
+    """Arguments and their kinds; a constexpr may be a tuple of its own."""
+    if isinstance(kind, str):
+        return [(x, kind)]
+    return [pair for y, inner in zip(x, kind, strict=True) for pair in _pairs(y, inner)]
+
+
 def main() -> None:
     library = ctypes.CDLL(os.path.join(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1"))
     launched, given = (
@@ -73,10 +80,10 @@ def main() -> None:
     class Launcher(nvidia.CudaLauncher):
         def __init__(self, source: Any, metadata: Any) -> None:
             super().__init__(source, metadata)
-            self.kinds, self.name = _flat([*source.signature.values()]), source.fn.__name__
+            self.kinds, self.name = [*source.signature.values()], source.fn.__name__
 
         def __call__(self, *call: Any) -> None:
-            passed = [(x, kind) for x, kind in zip(_flat(call[9:]), self.kinds, strict=True) if kind != "constexpr"]
+            passed = [pair for pair in _pairs(call[9:], self.kinds) if pair[1] != "constexpr"]
             before, count.value = calls.value, len(passed)
             super().__call__(*call)
             assert calls.value == before + 1

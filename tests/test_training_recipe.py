@@ -57,7 +57,7 @@ def test_options_stand_where_they_belong(capsys):
         "train poems",
         "train reviews",
     ]
-    assert "PER 9.6 % " in texts["train g2p"] and all(name in texts["train"] for name in RECIPES)
+    assert "PER 9.6 %," in texts["train g2p"] and all(name in texts["train"] for name in RECIPES)
 
 
 @pytest.mark.parametrize(

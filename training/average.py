@@ -63,7 +63,8 @@ class Ensemble(nn.Module):
         for name in ("pad_id", "bos_id", "eos_id", "conditioned"):
             if (value := _common(name, list(models))) is not None:
                 setattr(self, name, value)
-        if lengths := [model.max_length for model in models if hasattr(model, "max_length")]:
+        lengths: list[Any] = [model.max_length for model in models if hasattr(model, "max_length")]
+        if lengths:
             self.max_length = min(lengths)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:

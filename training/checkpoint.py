@@ -55,19 +55,12 @@ def latest(path: PathLike) -> Path:
     result = candidates(path)
     if result == [Path(path)]:
         return result[0]
-    first: CheckpointError | None = None
-    for step in reversed(result):
-        try:
-            check(step)
-        except CheckpointError as error:
-            first = first or error
-            continue
-        if first is not None:
-            warnings.warn(f"{first}; {step.name}, the last good checkpoint, is used instead", stacklevel=2)
-        return step
-    if candidates(path) != result:  # a run has saved, and dropped what was listed
-        return latest(path)
-    raise first or CheckpointError(f"{path}: no checkpoint")
+    try:
+        return _first_whole(result[::-1])
+    except CheckpointError:
+        if candidates(path) == result:
+            raise
+        return latest(path)  # a run has saved, and dropped what was listed
 
 
 def best(path: PathLike) -> Path:
@@ -75,14 +68,22 @@ def best(path: PathLike) -> Path:
     newest = latest(path)
     step = read_state(newest).get("best_step")
     kept = newest.with_name(_name(step)) if isinstance(step, int) else newest
-    if kept == newest or not kept.exists():
-        return newest
-    try:
-        check(kept)
-    except CheckpointError as error:
-        warnings.warn(f"{error}; {newest.name}, the last good checkpoint, is used instead", stacklevel=2)
-        return newest
-    return kept
+    return newest if kept == newest or not kept.exists() else _first_whole([kept, newest])
+
+
+def _first_whole(steps: list[Path]) -> Path:
+    """The first of some checkpoints that is not damaged; a warning says what is wrong with the one before it."""
+    first: CheckpointError | None = None
+    for step in steps:
+        try:
+            check(step)
+        except CheckpointError as error:
+            first = first or error
+            continue
+        if first is not None:
+            warnings.warn(f"{first}; {step.name}, the last good checkpoint, is used instead", stacklevel=3)
+        return step
+    raise first or CheckpointError("no checkpoint")
 
 
 def steps_in(folder: PathLike) -> list[Path]:

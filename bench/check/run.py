@@ -46,34 +46,22 @@ SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel on
 
 
 def results_of(
-    namespace: Any,
-    call: Call,
-    dtype: torch.dtype,
-    device: torch.device,
-    rounded: torch.dtype,
-    memory: Memory | None = None,
-) -> tuple[Tensors, Tensors]:
-    """Results of a call, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`: outputs and gradients, and
-    the gradients of the outputs that it started from.
-
-    With `memory`, inputs lie there, strided as the call says.
+    namespace: Any, call: Call, dtype: torch.dtype, device: torch.device, rounded: torch.dtype, memory: Memory | None = None
+) -> tuple[Tensors, Tensors]:  # fmt: skip
+    """Results of a call, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`; and the gradients of the
+    outputs that it started from. With `memory`, inputs lie there, strided as the call says.
     """
-    tensors, options = call.inputs()
 
     def put(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        value = x
-        if is_floating(x):
-            wide = name in call.fp32
-            value = x.to(torch.float32 if wide else rounded)
-            value = value.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
-        if memory is None:
-            return value.to(device)
-        return memory.place(value.to(device), x, FAR_AXIS.get(call.layouts.get(name, "")))
+        single, wide = name in call.fp32, torch.promote_types(dtype, torch.float32)
+        value = _rounded(call, name, x, rounded).to(device)
+        value = value.to(wide if single else dtype) if is_floating(x) else value
+        return value if memory is None else memory.place(value, x, FAR_AXIS.get(call.layouts.get(name, "")))
 
-    leaves = {name: put(name, x).requires_grad_() for name, x in tensors.items()}
-    options = {name: put(name, x) for name, x in options.items()}
+    leaves, options = ({name: put(name, x) for name, x in named.items()} for named in call.inputs())
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     generator = torch.Generator().manual_seed(1)
 
     def grad_output(name: str, x: Tensor) -> Tensor:
@@ -86,13 +74,14 @@ def results_of(
         return differentiate(function_of(namespace, call.op), leaves, options, grad_output)
 
 
+def _rounded(call: Call, name: str, x: Any, dtype: torch.dtype) -> Any:
+    return x.to(torch.float32 if name in call.fp32 else dtype) if is_floating(x) else x
+
+
 def _error_sizes(call: Call, truth: Tensors, grads: Tensors, rounded: torch.dtype) -> Tensors:
     """For each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
-
-    def wide(name: str, x: Any) -> Any:
-        return x.to(torch.float32 if name in call.fp32 else rounded).double() if is_floating(x) else x
-
-    tensors, options = ({name: wide(name, x) for name, x in named.items()} for named in call.inputs())
+    exact = lambda name, x: _rounded(call, name, x, rounded).double() if is_floating(x) else x  # noqa: E731
+    tensors, options = ({name: exact(name, x) for name, x in named.items()} for named in call.inputs())
     truth, grads = ({name: x.cpu() for name, x in named.items()} for named in (truth, grads))
     largest = {name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()}
     sizes = largest | dict(OPS[call.op].error_sizes(tensors, options, truth, grads))
@@ -150,10 +139,11 @@ def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.devic
     finding = Finding(call.op, call.name, dtype_name, call.reason)
     draw, dtype, p = OPS[call.op].draw, DTYPES[dtype_name], call.dropout
     assert draw is not None
+    like = torch.empty(0, dtype=dtype, device=device)
 
     def drawn(seed: Tensor | None) -> tuple[Tensor, Tensor]:
         with kernels.use_backend(backend):
-            return draw(getattr(kernels, call.op), p, seed, device, dtype)
+            return draw(getattr(kernels, call.op), p, seed, like)
 
     def within(name: str, hits: Tensor, rate: float) -> None:
         bound = SIGMAS * math.sqrt(hits.numel() * rate * (1 - rate)) + 0.5

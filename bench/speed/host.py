@@ -168,15 +168,12 @@ def compilations(arch: int, shapes: int | None = None) -> collections.Counter[st
 
     entries = g2p.split(g2p.read_entries(g2p.dictionary_file().read_bytes().decode()))
     batches = {
-        (x.source.shape, x.target.shape): x
-        for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch, seed=0)
+        (x.source.shape, x.target.shape): x for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch, seed=0)
     }
     chosen = sorted(batches.values(), key=lambda x: (x.target.shape, x.source.shape))
     chosen = chosen[:: max(1, len(chosen) // shapes)] if shapes else chosen
     model = Seq2Seq(
-        Seq2SeqConfig(
-            g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), max_length=32, **g2p.FULL.model
-        )
+        Seq2SeqConfig(g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), max_length=32, **g2p.FULL.model)
     )
     with announced(arch) as seen, torch.autocast("cpu", torch.bfloat16):
         for batch in chosen:

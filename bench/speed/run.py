@@ -150,9 +150,9 @@ def _asked(args: argparse.Namespace, device: torch.device) -> list[Call]:
         names = ", ".join(map(repr, sorted(unknown)))
         raise ValueError(f"unknown provider {names}: there are {', '.join(sorted(known))}")
     if args.plot:
-        from tileformer.training.extras import library  # whose room needs more packages than timing does
+        from tileformer.extras import optional_import  # whose room needs more packages than timing does
 
-        library("matplotlib")
+        optional_import("matplotlib")
     # Those with a slow starter last: where time is short, all the others have their figures.
     workloads = chosen(args.what, device, args.dry, args.only, args.every)
     return sorted(workloads, key=lambda call: _starts_slowly(call, args.provider))

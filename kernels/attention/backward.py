@@ -25,6 +25,7 @@ from tileformer.kernels.attention.mask import (
     key_tiles,
     load_rows,
     mask_of_head,
+    masked_tile,
     of_head,
     query_block,
     query_tiles,
@@ -112,20 +113,24 @@ def _attention_bwd_dq_kernel(
     )
     BLOCK_D: tl.constexpr = F.BLOCK_D
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for i in range(n_masked_left + n_masked_right):
-        at = tl.where(i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED)
-        k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
-        v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
-        dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
-    k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
-    v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
-    for i in range((unmasked_end - unmasked_start) // BLOCK_N):
-        k_next = Matrix(k_ptr, k.strides)
-        v_next = Matrix(v_ptr, v.strides)
-        at = unmasked_start + i * BLOCK_N
-        dq = _dq_tile(dq, block, do_tile, lse, delta, k_next, v_next, at, scaling.keep_scale, False, BLOCK_N, F)
-        k_ptr += BLOCK_N * k.strides[2]
-        v_ptr += BLOCK_N * v.strides[2]
+    DENSE: tl.constexpr = F.MASK or F.BIAS
+    for part in tl.static_range(2):  # first the tiles that hold fewer registers: the masked ones of a dense mask
+        if (part == 0) == DENSE:
+            for i in range(n_masked_left + n_masked_right):
+                at = masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
+                k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
+                v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
+                dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
+        else:
+            k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
+            v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
+            for i in range((unmasked_end - unmasked_start) // BLOCK_N):
+                k_next = Matrix(k_ptr, k.strides)
+                v_next = Matrix(v_ptr, v.strides)
+                at = unmasked_start + i * BLOCK_N
+                dq = _dq_tile(dq, block, do_tile, lse, delta, k_next, v_next, at, scaling.keep_scale, False, BLOCK_N, F)
+                k_ptr += BLOCK_N * k.strides[2]
+                v_ptr += BLOCK_N * v.strides[2]
     dq_at = dq_ptr + out_row * (H * F.D) + block.h * F.D
     store_tile(dq_at, dq * scaling.scale, near_m, H * F.D, tl.arange(0, F.BLOCK_D), in_out, F.D)
 
@@ -269,11 +274,7 @@ def _attention_bwd_dkdv_kernel(
             if unmasked:
                 at = unmasked_start + step * BLOCK_M
             else:
-                at = tl.where(
-                    step < n_masked_left,
-                    start + step * BLOCK_MASKED,
-                    unmasked_end + (step - n_masked_left) * BLOCK_MASKED,
-                )
+                at = masked_tile(step, start, unmasked_end, n_masked_left, BLOCK_MASKED)
             queries = Queries(
                 Matrix(q_batch.ptr + h * q.strides[1], q.strides), Matrix(do_batch.ptr + h * do.strides[1], do.strides),
                 safe_lse_ptr + first_row + h * T_q, delta_ptr + first_row + h * T_q,

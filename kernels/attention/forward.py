@@ -22,11 +22,12 @@ from tileformer.kernels.attention.mask import (
     Matrix,
     block_scores,
     key_tiles,
+    masked_tile,
     query_block,
     schedule,
     sequence,
     valid_keys,
-)
+)  # fmt: skip
 from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
@@ -61,9 +62,8 @@ def _fwd_tile(state, block, k, v, start, MASKED: tl.constexpr, BLOCK_N: tl.const
     if MASKED or F.MASK or F.BIAS or F.ALIBI or F.SOFTCAP:
         s, _ = block_scores(s * block.scale_log2, block, cols, start, valid, MASKED, F)
         new_max = tl.maximum(state.running_max, tl.max(s, 1))
-        base = tl.where(
-            new_max == float("-inf"), 0.0, new_max
-        )  # a row that has seen no key yet: 2^(-inf - 0) = 0, not NaN
+        # A row that has seen no key yet: 2^(-inf - 0) = 0, not NaN.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.exp2(s - base[:, None])
         alpha = tl.exp2(state.running_max - base)
     else:
@@ -88,10 +88,10 @@ def _fwd_overlapped(state, block, n, BLOCK_N: tl.constexpr, F: tl.constexpr):
     """
     BLOCK_D: tl.constexpr = F.BLOCK_D
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
-    k_tiles = tl.make_tensor_descriptor(block.k.ptr, [block.last, BLOCK_D], [block.k.strides[2], 1], [BLOCK_N, BLOCK_D])
-    v_tiles = tl.make_tensor_descriptor(
-        block.v.ptr, [block.last, BLOCK_DV], [block.v.strides[2], 1], [BLOCK_N, BLOCK_DV]
-    )
+    k = block.k
+    v = block.v
+    k_tiles = tl.make_tensor_descriptor(k.ptr, [block.last, BLOCK_D], [k.strides[2], 1], [BLOCK_N, BLOCK_D])
+    v_tiles = tl.make_tensor_descriptor(v.ptr, [block.last, BLOCK_DV], [v.strides[2], 1], [BLOCK_N, BLOCK_DV])
     acc = state.acc
     m = state.running_max
     l = state.sum
@@ -144,9 +144,7 @@ def _attention_fwd_kernel(
     for part in tl.static_range(2):  # unmasked tiles first: the fewest registers; with OVERLAP last, see there
         if part != OVERLAP:
             for i in range(n_masked_left + n_masked_right):
-                at = tl.where(
-                    i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED
-                )
+                at = masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
                 k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
                 v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
                 state = _fwd_tile(state, block, k_at, v_at, at, True, BLOCK_MASKED, F)

@@ -29,7 +29,7 @@ from tileformer.kernels.attention.tiles import (
 )
 from tileformer.kernels.attention.weights import _attention_bwd_bias_kernel, _attention_weights_kernel
 from tileformer.kernels.autograd import register
-from tileformer.kernels.device import arch_of, dot_precision
+from tileformer.kernels.device import arch_of, dot_precision, wider
 from tileformer.kernels.launch import Launch, Tile, cdiv, pow2
 
 OVERLAP_LEAST_KEYS = 1024  # that make up for what a tensor descriptor costs each program
@@ -61,10 +61,6 @@ def _tma_compatible(x: Tensor) -> bool:
     d = x.shape[-1]
     steps = x.element_size() == 2 and all(step % 8 == 0 for step in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return steps and d >= 16 and d & (d - 1) == 0 and x.stride(-1) == 1
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class _Layout(NamedTuple):
@@ -102,7 +98,7 @@ class _Plan:
         self, q: _Layout, k: _Layout, v: _Layout, mask: _Layout | None, bias: _Layout | None, others: tuple[bool, bool, bool], sequences: int,
         params: AttentionParams, do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int],
     ) -> None:  # fmt: skip
-        (b, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
+        (_, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
         self.params, self.q, self.bias, self.variant = params, q, bias, variant
         self.arch, precision, self.tiles_for, section_bytes = settings
         key_mask, bounds, alibi = others
@@ -261,9 +257,8 @@ def attention_fwd(
 def _fwd_outputs(q: Tensor, v: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor]:
     (b, h, t_q, _), packed = q.shape, bool(params.packed)
     out = _empty_bthd(b, h, t_q, v.shape[3], q, packed)  # rows that belong to no packed sequence stay 0
-    if packed:
-        return out, torch.full((b, h, t_q), -torch.inf, dtype=_wide(q), device=q.device)
-    return out, torch.empty((b, h, t_q), dtype=_wide(q), device=q.device)
+    lse = torch.empty((b, h, t_q), dtype=wider(q.dtype), device=q.device)
+    return out, lse.fill_(-torch.inf) if packed else lse
 
 
 def _attention_fwd_fake(

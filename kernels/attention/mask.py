@@ -112,9 +112,9 @@ class Block(NamedTuple):
 @triton.jit(do_not_specialize=["T_q", "T_k"])
 def _attention_bounds_kernel(key_mask_ptr, q_lens_ptr, k_lens_ptr, bounds_ptr, T_q, T_k, KEY_MASK: tl.constexpr, Q_LENS: tl.constexpr,
                              K_LENS: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Per sequence eight int32: query start and count, key start, shift of the diagonal, first valid key, one past the last, 1 if a
-    padded key lies between, 0. Lengths are counts, or with PACKED the starts of all sequences and the end of the last, and T_q and T_k the longest that
-    a sequence may be. ALIGN: to the bottom right."""
+    """Per sequence eight int32: query start and count, key start, shift of the diagonal, first valid key, one past the last, 1 if a padded key
+    lies between, 0. Lengths are counts; with PACKED they are the starts of all sequences and the end of the last, and T_q and T_k the longest
+    that a sequence may be. ALIGN: to the bottom right."""
     b = tl.program_id(0).to(tl.int64)
     q_start = 0
     q_len = T_q
@@ -279,6 +279,12 @@ def key_tiles(block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED:
     n_masked_left = (unmasked_start - start) // BLOCK_MASKED
     n_masked_right = tl.cdiv(tl.maximum(last - unmasked_end, 0), BLOCK_MASKED)
     return start, unmasked_start, unmasked_end, n_masked_left, n_masked_right
+
+
+@triton.jit
+def masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED: tl.constexpr):
+    """Where masked tile i starts: the first n_masked_left lie before the unmasked tiles, the others after."""
+    return tl.where(i < n_masked_left, start + i * BLOCK_MASKED, unmasked_end + (i - n_masked_left) * BLOCK_MASKED)
 
 
 @triton.jit

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadReport, load_matching
+from tileformer.extras import optional_import
 from tileformer.training import checkpoint
 from tileformer.training.data.augment import token_dropout
 from tileformer.training.data.batches import Augment, LabelledBatches, PackedBatches
-from tileformer.training.extras import optional_import
 from tileformer.training.finetune.adversarial import Gan, fgm_backward, gan_backward, gan_loss
 from tileformer.training.finetune.ngrams import JointClassifier, joint_loss
 from tileformer.training.loop import fit
@@ -161,18 +161,14 @@ def probabilities(model: nn.Module, rows: Rows) -> Tensor:
     return predict_batched(lambda tokens: model(tokens).float().softmax(1), model, rows)
 
 
-def _everything(context: Context, model: Model) -> Classifier:
-    return fit_labelled(context, model)
+def _thawed(parts: Callable[[Model], list[nn.Module]], lr: float = FROZEN_LR / 2) -> Callable[..., Classifier]:
+    """A method by which these parts learn and all others are frozen."""
 
+    def recipe(context: Context, model: Model) -> Classifier:
+        freeze_except(model, *parts(model))
+        return fit_labelled(context, model, lr=lr)
 
-def _head(context: Context, model: Model) -> Classifier:
-    freeze_except(model, model.head)
-    return fit_labelled(context, model, lr=FROZEN_LR)
-
-
-def _partial(context: Context, model: Model, layers: int = 1) -> Classifier:
-    freeze_except(model, model.head, model.backbone.norm, *list(model.backbone.layers)[-layers:])
-    return fit_labelled(context, model, lr=FROZEN_LR / 2)
+    return recipe
 
 
 def _gradual(context: Context, model: Model) -> Classifier:
@@ -234,11 +230,6 @@ def _with_bottlenecks(backbone: DecoderLM, classes: int) -> Classifier:
     return model
 
 
-def _adapters(context: Context, model: Model) -> Classifier:
-    freeze_except(model, model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm)))
-    return fit_labelled(context, model, lr=FROZEN_LR / 2)
-
-
 def _pseudo(context: Context, model: Model, rounds: int = 2, threshold: float = 0.9) -> Classifier:
     """Learn the labels; then `rounds` times: label the unlabelled, keep the sure ones, start again with both.
 
@@ -277,10 +268,6 @@ def _gan(context: Context, model: Model) -> Classifier:
         "epochs": context.epochs / copies,
     }
     return fit_labelled(context, gan, rows, labels, **options).classifier
-
-
-def _fgm(context: Context, model: Model) -> Classifier:
-    return fit_labelled(context, model, backward=fgm_backward)
 
 
 def _continued(context: Context, model: Model) -> Classifier:
@@ -331,45 +318,37 @@ def _fit(
     fit(model, batches, settings, loss_fn, folder=folder, resume=resume, meta=dict(context.meta), **options)
 
 
+def _last(model: Model) -> list[nn.Module]:
+    return [model.head, model.backbone.norm, model.backbone.layers[-1]]
+
+
+def _around_bottlenecks(model: Model) -> list[nn.Module]:
+    return [model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm))]
+
+
 _ALL = (
-    Method("scratch", "no pretraining: the whole model learns from the labels alone", _everything, pretrained=False),
-    Method("full", "every weight of the pretrained model learns", _everything),
-    Method("head", "the pretrained model is frozen, only the new head learns", _head),
-    Method("partial", "the last layer, the final norm and the head learn", _partial),
+    Method("scratch", "no pretraining: the whole model learns from the labels alone", fit_labelled, pretrained=False),
+    Method("full", "every weight of the pretrained model learns", fit_labelled),
+    Method("head", "the pretrained model is frozen, only the new head learns", _thawed(lambda x: [x.head], FROZEN_LR)),
+    Method("partial", "the last layer, the final norm and the head learn", _thawed(_last)),
     Method("gradual", "unfreezing from the head down, a layer a stage (Howard and Ruder 2018)", _gradual),
-    Method(
-        "mix",
-        "the head reads a learned mix of all layers (ELMo); everything learns",
-        _everything,
-        partial(Classifier, mix=True),
-    ),
+    Method("mix", "the head reads a learned mix of all layers (ELMo)", fit_labelled, partial(Classifier, mix=True)),
     Method("decay", "a lower layer learns 0.6 times as fast as the one above it", _decay),
-    Method(
-        "shared",
-        "one layer's weights serve all layers (ALBERT), the first one's to begin with",
-        _everything,
-        share_layers=True,
-    ),
+    Method("shared", "one layer's weights serve all layers (ALBERT)", fit_labelled, share_layers=True),
     Method("lora", "low-rank updates of every projection (peft), merged at the end", _lora),
     Method(
         "adapters",
         "bottlenecks behind attention and feed-forward (Houlsby et al. 2019), norms and head learn",
-        _adapters,
+        _thawed(_around_bottlenecks),
         _with_bottlenecks,
     ),
+    Method("pseudo", "sure guesses on unlabelled texts become labels, two rounds", _pseudo, unlabelled=True),
+    Method("gan", "a generator's features are one class more (GAN-BERT)", _gan, unlabelled=True),
     Method(
-        "pseudo",
-        "sure guesses on unlabelled texts become labels, two rounds, balanced classes",
-        _pseudo,
-        unlabelled=True,
+        "fgm",
+        "each step also learns under an adversarial shift of the embeddings (Miyato et al. 2017)",
+        partial(fit_labelled, backward=fgm_backward),
     ),
-    Method(
-        "gan",
-        "features from a generator are one class more (GAN-BERT), unlabelled texts are real",
-        _gan,
-        unlabelled=True,
-    ),
-    Method("fgm", "each step also learns under an adversarial shift of the embeddings (Miyato et al. 2017)", _fgm),
     Method("continued", "language modelling on the target's texts first, then everything learns", _continued),
     Method("clusters", "learn the k-means clusters of unlabelled texts first, then the labels", _clusters),
     Method("joint", "hashed character 1- to 3-grams add their logits to the transformer's", _joint, JointClassifier),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from tileformer.training.extras import optional_import
+from tileformer.extras import optional_import
 from tileformer.training.log import records
 
 PathLike = str | os.PathLike[str]

@@ -127,27 +127,16 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         model = recipe.model(config).to(device)
         tokens = args.tokens or args.scale.settings.tokens
         settings = replace(args.scale.settings, tokens=tokens, precision=args.precision)
-        print(
-            f"model {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M parameters, {device.type} "
-            f"{resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads; "
-            f"budget {tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}",
-            flush=True,
-        )
-        report = fit(
-            model,
-            data.train,
-            settings,
-            recipe.loss,
-            folder=output,
-            valid=data.valid,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            meta={"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed},
-        )
-        print(
-            f"trained {report.steps:,} steps, {report.tokens:,} tokens in {report.core_seconds:.1f} core-seconds "
-            f"({report.wall_seconds:.1f} s): {report.tokens / report.core_seconds:,.0f} tokens per core-second"
-        )
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        where = f"{device.type} {resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads"
+        budget = f"budget {tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}"
+        print(f"model {size:.2f}M parameters, {where}; {budget}", flush=True)
+        meta = {"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed}
+        how: Any = {"folder": output, "resume": args.resume, "overwrite": args.overwrite, "meta": meta}
+        report = fit(model, data.train, settings, recipe.loss, valid=data.valid, **how)
+        spent = f"{report.core_seconds:.1f} core-seconds ({report.wall_seconds:.1f} s)"
+        speed = f"{report.tokens / report.core_seconds:,.0f} tokens per core-second"
+        print(f"trained {report.steps:,} steps, {report.tokens:,} tokens in {spent}: {speed}")
         for line in recipe.evaluate(model.eval(), data, report, args):
             print(line, flush=True)
     use = f"; use it: tileformer generate --checkpoint {output} {recipe.example}" if recipe.example else ""
