@@ -171,8 +171,7 @@ def test_the_file_map_has_a_line_for_every_file():
 def test_the_site_is_built_strictly(tmp_path):
     pytest.importorskip("mkdocs", reason="the docs extra is not installed; make docs builds the site")
     pytest.importorskip("mkdocstrings", reason="the docs extra is not installed; make docs builds the site")
-    from mkdocs.__main__ import cli
-
+    cli = importlib.import_module("mkdocs.__main__").cli
     cli(
         ["build", "--quiet", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)],
         standalone_mode=False,
