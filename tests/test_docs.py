@@ -1,4 +1,4 @@
-"""README and docs/ say what is so: code runs, commands and links exist, every public name and every file has its place."""
+"""README and docs/ say what is so: code runs, commands and links exist, every name and every file has its place."""
 
 import argparse
 import doctest
@@ -90,7 +90,7 @@ def test_training_on_pairs_of_ones_own(monkeypatch, tmp_path, capsys):
 
 
 def test_links_lead_to_files():
-    """Absolute ones in what the package index shows, relative ones elsewhere. `make docs` also looks for the anchors."""
+    """Absolute ones in what the package index shows, relative ones elsewhere; `make docs` also looks for anchors."""
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith(f"{REPOSITORY}/blob/main/"):
