@@ -1,4 +1,4 @@
-"""Run folders that an older version wrote (tests/data) still generate, resume to the weights of the run that never stopped, or are refused."""
+"""Run folders of an older version (tests/data) still generate, resume to the same weights, or are refused in a line."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""A recipe is a value: anybody's own runs, resumes and is used through the same program; options belong to their recipe."""
+"""A recipe is a value: anybody's own runs, resumes and is used by the same program; each has options of its own."""
 
 import pytest
 import torch

@@ -119,7 +119,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_training_state(path: Path) -> Saved:
-    """state.json of a run in training, every field checked. CheckpointError as `read_state`, and for a finished model."""
+    """state.json of a run in training, every field checked. CheckpointError as `read_state`, and for a finished one."""
     state = read_state(path)
     if "settings" not in state:
         raise CheckpointError(f"{path}: a model that is ready for use; expected one in training, to resume")
@@ -231,10 +231,10 @@ def save(
     best: int | None = None,
     replaces: Path | None = None,
 ) -> Path:
-    """Write `folder/step-<state["step"]>`, then drop all but the newest `keep` and that of step `best`. Returns its path.
+    """Write `folder/step-<state["step"]>`, then drop all but the newest `keep` and that of step `best`. Gives its path.
 
-    replaces: one that goes first, and does not count. What is newer than this step goes too: it was passed over as damaged
-    by the run that writes now. Raises OSError when the disk refuses; whatever was in `folder` is then still there, whole.
+    replaces: one that goes first, and does not count. What is newer than this step goes too: it was passed over as
+    damaged by the run that writes now. Raises OSError when the disk refuses; what was in `folder` is then still whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -361,7 +361,7 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _moments(file: Path, tensors: Tensors) -> dict[str, Tensors]:
-    """The optimiser's states by parameter name. CheckpointError where one is NaN, or the random state has a wrong form."""
+    """The optimiser's states by parameter name. CheckpointError: one is NaN, or the random state has a wrong form."""
     moments: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")

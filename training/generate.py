@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print one line for each word; 1 if there are some that cannot be read. ValueError: the checkpoint, or all of them."""
+    """Print one line for each word; 1 if there are some that cannot be read. ValueError: the checkpoint, or all."""
     device = require_device(args.device)
     path = checkpoint.latest(args.checkpoint)
     meta = checkpoint.read_state(path).get("meta", {})

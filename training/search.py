@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tileformer.extras import optional_import
+from tileformer.training.files import PathLike
 
 Objective = Callable[[dict[str, Any]], float]
+Score = Callable[[Sequence[int], Sequence[int]], float]
+Space = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,7 @@ class Trial:
     value: float
 
 
-def grid_search(
-    objective: Objective, space: dict[str, Sequence[Any]], *, storage: str | os.PathLike[str] | None = None
-) -> list[Trial]:
+def grid_search(objective: Objective, space: Space, *, storage: PathLike | None = None) -> list[Trial]:
     """Try every combination of the values that `space` lists for each name; returns the trials, best first.
 
     objective: parameters to a loss (train, then return the valid loss); one that diverges counts as infinite. storage:
@@ -47,12 +48,7 @@ def grid_search(
 
 
 def random_search(
-    objective: Objective,
-    space: dict[str, Sequence[Any]],
-    trials: int,
-    *,
-    seed: int = 0,
-    storage: str | os.PathLike[str] | None = None,
+    objective: Objective, space: Space, trials: int, *, seed: int = 0, storage: PathLike | None = None
 ) -> list[Trial]:
     """Try `trials` random choices (Bergstra and Bengio 2012); the rest as `grid_search`.
 
@@ -65,9 +61,7 @@ def random_search(
     return _ranked(study)
 
 
-def cross_validate(
-    score: Callable[[Sequence[int], Sequence[int]], float], labels: Sequence[Any], k: int = 5, *, seed: int = 0
-) -> tuple[float, ...]:
+def cross_validate(score: Score, labels: Sequence[Any], k: int = 5, *, seed: int = 0) -> tuple[float, ...]:
     """The scores of k folds: train on all rows but a fold, test on that; every class is spread evenly over the folds.
 
     score: (row numbers to train on, row numbers to test on) to a figure. labels: the class of each row.
@@ -84,7 +78,7 @@ def cross_validate(
     return tuple(score(train.tolist(), test.tolist()) for train, test in splits)
 
 
-def _study(what: str, storage: str | os.PathLike[str] | None) -> Any:
+def _study(what: str, storage: PathLike | None) -> Any:
     """The study of exactly this search, new or continued: one file can hold several."""
     optuna = optional_import("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -97,7 +91,7 @@ def _finished(study: Any) -> list[Any]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
 
-def _try(study: Any, seed: int, objective: Objective, space: Mapping[str, Sequence[Any]]) -> None:
+def _try(study: Any, seed: int, objective: Objective, space: Space) -> None:
     """One trial. An error or a kill leaves it unfinished, and the next search takes its place.
 
     optuna's GridSampler is of no use here: it wants to stop a loop of optuna's own, where an error finishes a trial.

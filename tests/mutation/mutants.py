@@ -1638,7 +1638,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("score", "a diverged trial is best", "math.inf if trial.value is None", "-math.inf if trial.value is None"),
     ],
     "training/checkpoint.py": [
-        ("checkpoint", "the newest is the oldest", "for step in reversed(result):", "for step in result:"),
+        ("checkpoint", "the newest is the oldest", "_first_whole(result[::-1])", "_first_whole(result)"),
         ("checkpoint", "the optimiser's state is not restored", '{"state": state, "param_groups"', '{"state": {}, "param_groups"'),
         ("checkpoint", "the random state is not restored", '    torch.set_rng_state(tensors["random/torch/cpu"])', "    pass"),
         ("checkpoint", "old checkpoints stay", "steps_in(folder)[:-keep]", "steps_in(folder)[: -keep - 1]"),
@@ -1822,7 +1822,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("learning", "wsd needs room for more than warm-up and decay", "self.warmup + self.decay > 1:", "self.warmup + self.decay >= 1:"),
         ("learning", "inverse_sqrt falls from nothing", 'if self.schedule == "inverse_sqrt" and not self.warmup:', "if False:"),
         ("learning", "a plateau's factor of 1 is taken", "0 < self.plateau_factor < 1", "0 < self.plateau_factor <= 1"),
-        ("learning", "a plateau is not told as steered", '"schedule=\'plateau\'": self.schedule == "plateau"', '"schedule=\'plateau\'": False'),
+        ("learning", "a plateau is not told as steered", 'plateau, patience = self.schedule == "plateau",', "plateau, patience = False,"),
         ("learning", "a warm-up of the whole run is taken", "0 <= self.warmup < 1", "0 <= self.warmup <= 1"),
     ],
     "training/files.py": [

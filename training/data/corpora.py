@@ -77,7 +77,7 @@ def newspaper() -> list[str]:
 
 
 def poetry_archive(path: str | os.PathLike[str] | None = None) -> Path:
-    """The poems at `path`, a .tgz or a folder it was unpacked to; else the .tgz in the cache, fetched by npm if need be.
+    """The poems at `path`, a .tgz or a folder it was unpacked to; else the .tgz in the cache, fetched by npm if needed.
 
     The cache is `tileformer` in $XDG_CACHE_HOME or ~/.cache. Raises ValueError that tells the command when there is
     neither a file nor npm.

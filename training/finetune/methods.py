@@ -2,7 +2,7 @@
 
     METHODS["lora"].run(context)        a trained `Classifier`
 
-A method says what its model is made of (`build`) and how it is trained (`recipe`); `Context` holds what they share.
+A method says what its model is made of (`build`) and how it is trained (`learn`); `Context` holds what they share.
 """
 
 import copy
@@ -21,7 +21,7 @@ from tileformer.extras import optional_import
 from tileformer.training import checkpoint
 from tileformer.training.data.augment import token_dropout
 from tileformer.training.data.batches import Augment, LabelledBatches, PackedBatches
-from tileformer.training.finetune.adversarial import Gan, fgm_backward, gan_backward, gan_loss
+from tileformer.training.finetune.adversarial import Gan, Loss, fgm_backward, gan_backward, gan_loss
 from tileformer.training.finetune.ngrams import JointClassifier, joint_loss
 from tileformer.training.loop import fit
 from tileformer.training.losses import classification_loss, language_loss
@@ -70,13 +70,13 @@ class Context:
 class Method:
     """One way to make a classifier.
 
-    build(backbone, classes) makes the model, also to load what was saved; recipe(context, model) trains it and returns
+    build(backbone, classes) makes the model, also to load what was saved; learn(context, model) trains it and returns
     it. unlabelled: it has nothing to learn from when every text has its label.
     """
 
     name: str
     about: str
-    recipe: Callable[[Context, Model], Classifier]
+    learn: Callable[[Context, Model], Classifier]
     build: Callable[[DecoderLM, int], Classifier] = Classifier
     pretrained: bool = True
     share_layers: bool = False
@@ -90,7 +90,7 @@ class Method:
         """ValueError where the method needs pretrained weights or a library, and there is none."""
         if self.pretrained and weights is None:
             raise ValueError(f"{self.name} starts from a pretrained model, and there is none: tileformer train reviews")
-        if self.recipe is _lora:
+        if self.learn is _lora:
             optional_import("peft")
 
     def start(self, context: Context) -> tuple[Classifier, LoadReport | None]:
@@ -106,7 +106,7 @@ class Method:
 
     def run(self, context: Context) -> Classifier:
         """The trained model, in eval mode. ValueError: no pretrained weights, or no unlabelled texts, where needed."""
-        return self.recipe(context, self.start(context)[0]).eval()
+        return self.learn(context, self.start(context)[0]).eval()
 
 
 def fit_labelled(
@@ -115,7 +115,7 @@ def fit_labelled(
     rows: Rows | None = None,
     labels: Sequence[int] | None = None,
     *,
-    loss_fn: Callable[[Any, Any], Tensor] = classification_loss,
+    loss_fn: Loss = classification_loss,
     weights: Sequence[float] | None = None,
     augment: Augment | None = None,
     lr: float = 1.0,
@@ -145,7 +145,7 @@ def freeze_except(model: nn.Module, *parts: nn.Module) -> None:
 def predict_batched(
     function: Callable[[Tensor], Tensor], model: nn.Module, rows: Rows, batch_size: int = 256
 ) -> Tensor:
-    """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, is in eval mode."""
+    """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, in eval mode."""
     device = next(model.parameters()).device
     training = model.training
     result: dict[int, Tensor] = {}
@@ -164,11 +164,11 @@ def probabilities(model: nn.Module, rows: Rows) -> Tensor:
 def _thawed(parts: Callable[[Model], list[nn.Module]], lr: float = FROZEN_LR / 2) -> Callable[..., Classifier]:
     """A method by which these parts learn and all others are frozen."""
 
-    def recipe(context: Context, model: Model) -> Classifier:
+    def learn(context: Context, model: Model) -> Classifier:
         freeze_except(model, *parts(model))
         return fit_labelled(context, model, lr=lr)
 
-    return recipe
+    return learn
 
 
 def _gradual(context: Context, model: Model) -> Classifier:
@@ -186,10 +186,8 @@ def _decay(context: Context, model: Model, factor: float = 0.6) -> Classifier:
     """Each layer learns `factor` times as fast as the one above it; the embeddings are below the first."""
     backbone = model.backbone
     stack = [nn.ModuleList([backbone.embedding, backbone.position]), *backbone.layers]
-    groups = [
-        {"params": list(part.parameters()), "lr_scale": factor ** (len(stack) - depth)}
-        for depth, part in enumerate(stack)
-    ]
+    scales = [factor ** (len(stack) - depth) for depth in range(len(stack))]
+    groups = [{"params": [*part.parameters()], "lr_scale": scale} for part, scale in zip(stack, scales, strict=True)]
     return fit_labelled(context, model, groups=groups)
 
 
@@ -261,13 +259,8 @@ def _gan(context: Context, model: Model) -> Classifier:
     labels = [*list(context.labels) * copies, *[0] * len(some)]
     weights = [1.0] * (len(rows) - len(some)) + [0.0] * len(some)
     gan = Gan(model).to(context.device)
-    options: dict[str, Any] = {
-        "loss_fn": gan_loss,
-        "backward": gan_backward,
-        "weights": weights,
-        "epochs": context.epochs / copies,
-    }
-    return fit_labelled(context, gan, rows, labels, **options).classifier
+    how: Any = {"loss_fn": gan_loss, "backward": gan_backward, "epochs": context.epochs / copies}
+    return fit_labelled(context, gan, rows, labels, weights=weights, **how).classifier
 
 
 def _continued(context: Context, model: Model) -> Classifier:
@@ -303,14 +296,7 @@ def _joint(context: Context, model: Model) -> Classifier:
 
 
 def _fit(
-    context: Context,
-    model: nn.Module,
-    batches: Any,
-    tokens: int,
-    lr: float,
-    loss_fn: Callable[[Any, Any], Tensor],
-    stage: str,
-    **options: Any,
+    context: Context, model: nn.Module, batches: Any, tokens: int, lr: float, loss_fn: Loss, stage: str, **options: Any
 ) -> None:
     settings = Settings(tokens, lr=lr, schedule="linear", precision=context.precision, log_every=20, save_every=10**9)
     folder = context.folder and context.folder / stage

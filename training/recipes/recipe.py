@@ -37,7 +37,7 @@ class Data:
     """What a recipe has read: batches to learn from and to validate on, and what `Recipe.evaluate` needs beside them.
 
     vocabulary: what the ids mean. test: what is measured on. facts: lines that a run prints first. meta: JSON that each
-    checkpoint keeps; a run is resumed only with the same. files: by name, what is saved (`save(path)`) in the run folder.
+    checkpoint keeps; a run is resumed only with the same. files: by name, what is saved (`save(path)`) in the run.
     """
 
     train: AnyBatches
@@ -58,9 +58,9 @@ class Recipe:
     which model(config) makes the model. loss(model, batch): see `fit`. evaluate(model, data, report, args): lines that
     say how good the model is.
 
-    For `tileformer generate`: vocabulary(path, meta, config) is what a checkpoint's ids mean, CheckpointError if they do
-    not fit the model; parse(vocabulary, text) is an input or a ValueError; show(model, vocabulary, inputs) a line for each.
-    For `tileformer finetune`: labelled() are the texts to classify. about: its first line is what --list says.
+    For `tileformer generate`: vocabulary(path, meta, config) is what a checkpoint's ids mean, CheckpointError if they
+    do not fit the model; parse(vocabulary, text) is an input or a ValueError; show(model, vocabulary, inputs) a line
+    for each. For `tileformer finetune`: labelled() are the texts to classify. about: its first line is shown by --list.
     """
 
     name: str
