@@ -22,7 +22,7 @@ from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack  # Python 3.11; nothing at run time needs it
 
 Align = Literal["top_left", "bottom_right"]
 Causal = bool | Align
