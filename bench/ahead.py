@@ -29,8 +29,8 @@ from tileformer.bench.calls import Call, Function, differentiate
 from tileformer.kernels import device, use_backend
 
 MAX_PROCESSES = 32  # each holds some 400 MB
-# Module and name of a kernel, and what it is compiled for: as JITFunction.preload takes it, and the signature and constants, of which JSON keeps
-# no NamedTuple.
+# Module and name of a kernel, and what it is compiled for: as JITFunction.preload takes it, and the signature and
+# constants, of which JSON keeps no NamedTuple.
 Job = tuple[str, str, str, Any, Any]
 
 

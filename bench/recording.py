@@ -95,25 +95,6 @@ class Launch:
         return {param.name: value for param, value in named if param.is_constexpr}
 
 
-class _Utils:
-    """What Triton asks of a driver's `utils` to load a kernel."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return dict(
-            max_shared_mem=SHARED[self.arch],
-            multiprocessor_count=MULTIPROCESSORS[self.arch],
-            warpSize=32,
-            max_num_regs=65536,
-        )
-
-    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[object, Binary, int, int, int]:
-        binary = Binary(name, self.arch, shared, cubin)
-        return object(), binary, 0, 0, 1024  # module, function, registers, spills, most threads
-
-
 # Of the innermost `record`: Triton keeps a launcher with its kernel, longer than a driver lives.
 _launches: list[Launch] = []
 _then: Callable[[Launch], None] | None = None
@@ -138,7 +119,15 @@ class _RecordingDriver:
     launcher_cls = _Launcher
 
     def __init__(self, arch: int) -> None:
-        self.arch, self.utils = arch, _Utils(arch)
+        self.arch, self.utils = arch, self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        count, shared = MULTIPROCESSORS[self.arch], SHARED[self.arch]
+        return dict(max_shared_mem=shared, multiprocessor_count=count, warpSize=32, max_num_regs=65536)
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[object, Binary, int, int, int]:
+        binary = Binary(name, self.arch, shared, cubin)
+        return object(), binary, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -190,18 +179,12 @@ class _OnGpu(TorchFunctionMode):
         if owner is torch.Tensor.is_cuda:
             return True
         name, kwargs = getattr(function, "__name__", ""), dict(kwargs or {})
-        if name == "get_device":
-            return 0
-        if name == "cuda":
-            return args[0]
-        here = lambda x: "cpu" if self._is_gpu(x) else x  # noqa: E731
+        if name in ("get_device", "cuda"):
+            return 0 if name == "get_device" else args[0]
+        here = lambda x: "cpu" if isinstance(x, (str, torch.device)) and str(x).startswith("cuda") else x  # noqa: E731
         if "device" in kwargs:
             kwargs["device"] = here(kwargs["device"])
         return function(*(here(x) if name == "to" else x for x in args), **kwargs)
-
-    @staticmethod
-    def _is_gpu(x: Any) -> bool:
-        return (isinstance(x, torch.device) and x.type == "cuda") or (isinstance(x, str) and x.startswith("cuda"))
 
 
 @contextlib.contextmanager
@@ -222,9 +205,8 @@ def pretend(arch: int) -> Iterator[None]:
     )  # fmt: skip
     with (
         mock.patch.multiple(torch.cuda, **answers),
-        mock.patch.object(
-            torch.autograd, "has_torch_function", lambda tensors: False
-        ),  # or the mode would end where the backward begins
+        # Or the mode would end where the backward begins.
+        mock.patch.object(torch.autograd, "has_torch_function", lambda tensors: False),
         mock.patch.dict(os.environ, GEMS_VENDOR="nvidia"),
         _OnGpu(),
     ):
@@ -253,22 +235,15 @@ def every_configuration(chosen: Callable[[str, Any], bool] | None = None) -> Ite
                     configuration.pre_hook({**self.nargs, **kwargs, **options})
                 result = self.fn.run(*args, **kwargs, **options)
                 self.best_config = configuration
-            except (
-                OutOfResources,
-                CompilationError,
-                PTXASError,
-                RuntimeError,
-            ) as error:  # as the tuner does, and MLIR's own failures
+            except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:  # as the tuner; MLIR's own
                 why = error
         _candidate = None
         if result is None:
-            raise RuntimeError(
-                f"none of {len(configurations)} configurations of {self.base_fn.__name__} compiles"
-            ) from why
+            tried = f"none of {len(configurations)} configurations of {self.base_fn.__name__}"
+            raise RuntimeError(f"{tried} compiles") from why
         return result
 
-    tuners = [Autotuner, *Autotuner.__subclasses__()]
     with contextlib.ExitStack() as stack:
-        for tuner in tuners:
+        for tuner in [Autotuner, *Autotuner.__subclasses__()]:
             stack.enter_context(mock.patch.object(tuner, "run", run))
         yield

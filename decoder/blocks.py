@@ -27,7 +27,7 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
 class Attention(nn.MultiheadAttention):
     """Attention of several heads: project, call the kernel, join. The parameters are torch.nn.MultiheadAttention's."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: Tensor,
         key: Tensor,
@@ -127,7 +127,7 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(d_model) if cross else None
         self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
         self.dropout3 = Dropout(dropout) if cross else None
-        self.activation = {"relu": F.relu, "gelu": F.gelu}[activation]
+        self.activation: Any = {"relu": F.relu, "gelu": F.gelu}[activation]
 
     def forward(
         self,
@@ -145,7 +145,8 @@ class Block(nn.Module):
         own, cross = (None, None) if cache is None else (cache.self_attn, cache.cross_attn)
         h = self.norm1(x) if self.norm_first else x
         x = self._add(x, self.dropout1, self.self_attn(h, h, h, cache=own, **options)[0], self.norm1)
-        dropout, norm = self.dropout2, self.norm2
+        dropout: Any = self.dropout2
+        norm: Any = self.norm2
         if self.multihead_attn is not None:
             h = norm(x) if self.norm_first else x
             attended = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross)[0]

@@ -82,8 +82,8 @@ class Classifier(nn.Module):
         if self.pool == "mean":
             wide = torch.promote_types(states.dtype, torch.float32)  # a sum of long rows is beyond float16
             return (states.sum(1, dtype=wide) / real.sum(1, keepdim=True).clamp(min=1)).to(states.dtype)
-        at = real.cumsum(1).argmax(1) if self.pool == "last" else real.int().argmax(1)
-        return states[torch.arange(len(tokens), device=tokens.device), at]
+        position = real.cumsum(1).argmax(1) if self.pool == "last" else real.int().argmax(1)
+        return states[torch.arange(len(tokens), device=tokens.device), position]
 
 
 class Tagger(nn.Module):

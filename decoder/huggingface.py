@@ -59,14 +59,21 @@ def _transformers(module: str = "") -> Any:
 
 
 def use(model: Any) -> Report:
-    """Let ``model`` (a ``PreTrainedModel``, alone or inside a wrapper: peft's, DataParallel, DDP, a compiled one) attend by our kernels, swap its
-    modules (see ``convert``) and norms, and its loss if it is the usual one of a causal language model. `revert` undoes all of it.
+    """Let ``model`` (a ``PreTrainedModel``, alone or inside a wrapper: peft's, DataParallel, DDP, a compiled one)
+    attend by our kernels, swap its modules (see ``convert``) and norms, and its loss if it is the usual one of a causal
+    language model. `revert` undoes all of it.
 
     Returns:
         What was swapped and what was left and why. A second call changes nothing, and says so.
 
     Raises:
         TypeError: if there is no model of transformers in ``model``.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+        >>> use(model).swapped["attention"]
+        "transformers' sdpa -> tileformer's"
     """
     parts = _models(model)
     usual = _transformers("loss.loss_utils").ForCausalLMLoss
@@ -117,34 +124,36 @@ _RECORD = "_tileformer_before"  # of a model that `use` has changed: what `rever
 
 
 def _models(model: Any) -> dict[str, Any]:
-    """The models of transformers in ``model``, but for those inside another, and what to call each in a report: "" if there is one."""
+    """The models of transformers in ``model``, but for those inside another, and what to call each in a report: "" if
+    there is one."""
     kind = _transformers("modeling_utils").PreTrainedModel
-    found: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, kind) and not any(not x or name.startswith(f"{x}.") for x in found):
-            found[name] = module
-    if not found:
+        if isinstance(module, kind) and not any(not x or name.startswith(f"{x}.") for x in models):
+            models[name] = module
+    if not models:
         raise TypeError(
             f"this takes a model of transformers, alone or in a wrapper, got {type(model).__name__}: "
             "for modules of torch.nn, tileformer.decoder.nn.convert"
         )
-    return {f"{name}." if len(found) > 1 else "": part for name, part in found.items()}
+    return {f"{name}." if len(models) > 1 else "": part for name, part in models.items()}
 
 
 def _configs(model: Any) -> dict[str, Any]:
-    """Each configuration of a model once: its own and those inside of it, by their dotted names, then those of other models in it, by module."""
-    found: dict[str, Any] = {}
+    """Each configuration of a model once: its own and those inside of it, by their dotted names, then those of other
+    models in it, by module."""
+    configs: dict[str, Any] = {}
 
     def add(key: str, config: Any) -> None:
-        if hasattr(config, "_attn_implementation") and all(config is not x for x in found.values()):
-            found[key] = config
+        if hasattr(config, "_attn_implementation") and all(config is not x for x in configs.values()):
+            configs[key] = config
             for name in getattr(config, "sub_configs", None) or {}:
                 add(f"{key}.{name}".lstrip("."), getattr(config, name, None))
 
     for name, module in model.named_modules():
         if isinstance(module, _transformers("modeling_utils").PreTrainedModel):
             add(f"module {name}" if name else "", module.config)
-    return found
+    return configs
 
 
 def _join(names: Iterable[Any]) -> str:
@@ -152,7 +161,8 @@ def _join(names: Iterable[Any]) -> str:
 
 
 def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report) -> None:
-    """Switch the attention of a model, its configurations noted in ``record``, and say which of its modules it serves."""
+    """Switch the attention of a model, its configurations noted in ``record``, and say which of its modules it
+    serves."""
     kinds: dict[str, set[str]] = {"asks": set(), "sinks": set(), "own": set()}
     for cls in map(type, model.modules()):
         if _computes(cls):
@@ -182,7 +192,8 @@ def _use_attention(model: Any, name: str, record: dict[str, Any], report: Report
 
 @functools.lru_cache(maxsize=1024)
 def _computes(kind: Any) -> str:
-    """How a module's class computes attention: it "asks" transformers for the function, perhaps with "sinks", has its "own" code, or "" (none).
+    """How a module's class computes attention: it "asks" transformers for the function, perhaps with "sinks", has its
+    "own" code, or "" (none).
 
     Read from the code that runs: own attention makes a softmax of a product, and never looks the function up.
     """
@@ -203,29 +214,31 @@ def _computes(kind: Any) -> str:
 
 def _names(code: Any) -> set[str]:
     """The names that a function uses or passes by, its inner functions' too, and "@" for the operator."""
-    found: set[str] = set()
+    names: set[str] = set()
     for step in dis.get_instructions(code) if isinstance(code, types.CodeType) else ():
         if isinstance(step.argval, types.CodeType):
-            found |= _names(step.argval)
+            names |= _names(step.argval)
         elif step.argrepr == "@" or step.opname == "BINARY_MATRIX_MULTIPLY":
-            found.add("@")
+            names.add("@")
         elif isinstance(step.argval, tuple):
-            found |= {x for x in step.argval if isinstance(x, str)}
+            names |= {x for x in step.argval if isinstance(x, str)}
         elif isinstance(step.argval, str) and step.opname != "LOAD_CONST":
-            found.add(step.argval)
-    return found
+            names.add(step.argval)
+    return names
 
 
 class RMSNorm:
-    """What `use` puts before the class of a norm of transformers (LlamaRMSNorm, T5LayerNorm, Gemma's), which it stays: `rms_norm` computes it."""
+    """What `use` puts before the class of a norm of transformers (LlamaRMSNorm, T5LayerNorm, Gemma's), which it stays:
+    `rms_norm` computes it."""
 
     leads = True  # over the class that it is joined with, see `convert`
     notes = ("_tileformer_norm",)
     _tileformer_norm: tuple[bool, dict[tuple[torch.dtype, torch.dtype], torch.dtype]]
 
-    def forward(self: Any, *given: Tensor, **named: Tensor) -> Tensor:
-        """Normalise the last axis of the one tensor given, (..., C); the answer's dtype is the one that theirs has for these dtypes."""
-        (x,) = (*given, *named.values())
+    def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Normalise the last axis of the one tensor given, (..., C); the answer's dtype is the one that theirs has for
+        these dtypes."""
+        (x,) = (*inputs, *named.values())
         plus_one, answers = self._tileformer_norm
         return _rms_norm(x, self.weight, _eps(self), plus_one, answers.get((x.dtype, self.weight.dtype), x.dtype))
 
@@ -256,10 +269,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _norm_of(module: Any) -> str | tuple[bool, dict[tuple[torch.dtype, torch.dtype], torch.dtype]]:
-    """Whether 1 is added to a norm's weight, and the dtype that it answers in for each pair of (rows', weight's); or why it is not `rms_norm`.
+    """Whether 1 is added to a norm's weight, and the dtype that it answers in for each pair of (rows', weight's); or
+    why it is not `rms_norm`.
 
-    Tried with weights of our own on the CPU, so that neither what the weights hold now nor where they lie decides, for each pair of dtypes.
-    """
+    Tried with weights of our own on the CPU, so that neither what the weights hold now nor where they lie decides, for
+    each pair of dtypes."""
     takes = list(inspect.signature(type(module).forward).parameters)[1:]
     if len(takes) != 1:
         return f"its forward takes {', '.join(takes)}, rms_norm the rows alone"
@@ -296,18 +310,19 @@ def make_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, mask_function: Any = None,
     attention_mask: Tensor | None = None, **options: Any,
 ) -> Tensor | None:  # fmt: skip
-    """What ``attend`` gets: None, or a boolean mask (B, 1, T_q, T_k), True = may attend; see transformers' ``sdpa_mask``.
+    """What ``attend`` gets: None, or a boolean mask (B, 1, T_q, T_k), True = may attend; see transformers'
+    ``sdpa_mask``.
 
-    Where the mask is the causal one with padding, it also says so (as an attribute, which no copy has): the kernel then skips what is hidden.
-    A family of models that has attention in its own code gets the floating mask that such code adds, as from transformers' eager.
-    """
+    Where the mask is the causal one with padding, it also says so (as an attribute, which no copy has): the kernel then
+    skips what is hidden. A family of models that has attention in its own code gets the floating mask that such code
+    adds, as from transformers' eager."""
     from transformers import masking_utils  # a statement: a call of importlib would break a compiled graph
 
     mask_function = mask_function or masking_utils.causal_mask_function
-    given = dict(q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask)
+    shape = dict(q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask)
     if _own_code(type(options.get("config")).__module__):
-        return masking_utils.eager_mask(batch_size, q_length, kv_length, **given, **options)
-    mask: Any = masking_utils.sdpa_mask(batch_size, q_length, kv_length, **given, **options)
+        return masking_utils.eager_mask(batch_size, q_length, kv_length, **shape, **options)
+    mask: Any = masking_utils.sdpa_mask(batch_size, q_length, kv_length, **shape, **options)
     aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
     if (
         mask is not None
@@ -323,7 +338,8 @@ def make_mask(
 
 @torch.compiler.assume_constant_result
 def _own_code(file: str) -> bool:
-    """Whether the models of a configuration, which is in the module ``file``, may add the mask to scores in code of their own."""
+    """Whether the models of a configuration, which is in the module ``file``, may add the mask to scores in code of
+    their own."""
     return _own_code_of(file.replace(".configuration_", ".modeling_"))
 
 
@@ -345,14 +361,17 @@ def _own_code_of(file: str) -> bool:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, is_causal: bool | None = None, position_bias: Tensor | None = None, softcap: float | None = None,
-    output_attentions: bool | None = None, **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+    position_bias: Tensor | None = None, softcap: float | None = None, output_attentions: bool | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The attention of a transformers module: query (B, H, T_q, D), key and value (B, H_kv, T_k, D) -> ((B, T_q, H, D), weights or None).
+    """The attention of a transformers module: query (B, H, T_q, D), key and value (B, H_kv, T_k, D) -> ((B, T_q, H, D),
+    weights or None).
 
-    A boolean mask says who may attend, a floating one is added, as is ``position_bias``, which gets a gradient. Without a mask, ``is_causal`` (of
-    the module, if it is not given) makes a call of several queries causal from the first key on, as with transformers' sdpa.
+    A boolean mask says who may attend, a floating one is added, as is ``position_bias``, which gets a gradient. Without
+    a mask, ``is_causal`` (of the module, if it is not given) makes a call of several queries causal from the first key
+    on, as with transformers' sdpa.
 
     Raises NotImplementedError for what our kernels do not compute (attention sinks, head masks, paged caches).
     """
@@ -361,30 +380,31 @@ def attend(
             raise NotImplementedError(
                 f'attn_implementation="{NAME}" does not support {name}=: use "eager" for this model'
             )
-    kept: dict[str, Any] = dict(scale=scaling, dropout_p=dropout, softcap=softcap or 0.0)
+    arguments: dict[str, Any] = dict(scale=scaling, dropout_p=dropout, softcap=softcap or 0.0)
     if attention_mask is None:
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-        kept["causal"] = bool(causal) and query.shape[2] > 1
+        arguments["causal"] = bool(causal) and query.shape[2] > 1
     else:
-        kept |= _masks(attention_mask, key, query.dtype)
+        arguments |= _masks(attention_mask, key, query.dtype)
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
-        if "mask" in kept and kept["mask"].is_floating_point():  # the sum of two halves is rounded once
-            position_bias = position_bias.to(torch.promote_types(query.dtype, torch.float32)) + kept.pop("mask")
-        kept["bias"] = position_bias
+        if "mask" in arguments and arguments["mask"].is_floating_point():  # the sum of two halves is rounded once
+            position_bias = position_bias.to(torch.promote_types(query.dtype, torch.float32)) + arguments.pop("mask")
+        arguments["bias"] = position_bias
     if not output_attentions:
-        return attention(query, key, value, **kept).transpose(1, 2), None
-    out, weights = attention(query, key, value, return_weights=True, **kept)
+        return attention(query, key, value, **arguments).transpose(1, 2), None
+    out, weights = attention(query, key, value, return_weights=True, **arguments)
     return out.transpose(1, 2), weights
 
 
-def _masks(given: Tensor, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """A mask of transformers, (B, 1 or H, T_q, T_k or more), as arguments of our attention: ranges of keys where it says or shows that it is one."""
+def _masks(passed: Tensor, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """A mask of transformers, (B, 1 or H, T_q, T_k or more), as arguments of our attention: ranges of keys where it
+    says or shows that it is one."""
     batch, keys = key.shape[0], key.shape[2]
-    padding, version = getattr(given, "tileformer_causal", (None, -1))
-    if version >= 0 and version == given._version and given.shape[-1] == keys:
+    padding, version = getattr(passed, "tileformer_causal", (None, -1))
+    if version >= 0 and version == passed._version and passed.shape[-1] == keys:
         return dict(causal="bottom_right", key_mask=padding)
-    mask = given[..., :keys]
+    mask = passed[..., :keys]
     if mask.is_floating_point():
         return dict(mask=mask.to(dtype))
     if mask.dim() == 4 and all(
@@ -395,8 +415,8 @@ def _masks(given: Tensor, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def causal_lm_loss(
-    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100,
-    shift_labels: Tensor | None = None, **_: Any,
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100, shift_labels: Tensor | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy of the next token, as transformers' ``ForCausalLMLoss``, without its float32 copy of the logits."""
     if shift_labels is None:

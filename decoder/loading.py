@@ -46,15 +46,14 @@ def load_matching(
     """Copy into ``model`` every tensor of ``state`` whose name and shape fit, in the model's dtype.
 
     state: tensors by name, a safetensors file, or the folder of one checkpoint (its ``model.safetensors``).
-    rename: beginnings of the state's names and what takes their place; of two that fit, the longer. ``{"": "backbone."}``
-    puts a language model into a classifier.
+    rename: beginnings of the state's names and what takes their place; of two that fit, the longer.
+        ``{"": "backbone."}`` puts a language model into a classifier.
     rows: for a tensor of the model whose first axis is a vocabulary, int64 (rows of the model,): the row of the state's
     tensor for each, or -1 for one that stays as it is; `common_rows` makes it.
 
-    Raises ValueError, before anything is copied, when nothing fits, when ``rows`` names no tensor of the two or does not
-    fit them, for a model on the meta device, or without the safetensors package where a file is read;
-    FileNotFoundError without the file.
-    """
+    Raises ValueError, before anything is copied, when nothing fits, when ``rows`` names no tensor of the two or does
+    not fit them, for a model on the meta device, or without the safetensors package where a file is read;
+    FileNotFoundError without the file."""
     if not isinstance(state, Mapping):
         state = _read(Path(state))
     own = {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
@@ -71,36 +70,36 @@ def load_matching(
         raise ValueError(f"rows={absent[0]!r}: the model and the state must both have a tensor of that name")
     loaded, resized, skipped, why = [], [], [], {}
     for target, name in renamed.items():
-        given = state[name]
+        theirs = state[name]
         if target not in own:
             why[name] = f"the model has no {target}"
-        elif not isinstance(given, Tensor):
-            why[name] = f"it is a {type(given).__name__}, not a tensor"
-        elif given.is_complex() and not own[target].is_complex():
-            why[name] = f"it is {given.dtype}, the model's {own[target].dtype}"
+        elif not isinstance(theirs, Tensor):
+            why[name] = f"it is a {type(theirs).__name__}, not a tensor"
+        elif theirs.is_complex() and not own[target].is_complex():
+            why[name] = f"it is {theirs.dtype}, the model's {own[target].dtype}"
         elif target in rows:
-            _check_rows(target, own[target], given, rows[target])
+            _check_rows(target, own[target], theirs, rows[target])
             why[target] = f"{int((rows[target] >= 0).sum())} of {len(own[target])} rows"
             resized.append(target)
             continue
-        elif own[target].shape != given.shape:
-            why[name] = f"it is {tuple(given.shape)}, the model's {tuple(own[target].shape)}"
+        elif own[target].shape != theirs.shape:
+            why[name] = f"it is {tuple(theirs.shape)}, the model's {tuple(own[target].shape)}"
         else:
             loaded.append(target)
             continue
         skipped.append(name)
     if not loaded and not resized:
-        found = f"{len(state)} tensors, such as {next(iter(state))!r}" if state else "no tensors"
+        content = f"{len(state)} tensors, such as {next(iter(state))!r}" if state else "no tensors"
         raise ValueError(
-            f"nothing fits {type(model).__name__}, which has {next(iter(own), None)!r}: found {found}; see rename="
+            f"nothing fits {type(model).__name__}, which has {next(iter(own), None)!r}: found {content}; see rename="
         )
     with torch.no_grad():
         for target in loaded:
             own[target].copy_(state[renamed[target]])
         for target in resized:
             kept = rows[target] >= 0
-            given = state[renamed[target]]
-            own[target][kept.to(own[target].device)] = given[rows[target][kept].to(given.device)].to(own[target])
+            theirs = state[renamed[target]]
+            own[target][kept.to(own[target].device)] = theirs[rows[target][kept].to(theirs.device)].to(own[target])
     # A tied tensor has two names in the model and may have one in a file: it is loaded if either is.
     filled = {id(own[name]) for name in (*loaded, *resized)}
     left = tuple(name for name, tensor in own.items() if id(tensor) not in filled)
@@ -109,8 +108,8 @@ def load_matching(
 
 def common_rows(old: Sequence[str], new: Sequence[str]) -> Tensor:
     """For each token of the vocabulary ``new``, its row in the vocabulary ``old``, or -1: int64 (len(new),)."""
-    places = {token: row for row, token in enumerate(old)}
-    return torch.tensor([places.get(token, -1) for token in new])
+    positions = {token: row for row, token in enumerate(old)}
+    return torch.tensor([positions.get(token, -1) for token in new])
 
 
 def _renamed(name: str, rename: Mapping[str, str]) -> str:
@@ -121,10 +120,10 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
     return rename[start] + name[len(start) :]
 
 
-def _check_rows(name: str, own: Tensor, given: Tensor, rows: Tensor) -> None:
-    if rows.shape != own.shape[:1] or own.shape[1:] != given.shape[1:] or not (rows < len(given)).all():
+def _check_rows(name: str, own: Tensor, theirs: Tensor, rows: Tensor) -> None:
+    if rows.shape != own.shape[:1] or own.shape[1:] != theirs.shape[1:] or not (rows < len(theirs)).all():
         raise ValueError(
-            f"rows={name!r}: {tuple(rows.shape)} rows up to {int(rows.max())} of {tuple(given.shape)} do not fill "
+            f"rows={name!r}: {tuple(rows.shape)} rows up to {int(rows.max())} of {tuple(theirs.shape)} do not fill "
             f"{tuple(own.shape)}: one row of the state, or -1, for each of the model's"
         )
 

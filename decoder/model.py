@@ -1,4 +1,4 @@
-"""ModelConfig, and the two models that follow from it: DecoderLM (one causal stack) and Seq2Seq (encoder and decoder)."""
+"""ModelConfig and the models that follow from it: DecoderLM (one causal stack), Seq2Seq (encoder and decoder)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from tileformer.decoder.nn.transformer import TransformerDecoder
 
 @dataclass(frozen=True)
 class DecoderLMConfig:
-    """What decides the shape of a ``DecoderLM``; ``share_layers`` uses one layer's weights ``num_layers`` times (ALBERT,
-    arXiv:1909.11942). Raises ValueError."""
+    """What decides the shape of a ``DecoderLM``; ``share_layers`` uses one layer's weights ``num_layers`` times
+    (ALBERT, arXiv:1909.11942). Raises ValueError."""
 
     vocab: int
     d_model: int = 128
@@ -42,8 +42,8 @@ class DecoderLMConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(DecoderLMConfig):
-    """What decides the shape of a model: of a ``DecoderLM``, and with a source's two fields of a ``Seq2Seq``, whose source
-    and target ``max_length`` bounds. Raises ValueError."""
+    """What decides the shape of a model: of a ``DecoderLM``, and with a source's two fields of a ``Seq2Seq``, whose
+    source and target ``max_length`` bounds. Raises ValueError."""
 
     src_vocab: int = 0
     num_encoder_layers: int = 0
@@ -106,6 +106,7 @@ class Model(Decoding, nn.Module):
     also the output projection.
     """
 
+    dropout: Dropout
     conditioned = False  # whether `generate` is handed a source
 
     def __init__(self, config: DecoderLMConfig | Seq2SeqConfig) -> None:
@@ -168,6 +169,11 @@ class DecoderLM(Model):
 
         model = DecoderLM(DecoderLMConfig(vocab=100))
         logits = model(torch.tensor([[1, 7, 9]]))           # (1, 3, 100)
+
+    Example:
+        >>> model = DecoderLM(DecoderLMConfig(vocab=20, d_model=32, nhead=4))
+        >>> model(torch.tensor([[1, 3, 4]])).shape
+        torch.Size([1, 3, 20])
     """
 
     def __init__(self, config: DecoderLMConfig) -> None:
@@ -190,7 +196,8 @@ class DecoderLM(Model):
         return F.linear(self.states(tokens, cu_seqlens=cu_seqlens, cache=cache)[-1], self.embedding.weight)
 
     def states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> list[Tensor]:
-        """What the embedding and then each layer give, the last one after the final norm: num_layers + 1 of (B, T, C)."""
+        """What the embedding and then each layer give, the last one after the final norm: num_layers + 1 of
+        (B, T, C)."""
         longest, T = self._check(tokens, cu_seqlens, cache), tokens.shape[1]
         options: dict[str, Any] = {"causal": True}
         if cu_seqlens is None:
@@ -268,6 +275,11 @@ class Seq2Seq(Model):
 
         model = Seq2Seq(Seq2SeqConfig(src_vocab=30, tgt_vocab=40))
         logits = model(torch.tensor([[3, 4, 5]]), torch.tensor([[1, 7]]))     # (1, 2, 40)
+
+    Example:
+        >>> model = Seq2Seq(Seq2SeqConfig(src_vocab=20, tgt_vocab=30, d_model=32, nhead=4))
+        >>> model(torch.tensor([[3, 4, 5]]), torch.tensor([[1, 6]])).shape
+        torch.Size([1, 2, 30])
     """
 
     conditioned = True
@@ -340,8 +352,8 @@ class Seq2Seq(Model):
             cache.advance(T)
         return F.linear(x, self.tgt_embedding.weight)
 
-    def read(self, tokens: Tensor, *inputs: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.decode(tokens, *inputs, cache=cache)
+    def read(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.decode(tgt, memory, src_padding, cache)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is None:

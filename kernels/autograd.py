@@ -35,7 +35,7 @@ class RegisteredOp:
 registered: dict[str, RegisteredOp] = globals().get("registered", {})
 
 
-def register(launcher: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
+def register(launcher: Callable[P, R], fake: Callable[..., R]) -> Callable[P, R]:
     """Make `tileformer::<launcher's name>` from a typed function that returns new tensors; `fake` gives their shapes.
 
     One implementation serves all devices: compiled on CUDA tensors, interpreted on CPU tensors. `Library.define` costs
@@ -45,7 +45,6 @@ def register(launcher: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
     schema = torch.library.infer_schema(launcher, mutates_args=())
     known = name in registered
     op = registered.setdefault(name, RegisteredOp())
-    op.launcher, op.fake = launcher, fake
     if not known or op.schema != schema:
         if known:
             op.library._destroy()  # and with it torch's op, which has another schema
@@ -53,6 +52,7 @@ def register(launcher: Callable[P, R], fake: Callable[P, R]) -> Callable[P, R]:
         op.library.define(name + schema)
         op.library.impl(name, lambda *args: op.launcher(*args), "CompositeExplicitAutograd")
         torch.library.register_fake(f"tileformer::{name}", lambda *args: op.fake(*args), lib=op.library)
+    op.launcher, op.fake = launcher, fake
     return getattr(torch.ops.tileformer, name).default
 
 
@@ -78,7 +78,16 @@ _thread_keys = _of_torch("_C._dispatch_tls_local_include_set")
 _of_torch("_C._FunctionBase.apply")
 _of_torch("autograd.forward_ad._current_level")
 
-_UNSEEN = "CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView", "BackendSelect"
+_UNSEEN = (
+    "CPU",
+    "CUDA",
+    "AutogradCPU",
+    "AutogradCUDA",
+    "AutocastCPU",
+    "AutocastCUDA",
+    "ADInplaceOrView",
+    "BackendSelect",
+)
 _keys = [_of_torch(f"_C.DispatchKey.{name}") for name in _UNSEEN]
 _KeySet = _of_torch("_C.DispatchKeySet")
 # All dispatch keys but those of a plain tensor, and of a thread in which nothing listens to ops: the dispatcher acts on these.

@@ -15,7 +15,7 @@ the loss and the gradient; nothing is read out of bounds.
 from __future__ import annotations
 
 import functools
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +45,18 @@ def _labels(target_ptr, rows, R, V, ignore_index):
 
 
 @triton.jit
-def _own_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
+def _target_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
     """w_y of each row: 0 if it is ignored, NaN if its target is no class."""
-    own = tl.where(label >= 0, 1.0, 0.0).to(ACC)
+    target_weight = tl.where(label >= 0, 1.0, 0.0).to(ACC)
     if WEIGHT:
         # [BLOCK_R]
-        own = tl.load(weight_ptr + label, mask=label >= 0, other=0.0).to(ACC)
-    return tl.where(label == -2, float("nan"), own)
+        target_weight = tl.load(weight_ptr + label, mask=label >= 0, other=0.0).to(ACC)
+    return tl.where(label == -2, float("nan"), target_weight)
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, weight_ptr, total_ptr, loss_ptr, lse_ptr, own_ptr, logits_stride, R, V, ignore_index,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, lse_ptr, target_weight_ptr, logits_stride, R, V, ignore_index,
     smoothing, share,
     WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,10 +67,10 @@ def _cross_entropy_fwd_kernel(
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     label = _labels(target_ptr, rows, R, V, ignore_index)
     x_ptrs = logits_ptr + rows[:, None] * logits_stride
-    own = _own_weights(weight_ptr, label, WEIGHT, ACC)
+    target_weight = _target_weights(weight_ptr, label, WEIGHT, ACC)
     # [BLOCK_R]
     x_y = tl.load(logits_ptr + rows * logits_stride + label, mask=label >= 0, other=0.0).to(ACC)
-    top = tl.where(label == -1, 0.0, float("-inf")).to(ACC)
+    running_max = tl.where(label == -1, 0.0, float("-inf")).to(ACC)
     total = tl.zeros([BLOCK_R], ACC)
     smooth = tl.zeros([BLOCK_R], ACC)
     for start in range(0, V, BLOCK_N):
@@ -78,31 +78,31 @@ def _cross_entropy_fwd_kernel(
         inside = (label != -1)[:, None] & (cols < V)
         # [BLOCK_R, BLOCK_N]
         x = tl.load(x_ptrs + cols, mask=inside, other=float("-inf")).to(ACC)
-        higher = tl.maximum(top, tl.max(x, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf: exp(-inf - 0) = 0, not NaN
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
-        top = higher
+        new_max = tl.maximum(running_max, tl.max(x, 1))
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row of -inf: exp(-inf - 0) = 0, not NaN
+        total = total * tl.exp(running_max - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+        running_max = new_max
         if SMOOTH:
             x = tl.where(inside, x, 0.0)
             if WEIGHT:
                 # [BLOCK_N]
                 x = x * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
             smooth += tl.sum(x, 1)
-    lse = top + tl.log(tl.where(total == 0.0, 1.0, total))
-    loss = own * (lse - x_y)
+    lse = running_max + tl.log(tl.where(total == 0.0, 1.0, total))
+    loss = target_weight * (lse - x_y)
     if SMOOTH:
-        mass = V
+        weight_sum = V
         if WEIGHT:
-            mass = tl.load(total_ptr)
-        loss = (1.0 - smoothing) * loss + share * (mass * lse - smooth)
+            weight_sum = tl.load(weight_sum_ptr)
+        loss = (1.0 - smoothing) * loss + share * (weight_sum * lse - smooth)
     tl.store(loss_ptr + rows, tl.where(label == -1, 0.0, loss), mask=rows < R)
     tl.store(lse_ptr + rows, lse, mask=rows < R)
-    tl.store(own_ptr + rows, own, mask=rows < R)
+    tl.store(target_weight_ptr + rows, target_weight, mask=rows < R)
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_bwd_kernel(
-    dloss_ptr, logits_ptr, target_ptr, weight_ptr, total_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride, R, V,
+    dloss_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride, R, V,
     ignore_index, smoothing, share,
     WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -113,7 +113,7 @@ def _cross_entropy_bwd_kernel(
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     label = _labels(target_ptr, rows, R, V, ignore_index)
-    own = _own_weights(weight_ptr, label, WEIGHT, ACC)
+    target_weight = _target_weights(weight_ptr, label, WEIGHT, ACC)
     # [BLOCK_R]
     lse = tl.load(lse_ptr + rows, mask=label != -1, other=0.0)
     dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=label != -1, other=0.0).to(ACC)
@@ -123,16 +123,20 @@ def _cross_entropy_bwd_kernel(
     p = tl.exp(x - lse[:, None])
     is_target = cols == label[:, None]
     if SMOOTH:
-        own = own * (1.0 - smoothing)
+        target_weight = target_weight * (1.0 - smoothing)
         if WEIGHT:
             # [BLOCK_N]
-            spread = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
-            mass = share * tl.load(total_ptr)
-            d = p * (own + mass)[:, None] - spread - tl.where(is_target, own[:, None], 0.0)
+            class_weight = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
+            weight_sum = share * tl.load(weight_sum_ptr)
+            d = (
+                p * (target_weight + weight_sum)[:, None]
+                - class_weight
+                - tl.where(is_target, target_weight[:, None], 0.0)
+            )
         else:
-            d = p * (own + smoothing)[:, None] - share - tl.where(is_target, own[:, None], 0.0)
+            d = p * (target_weight + smoothing)[:, None] - share - tl.where(is_target, target_weight[:, None], 0.0)
     else:
-        d = (p - tl.where(is_target, 1.0, 0.0)) * own[:, None]
+        d = (p - tl.where(is_target, 1.0, 0.0)) * target_weight[:, None]
     d = d * dloss[:, None]  # 0 in an ignored row
     dlogits_ptrs = dlogits_ptr + rows[:, None] * V + cols
     tl.store(dlogits_ptrs, d.to(dlogits_ptr.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V))
@@ -145,14 +149,9 @@ def _weights(weight: Tensor | None, wide: torch.dtype, absent: Tensor) -> tuple[
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
-    backward: bool,
-    shape: tuple[int, int],
-    strides: tuple[int, ...],
-    weight: bool,
-    ignore_index: int,
-    label_smoothing: float,
+    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, ignore_index: int, label_smoothing: float,
     dtype: torch.dtype,
-) -> Launch:
+) -> Launch:  # fmt: skip
     r, v = shape
     return Launch(
         _cross_entropy_bwd_kernel if backward else _cross_entropy_fwd_kernel,
@@ -164,14 +163,9 @@ def _launch(
 
 
 def cross_entropy_fwd(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, reduced, in `dtype`; the log-sum-exp of each row (R,); the weight of each row's target (0 if ignored), or for a mean their sum."""
     loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
@@ -185,31 +179,20 @@ def cross_entropy_fwd(
 
 
 def _cross_entropy_fwd_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, target: Tensor, weight: Any, ignore_index: Any, label_smoothing: Any, reduction: str, dtype:
+    torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
-    one = lse.new_empty(())
-    loss = (lse if reduction == "none" else one).to(dtype, copy=True)
-    return loss, lse, one if reduction == "mean" else lse.clone()
+    loss = torch.empty_like(lse, dtype=dtype) if reduction == "none" else lse.new_empty((), dtype=dtype)
+    return loss, lse, lse.new_empty(()) if reduction == "mean" else torch.empty_like(lse)
 
 
 def cross_entropy_bwd(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
+    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int,
     label_smoothing: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The gradient of the logits."""
-    dlogits = _cross_entropy_bwd_fake(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
+    dlogits = _cross_entropy_bwd_fake(dloss, logits)
     x, stride = rows_of(logits, logits.shape[1])
     strides = (dloss.stride(0), stride)
     run = _launch(True, logits.shape, strides, weight is not None, ignore_index, label_smoothing, logits.dtype)
@@ -217,15 +200,7 @@ def cross_entropy_bwd(
     return dlogits
 
 
-def _cross_entropy_bwd_fake(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -245,18 +220,18 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits, target, weight, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, _ = inputs
-        _, lse, own = output
-        ctx.save_for_backward(logits, target, weight, lse, own)
-        ctx.mark_non_differentiable(lse, own)
+        _, lse, target_weight = output
+        ctx.save_for_backward(logits, target, weight, lse, target_weight)
+        ctx.mark_non_differentiable(lse, target_weight)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 7
-        logits, target, weight, lse, own = ctx.saved_tensors
+        logits, target, weight, lse, target_weight = ctx.saved_tensors
         if ctx.reduction == "mean":
-            dloss = dloss / own
+            dloss = dloss / target_weight
         if ctx.reduction != "none":
             dloss = dloss.expand(target.shape)
         options = ctx.ignore_index, ctx.label_smoothing
@@ -298,7 +273,7 @@ def cross_entropy(
     *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Literal["none", "mean", "sum"] = "mean",
     label_smoothing: float = 0.0,
     **wrong: NoReturn,
 ) -> Tensor:
@@ -322,25 +297,24 @@ def cross_entropy(
         NotImplementedError: for class probabilities as target, and for a weight that requires a gradient.
 
     Source: `tileformer.kernels.reference.cross_entropy` is the definition.
+
+    Example:
+        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, -100]))  # the second row is ignored
+        tensor(1.3863)
     """
     if wrong:
         checks.misnamed("cross_entropy", wrong)
     if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
-        how = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-        return _on_shards(logits, target, weight, reduction, how)
+        return _on_shards(
+            logits, target, weight, reduction, dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        )
     if type(label_smoothing) is not float:
         label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
-        return reference.cross_entropy(
-            logits,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        options: Any = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
@@ -352,14 +326,14 @@ def cross_entropy(
             target, None if weight is None else weight.to(wide),
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
-    options = weight, int(ignore_index), label_smoothing, reduction, dtype
+    rest = weight, int(ignore_index), label_smoothing, reduction, dtype
     if logits.dim() == 2:
-        return _cross_entropy_forward(logits, target, *options)[0]
-    loss = _cross_entropy_forward(logits[None], target[None], *options)[0]
+        return _cross_entropy_forward(logits, target, *rest)[0]
+    loss = _cross_entropy_forward(logits[None], target[None], *rest)[0]
     return loss.view(()) if reduction == "none" else loss
 
 
-def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]) -> Tensor:
+def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: Any, options: dict[str, Any]) -> Tensor:
     """Of DTensors: each process computes the losses of its rows; sums are DTensors' own."""
     if logits.is_nested:
         checks.plain("cross_entropy", logits, target)
@@ -369,7 +343,7 @@ def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: st
             "cross_entropy: no mean with class weights over sharded rows: pass reduction='sum', and divide by the weights that count"
         )
     rows, each = ("rows",) * (logits.dim() - 1), "none" if split else reduction
-    call = lambda *given: cross_entropy(given[0], given[1], weight=given[2], reduction=each, **options)  # noqa: E731
+    call = lambda x, y, w: cross_entropy(x, y, weight=w, **options, reduction=each)  # type: ignore[arg-type]  # noqa: E731
     result = (rows, target.shape) if each == "none" else ((), ())
     losses = on_shards("cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [result])
     if reduction == each:

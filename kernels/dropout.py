@@ -132,6 +132,11 @@ def dropout(
         ValueError, TypeError: for shapes, dtypes, devices or a rate that do not fit.
 
     Source: Philox-4x32-7 (Salmon et al., SC 2011); `tileformer.kernels.reference.dropout` is the definition.
+
+    Example:
+        >>> x = torch.ones(4, 8)
+        >>> torch.equal(dropout(x, 0.5, seed=1), dropout(x, 0.5, seed=1))
+        True
     """
     if wrong:
         checks.misnamed("dropout", wrong)

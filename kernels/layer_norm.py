@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def _layer_norm_fwd_kernel(
         tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < N))
     else:
         mean = tl.zeros([BLOCK_R], ACC)
-        spread = tl.zeros([BLOCK_R], ACC)
+        m2 = tl.zeros([BLOCK_R], ACC)
         for start in range(0, N, BLOCK_N):
             near = start + cols
             # [BLOCK_R, BLOCK_N]
@@ -73,11 +74,11 @@ def _layer_norm_fwd_kernel(
             count = tl.minimum(N - start, BLOCK_N)
             tile_mean = tl.sum(x, 1) / count if CENTRE else tl.zeros([BLOCK_R], ACC)
             centred = tl.where(near < N, x - tile_mean[:, None], 0.0)
-            apart = tile_mean - mean
-            share = apart * (count / (start + count))
-            mean += share
-            spread += tl.sum(centred * centred, 1) + apart * share * start
-        rstd = tl.rsqrt(spread / N + eps)
+            delta = tile_mean - mean
+            step = delta * (count / (start + count))  # delta * n_b / n
+            mean += step
+            m2 += tl.sum(centred * centred, 1) + delta * step * start
+        rstd = tl.rsqrt(m2 / N + eps)
         last = (N - 1) // BLOCK_N * BLOCK_N
         for back in range(0, N, BLOCK_N):  # backwards: the last tiles are still in the cache
             near = last - back + cols
@@ -239,17 +240,9 @@ def _fwd_launch(
 
 @functools.lru_cache(maxsize=1024)
 def _bwd_launches(
-    r: int,
-    n: int,
-    dy_stride: int,
-    x_stride: int,
-    centre: bool,
-    weight: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    most_programs: int,
-    dtype: torch.dtype,
-) -> tuple[int, Launch | None, Launch, Launch | None]:
+    r: int, n: int, dy_stride: int, x_stride: int, centre: bool, weight: bool, need_dweight: bool, need_dbias: bool,
+    most_programs: int, dtype: torch.dtype,
+) -> tuple[int, Launch | None, Launch, Launch | None]:  # fmt: skip
     """Programs that share the rows; the kernel that sums, if rows are long; the one that follows; the one that adds up their parts."""
     tiles = [row_tile(n, MAX_BWD, 4096, 16)]
     columns, whole, partial = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD, need_dweight or need_dbias
@@ -282,7 +275,7 @@ def layer_norm_fwd(
     x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
 ) -> tuple[Tensor, Tensor]:
     """y like x, normalised over its last `axes` axes; mean (0 without `centre`) and rstd of each row (2, R)."""
-    y, stats = _layer_norm_fwd_fake(x, axes, weight, bias, eps, centre)
+    y, stats = _layer_norm_fwd_fake(x, axes)
     r, n = stats.shape[1], _row_length(x, axes)
     rows, stride = rows_of(x, n)
     run = _fwd_launch(r, n, stride, centre, weight is not None, bias is not None, eps, x.dtype)
@@ -290,27 +283,17 @@ def layer_norm_fwd(
     return y, stats
 
 
-def _layer_norm_fwd_fake(
-    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
-) -> tuple[Tensor, Tensor]:
+def _layer_norm_fwd_fake(x: Tensor, axes: int, *_: Any) -> tuple[Tensor, Tensor]:
     stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=wider(x.dtype), device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stats
 
 
 def layer_norm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    axes: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    need_dweight: bool,
-    need_dbias: bool,
-    eps: float,
-    centre: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    need_dweight: bool, need_dbias: bool, eps: float, centre: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dweight, dbias; the last two are empty where not needed. eps is for the second derivative alone."""
-    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre)
+    dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, stats, need_dweight, need_dbias)
     r, n = stats.shape[1], _row_length(x, axes)
     (x, x_stride), (dy, dy_stride) = rows_of(x, n), rows_of(dy, n)
     programs, sum_up, run, add_up = _bwd_launches(
@@ -330,16 +313,7 @@ def layer_norm_bwd(
 
 
 def _layer_norm_bwd_fake(
-    dy: Tensor,
-    x: Tensor,
-    axes: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    need_dweight: bool,
-    need_dbias: bool,
-    eps: float,
-    centre: bool,
+    dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor, *needed: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(p: Tensor | None, needed: bool) -> Tensor:
         if needed and p is not None:
@@ -347,7 +321,7 @@ def _layer_norm_bwd_fake(
         return (x if p is None else p).new_empty((0,))
 
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, like(weight, need_dweight), like(bias, need_dbias)
+    return dx, like(weight, needed[0]), like(bias, needed[1])
 
 
 _fwd = register(layer_norm_fwd, _layer_norm_fwd_fake)
@@ -444,8 +418,22 @@ def layer_norm(
         ValueError, TypeError: for shapes, dtypes or devices that do not fit.
 
     Source: Ba et al., arXiv:1607.06450; `tileformer.kernels.reference.layer_norm` is the definition.
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), 3)
+        tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    return _norm("layer_norm", x, normalized_shape, weight, bias, eps)
+    shape = _sizes(normalized_shape)
+    if (type(x) is not Tensor or x.is_nested) and by_parts("layer_norm", x, len(shape)):
+        call = lambda x, w, b: layer_norm(x, shape, w, b, eps)  # noqa: E731
+        return by_rows("layer_norm", call, x, len(shape), (weight, bias))
+    eps = _check("layer_norm", x, shape, weight, bias, eps)
+    backend = choose("layer_norm", x)
+    if backend == "reference":
+        return reference.layer_norm(x, shape, weight, bias, eps)
+    if backend == "torch":
+        return _torch_norm(x, shape, weight, bias, eps, True)
+    return _layer_norm_forward(x, len(shape), weight, bias, eps, True)[0]
 
 
 def rms_norm(
@@ -457,34 +445,40 @@ def rms_norm(
     All is computed in float32 or wider and rounded once (torch rounds to x's dtype before it multiplies by the weight).
 
     Source: Zhang and Sennrich, arXiv:1910.07467; `tileformer.kernels.reference.rms_norm` is the definition.
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), 2)
+        tensor([[0.8485, 1.1314]])
     """
-    return _norm("rms_norm", x, normalized_shape, weight, None, eps)
-
-
-def _norm(
-    name: str, x: Tensor, sizes: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float | None
-) -> Tensor:
-    shape = tuple(sizes) if hasattr(sizes, "__iter__") else (sizes,)
-    if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, len(shape)):
-        return by_rows(name, lambda x, w, b: _norm(name, x, shape, w, b, eps), x, len(shape), (weight, bias))
-    if type(x) is not Tensor or x.dtype not in checks.FLOATING:
-        checks.floating(name, x=x)
-    torchs = eps is None and name == "rms_norm"
-    eps = torch.finfo(wider(x.dtype)).eps if torchs else checks.number(name, "eps", eps)
-    if not shape or x.shape[-len(shape) :] != shape:
-        raise ValueError(
-            f"{name}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}"
-        )
-    checks.fits(name, "weight", weight, x, shape)
-    checks.fits(name, "bias", bias, x, shape)
-    backend, centre = choose(name, x), name == "layer_norm"
+    shape = _sizes(normalized_shape)
+    if (type(x) is not Tensor or x.is_nested) and by_parts("rms_norm", x, len(shape)):
+        return by_rows("rms_norm", lambda x, w: rms_norm(x, shape, w, eps), x, len(shape), (weight,))
+    eps = _check("rms_norm", x, shape, weight, None, eps)
+    backend = choose("rms_norm", x)
     if backend == "reference":
-        return (
-            reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
-        )
+        return reference.rms_norm(x, shape, weight, eps)
     if backend == "torch":
-        return _torch_norm(x, shape, weight, bias, eps, centre)
-    return _layer_norm_forward(x, len(shape), weight, bias, eps, centre)[0]
+        return _torch_norm(x, shape, weight, None, eps, False)
+    return _layer_norm_forward(x, len(shape), weight, None, eps, False)[0]
+
+
+def _sizes(normalized_shape: Any) -> tuple[int, ...]:
+    return tuple(normalized_shape) if hasattr(normalized_shape, "__iter__") else (normalized_shape,)
+
+
+def _check(
+    op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> float:
+    """eps as a number, after raising for what does not fit."""
+    if type(x) is not Tensor or x.dtype not in checks.FLOATING:
+        checks.floating(op, x=x)
+    default = eps is None and op == "rms_norm"
+    eps = torch.finfo(wider(x.dtype)).eps if default else checks.number(op, "eps", eps)
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise ValueError(f"{op}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}")
+    checks.fits(op, "weight", weight, x, shape)
+    checks.fits(op, "bias", bias, x, shape)
+    return eps
 
 
 def _torch_norm(

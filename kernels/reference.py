@@ -65,13 +65,13 @@ def _excluded(causal: bool | str, mask: Tensor | None, t_q: int, t_k: int, devic
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0 and log-sum-exp -inf."""
-    top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -math.inf)
-    top = torch.where(top == -math.inf, 0.0, top).detach()
-    weights = torch.exp(scores - top)
+    row_max = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((*scores.shape[:-1], 1), -math.inf)
+    row_max = torch.where(row_max == -math.inf, 0.0, row_max).detach()
+    weights = torch.exp(scores - row_max)
     total = weights.sum(-1, keepdim=True)
     some = total != 0
     safe = torch.where(some, total, 1.0)
-    return weights / safe, torch.where(some, top + safe.log(), -math.inf).squeeze(-1)
+    return weights / safe, torch.where(some, row_max + safe.log(), -math.inf).squeeze(-1)
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
@@ -252,11 +252,9 @@ def cross_entropy(
     logits = torch.where(counted[:, None], _wide(logits), 0.0)
     weights = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
     log_p = logits - _softmax(logits)[1][:, None]
-    own = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
-    loss = (1 - label_smoothing) * own
-    if (
-        label_smoothing > 0.0
-    ):  # without it, an excluded class (a logit of -inf) that is no target costs nothing; 0 * inf would
+    target_loss = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
+    loss = (1 - label_smoothing) * target_loss
+    if label_smoothing > 0.0:  # without it, a logit of -inf that is no target costs nothing; 0 * inf would
         loss = loss - label_smoothing * (log_p * weights).sum(1) / logits.shape[1]
     loss = torch.where(counted, loss, 0.0)
     if reduction != "none":

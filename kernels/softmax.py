@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -88,10 +88,10 @@ def _softmax_fwd_kernel(
     if WHOLE:
         # [BLOCK_R, BLOCK_N]
         s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, cols, scale, T_k, CAUSAL, MASK, ACC)
-        top = _finite_max(tl.max(s, 1))
-        p = tl.exp(s - top[:, None])
+        row_max = _finite_max(tl.max(s, 1))
+        p = tl.exp(s - row_max[:, None])
         if LOG:
-            y = s - (top + _log_sum(tl.sum(p, 1)))[:, None]
+            y = s - (row_max + _log_sum(tl.sum(p, 1)))[:, None]
         else:
             y = p * _inverse_sum(tl.sum(p, 1))[:, None]
         tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < T_k))
@@ -103,12 +103,12 @@ def _softmax_fwd_kernel(
             # [BLOCK_R, BLOCK_N]
             s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, near, scale, T_k, CAUSAL, MASK, ACC)
             m_new = tl.maximum(m, tl.max(s, 1))
-            top = _finite_max(m_new)
-            total = total * tl.exp(m - top) + tl.sum(tl.exp(s - top[:, None]), 1)
+            row_max = _finite_max(m_new)
+            total = total * tl.exp(m - row_max) + tl.sum(tl.exp(s - row_max[:, None]), 1)
             m = m_new
-        top = _finite_max(m)
+        row_max = _finite_max(m)
         inverse = _inverse_sum(total)
-        log_sum = top + _log_sum(total)
+        log_sum = row_max + _log_sum(total)
         last = (T_k - 1) // BLOCK_N * BLOCK_N
         for back in range(0, T_k, BLOCK_N):  # backwards: the last tiles are still in the cache
             near = last - back + cols
@@ -117,7 +117,7 @@ def _softmax_fwd_kernel(
             if LOG:
                 y = s - log_sum[:, None]
             else:
-                y = tl.exp(s - top[:, None]) * inverse[:, None]
+                y = tl.exp(s - row_max[:, None]) * inverse[:, None]
             tl.store(y_ptrs + near, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (near < T_k))
 
 
@@ -173,15 +173,9 @@ def _softmax_bwd_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _fwd_launch(
-    shape: tuple[int, ...],
-    stride: int,
-    mask_strides: tuple[int, ...],
-    mask_kind: int,
-    causal_shift: int | None,
-    scale: float,
-    log: bool,
-    dtype: torch.dtype,
-) -> Launch:
+    shape: tuple[int, ...], stride: int, mask_strides: tuple[int, ...], mask_kind: int, causal_shift: int | None, scale: float,
+    log: bool, dtype: torch.dtype,
+) -> Launch:  # fmt: skip
     h, t_q, t_k = (1, 1, 1, *shape)[-3:]
     r = math.prod(shape[:-1]) if t_k else 0
     return Launch(
@@ -216,7 +210,7 @@ def _bwd_launch(
 
 def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
     """softmax(scale x + mask), or its logarithm, over the last axis of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k), usually expanded."""
-    y = _softmax_fwd_fake(x, mask, causal_shift, scale, log)
+    y = _softmax_fwd_fake(x)
     rows, stride = rows_of(x, x.shape[-1])
     if mask is None:
         _fwd_launch(x.shape, stride, (0, 0, 0, 0), 0, causal_shift, scale, log, x.dtype)(rows, rows, y)
@@ -229,20 +223,20 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale:
     return y
 
 
-def _softmax_fwd_fake(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
+def _softmax_fwd_fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def softmax_bwd(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
     """scale y (dy - sum(y dy)) over the last axis; of the logarithm, scale (dy - exp(y) sum(dy))."""
-    dx = _softmax_bwd_fake(dy, y, scale, log)
+    dx = _softmax_bwd_fake(dy, y)
     n = y.shape[-1]
     (dy_rows, dy_stride), (y_rows, y_stride) = rows_of(dy, n), rows_of(y, n)
     _bwd_launch(y.shape, dy_stride, y_stride, scale, log, y.dtype)(dy_rows, y_rows, dx)
     return dx
 
 
-def _softmax_bwd_fake(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
+def _softmax_bwd_fake(dy: Tensor, y: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
@@ -305,7 +299,7 @@ _softmax_backward = KernelFunction(softmax_bwd, _SoftmaxBackward)
 
 
 def softmax(
-    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False, **wrong: NoReturn
+    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: checks.Causal = False, **wrong: NoReturn
 ) -> Tensor:
     """softmax(scale * x + mask) over the last axis.
 
@@ -327,6 +321,11 @@ def softmax(
 
     Source: `tileformer.kernels.reference.softmax` is the definition. A row of x that is itself -inf throughout is 0
     too, except on the torch backend, where it is NaN as in torch: looking for it would cost a pass.
+
+    Example:
+        >>> softmax(torch.zeros(2, 2), causal=True)
+        tensor([[1.0000, 0.0000],
+                [0.5000, 0.5000]])
     """
     if wrong:
         checks.misnamed("softmax", wrong)
@@ -334,7 +333,7 @@ def softmax(
 
 
 def log_softmax(
-    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False, **wrong: NoReturn
+    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: checks.Causal = False, **wrong: NoReturn
 ) -> Tensor:
     """The logarithm of `softmax`, with its arguments and errors: exact where the softmax itself would round to 0.
 
@@ -350,7 +349,7 @@ def log_softmax(
     return _softmax("log_softmax", x, scale, mask, causal)
 
 
-def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
+def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: checks.Causal) -> Tensor:
     if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, 1 + bool(causal)):
         return by_rows(name, lambda x, m: _softmax(name, x, scale, m, causal), x, 1 + bool(causal), beside=(mask,))
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
@@ -378,7 +377,7 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bo
     return _softmax_forward(x, mask, shift, scale, log)
 
 
-def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str, log: bool) -> Tensor:
+def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.Causal, log: bool) -> Tensor:
     scores = x if scale == 1.0 else _widened(x) * scale  # what is still to be added must not be rounded before
     hidden = []
     if causal:

@@ -1,4 +1,5 @@
-"""generate and stream: beams against every sequence there is, samples against their probabilities, prompts of any length."""
+"""generate and stream: beams against every sequence there is, samples against their probabilities, prompts of any
+length."""
 
 import itertools
 import math
@@ -32,7 +33,8 @@ def inputs(kind):
 
 
 def log_probability(m, kind, row, tokens):
-    """Sum of log-probabilities of `tokens` (a list) behind row `row` of the inputs, padding excluded from the choice."""
+    """Sum of log-probabilities of `tokens` (a list) behind row `row` of the inputs, padding excluded from the
+    choice."""
     own = [int(x) for x in PROMPTS[row] if x] if kind == "lm" else [BOS]
     whole = torch.tensor([own + tokens])
     with torch.no_grad():

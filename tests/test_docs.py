@@ -1,4 +1,4 @@
-"""README and docs/ say what is so: code runs, commands and links exist, every public name and every file has its place."""
+"""README and docs/ say what is so: code runs, commands and links exist, every name and every file has its place."""
 
 import argparse
 import doctest
@@ -90,7 +90,7 @@ def test_training_on_pairs_of_ones_own(monkeypatch, tmp_path, capsys):
 
 
 def test_links_lead_to_files():
-    """Absolute ones in what the package index shows, relative ones elsewhere. `make docs` also looks for the anchors."""
+    """Absolute ones in what the package index shows, relative ones elsewhere; `make docs` also looks for anchors."""
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith(f"{REPOSITORY}/blob/main/"):
@@ -130,6 +130,15 @@ def test_commands_exist():
             assert given <= options_of(verb), f"{where}: tileformer {verb} {given - options_of(verb)}"
 
 
+def test_files_that_are_named_exist():
+    folders = ("kernels", "decoder", "training", "bench", "tests", "examples", "src", "docs", "")
+    pages = PAGES | {ROOT / "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()}
+    for page, text in pages.items():
+        for name in re.findall(r"`([a-z_]+(?:/[\w.]+)+\.(?:py|md|toml))`", text):
+            if not name.startswith("runs/"):
+                assert any((ROOT / top / name).is_file() for top in folders), f"{page.relative_to(ROOT)}: {name}"
+
+
 def test_python_blocks_are_python():
     for page, text in PAGES.items():
         for code in blocks(text, "python"):
@@ -162,8 +171,7 @@ def test_the_file_map_has_a_line_for_every_file():
 def test_the_site_is_built_strictly(tmp_path):
     pytest.importorskip("mkdocs", reason="the docs extra is not installed; make docs builds the site")
     pytest.importorskip("mkdocstrings", reason="the docs extra is not installed; make docs builds the site")
-    from mkdocs.__main__ import cli
-
+    cli = importlib.import_module("mkdocs.__main__").cli
     cli(
         ["build", "--quiet", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)],
         standalone_mode=False,
@@ -175,7 +183,7 @@ def test_the_site_is_built_strictly(tmp_path):
 def test_the_example_of_a_docstring_runs(name):
     if name == "huggingface.use":
         pytest.importorskip("transformers", reason="the hf extra is not installed")
-    (test,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name, globs={})
+    (test,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name)
     assert test.examples, f"{name} has no example"
     with torch.random.fork_rng():
         result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=sys.stderr.write)

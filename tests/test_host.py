@@ -7,6 +7,8 @@ import itertools
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,13 +16,22 @@ import pytest
 import torch
 import triton.compiler
 from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 from tileformer.bench.recording import record
 from tileformer.bench.speed.host import compilations
-from tileformer.kernels import attention, cross_entropy, dropout, launch, layer_norm, softmax, use_backend
+from tileformer.kernels import attention, autograd, cross_entropy, dropout, launch, layer_norm, softmax, use_backend
 
 LAUNCHES: list[tuple[Any, ...]] = []
+
+
+def _described(x: Any) -> Any:
+    """An argument, or a tuple of them, with what a tensor is in its place."""
+    if isinstance(x, tuple):
+        return [_described(y) for y in x]
+    return (x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
 
 
 class _Compiled(CompiledKernel):
@@ -33,8 +44,7 @@ class _Compiled(CompiledKernel):
     def _record(
         self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any, *rest: Any
     ) -> None:
-        described = [(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in rest[2:]]
-        LAUNCHES.append((id(self), (x, y, z), described))
+        LAUNCHES.append((id(self), (x, y, z), _described(rest[2:])))
 
     def launch_metadata(self, *_: Any) -> None:
         return None
@@ -205,6 +215,50 @@ def test_a_profiler_and_modes_see_the_ops() -> None:
         softmax(x).sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert {"tileformer::softmax_fwd", "tileformer::softmax_bwd"} <= names
+
+
+def _way(module: types.ModuleType, x: torch.Tensor) -> str:
+    """Which way a call of a KernelFunction goes."""
+    long = types.SimpleNamespace(__name__="softmax", apply=lambda *_: "long")
+    with mock.patch.object(module.registered["softmax_fwd"], "launcher", lambda *_: "short"):
+        return module.KernelFunction(types.SimpleNamespace(__name__="softmax_fwd"), long)(x)
+
+
+QUESTIONS: dict[str, tuple[Any, Any]] = {
+    "in_forward_mode": (forward_ad.dual_level, autograd.in_forward_mode),
+    "listens_to_functions": (BaseTorchFunctionMode, lambda: autograd.listens_to_functions((torch.ones(1),))),
+    "listens_to_ops": (TorchDispatchMode, autograd.listens_to_ops),
+    "profiles": (lambda: torch.profiler.profile(acc_events=True), autograd.profiles),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_question_is_answered_where_it_holds_and_only_there(name: str) -> None:
+    listening, question = QUESTIONS[name]
+    x = torch.ones(3)
+    assert not question() and _way(autograd, x) == "short"
+    with listening():
+        assert question()
+        if name != "in_forward_mode":
+            assert _way(autograd, x) == "long"
+    assert not question() and _way(autograd, x) == "short"
+
+
+def test_this_torch_answers_every_question() -> None:
+    assert autograd.missing == [], "the short way is off: this torch has other names"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["_C._has_torch_function", "_C._dispatch_keys", "_C._dispatch_tls_local_include_set", "_C.DispatchKeySet"]
+    + ["_C._autograd._profiler_enabled", "autograd.forward_ad._current_level"],
+)
+def test_a_torch_that_lacks_a_name_gets_the_long_way(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(f"torch.{path}")
+    module: Any = types.ModuleType("autograd_without")
+    module.registered = autograd.registered
+    exec(compile(Path(str(autograd.__file__)).read_text(), str(autograd.__file__), "exec"), vars(module))
+    assert module.missing == [path] and _way(module, torch.ones(3)) == "long"
 
 
 class _Named(torch.Tensor):

@@ -1,4 +1,5 @@
-"""Models of Hugging Face transformers with our attention, norms and loss: what their eager selves compute, padding on either side."""
+"""Models of Hugging Face transformers with our attention, norms and loss: what their eager selves compute, padding on
+either side."""
 
 import copy
 import importlib
@@ -181,7 +182,8 @@ class ToyModel(modeling_utils.PreTrainedModel):
 @pytest.mark.parametrize("asks", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 def test_attention_in_code_of_its_own_gets_a_mask_that_it_can_add(asks, padded) -> None:
-    """Found by what the code does, not by its name or a flag: asked for by name alone, where nothing is reported, too."""
+    """Found by what the code does, not by its name or a flag: asked for by name alone, where nothing is reported,
+    too."""
     ids, kept = torch.randint(3, 61, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     kept[1, 6:] = 0
     given = dict(input_ids=ids, attention_mask=kept if padded else None)

@@ -1,4 +1,5 @@
-"""`huggingface.attend`, `make_mask` and the loss by themselves: what they read of transformers' arguments, and what they refuse."""
+"""`huggingface.attend`, `make_mask` and the loss by themselves: what they read of transformers' arguments, and what
+they refuse."""
 
 import pytest
 import torch

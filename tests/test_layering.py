@@ -1,21 +1,28 @@
 """Imports point down, rooms are imported by their full name, files stay short: docs/architecture.md, held."""
 
 import ast
+import graphlib
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
+import torch
 
 from tileformer.__main__ import VERBS
+from tileformer.decoder import TransformerDecoderLayer
+from tileformer.kernels import dropout, interpreter, layer_norm, softmax, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
 OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
-# An op dispatches to its definition; on CUDA the torch backend's dropout (in random.py) draws the definition's bits.
-MAY_READ_THE_REFERENCE = (*OPS, "random")
+MAY_READ_THE_REFERENCE = (*OPS, "selftest")
+DEFINITIONS = (*OPS, "log_softmax", "rms_norm")
 LONGEST_FILE = 500
+MOST_ARGUMENTS = 28  # of a kernel, or of a part of one
 
 ROOM_FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 OUR_FILES = [*ROOM_FILES, *sorted((ROOT / "src" / "tileformer").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
@@ -92,7 +99,7 @@ def _inside_kernels(place: Path, found: Import) -> list[str]:
         problems.append(f"ops never import each other ({', '.join(sorted(others))})")
     if "reference" in reached_modules and own_op not in MAY_READ_THE_REFERENCE:
         problems.append("only an op's own file reads the reference, to dispatch to it and for its second derivative")
-    if own_op == "reference" and reached_modules & set(OPS):
+    if own_op == "reference" and found.module.split(".")[0] not in {"torch", *sys.stdlib_module_names}:
         problems.append("the reference stands on torch alone")
     return problems
 
@@ -127,7 +134,10 @@ def test_the_command_and_the_tests_use_full_names():
         ("kernels/softmax.py", "from tileformer.kernels.attention import attention"),
         ("kernels/attention/forward.py", "from tileformer.kernels import softmax"),
         ("kernels/tile_ops.py", "from tileformer.kernels import reference"),
+        ("kernels/random.py", "def f():\n    from tileformer.kernels import reference"),
         ("kernels/reference.py", "from tileformer.kernels.softmax import softmax"),
+        ("kernels/reference.py", "from tileformer.kernels import checks"),
+        ("kernels/reference.py", "import triton"),
         ("bench/check/run.py", "from tests.conftest import device_for"),
     ],
 )
@@ -201,6 +211,88 @@ def test_every_import_is_a_declared_dependency():
     known |= {"mutants"}  # a neighbour of tests/mutation/__main__.py, which runs as a program
     imported = {found.module.split(".")[0] for path in OUR_FILES for found in imports_of(path.read_text())}
     assert imported - known == set()
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module of ours."""
+    path = ROOT.joinpath(*module.split(".")[1:])
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None) if module.startswith("tileformer.") else None
+
+
+def _needs(source: str) -> set[Path]:
+    """The files of ours that a file imports, at once or in a function. A package's own file counts where a name is taken that it defines."""
+    needed: set[Path | None] = set()
+    for found in imports_of(source):
+        names = [f"{found.module}.{name}" for name in found.names] if found.text.startswith("from") else []
+        needed |= {_file_of(name) or _file_of(found.module) for name in names or [found.module]}
+    return {file for file in needed if file}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_circle_inside_a_room(room):
+    files = [path for path in ROOM_FILES if path.relative_to(ROOT).parts[0] == room]
+    try:
+        graphlib.TopologicalSorter({path: _needs(path.read_text()) & {*files} - {path} for path in files}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(str(path.relative_to(ROOT)) for path in error.args[1]))
+
+
+def test_an_import_in_a_function_closes_a_circle_too():
+    source = "def f():\n    from tileformer.kernels import launch, softmax, use_backend"
+    assert _needs(source) == {ROOT / "kernels" / name for name in ("launch.py", "softmax.py", "__init__.py")}
+
+
+def _of_the_reference(node: ast.AST, allowed: bool = False) -> list[tuple[str, bool]]:
+    """The names that are read of `reference` below a node, and whether a dispatch or a second derivative reads them."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "reference":
+        return [(node.attr, allowed)]
+    dispatches = isinstance(node, ast.If) and ast.unparse(node.test) == "backend == 'reference'"
+    allowed = allowed or dispatches or (isinstance(node, ast.FunctionDef) and node.name == "backward")
+    return [read for child in ast.iter_child_nodes(node) for read in _of_the_reference(child, allowed)]
+
+
+def test_a_definition_is_called_to_dispatch_to_it_or_to_differentiate_it_and_its_helpers_never():
+    for path in [path for path in ROOM_FILES if path.is_relative_to(ROOT / "kernels") and path.name != "selftest.py"]:
+        for name, allowed in _of_the_reference(ast.parse(path.read_text())):
+            assert name in DEFINITIONS and allowed, f"{path.relative_to(ROOT)} reads reference.{name}"
+
+
+def _frames_to_a_kernel(call) -> dict[str, list[str]]:
+    """Our functions between a call and the launch of each kernel, outermost first."""
+    frames: dict[str, list[str]] = {}
+
+    def run(kernel, *rest):
+        ours = [f.name for f in traceback.extract_stack()[:-1] if Path(f.filename).resolve() in ROOM_FILES]
+        frames[kernel.fn.__name__] = max(frames.get(kernel.fn.__name__, []), ours, key=len)
+        return original(kernel, *rest)
+
+    original = interpreter.run
+    with mock.patch.object(interpreter, "run", run), use_backend("interpret"):
+        call()
+    return frames
+
+
+@pytest.mark.interprets
+def test_few_frames_lie_between_a_call_and_its_kernel():
+    x = torch.randn(1, 4, 16, requires_grad=True)
+    for call, most in ((lambda: layer_norm(x, 16), 5), (lambda: softmax(x), 6), (lambda: dropout(x, 0.5), 5)):
+        frames = _frames_to_a_kernel(call)
+        assert frames and all(len(names) <= most for names in frames.values()), frames
+
+
+@pytest.mark.interprets
+def test_few_frames_lie_between_a_decoder_layer_and_its_kernels():
+    x, layer = torch.randn(1, 4, 32, requires_grad=True), TransformerDecoderLayer(32, 2, 64, batch_first=True)
+    frames = _frames_to_a_kernel(lambda: layer(x, x, tgt_is_causal=True, tgt_mask=torch.ones(4, 4).triu(1).bool()))
+    assert len(frames["_attention_fwd_kernel"]) <= 7 and len(frames["_layer_norm_fwd_kernel"]) <= 7, frames
+
+
+def test_no_kernel_has_many_arguments():
+    for path in [path for path in ROOM_FILES if path.is_relative_to(ROOT / "kernels")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list):
+                assert len(node.args.args) <= MOST_ARGUMENTS, f"{path.relative_to(ROOT)}: {node.name}"
 
 
 def test_the_reference_never_calls_a_fused_attention():

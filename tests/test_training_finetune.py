@@ -101,7 +101,7 @@ def test_the_same_labels_for_every_method_and_none_of_the_others(data, tmp_path,
     task = table.load_task("reviews", data, "utf-8", tmp_path / "none")
     seen = []
     monkeypatch.setitem(
-        METHODS, "scratch", dataclasses.replace(METHODS["scratch"], recipe=lambda c, m: seen.append(c) or m)
+        METHODS, "scratch", dataclasses.replace(METHODS["scratch"], learn=lambda c, m: seen.append(c) or m)
     )
     args = argparse.Namespace(threads=1, device="cpu", precision="fp32")
     for seed in (0, 0, 1):

@@ -142,7 +142,7 @@ def test_decay_lowers_the_rate_towards_the_embeddings(context, monkeypatch):
     seen = {}
     monkeypatch.setattr(methods, "fit_labelled", lambda context, model, **options: seen.update(options) or model)
     model, _ = METHODS["decay"].start(context)
-    METHODS["decay"].recipe(context, model)
+    METHODS["decay"].learn(context, model)
     scales = {id(p): group["lr_scale"] for group in seen["groups"] for p in group["params"]}
     backbone = model.backbone
     found = [scales[id(p)] for p in (backbone.embedding.weight, backbone.layers[0].linear1.weight)]
@@ -163,7 +163,7 @@ def test_gradual_frees_a_layer_a_stage(context, monkeypatch):
 
     monkeypatch.setattr(methods, "fit_labelled", record)
     model, _ = METHODS["gradual"].start(context)
-    METHODS["gradual"].recipe(context, model)
+    METHODS["gradual"].learn(context, model)
     norm, everything = {"norm"}, {"embedding", "position", "layers", "norm"}
     assert [free for free, _, _ in stages] == [norm, norm | {"layers"}, everything]
     assert [layers for _, layers, _ in stages] == [set(), {"1"}, {"0", "1"}]
@@ -185,7 +185,7 @@ def test_pseudo_labels_are_sure_balanced_and_new_each_round(context, monkeypatch
     monkeypatch.setattr(methods, "probabilities", lambda model, rows: torch.stack([shares, 1 - shares], 1))
     model, _ = METHODS["pseudo"].start(context)
     labels = [0, 0, 0, 1] * 10
-    METHODS["pseudo"].recipe(Context(**vars(context) | {"labels": labels}), model)
+    METHODS["pseudo"].learn(Context(**vars(context) | {"labels": labels}), model)
     assert calls[0] == (None, None) and len(calls) == 3
     rows, found = calls[1]
     added = found[40:]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tileformer.training import extras
+from tileformer import extras
 from tileformer.training.finetune import metrics
 
 pytest.importorskip("sklearn")
@@ -89,7 +89,10 @@ def test_errors_are_written_most_confident_first(tmp_path):
         (lambda: metrics.confusion([0, 3], [0, 1], 3), "in 0..2, found 0 to 3"),
         (lambda: metrics.confusion([0, 2], [-1, 1], 3), "in 0..2, found -1 to 2"),
         (lambda: metrics.bootstrap([0], [0]), "at least 2 examples, got 1"),
-        (lambda: extras.library("no_such_library"), "no_such_library is not installed: pip install no_such_library"),
+        (
+            lambda: extras.optional_import("no_such_library"),
+            "no_such_library is not installed: pip install no_such_library",
+        ),
     ],
 )
 def test_wrong_input_is_refused(call, message):

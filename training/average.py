@@ -16,8 +16,8 @@ from tileformer.training import checkpoint
 def average_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Tensor]:
     """The mean of the weights of several checkpoints (or run folders: their newest), for `model.load_state_dict`.
 
-    The mean is taken in float32, or wider where the weights are, and given back in their own dtype; tensors that are not
-    floating are the last one's. Tied weights are one tensor under all their names.
+    The mean is taken in float32, or wider where the weights are, and given back in their own dtype; tensors that are
+    not floating are the last one's. Tied weights are one tensor under all their names.
 
     Raises ValueError for no paths; CheckpointError for a damaged checkpoint or one of another model than the first.
     """
@@ -63,7 +63,8 @@ class Ensemble(nn.Module):
         for name in ("pad_id", "bos_id", "eos_id", "conditioned"):
             if (value := _common(name, list(models))) is not None:
                 setattr(self, name, value)
-        if lengths := [model.max_length for model in models if hasattr(model, "max_length")]:
+        lengths: list[Any] = [model.max_length for model in models if hasattr(model, "max_length")]
+        if lengths:
             self.max_length = min(lengths)
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:

@@ -55,19 +55,12 @@ def latest(path: PathLike) -> Path:
     result = candidates(path)
     if result == [Path(path)]:
         return result[0]
-    first: CheckpointError | None = None
-    for step in reversed(result):
-        try:
-            check(step)
-        except CheckpointError as error:
-            first = first or error
-            continue
-        if first is not None:
-            warnings.warn(f"{first}; {step.name}, the last good checkpoint, is used instead", stacklevel=2)
-        return step
-    if candidates(path) != result:  # a run has saved, and dropped what was listed
-        return latest(path)
-    raise first or CheckpointError(f"{path}: no checkpoint")
+    try:
+        return _first_whole(result[::-1])
+    except CheckpointError:
+        if candidates(path) == result:
+            raise
+        return latest(path)  # a run has saved, and dropped what was listed
 
 
 def best(path: PathLike) -> Path:
@@ -75,14 +68,22 @@ def best(path: PathLike) -> Path:
     newest = latest(path)
     step = read_state(newest).get("best_step")
     kept = newest.with_name(_name(step)) if isinstance(step, int) else newest
-    if kept == newest or not kept.exists():
-        return newest
-    try:
-        check(kept)
-    except CheckpointError as error:
-        warnings.warn(f"{error}; {newest.name}, the last good checkpoint, is used instead", stacklevel=2)
-        return newest
-    return kept
+    return newest if kept == newest or not kept.exists() else _first_whole([kept, newest])
+
+
+def _first_whole(steps: list[Path]) -> Path:
+    """The first of some checkpoints that is not damaged; a warning says what is wrong with the one before it."""
+    first: CheckpointError | None = None
+    for step in steps:
+        try:
+            check(step)
+        except CheckpointError as error:
+            first = first or error
+            continue
+        if first is not None:
+            warnings.warn(f"{first}; {step.name}, the last good checkpoint, is used instead", stacklevel=3)
+        return step
+    raise first or CheckpointError("no checkpoint")
 
 
 def steps_in(folder: PathLike) -> list[Path]:
@@ -118,7 +119,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_training_state(path: Path) -> Saved:
-    """state.json of a run in training, every field checked. CheckpointError as `read_state`, and for a finished model."""
+    """state.json of a run in training, every field checked. CheckpointError as `read_state`, and for a finished one."""
     state = read_state(path)
     if "settings" not in state:
         raise CheckpointError(f"{path}: a model that is ready for use; expected one in training, to resume")
@@ -230,10 +231,10 @@ def save(
     best: int | None = None,
     replaces: Path | None = None,
 ) -> Path:
-    """Write `folder/step-<state["step"]>`, then drop all but the newest `keep` and that of step `best`. Returns its path.
+    """Write `folder/step-<state["step"]>`, then drop all but the newest `keep` and that of step `best`. Gives its path.
 
-    replaces: one that goes first, and does not count. What is newer than this step goes too: it was passed over as damaged
-    by the run that writes now. Raises OSError when the disk refuses; whatever was in `folder` is then still there, whole.
+    replaces: one that goes first, and does not count. What is newer than this step goes too: it was passed over as
+    damaged by the run that writes now. Raises OSError when the disk refuses; what was in `folder` is then still whole.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,7 +361,7 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _moments(file: Path, tensors: Tensors) -> dict[str, Tensors]:
-    """The optimiser's states by parameter name. CheckpointError where one is NaN, or the random state has a wrong form."""
+    """The optimiser's states by parameter name. CheckpointError: one is NaN, or the random state has a wrong form."""
     moments: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")

@@ -1,4 +1,4 @@
-"""Small files: JSON read with its damage named, text written whole or not at all, and what an error may show of either."""
+"""Small files: JSON read with its damage named, text written whole or not at all, and what an error shows of either."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def quote(value: object, limit: int = 60) -> str:
 
 
 def read_json(path: PathLike) -> Any:
-    """What a JSON file says. ValueError in one line that names it when it is no JSON; OSError when it cannot be read."""
+    """What a JSON file says. ValueError in one line that names it when it is no JSON; OSError: it cannot be read."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except RecursionError:

@@ -14,6 +14,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from tileformer import arguments
+from tileformer.kernels.info import require_device
+from tileformer.training import checkpoint
+from tileformer.training.data import text
+from tileformer.training.finetune import texts
+from tileformer.training.recipes import RECIPES
+from tileformer.training.recipes.recipe import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print one line for each word; 1 if there are some that cannot be read. ValueError: the checkpoint, or all of them."""
-    from tileformer.kernels.info import require_device
-    from tileformer.training import checkpoint
-    from tileformer.training.finetune import texts
-    from tileformer.training.recipes import RECIPES
-    from tileformer.training.recipes.recipe import Recipe, load
-
+    """Print one line for each word; 1 if there are some that cannot be read. ValueError: the checkpoint, or all."""
     device = require_device(args.device)
     path = checkpoint.latest(args.checkpoint)
     meta = checkpoint.read_state(path).get("meta", {})
@@ -44,11 +44,9 @@ def main(args: argparse.Namespace) -> int:
     inputs = [*_from_arguments(args.words)] if args.words else [*_from_standard_input(args.encoding)]
     if not inputs:
         raise ValueError("nothing to read: give inputs, or lines on standard input")
-    recipe = RECIPES[name]
-    parse: Any = recipe.parse
-    show: Any = recipe.show
+    recipe: Any = RECIPES[name]
     if "method" in meta:
-        (model, vocabulary), parse, show = texts.load_classifier(path, device), Recipe.parse, texts.show
+        (model, vocabulary), recipe = texts.load_classifier(path, device), texts
     else:
         model, vocabulary = load(recipe, path, device)
     readable: list[Any] = []
@@ -57,14 +55,14 @@ def main(args: argparse.Namespace) -> int:
         try:
             if isinstance(word, ValueError):
                 raise word
-            readable.append(parse(vocabulary, word))
+            readable.append(recipe.parse(vocabulary, word))
             faults.append("")
         except ValueError as error:
             faults.append(f"{where}{error}")
     bad = [*filter(None, faults)]
     if not readable:
         raise ValueError(bad[0] + (f"; and {len(bad) - 1:,} more like it" if len(bad) > 1 else ""))
-    answers = iter(show(model, vocabulary, readable))
+    answers = iter(recipe.show(model, vocabulary, readable))
     for fault in faults:
         print("" if fault else next(answers))
     for fault in bad:
@@ -80,8 +78,6 @@ def _from_arguments(words: list[str]) -> Iterator[tuple[str, str | ValueError]]:
 
 def _from_standard_input(encoding: str) -> Iterator[tuple[str, str | ValueError]]:
     """(where it stands, the line or why it is none) for each line of standard input that is not blank."""
-    from tileformer.training.data import text
-
     name = "standard input"
     for number, line in enumerate(text.lines_of(sys.stdin.buffer.read(), name, encoding, skip_bad_lines=True), 1):
         if isinstance(line, ValueError):

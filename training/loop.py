@@ -7,19 +7,21 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from tileformer.training import checkpoint
 from tileformer.training.files import quote, shorten, to_json
 from tileformer.training.log import open_log
 from tileformer.training.losses import sequence_loss
-from tileformer.training.optimizers import learning_rate_factor, make_optimizer, shrink
+from tileformer.training.optimizers import Groups, learning_rate_factor, make_optimizer, shrink
 from tileformer.training.process import Stop, lock, stop_at_next_step
 from tileformer.training.settings import Settings
 from tileformer.training.state import TrainState
@@ -49,8 +51,8 @@ AT_RISK, AT_RISK_SAVES = 60.0, 20
 class Report:
     """What `fit` did, the part before a resume counted too. `core_seconds`: CPU time of all threads of the process.
 
-    `loss` is the mean of the last interval, `valid_loss` that of the weights which the model has now, `skipped` the steps
-    that fp16 overflowed, `checkpoint` the newest.
+    `loss` is the mean of the last interval, `valid_loss` that of the weights which the model has now, `skipped` the
+    steps that fp16 overflowed, `checkpoint` the newest.
     """
 
     steps: int
@@ -122,7 +124,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     meta: dict[str, Any] | None = None,
-    groups: Sequence[dict[str, Any]] | None = None,
+    groups: Groups | None = None,
     backward: Backward = backward_once,
 ) -> Report:
     """Train `model` where it stands, until `settings.tokens` are spent or `settings.patience` is at an end.
@@ -130,19 +132,26 @@ def fit(
     batches: endless by repetition; valid: evaluated as `settings.valid_every` says. folder: where `log.jsonl` and
     checkpoints go (None: nowhere). meta: JSON-able facts stored with each checkpoint (the model's configuration, the
     vocabulary). groups: learning rates by layer, see `make_optimizer`. backward: runs forward and backward of one batch
-    as `backward_once` does, for methods that need more than one of each. With `resume` the newest checkpoint in `folder`
-    is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run that never
-    stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
+    as `backward_once` does, for methods that need more than one of each. With `resume` the newest checkpoint in
+    `folder` is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run
+    that never stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
 
-    With a folder, Ctrl-C and SIGTERM (in the main thread) let the step end and save it; then KeyboardInterrupt is raised,
-    or SystemExit of 143. A second Ctrl-C stops at once. A kill loses at most `AT_RISK` seconds, or as long as
+    With a folder, Ctrl-C and SIGTERM (in the main thread) let the step end and save it; then KeyboardInterrupt is
+    raised, or SystemExit of 143. A second Ctrl-C stops at once. A kill loses at most `AT_RISK` seconds, or as long as
     `AT_RISK_SAVES` saves take.
 
-    Raises ValueError: the settings steer by a validation loss and there is no `valid`, nothing is trainable, a model that
-    no checkpoint can hold, or a folder that another process has; CheckpointError: nothing to resume, no checkpoint that is
-    whole, other settings, data or `meta` than the checkpoint's, or, without `resume`, a folder that already holds one;
-    FloatingPointError when a loss, the gradient or a weight is not finite (nothing is saved then); OSError when a
-    checkpoint cannot be written. The last good checkpoint stays in each case.
+    Raises ValueError: the settings steer by a validation loss and there is no `valid`, nothing is trainable, a model
+    that no checkpoint can hold, or a folder that another process has; CheckpointError: nothing to resume, no checkpoint
+    that is whole, other settings, data or `meta` than the checkpoint's, or, without `resume`, a folder that already
+    holds one; FloatingPointError when a loss, the gradient or a weight is not finite (nothing is saved then); OSError
+    when a checkpoint cannot be written. The last good checkpoint stays in each case.
+
+    Example:
+        >>> from tileformer.decoder import Seq2Seq, Seq2SeqConfig
+        >>> from tileformer.training import Batches
+        >>> model = Seq2Seq(Seq2SeqConfig(10, 10, d_model=16, nhead=2, dim_feedforward=32))
+        >>> fit(model, Batches([([3, 4, 5], [5, 4, 3])], batch_size=1), Settings(tokens=70)).steps
+        10
     """
     if settings.steered and valid is None:
         raise ValueError(f"{settings.steered} needs a validation loss: pass valid=")
@@ -157,7 +166,7 @@ def fit(
         device = next(model.parameters()).device
         precision = resolve_precision(settings.precision, device)
         optimizer = make_optimizer(model, settings, groups)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        scaler = GradScaler(device.type, enabled=precision == "fp16")
         # Through JSON, so that it compares equal to what a checkpoint says (JSON has no tuples).
         run = json.loads(to_json({"settings": asdict(settings) | {"precision": precision}, "meta": meta or {}}))
         state, saved, between = TrainState(), None, None
@@ -307,20 +316,15 @@ def _steps(batches: AnyBatches, accumulate: int) -> Iterator[tuple[list[Any], di
             taken = ahead
 
 
-def _check_finite(step: int, loss: float, gradient: float, scaler: torch.amp.GradScaler) -> None:
-    """FloatingPointError for a run that has diverged. An overflow that fp16 skipped is none, until no scale avoids it."""
+def _check_finite(step: int, loss: float, gradient: float, scaler: GradScaler) -> None:
+    """FloatingPointError for a run that has diverged. An overflow that fp16 skipped is none while a scale avoids it."""
     overflow = scaler.is_enabled() and scaler.get_scale() >= 1
     if not (math.isfinite(loss) and (math.isfinite(gradient) or overflow)):
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {gradient}; try a lower lr or clip")
 
 
 def _restore(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: AnyBatches,
-    run: dict[str, Any],
+    path: Path, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, batches: AnyBatches, run: dict[str, Any]
 ) -> TrainState:
     """Put a checkpoint back into every object that has state; returns where it stands."""
     state = checkpoint.read_training_state(path)

@@ -21,9 +21,9 @@ def classification_loss(
 ) -> Tensor:
     """Mean cross-entropy of the class in nats. Shape (). Every id from 0 is a class.
 
-    batch: a `LabelledBatch`; model(source) gives logits (B, classes). class_weights (classes,): a mean weighted by class.
-    Where the batch has `weights` (B,), a row's loss counts so many times in the mean over rows, so that a batch of doubtful
-    rows moves the model less than one of sure ones.
+    batch: a `LabelledBatch`; model(source) gives logits (B, classes). class_weights (classes,): a mean weighted by
+    class. Where the batch has `weights` (B,), a row's loss counts so many times in the mean over rows, so that a batch
+    of doubtful rows moves the model less than one of sure ones.
     """
     logits = model(batch.source)
     weight = None if class_weights is None else class_weights.to(logits.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tileformer.training.settings import Settings
 
+Groups = Sequence[dict[str, Any]]
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 # 0.02 for the normal ones: GPT-2 (Radford et al. 2019) and BERT (Devlin et al. 2018, cut at two deviations).
@@ -27,9 +28,9 @@ INITIALISATIONS: dict[str, Callable[[Tensor], Any]] = {
 def learning_rate_factor(progress: float, settings: Settings) -> float:
     """The learning rate as a share of `settings.lr`, at `progress` (0 to 1) of the budget.
 
-    After the warm-up, with 1 at its end: "cosine" and "linear" fall to `floor` at the end of the budget; "wsd" (warm-up,
-    stable, decay) stays and falls linearly over the last `decay` of it; "inverse_sqrt" falls as sqrt(warmup / progress)
-    (Vaswani et al. 2017); "constant" stays; "plateau" stays here, because it is the validation loss that lowers it.
+    After the warm-up, with 1 at its end: "cosine" and "linear" fall to `floor` at the end of the budget; "wsd"
+    (warm-up, stable, decay) stays and falls linearly over the last `decay` of it; "inverse_sqrt" falls as sqrt(warmup /
+    progress) (Vaswani et al. 2017); "constant" stays; "plateau" stays here: it is the validation loss that lowers it.
     """
     if progress < settings.warmup:
         return progress / settings.warmup
@@ -66,9 +67,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def make_optimizer(
-    model: nn.Module, settings: Settings, groups: Sequence[dict[str, Any]] | None = None
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: Settings, groups: Groups | None = None) -> torch.optim.Optimizer:
     """`settings.optimizer` over the trainable parameters of `model`, in decayed and plain groups.
 
     groups: {"params": parameters, "lr_scale": share of the learning rate} each, for rates that differ by layer; what no
@@ -98,7 +97,7 @@ def make_optimizer(
 
 @torch.no_grad()
 def shrink(optimizer: torch.optim.Optimizer, l1: float) -> None:
-    """One proximal step of an L1 penalty: decayed weights move towards 0 by their learning rate x `l1`, and stop there."""
+    """One proximal step of an L1 penalty: decayed weights move towards 0 by learning rate x `l1`, and stop there."""
     for group in optimizer.param_groups:
         if group["shrink"]:
             for parameter in group["params"]:
@@ -124,7 +123,7 @@ def initialise(model: nn.Module, name: str) -> None:
             INITIALISATIONS[name](parameter)
 
 
-def _scales(model: nn.Module, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, float]:
+def _scales(model: nn.Module, groups: Groups) -> dict[nn.Parameter, float]:
     """The learning rate's share of every parameter that a group names."""
     own = set(model.parameters())
     scales: dict[nn.Parameter, float] = {}

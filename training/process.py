@@ -29,8 +29,8 @@ def require_single() -> None:
 
 @contextlib.contextmanager
 def lock(folder: PathLike) -> Iterator[None]:
-    """Hold `folder`, which is made if need be, for this thread; taken again inside, it is held already. A folder that was
-    made for nothing, because what went on inside refused to begin, is taken away again.
+    """Hold `folder`, which is made if need be, for this thread; taken again inside, it is held already. A folder that
+    was made for nothing, because what went on inside refused to begin, is taken away again.
 
     The kernel releases it with the process, however that ends. ValueError when another one has it. A file system that
     knows no locks is used without.

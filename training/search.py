@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tileformer.training.extras import optional_import
+from tileformer.extras import optional_import
+from tileformer.training.files import PathLike
 
 Objective = Callable[[dict[str, Any]], float]
+Score = Callable[[Sequence[int], Sequence[int]], float]
+Space = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,7 @@ class Trial:
     value: float
 
 
-def grid_search(
-    objective: Objective, space: dict[str, Sequence[Any]], *, storage: str | os.PathLike[str] | None = None
-) -> list[Trial]:
+def grid_search(objective: Objective, space: Space, *, storage: PathLike | None = None) -> list[Trial]:
     """Try every combination of the values that `space` lists for each name; returns the trials, best first.
 
     objective: parameters to a loss (train, then return the valid loss); one that diverges counts as infinite. storage:
@@ -36,40 +37,31 @@ def grid_search(
     points = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     if not space or not points:
         raise ValueError(f"expected names with at least one value each to try, got {space}")
-    optuna = _optuna()
     for name, values in lists.items():
         if storage is not None and (odd := [x for x in values if not isinstance(x, str | int | float | None)]):
             raise ValueError(f"{name}: a file keeps numbers and strings, not {odd[0]!r}: search without storage")
-    study = _study(optuna, f"grid {lists}", storage)
+    study = _study(f"grid {lists}", storage)
     while left := [point for point in points if point not in [trial.params for trial in _finished(study)]]:
         study.enqueue_trial(left[0])
-        _try(optuna, study, 0, objective, lists)
+        _try(study, 0, objective, lists)
     return _ranked(study)
 
 
 def random_search(
-    objective: Objective,
-    space: dict[str, Sequence[Any]],
-    trials: int,
-    *,
-    seed: int = 0,
-    storage: str | os.PathLike[str] | None = None,
+    objective: Objective, space: Space, trials: int, *, seed: int = 0, storage: PathLike | None = None
 ) -> list[Trial]:
     """Try `trials` random choices (Bergstra and Bengio 2012); the rest as `grid_search`.
 
     space: by name a list of values, or a range as a tuple: (low, high) of two ints or floats, both included, or
     (low, high, "log") to draw evenly in the logarithm. The n-th choice follows from `seed` and n alone.
     """
-    optuna = _optuna()
-    study = _study(optuna, f"random {space} {seed}", storage)
+    study = _study(f"random {space} {seed}", storage)
     while (number := len(_finished(study))) < trials:
-        _try(optuna, study, random.Random(f"{seed}/{number}").getrandbits(32), objective, space)
+        _try(study, random.Random(f"{seed}/{number}").getrandbits(32), objective, space)
     return _ranked(study)
 
 
-def cross_validate(
-    score: Callable[[Sequence[int], Sequence[int]], float], labels: Sequence[Any], k: int = 5, *, seed: int = 0
-) -> tuple[float, ...]:
+def cross_validate(score: Score, labels: Sequence[Any], k: int = 5, *, seed: int = 0) -> tuple[float, ...]:
     """The scores of k folds: train on all rows but a fold, test on that; every class is spread evenly over the folds.
 
     score: (row numbers to train on, row numbers to test on) to a figure. labels: the class of each row.
@@ -86,14 +78,10 @@ def cross_validate(
     return tuple(score(train.tolist(), test.tolist()) for train, test in splits)
 
 
-def _optuna() -> Any:
+def _study(what: str, storage: PathLike | None) -> Any:
+    """The study of exactly this search, new or continued: one file can hold several."""
     optuna = optional_import("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def _study(optuna: Any, what: str, storage: str | os.PathLike[str] | None) -> Any:
-    """The study of exactly this search, new or continued: one file can hold several."""
     url = None if storage is None else f"sqlite:///{os.fspath(storage)}"
     name = hashlib.sha256(what.encode()).hexdigest()[:16]
     return optuna.create_study(storage=url, study_name=name, load_if_exists=True, direction="minimize")
@@ -103,11 +91,12 @@ def _finished(study: Any) -> list[Any]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
 
-def _try(optuna: Any, study: Any, seed: int, objective: Objective, space: Mapping[str, Sequence[Any]]) -> None:
+def _try(study: Any, seed: int, objective: Objective, space: Space) -> None:
     """One trial. An error or a kill leaves it unfinished, and the next search takes its place.
 
     optuna's GridSampler is of no use here: it wants to stop a loop of optuna's own, where an error finishes a trial.
     """
+    optuna = optional_import("optuna")
     study.sampler = optuna.samplers.RandomSampler(seed)
     trial = study.ask()
     parameters: dict[str, Any] = {}

@@ -18,14 +18,14 @@ NOT_NEGATIVE = ("momentum", "weight_decay", "l1", "patience")
 class Settings:
     """How to learn. The budget is counted in tokens (`Batch.tokens`): it means the same at every batch size and speed.
 
-    The learning rate rises linearly over the first `warmup` of the budget, then follows `schedule` (`learning_rate_factor`
-    says how; `decay` is of "wsd", `floor` the lowest share of `lr`). "plateau" multiplies the rate by `plateau_factor`
-    whenever `plateau_wait` validations in a row bring no lower loss.
+    The learning rate rises linearly over the first `warmup` of the budget, then follows `schedule`
+    (`learning_rate_factor` says how; `decay` is of "wsd", `floor` the lowest share of `lr`). "plateau" multiplies the
+    rate by `plateau_factor` whenever `plateau_wait` validations in a row bring no lower loss.
 
     `betas` belong to AdamW; their second also averages RMSprop's squares. `momentum` belongs to SGD and RMSprop.
-    `weight_decay` is decoupled in AdamW and an L2 penalty in the other two. `l1` moves every decayed weight towards 0 by
-    lr x l1 a step and not past it: a proximal step behind the optimiser's, so the reported loss holds no penalty, and
-    weights that plain SGD moves by less become exactly 0 (momentum and adaptive steps move them further).
+    `weight_decay` is decoupled in AdamW and an L2 penalty in the other two. `l1` moves every decayed weight towards 0
+    by lr x l1 a step and not past it: a proximal step behind the optimiser's, so the reported loss holds no penalty,
+    and weights that plain SGD moves by less become exactly 0 (momentum and adaptive steps move them further).
     A step adds up `accumulate` batches, weighted by their labels; the last step of an epoch takes what is left.
 
     Precision "auto" is `resolve_precision`; "fp16" scales the loss and skips the steps whose gradients overflow.
@@ -85,17 +85,12 @@ class Settings:
         if every not in ("save", "epoch") and not (isinstance(every, int) and every > 0):
             raise ValueError(f"valid_every must be 'save', 'epoch' or a number of steps, got {quote(every, 200)}")
         if self.steered and every == "save":
-            raise ValueError(
-                f"valid_every must be 'epoch' or a number of steps with {self.steered}: "
-                "how often a checkpoint is written must not decide what is learnt"
-            )
+            why = "how often a checkpoint is written must not decide what is learnt"
+            raise ValueError(f"valid_every must be 'epoch' or a number of steps with {self.steered}: {why}")
 
     @property
     def steered(self) -> str:
         """The first setting that lets the validation loss decide something; empty when none does."""
-        asked = {
-            "schedule='plateau'": self.schedule == "plateau",
-            f"patience={self.patience}": self.patience > 0,
-            "keep_best": self.keep_best,
-        }
+        plateau, patience = self.schedule == "plateau", f"patience={self.patience}"
+        asked = {"schedule='plateau'": plateau, patience: self.patience > 0, "keep_best": self.keep_best}
         return next((name for name, wanted in asked.items() if wanted), "")

@@ -60,11 +60,11 @@ def _is(value: Any, kind: Any) -> bool:
 
 @dataclass
 class TrainState:
-    """Where a run stands: what its checkpoint holds beside weights, optimiser, random states and the position in the data.
+    """Where a run stands: what its checkpoint holds beside weights, optimiser, random states and position in the data.
 
     validations_since_best: since the lowest loss, `best`, was measured at `best_step`; plateau_factor: what the plateau
-    rule has left of the learning rate; last: the last line of the log. pending_*: steps behind that line, and their sums.
-    between: saved between two of the periodic checkpoints, because the run was stopped or time had passed.
+    rule has left of the learning rate; last: the last line of the log. pending_*: steps behind that line, and their
+    sums. between: saved between two of the periodic checkpoints, because the run was stopped or time had passed.
 
     Raises ValueError for numbers that no run can have.
     """

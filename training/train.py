@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+from typing import Any
 
 from tileformer.training import checkpoint, process
 from tileformer.training.recipes import RECIPES, recipe, run
@@ -19,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the recipes and stop")
     recipes = parser.add_subparsers(dest="recipe", metavar="RECIPE", help="what to train; its options: RECIPE --help")
     for value in RECIPES.values():
-        form = argparse.RawDescriptionHelpFormatter
-        recipe.add_arguments(recipes.add_parser(value.name, description=value.about, formatter_class=form), value)
+        texts: Any = {"help": value.about.splitlines()[0].partition(": ")[2], "description": value.about}
+        one = recipes.add_parser(value.name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+        recipe.add_arguments(one, value)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -46,8 +46,8 @@ class Op:
         cost: of (sizes, options, bytes of an element).
         error_sizes: of (tensors, options, results, grad_outputs), all float64 on the CPU: for each result whose error budget is not the largest
             |result|, the sum of the absolute values of what is added up (bench/check/budget.py).
-        draw: of (op, p, seed, device, dtype): (..., rows, columns) once from the forward and once from the backward, 0 where an element is
-            dropped and else what a 1 becomes. None for an op without dropout.
+        draw: of (op, p, seed, a tensor of the dtype and device): (..., rows, columns) once from the forward and once from the backward, 0 where
+            an element is dropped and else what a 1 becomes. None for an op without dropout.
     """
 
     axes: tuple[str, ...]
@@ -85,14 +85,9 @@ def key_padding(kind: str, b: int, t_k: int, device: torch.device | str = "cpu")
     if kind == "quarter":
         evenly = [max(1, t_k - (t_k - t_k // 4) * n // max(b - 1, 1)) for n in range(b)]
         return column < torch.tensor(evenly, device=device)[:, None]
-    return {
-        "right": column < length,
-        "left": column >= t_k - length,
-        "holes": column % 3 != 1,
-        "none": (column < length) & (torch.arange(b, device=device)[:, None] < b - 1),
-        "nowhere": column < 0,
-        "all": column >= 0,
-    }[kind]
+    last = torch.arange(b, device=device)[:, None] == b - 1
+    kinds = dict(right=column < length, left=column >= t_k - length, holes=column % 3 != 1)
+    return (kinds | dict(none=(column < length) & ~last, nowhere=column < 0, all=column >= 0))[kind]
 
 
 def _build_attention(
@@ -211,29 +206,19 @@ def attention_sizes(
     shared = lambda x: x.unflatten(1, (h_kv, h // h_kv)).sum(2)  # noqa: E731
 
     def gradients(ds: Tensor, dropped: Tensor) -> dict[str, Tensor | float]:
+        dk, dv = shared(ds.transpose(-1, -2) @ q.abs()), shared(dropped.transpose(-1, -2) @ dout.abs())
         return dict(
-            dq=scale * ds @ key,
-            dk=scale * shared(ds.transpose(-1, -2) @ q.abs()),
-            dv=shared(dropped.transpose(-1, -2) @ dout.abs()),
-            dbias=0.0 if bias is None else ds.sum_to_size(bias.shape),
+            dq=scale * ds @ key, dk=scale * dk, dv=dv, dbias=0.0 if bias is None else ds.sum_to_size(bias.shape)
         )
 
     again = {f"{name} again": x for name, x in gradients(ds * scores, dropped * scores).items()}
     return dict(out=dropped @ value, lse=scores.amax(-1) if t_k else 0.0, **gradients(ds, dropped), **again)
 
 
-def _attention_error_sizes(
-    tensors: Tensors, options: Options, results: Tensors, grads: Tensors
-) -> dict[str, Tensor | float]:
-    return attention_sizes(**tensors, out=results["out"], dout=grads["out"], dlse=grads.get("lse"), **options)
-
-
-def _attention_draw(
-    op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _attention_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Equal scores over n keys and v = n I make the output the dropped weights; their transpose is the gradient of v for dO = I."""
     b, h, n = 2, 2, 64
-    identity = torch.eye(n, dtype=dtype, device=device).expand(b, h, n, n).contiguous()
+    identity = torch.eye(n, dtype=like.dtype, device=like.device).expand(b, h, n, n).contiguous()
     zeros = torch.zeros_like(identity)
     v = (n * identity).requires_grad_()
     out = op(zeros, zeros, v, dropout_p=p, seed=seed)
@@ -309,15 +294,12 @@ def _log_softmax_error_sizes(tensors: Tensors, options: Options, results: Tensor
 
 def _dropout_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     """x, residual -> y;  dy -> dx (the residual's gradient is dy itself)."""
-    x = math.prod(sizes.values())
-    return Cost((item * 3 * x, item * 2 * x))
+    return Cost((3 * item * math.prod(sizes.values()), 2 * item * math.prod(sizes.values())))
 
 
-def _dropout_draw(
-    op: Any, p: float, seed: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _dropout_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor of ones shows its own factors; so does its gradient."""
-    x = torch.ones(256, 128, dtype=dtype, device=device).requires_grad_()
+    x = like.new_ones(256, 128).requires_grad_()
     out = op(x, p, seed=seed)
     (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
     return out.detach(), dx
@@ -343,12 +325,6 @@ def _cross_entropy_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     """Forward and backward need one read and one write together."""
     logits, targets = item * sizes["R"] * sizes["V"], 8 * sizes["R"]
     return Cost((logits + targets, 2 * logits + targets), both=2 * logits + targets)
-
-
-def _cross_entropy_error_sizes(
-    tensors: Tensors, options: Options, results: Tensors, grads: Tensors
-) -> dict[str, Tensor | float]:
-    return dict(out=_largest(results["out"]) + _largest(tensors["logits"]))
 
 
 # a decoder layer: its parameters by their names in the state_dict
@@ -390,13 +366,24 @@ def _layer_cost(sizes: Sizes, options: Options, item: int) -> Cost:
 ROWS = ("N", "R N", "B R N", "B H T_q T_k")
 OPS = {
     "attention": Op(
-        ("B H H_kv T_q T_k D",), _build_attention, _attention_cost, _attention_error_sizes, _attention_draw
+        ("B H H_kv T_q T_k D",),
+        _build_attention,
+        _attention_cost,
+        lambda tensors, options, results, grads: attention_sizes(
+            **tensors, **options, out=results["out"], dout=grads["out"], dlse=grads.get("lse")
+        ),
+        _attention_draw,
     ),
     "layer_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=True)),
     "rms_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=False)),
     "softmax": Op(ROWS, _build_rows, _softmax_cost, _softmax_error_sizes),
     "log_softmax": Op(ROWS, _build_rows, _softmax_cost, _log_softmax_error_sizes),
-    "cross_entropy": Op(("R V",), _build_cross_entropy, _cross_entropy_cost, _cross_entropy_error_sizes),
+    "cross_entropy": Op(
+        ("R V",),
+        _build_cross_entropy,
+        _cross_entropy_cost,
+        lambda tensors, _, results, grads: dict(out=_largest(results["out"]) + _largest(tensors["logits"])),
+    ),
     "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
     "decoder_layer": Op(("B T_q T_k C H F",), _build_layer, _layer_cost),
 }

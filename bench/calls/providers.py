@@ -13,6 +13,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def providers(op: str) -> dict[str, Provider]:
 def reference(call: Call) -> Function:
     """The definition, to run in float64: kernels.reference, or torch.nn's layer."""
     if call.op == "decoder_layer":
-        return _layer(nn.TransformerDecoderLayer)(call)
+        return _layer(nn.TransformerDecoderLayer, False, call)
     return function_of(kernels.reference, call.op)
 
 
@@ -72,17 +73,11 @@ def _package(name: str) -> Any:
         raise Unavailable(f"{name} cannot be imported: {' '.join(str(error).split())}") from None
 
 
-def _peer(
-    module: str,
-    compute: Callable[[Any, Tensors, Options], Tensor],
-    *limits: str,
-    half: bool = False,
-    heads_last: bool = False,
-) -> Provider:
+def _peer(module: str, compute: Any, *limits: str, half: bool = False, heads_last: bool = False) -> Provider:
     """A provider from another package: compute(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only;
     heads_last: it would copy tensors that are not stored (B, T, H, D), so its own are."""
 
-    def build(call: Call) -> Function:
+    def provider(call: Call) -> Function:
         sizes, options = call.sizes, call.options
         reasons = {
             "takes no mask": "mask" in options,
@@ -103,7 +98,7 @@ def _peer(
             run.stored = lambda x: x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)  # type: ignore[attr-defined]
         return run
 
-    return build
+    return provider
 
 
 class _Pair(torch.autograd.Function):
@@ -117,7 +112,8 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Any) -> Any:
-        return None, None, *ctx.backward_of(dy, *ctx.saved)
+        grads = ctx.backward_of(dy, *ctx.saved)
+        return None, None, *(grads if isinstance(grads, tuple) else (grads,))
 
 
 def _compile(function: Any) -> Any:
@@ -130,23 +126,19 @@ def _no_slow_compilation(x: Tensor) -> None:
     _refuse({"a compilation takes minutes on a CPU: timed on CUDA only": slow})
 
 
-def _eager(function: Function, compiled: bool = False) -> Provider:
+def _eager(function: Function, compiled: bool, call: Call) -> Function:
     """An eager function, or what torch.compile makes of it. A causal one finds its mask as the option "future"."""
+    compute = _compile(function) if compiled else function
 
-    def build(call: Call) -> Function:
-        compute = _compile(function) if compiled else function
+    def run(t: Tensors, o: Options) -> Tensor:
+        x = next(iter(t.values()))
+        if compiled:
+            _no_slow_compilation(x)
+        if o.get("causal"):
+            o = o | dict(future=_future(call.sizes["T_q"], call.sizes["T_k"], x.device))
+        return compute(t, o)
 
-        def run(t: Tensors, o: Options) -> Tensor:
-            x = next(iter(t.values()))
-            if compiled:
-                _no_slow_compilation(x)
-            if o.get("causal"):
-                o = o | dict(future=_future(call.sizes["T_q"], call.sizes["T_k"], x.device))
-            return compute(t, o)
-
-        return run
-
-    return build
+    return run
 
 
 # ---- attention: tensors q, k, v; options mask, key_mask, causal, dropout_p, seed
@@ -201,35 +193,31 @@ def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
     )
 
 
-def _sdpa(backend: SDPBackend) -> Provider:
+def _sdpa(backend: SDPBackend, call: Call) -> Function:
     """One backend of torch's attention. Where it refuses, the reason is what torch says in warnings."""
+    tried: list[bool] = []
 
-    def build(call: Call) -> Function:
-        tried: list[bool] = []
+    def attend(t: Tensors, o: Options) -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa_attention(t, o)
 
-        def attend(t: Tensors, o: Options) -> Tensor:
-            with sdpa_kernel(backend):
-                return _sdpa_attention(t, o)
+    def run(t: Tensors, o: Options) -> Tensor:
+        if tried:
+            return attend(t, o)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                out = attend(t, o)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                said = [str(w.message).split(" (Triggered")[0] for w in caught]
+                said = [line for line in said if not line.endswith("because:") and "disabled" not in line]
+                raise Unavailable("; ".join(said) or str(error).splitlines()[0]) from None
+        tried.append(True)
+        return out
 
-        def run(t: Tensors, o: Options) -> Tensor:
-            if tried:
-                return attend(t, o)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                try:
-                    out = attend(t, o)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    said = [str(w.message).split(" (Triggered")[0] for w in caught]
-                    said = [line for line in said if not line.endswith("because:") and "disabled" not in line]
-                    raise Unavailable("; ".join(said) or str(error).splitlines()[0]) from None
-            tried.append(True)
-            return out
-
-        return run
-
-    return build
+    return run
 
 
 def _flex(call: Call) -> Function:
@@ -307,16 +295,11 @@ def _flag_gems_attention(package: Any, t: Tensors, o: Options) -> Tensor:
 
 
 def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
-    shape = o["normalized_shape"]
-
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        y, mean, rstd = package.layer_norm(x, shape, weight, bias, o["eps"])
-        return y, (x, mean, rstd, weight, bias)
+        y, mean, rstd = package.layer_norm(x, o["normalized_shape"], weight, bias, o["eps"])
+        return y, (x, o["normalized_shape"], mean, rstd, weight, bias)
 
-    def backward(dy: Tensor, x: Tensor, *saved: Tensor) -> Any:
-        mean, rstd, weight, bias = saved
-        return package.layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, [True, True, True])
-
+    backward = lambda dy, *saved: package.layer_norm_backward(dy, *saved, [True, True, True])  # noqa: E731
     return _Pair.apply(forward, backward, t["x"], t["weight"], t["bias"])
 
 
@@ -331,11 +314,8 @@ def _from_output(forward: Any, backward: Any) -> Any:
     """An op of x whose backward reads what its forward wrote: forward(package, x), backward(package, dy, y)."""
 
     def compute(package: Any, t: Tensors, o: Options) -> Tensor:
-        def keep(x: Tensor) -> Any:
-            y = forward(package, x)
-            return y, (y,)
-
-        return _Pair.apply(keep, lambda dy, y: (backward(package, dy, y),), t["x"])
+        keep = lambda x: (y := forward(package, x), (y,))  # noqa: E731
+        return _Pair.apply(keep, lambda dy, y: backward(package, dy, y), t["x"])
 
     return compute
 
@@ -350,51 +330,44 @@ def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
 def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     def forward(x: Tensor) -> Any:
         y, mask = package.dropout(x, o["p"], True)
-        return y, (mask,)
+        return y, (mask, 1 / (1 - o["p"]))
 
-    def backward(dy: Tensor, mask: Tensor) -> Any:
-        return (package.dropout_backward(dy, mask, 1 / (1 - o["p"])),)
-
-    return t["residual"] + _Pair.apply(forward, backward, t["x"])
+    return t["residual"] + _Pair.apply(forward, lambda dy, *saved: package.dropout_backward(dy, *saved), t["x"])
 
 
 # ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict; options causal, dropout, norm_first, key_mask
 
 
-def _layer(kind: type[nn.Module], compiled: bool = False) -> Provider:
+def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
     """A layer class; its parameters become the workload's very tensors, so that gradients are theirs."""
+    sizes = (call.sizes[name] for name in ("C", "H", "F"))
+    options = dict(norm_first=call.options["norm_first"], batch_first=True, device="meta")
+    layer = kind(*sizes, call.options["dropout"], **options)
+    forward = _compile(layer) if compiled else layer
+    attached: list[Tensor] = []
 
-    def build(call: Call) -> Function:
-        sizes = (call.sizes[name] for name in ("C", "H", "F"))
-        options = dict(norm_first=call.options["norm_first"], batch_first=True, device="meta")
-        layer = kind(*sizes, call.options["dropout"], **options)
-        forward = _compile(layer) if compiled else layer
-        attached: list[Tensor] = []
+    def run(t: Tensors, o: Options) -> Tensor:
+        x = t["x"]
+        if compiled:
+            _no_slow_compilation(x)
+        if not (attached and attached[0] is x):
+            for name in set(t) - {"x", "memory"}:
+                owner, _, leaf = name.rpartition(".")
+                module = layer.get_submodule(owner)
+                delattr(module, leaf)
+                setattr(module, leaf, t[name])
+            attached[:] = [x]
+        padding = None if o.get("key_mask") is None else ~o["key_mask"]
+        causal = _future(x.shape[1], x.shape[1], x.device)
+        return forward(x, t["memory"], tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
 
-        def run(t: Tensors, o: Options) -> Tensor:
-            x = t["x"]
-            if compiled:
-                _no_slow_compilation(x)
-            if not (attached and attached[0] is x):
-                for name in set(t) - {"x", "memory"}:
-                    owner, _, leaf = name.rpartition(".")
-                    module = layer.get_submodule(owner)
-                    delattr(module, leaf)
-                    setattr(module, leaf, t[name])
-                attached[:] = [x]
-            padding = None if o.get("key_mask") is None else ~o["key_mask"]
-            causal = _future(x.shape[1], x.shape[1], x.device)
-            return forward(x, t["memory"], tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
-
-        return run
-
-    return build
+    return run
 
 
 def _torch(eager: Function) -> dict[str, Provider]:
     """The providers that every op has: ours, PyTorch's own operators, and what torch.compile makes of them."""
     ours = lambda call: function_of(kernels, call.op)  # noqa: E731
-    return {OURS: ours, "eager": _eager(eager), "torch.compile": _eager(eager, compiled=True)}
+    return {OURS: ours, "eager": partial(_eager, eager, False), "torch.compile": partial(_eager, eager, True)}
 
 
 _NO_MASKS = "takes no mask", "takes padding only as packed sequences"
@@ -403,10 +376,10 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     "attention": _torch(_eager_attention)
     | {
         "sdpa": lambda _: _sdpa_attention,
-        "sdpa flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-        "sdpa efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
-        "sdpa cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
-        "sdpa math": _sdpa(SDPBackend.MATH),
+        "sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+        "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+        "sdpa math": partial(_sdpa, SDPBackend.MATH),
         "flex": _flex,
         "flash_attn": _peer("flash_attn", _flash_attn, *_NO_MASKS, half=True),
         "flash_attn 3": _peer("flash_attn_interface", _flash_attn, *_NO_MASKS, "has no dropout", half=True),
@@ -469,8 +442,8 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"])) | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
     "decoder_layer": {
-        OURS: _layer(TransformerDecoderLayer),
-        "eager": _layer(nn.TransformerDecoderLayer),
-        "torch.compile": _layer(nn.TransformerDecoderLayer, compiled=True),
+        OURS: partial(_layer, TransformerDecoderLayer, False),
+        "eager": partial(_layer, nn.TransformerDecoderLayer, False),
+        "torch.compile": partial(_layer, nn.TransformerDecoderLayer, True),
     },
 }  # fmt: skip

@@ -104,13 +104,13 @@ class Memory:
 
     def problems(self) -> list[str]:
         """One line for each tensor around which, or into which, something was written that should not have been."""
-        found = []
+        wrong = []
         for memory, before, x in self.inputs:
             if changed := int((memory != before).sum()):
-                found.append(f"wrote {2 * changed} bytes into or around an input of shape {tuple(x.shape)}")
+                wrong.append(f"wrote {2 * changed} bytes into or around an input of shape {tuple(x.shape)}")
         for memory, size, x in self.outputs:
             first = BAND // 2
             bands = torch.cat([memory[:first], memory[first + math.ceil(size / 2) :]])
             if changed := int((bands != self.fresh).sum()):
-                found.append(f"wrote {2 * changed} bytes outside a tensor of shape {tuple(x.shape)}")
-        return found
+                wrong.append(f"wrote {2 * changed} bytes outside a tensor of shape {tuple(x.shape)}")
+        return wrong

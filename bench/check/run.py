@@ -41,39 +41,28 @@ from tileformer.bench.check.report import TABLE, Finding, collect, page, summary
 from tileformer.bench.static import compiled
 from tileformer.bench.tables import Growing, as_json, head, line
 from tileformer.kernels import info, interpreter, launch
+from tileformer.kernels.backend import Backend
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
 
 def results_of(
-    namespace: Any,
-    call: Call,
-    dtype: torch.dtype,
-    device: torch.device,
-    rounded: torch.dtype,
-    memory: Memory | None = None,
-) -> tuple[Tensors, Tensors]:
-    """Results of a call, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`: outputs and gradients, and
-    the gradients of the outputs that it started from.
-
-    With `memory`, inputs lie there, strided as the call says.
+    namespace: Any, call: Call, dtype: torch.dtype, device: torch.device, rounded: torch.dtype, memory: Memory | None = None
+) -> tuple[Tensors, Tensors]:  # fmt: skip
+    """Results of a call, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`; and the gradients of the
+    outputs that it started from. With `memory`, inputs lie there, strided as the call says.
     """
-    tensors, options = call.inputs()
 
     def put(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        value = x
-        if is_floating(x):
-            wide = name in call.fp32
-            value = x.to(torch.float32 if wide else rounded)
-            value = value.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
-        if memory is None:
-            return value.to(device)
-        return memory.place(value.to(device), x, FAR_AXIS.get(call.layouts.get(name, "")))
+        single, wide = name in call.fp32, torch.promote_types(dtype, torch.float32)
+        value = _rounded(call, name, x, rounded).to(device)
+        value = value.to(wide if single else dtype) if is_floating(x) else value
+        return value if memory is None else memory.place(value, x, FAR_AXIS.get(call.layouts.get(name, "")))
 
-    leaves = {name: put(name, x).requires_grad_() for name, x in tensors.items()}
-    options = {name: put(name, x) for name, x in options.items()}
+    leaves, options = ({name: put(name, x) for name, x in named.items()} for named in call.inputs())
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     generator = torch.Generator().manual_seed(1)
 
     def grad_output(name: str, x: Tensor) -> Tensor:
@@ -86,20 +75,21 @@ def results_of(
         return differentiate(function_of(namespace, call.op), leaves, options, grad_output)
 
 
+def _rounded(call: Call, name: str, x: Any, dtype: torch.dtype) -> Any:
+    return x.to(torch.float32 if name in call.fp32 else dtype) if is_floating(x) else x
+
+
 def _error_sizes(call: Call, truth: Tensors, grads: Tensors, rounded: torch.dtype) -> Tensors:
     """For each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
-
-    def wide(name: str, x: Any) -> Any:
-        return x.to(torch.float32 if name in call.fp32 else rounded).double() if is_floating(x) else x
-
-    tensors, options = ({name: wide(name, x) for name, x in named.items()} for named in call.inputs())
+    exact = lambda name, x: _rounded(call, name, x, rounded).double() if is_floating(x) else x  # noqa: E731
+    tensors, options = ({name: exact(name, x) for name, x in named.items()} for named in call.inputs())
     truth, grads = ({name: x.cpu() for name, x in named.items()} for named in (truth, grads))
     largest = {name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()}
     sizes = largest | dict(OPS[call.op].error_sizes(tensors, options, truth, grads))
     return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in sizes.items()}
 
 
-def errors_of(call: Call, dtype_name: str, backend: str, device: torch.device) -> dict[str, float]:
+def errors_of(call: Call, dtype_name: str, backend: Backend, device: torch.device) -> dict[str, float]:
     """Error over budget of each output and gradient of a call: at most 1 passes.
 
     Raises:
@@ -110,7 +100,7 @@ def errors_of(call: Call, dtype_name: str, backend: str, device: torch.device) -
     return finding.over_budget
 
 
-def examine(call: Call, dtype_name: str, backend: str, device: torch.device, runs: int = 2) -> Finding:
+def examine(call: Call, dtype_name: str, backend: Backend, device: torch.device, runs: int = 2) -> Finding:
     """Everything that is checked about a call; `runs` times, for the same bits."""
     finding = Finding(call.op, call.name, dtype_name, call.reason)
     dtype = DTYPES[dtype_name]
@@ -145,15 +135,16 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
-def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.device) -> Finding:
+def examine_draws(call: Call, dtype_name: str, backend: Backend, device: torch.device) -> Finding:
     """Deviation over its bound of each statistic of an op's dropout, and whether seeds replay."""
     finding = Finding(call.op, call.name, dtype_name, call.reason)
     draw, dtype, p = OPS[call.op].draw, DTYPES[dtype_name], call.dropout
     assert draw is not None
+    like = torch.empty(0, dtype=dtype, device=device)
 
     def drawn(seed: Tensor | None) -> tuple[Tensor, Tensor]:
         with kernels.use_backend(backend):
-            return draw(getattr(kernels, call.op), p, seed, device, dtype)
+            return draw(getattr(kernels, call.op), p, seed, like)
 
     def within(name: str, hits: Tensor, rate: float) -> None:
         bound = SIGMAS * math.sqrt(hits.numel() * rate * (1 - rate)) + 0.5
@@ -197,7 +188,7 @@ def _is_far(call: Call) -> bool:
     return any(kind in FAR_AXIS for kind in call.layouts.values())
 
 
-def _finding(call: Call, dtype: str, backend: str, device: torch.device) -> Finding:
+def _finding(call: Call, dtype: str, backend: Backend, device: torch.device) -> Finding:
     """`examine` or `examine_draws`; an error becomes a problem, so that the other calls are still checked."""
     finding = Finding(call.op, call.name, dtype, call.reason, skipped=call.unfit(backend))
     if finding.skipped:
@@ -253,7 +244,7 @@ def main(args: argparse.Namespace) -> int:
         return compiled.main(calls, args.arch, args.json)
     launch.selftest_due = False  # this is more than that
     device = info.require_device(args.device)
-    backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
+    backend: Backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
     if backend in ("triton", "interpret") and (backend == "triton") != (device.type == "cuda"):
         raise ValueError(f"--backend {backend} does not serve {device.type}: triton is for cuda, interpret for cpu")
     calls.sort(key=lambda call: _is_far(call[0]))  # last: a wrong offset there would take the process or the GPU down
@@ -270,26 +261,22 @@ def main(args: argparse.Namespace) -> int:
     def collected() -> dict[str, Any]:
         return collect(findings, environment, tiles, time.perf_counter() - start, len(calls))
 
-    files = [Growing(args.report, lambda: page(collected()))]
-    files += [Growing(args.json, lambda: as_json(collected()))] if printed else []
+    file = Growing(args.report, lambda: page(collected()))
+    data_file = Growing(args.json if printed else None, lambda: as_json(collected()))
     asked = dict(backend=args.backend, device=args.device)
     repeat = "".join(f" --{name} {value}" for name, value in asked.items() if value)
-    with _tiles() as tiles:
-        try:
-            for n, (call, dtype) in enumerate(calls, 1):
-                if sys.stderr.isatty():
-                    doing = "compiling and running" if backend == "triton" else "running"
-                    print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
-                finding = _finding(call, dtype, backend, device)
-                finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
-                findings.append(finding)
-                if printed:
-                    print(line(TABLE, finding), flush=True)
-                for file in files:
-                    file.write()
-        finally:
-            for file in files:
-                file.write(last=True)
+    with _tiles() as tiles, file, data_file:
+        for n, (call, dtype) in enumerate(calls, 1):
+            if sys.stderr.isatty():
+                doing = "compiling and running" if backend == "triton" else "running"
+                print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
+            finding = _finding(call, dtype, backend, device)
+            finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
+            findings.append(finding)
+            if printed:
+                print(line(TABLE, finding), flush=True)
+            file.write()
+            data_file.write()
     data = collected()
     if printed:
         for row in data["features"]:

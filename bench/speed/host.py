@@ -65,16 +65,15 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     figures = dict(arch=args.arch, torch=torch.__version__, rows=rows, compilations=collections.Counter())
-    file = Growing(args.json, lambda: as_json(figures))
-    try:  # first: Triton does not count what it has compiled before
-        figures["compilations"] = counted = compilations(args.arch, args.g2p)
-        print(f"distinct compilations of a g2p run: {sum(counted.values())}, {dict(counted)}")
-    except ImportError as error:
-        print(f"compilations of a g2p run: skipped, {error}")
-    file.write()
-    rows += measured(args.arch, args.rounds)
+    with Growing(args.json, lambda: as_json(figures)) as file:
+        try:  # first: Triton does not count what it has compiled before
+            figures["compilations"] = counted = compilations(args.arch, args.g2p)
+            print(f"distinct compilations of a g2p run: {sum(counted.values())}, {dict(counted)}")
+        except ImportError as error:
+            print(f"compilations of a g2p run: skipped, {error}")
+        file.write()
+        rows += measured(args.arch, args.rounds)
     print("\n".join([head(TABLE), *(line(TABLE, row) for row in rows)]))
-    file.write(last=True)
     return 0
 
 
@@ -168,15 +167,12 @@ def compilations(arch: int, shapes: int | None = None) -> collections.Counter[st
 
     entries = g2p.split(g2p.read_entries(g2p.dictionary_file().read_bytes().decode()))
     batches = {
-        (x.source.shape, x.target.shape): x
-        for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch, seed=0)
+        (x.source.shape, x.target.shape): x for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch, seed=0)
     }
     chosen = sorted(batches.values(), key=lambda x: (x.target.shape, x.source.shape))
     chosen = chosen[:: max(1, len(chosen) // shapes)] if shapes else chosen
     model = Seq2Seq(
-        Seq2SeqConfig(
-            g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), max_length=32, **g2p.FULL.model
-        )
+        Seq2SeqConfig(g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), max_length=32, **g2p.FULL.model)
     )
     with announced(arch) as seen, torch.autocast("cpu", torch.bfloat16):
         for batch in chosen:

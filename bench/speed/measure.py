@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
 import warnings
@@ -65,40 +66,22 @@ class Result:
 CYCLES = 2e9  # a second of torch.cuda._sleep, or more: no GPU's clock is faster
 
 
-class DryCuda:
-    """Stands in for torch.cuda in a dry run: the same calls in the same order, on a CPU."""
+class _DryEvent:
+    """As torch.cuda.Event, on the CPU's clock."""
 
-    class Event:
-        """Keeps the time of its record."""
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.record = lambda: setattr(self, "at", time.perf_counter())
+        self.elapsed_time = lambda end: (end.at - self.at) * 1e3  # type: ignore[attr-defined]
 
-        def __init__(self, enable_timing: bool = False) -> None:
-            self.at = 0.0
 
-        def record(self) -> None:
-            """As torch.cuda.Event.record."""
-            self.at = time.perf_counter()
-
-        def elapsed_time(self, end: DryCuda.Event) -> float:
-            """Milliseconds, as torch.cuda.Event.elapsed_time."""
-            return (end.at - self.at) * 1e3
-
-    def get_device_properties(self, device: Any) -> Any:
-        """Small enough for a CPU to overwrite."""
-        return SimpleNamespace(name=DRY, L2_cache_size=2**16, total_memory=2**30, multi_processor_count=132)
-
-    def max_memory_allocated(self, device: Any) -> int:
-        """Nothing is measured."""
-        return 0
-
-    memory_allocated = max_memory_allocated
-
-    def synchronize(self, device: Any = None) -> None:
-        """Nothing runs beside the CPU."""
-
-    reset_peak_memory_stats = synchronize
-
-    def _sleep(self, cycles: int) -> None:
-        """Nothing has to wait for the host."""
+# Stands in for torch.cuda in a dry run: the same calls in the same order, on a CPU, whose cache is small enough to overwrite.
+_DRY_GPU = SimpleNamespace(name=DRY, L2_cache_size=2**16, total_memory=2**30, multi_processor_count=132)
+_DRY_CUDA = SimpleNamespace(
+    Event=_DryEvent,
+    get_device_properties=lambda device: _DRY_GPU,
+    **dict.fromkeys(("max_memory_allocated", "memory_allocated"), lambda device: 0),
+    **dict.fromkeys(("synchronize", "reset_peak_memory_stats", "_sleep"), lambda *_: None),
+)
 
 
 class Clock:
@@ -111,7 +94,7 @@ class Clock:
 
     def __init__(self, device: torch.device, dry: bool = False) -> None:
         self.device, self.dry = device, dry
-        self.cuda: Any = DryCuda() if dry else torch.cuda if device.type == "cuda" else None
+        self.cuda: Any = _DRY_CUDA if dry else torch.cuda if device.type == "cuda" else None
         self.name = "cpu"
         if self.cuda:
             properties = self.cuda.get_device_properties(device)
@@ -181,10 +164,8 @@ class Clock:
 
         copy = reach(lambda: torch.randn(2, numel, device=self.device), lambda x: x[0].copy_(x[1]))
         product = reach(lambda: torch.randn(2, n, n, device=self.device).to(dtype), lambda x: x[0] @ x[1])
-        return {
-            "copy GB/s": 8 * numel / copy / 1e9,
-            f"matmul {str(dtype).removeprefix('torch.')} TFLOP/s": 2 * n**3 / product / 1e12,
-        }
+        name = str(dtype).removeprefix("torch.")
+        return {"copy GB/s": 8 * numel / copy / 1e9, f"matmul {name} TFLOP/s": 2 * n**3 / product / 1e12}
 
 
 def results_of(function: Function, tensors: Tensors, options: Options, grad_output: Tensor | None) -> Tensors:
@@ -235,11 +216,10 @@ class Truth:
         """Error over budget of each result of a provider, and the largest absolute error of its output."""
         results = results_of(function, tensors, options, self.grad_output)
         got = {name: self.part_of(name, x) for name, x in results.items()}
-        largest = {name: float(x.abs().max()) for name, x in self.truth.items()}
-        over = {
-            name: over_budget(x, self.eager[name], self.truth[name], largest[name], c=PEERS_C)
-            for name, x in got.items()
-        }
+        over = {}
+        for name, x in got.items():
+            eager, truth = self.eager[name], self.truth[name]
+            over[name] = over_budget(x, eager, truth, float(truth.abs().max()), c=PEERS_C)
         return over, float((got["out"].double() - self.truth["out"]).abs().max())
 
 
@@ -285,12 +265,7 @@ class Bench:
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        dry: bool = False,
-        scale: int = 4,
-        deadline: float = float("inf"),
+        self, device: torch.device, dtype: torch.dtype, dry: bool = False, scale: int = 4, deadline: float = math.inf
     ) -> None:
         self.device, self.dtype, self.deadline = device, dtype, deadline
         self.clock, self.scale = Clock(device, dry), 1 if dry else scale

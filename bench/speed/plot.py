@@ -13,18 +13,7 @@ from tileformer.bench.calls.providers import OURS
 from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.training.finetune.plots import new_figure, save
 
-_COLOURS = [
-    "#d62728",
-    "#1f77b4",
-    "#2ca02c",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#17becf",
-    "#bcbd22",
-    "#7f7f7f",
-    "#ff7f0e",
-]
+_COLOURS = [f"C{n}" for n in (3, 0, 2, 4, 5, 6, 9, 8, 7, 1)]  # of matplotlib's own cycle, ours red
 _MARKERS = "osD^vP*XhH<>p"
 
 
@@ -44,10 +33,7 @@ def plot(measured: dict[str, Any], folder: str) -> list[str]:
     points = [(known[row["op"], row["workload"]], row) for row in rows]
     names = list(dict.fromkeys(row["provider"] for _, row in points))
     looks = zip(names, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS))
-    style = {
-        name: dict(color=colour, marker=marker, linewidth=2.4 if name == OURS else 1.3)
-        for name, colour, marker in looks
-    }
+    style = {name: dict(color=c, marker=m, linewidth=2.4 if name == OURS else 1.3) for name, c, m in looks}
     note = measured["device"]  # "dry run: not measured" in a dry run
     files = []
     for op, curve in dict.fromkeys((w.op, w.curve) for w, _ in points if w.axis):
@@ -60,24 +46,20 @@ def plot(measured: dict[str, Any], folder: str) -> list[str]:
 
 
 def _curves(chosen: list[Any], title: str, style: dict[str, Any], note: str, folder: str) -> str:
-    modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
-    figure, panels = new_figure(1, len(modes), (4.6 * len(modes) + 2.4, 4.2), squeeze=False)
     unit = "tflops" if any(row["tflops"] for _, row in chosen) else "gbs"
-    ticks = sorted({row["sizes"][w.axis] for w, row in chosen})
-    for panel, mode in zip(panels[0], modes, strict=True):
-        for name, look in style.items():
-            rows = [(w, row) for w, row in chosen if (row["provider"], row["mode"]) == (name, mode)]
-            if line := sorted((row["sizes"][w.axis], row[unit]) for w, row in rows):
-                panel.plot(*zip(*line, strict=True), label=name, zorder=3 if name == OURS else 2, **look)
-        panel.set_title(mode)
+    ticks = sorted({row["sizes"][call.axis] for call, row in chosen})
+
+    def draw(panel: Any, rows: dict[str, list[Any]]) -> None:
+        for name, of in rows.items():
+            line = sorted((row["sizes"][call.axis], row[unit]) for call, row in of)
+            panel.plot(*zip(*line, strict=True), label=name, zorder=3 if name == OURS else 2, **style[name])
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(x) for x in ticks], rotation=45)
         panel.minorticks_off()
         panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-        panel.set_xlabel(chosen[0][0].axis)
-    panels[0][0].set_ylabel("TFLOP/s" if unit == "tflops" else "GB/s")
-    return _save(figure, _handles(panels), f"{title} ({chosen[0][1]['dtype']})", note, folder)
+
+    labels = chosen[0][0].axis, "TFLOP/s" if unit == "tflops" else "GB/s"
+    return _panels(chosen, draw, title, labels, (4.6, 4.2), note, folder)
 
 
 def _roofline(chosen: list[Any], ceilings: dict[str, float], style: dict[str, Any], note: str, folder: str) -> str:
@@ -85,30 +67,38 @@ def _roofline(chosen: list[Any], ceilings: dict[str, float], style: dict[str, An
     intensity = lambda row: row["tflops"] / row["gbs"] * 1e3  # noqa: E731
     reach = [*(intensity(row) for _, row in chosen), compute / bandwidth * 1e3]
     x = numpy.geomspace(min(reach) / 2, max(reach) * 2, 100)
-    modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
-    figure, panels = new_figure(1, len(modes), (5 * len(modes) + 2.4, 4.6), squeeze=False, sharey=True)
-    for panel, mode in zip(panels[0], modes, strict=True):
+
+    def draw(panel: Any, rows: dict[str, list[Any]]) -> None:
         panel.plot(x, numpy.minimum(compute, x * bandwidth / 1e3), color="black", label="copy and matmul")
-        for name, look in style.items():
-            mine = [(intensity(r), r["tflops"]) for _, r in chosen if (r["provider"], r["mode"]) == (name, mode)]
-            if mine:
-                dot = dict(look, linestyle="none", markersize=6 if name == OURS else 4, alpha=0.8)
-                panel.plot(*zip(*mine, strict=True), label=name, zorder=3 if name == OURS else 2, **dot)
-        panel.set_title(mode)
+        for name, of in rows.items():
+            dot = dict(style[name], linestyle="none", markersize=6 if name == OURS else 4, alpha=0.8)
+            points = [(intensity(row), row["tflops"]) for _, row in of]
+            panel.plot(*zip(*points, strict=True), label=name, zorder=3 if name == OURS else 2, **dot)
         panel.set_xscale("log")
         panel.set_yscale("log")
+
+    labels = "useful FLOPs per byte that must move", "TFLOP/s"
+    return _panels(chosen, draw, "roofline", labels, (5, 4.6), note, folder, sharey=True)
+
+
+def _panels(
+    chosen: list[Any], draw: Any, title: str, labels: tuple[str, str], size: tuple[float, float], note: str, folder: str, **options: Any
+) -> str:  # fmt: skip
+    """A PNG with a panel for each mode, drawn by draw(panel, points by provider); its path."""
+    modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
+    figure, panels = new_figure(1, len(modes), (size[0] * len(modes) + 2.4, size[1]), squeeze=False, **options)
+    for panel, mode in zip(panels[0], modes, strict=True):
+        rows: dict[str, list[Any]] = {}
+        for call, row in chosen:
+            if row["mode"] == mode:
+                rows.setdefault(row["provider"], []).append((call, row))
+        draw(panel, rows)
+        panel.set_title(mode)
         panel.grid(alpha=0.3)
-        panel.set_xlabel("useful FLOPs per byte that must move")
-    panels[0][0].set_ylabel("TFLOP/s")
-    return _save(figure, _handles(panels), f"roofline ({chosen[0][1]['dtype']})", note, folder)
-
-
-def _handles(panels: Any) -> dict[str, Any]:
-    return {text: line for panel in panels[0] for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-
-
-def _save(figure: Any, handles: dict[str, Any], title: str, note: str, folder: str) -> str:
-    figure.suptitle(f"{title}\n{note}", fontsize=11)
+        panel.set_xlabel(labels[0])
+    panels[0][0].set_ylabel(labels[1])
+    handles = {text: line for panel in panels[0] for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.suptitle(f"{title} ({chosen[0][1]['dtype']})\n{note}", fontsize=11)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
-    name = "".join(c if c.isalnum() else "_" for c in title.rpartition(" (")[0])
+    name = "".join(c if c.isalnum() else "_" for c in title)
     return str(save(figure, os.path.join(folder, f"{name}.png")))

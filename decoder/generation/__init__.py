@@ -1,9 +1,9 @@
-"""generate and stream: the next tokens of a batch by anything that is `Decodable`, such as Seq2Seq, DecoderLM or a model of yours."""
+"""generate and stream: the next tokens of a batch, by any model that is `Decodable`, ours or yours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -22,14 +22,30 @@ def generate(
     max_length: int | None = None,
     use_cache: bool = True,
     *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     n_best: None = None,
-    **options: Any,
 ) -> Tensor: ...
 
 
 @overload
 def generate(
-    model: Decodable, src: Tensor, max_length: int | None = None, use_cache: bool = True, *, n_best: int, **options: Any
+    model: Decodable,
+    src: Tensor,
+    max_length: int | None = None,
+    use_cache: bool = True,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    n_best: int,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -51,8 +67,8 @@ def generate(
 
     Args:
         model: a `Decodable`.
-        src: int64 (B, T_s), padded with ``pad_id`` behind or before each row. A Seq2Seq's source; else the prompts, with
-            ``bos_id`` where the model was trained with one, each at least one token long and of any lengths together.
+        src: int64 (B, T_s), padded with ``pad_id`` behind or before each row. A Seq2Seq's source; else the prompts,
+            with ``bos_id`` where the model was trained with one, each at least one token long and of any lengths.
         max_length: new tokens of a row at most; default: what the model has room for behind each.
         use_cache: False computes everything again at each step, by our own models: the same tokens, for comparison.
         temperature: sample from the softmax of logits / temperature; None takes the most probable token.
@@ -73,6 +89,12 @@ def generate(
 
         model = DecoderLM(DecoderLMConfig(vocab=100)).eval()
         generate(model, torch.tensor([[1, 7, 9], [1, 5, 0]]), 10, temperature=0.8, top_k=40)
+
+    Example:
+        >>> from tileformer.decoder import DecoderLM, DecoderLMConfig
+        >>> model = DecoderLM(DecoderLMConfig(vocab=20, d_model=32, nhead=4)).eval()
+        >>> generate(model, torch.tensor([[1, 3, 4]]), max_length=5, temperature=0.8, top_k=5).shape[0]
+        1
     """
     sampler = Sampler(temperature, top_k, top_p, generator)
     if num_beams < 1:

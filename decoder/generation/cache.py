@@ -63,8 +63,9 @@ class AttentionCache:
             self.k, self.v = k, v
             return k, v
         if self.k is None or self.v is None:
-            # One allocation for the whole run; its length is never seen by a kernel as a constant.
-            self.k, self.v = k.new_empty(B, H, self.max_length, D), v.new_empty(B, H, self.max_length, D)
+            # One allocation for the whole run; its length is never seen by a kernel as a constant. Finite from the
+            # start: behind a mask, what a shorter row has not written yet is read.
+            self.k, self.v = k.new_zeros(B, H, self.max_length, D), v.new_zeros(B, H, self.max_length, D)
         if self.row_lengths is None:
             self.k[:, :, self.length : end] = k
             self.v[:, :, self.length : end] = v
@@ -77,12 +78,18 @@ class AttentionCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def reach(self, T: int) -> dict[str, Any]:
-        """Which keys the T newest queries see, as options of the attention, once their own were stored."""
-        # The newest query sees every key: one query alone needs no mask.
-        options: dict[str, Any] = {"causal": "bottom_right" if T > 1 else False}
+    def reach(self, T: int, mask: Tensor | None = None) -> dict[str, Any]:
+        """Which keys the T newest queries see beside ``mask``, as options of the attention, once their own were
+        stored."""
+        # The newest query sees every key: one query alone needs no causal mask.
+        options: dict[str, Any] = {"causal": "bottom_right" if T > 1 else False, "mask": mask}
         if self.row_lengths is not None:
-            options["key_lengths"] = (self.row_lengths + T).clamp(max=self.length)
+            lengths = (self.row_lengths + T).clamp(max=self.length)
+            if T == 1 and mask is None and lengths.device.type == "cpu":  # where lengths cost copies of the keys
+                keys = torch.arange(self.length, device=lengths.device)
+                options["mask"] = (keys < lengths[:, None])[:, None, None]
+            else:
+                options["key_lengths"] = lengths
         return options
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -116,7 +123,7 @@ class KVCache(RowState):
         self.inputs = inputs
 
     @property
-    def length(self) -> int:  # type: ignore[override]
+    def length(self) -> int:
         """Target tokens stored so far, of the longest row."""
         return self.layers[0].self_attn.length
 
@@ -126,7 +133,7 @@ class KVCache(RowState):
             layer.self_attn.length = length
 
     @property
-    def row_lengths(self) -> Tensor | None:  # type: ignore[override]
+    def row_lengths(self) -> Tensor | None:
         return self.layers[0].self_attn.row_lengths
 
     @row_lengths.setter
@@ -189,11 +196,13 @@ class Decoding:
     def start(
         self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1, use_cache: bool = True
     ) -> tuple[Tensor, KVCache | TokenState]:
-        """See `Decodable.start`; without ``use_cache`` every step reads all tokens again: the same logits, for comparison."""
+        """See `Decodable.start`; without ``use_cache`` every step reads all tokens again: the same logits, for
+        comparison."""
         tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id)
         if not longest <= capacity <= self.max_length:
             raise ValueError(
-                f"capacity must be from the {longest} tokens that are there to the model's {self.max_length}, got {capacity}"
+                f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
+                f"got {capacity}"
             )
         inputs = self.inputs_of(source)
         state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)

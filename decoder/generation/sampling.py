@@ -23,7 +23,8 @@ class Sampler:
             raise ValueError("top_k, top_p and generator are for sampling: pass a temperature too, such as 1.0")
         if self.temperature is not None and not 1e-6 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature must be finite and at least 1e-6, got {self.temperature}; None takes the most probable token"
+                f"temperature must be finite and at least 1e-6, got {self.temperature}; "
+                "None takes the most probable token"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
@@ -47,8 +48,9 @@ class Sampler:
 
 
 def exponential_race(shares: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """An index (R,) of each row of ``shares`` (R, V), drawn in proportion to them: the first of V exponential clocks to ring.
+    """An index (R,) of each row of ``shares`` (R, V), drawn in proportion to them: the first of V exponential clocks to
+    ring.
 
-    It is what torch.multinomial draws, without its look at the shares, for which a GPU would be waited for at each token.
-    """
+    It is what torch.multinomial draws, without its look at the shares, for which a GPU would be waited for at each
+    token."""
     return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(-1)

@@ -36,20 +36,22 @@ class DecodeBatch:
             tokens = src.new_full((len(src), 1), model.bos_id)  # type: ignore[attr-defined]
             self.options["source"] = src
         self.tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id)
-        limit = getattr(model, "max_length", None)
+        limit: Any = getattr(model, "max_length", None)
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
         if limit is None and max_length is None:
             raise ValueError(f"{type(model).__name__} names no max_length, the tokens that it reads: pass max_length")
-        room = max_length if limit is None else limit - longest + 1  # the last token is never read
+        room: Any = max_length if limit is None else limit - longest + 1  # the last token is never read
         if room < 1:
             raise ValueError(f"a prompt of {longest} tokens leaves no room: the model reads {limit}")
-        self.steps = room if max_length is None else max_length
-        if not 1 <= self.steps <= room:
+        self.steps: int = room if max_length is None else max_length
+        if self.steps > room:
             raise ValueError(
                 f"max_length must be between 1 and the model's {room}"
                 f"{'' if 'source' in self.options else f' after {longest} tokens of prompt'}, got {self.steps}"
             )
         self.capacity = longest + self.steps - 1
-        self.limits = None
+        self.limits: Tensor | None = None
         if max_length is None and shortest < longest:  # a short prompt has more room behind it
             self.limits = limit - lengths + 1
             self.steps = limit - shortest + 1
@@ -112,11 +114,12 @@ def beam_search(batch: DecodeBatch, K: int, length_penalty: float) -> tuple[Tens
     tokens = torch.full((B * K, batch.steps), pad, device=device)
     logits, state = batch.start(K)
     reorder = getattr(state, "reorder", state.select)  # beams go on within their own source
+    padding = torch.where(
+        batch.is_padding, 0.0, float("-inf")
+    )  # the one continuation of a row that has ended, at no cost
     for step in range(batch.steps):
         logp = log_softmax(logits.float())
         V = logp.shape[1]
-        # A row that has ended has one continuation, at no cost.
-        padding = torch.where(batch.is_padding, 0.0, float("-inf"))
         logp = torch.where(ended.view(-1, 1), padding, logp).view(B, K, V)
         new_length = length + ~ended
         score = (total[..., None] + logp) / new_length.clamp(min=1)[..., None] ** length_penalty

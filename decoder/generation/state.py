@@ -13,10 +13,9 @@ from torch.nn import functional as F
 class DecodeState(Protocol):
     """What a `Decodable` remembers of R rows.
 
-    ``lengths`` int32 (R,), on the rows' device: the tokens of each row that it has read. The verbs that move rows change
-    the state in place. A state may also have ``reorder(rows)``: as ``select``, where each row goes on with one of its own
-    source's, as beams do.
-    """
+    ``lengths`` int32 (R,), on the rows' device: the tokens of each row that it has read. The verbs that move rows
+    change the state in place. A state may also have ``reorder(rows)``: as ``select``, where each row goes on with one
+    of its own source's, as beams do."""
 
     @property
     def lengths(self) -> Tensor: ...
@@ -44,9 +43,8 @@ class Decodable(Protocol):
             def step(self, tokens, state): ...                                # -> logits (R, V)
 
     It may also say: ``max_length``, how many tokens it can read (else `generate` has to be told where to end);
-    ``conditioned = True`` and ``bos_id``, where what `generate` is handed is the source and each row begins with bos_id;
-    ``training``, true while it is not to be decoded.
-    """
+    ``conditioned = True`` and ``bos_id``, where what `generate` is handed is the source and each row begins with
+    bos_id; ``training``, true while it is not to be decoded."""
 
     @property
     def eos_id(self) -> int: ...
@@ -59,10 +57,9 @@ class Decodable(Protocol):
     ) -> tuple[Tensor, Any]:
         """Read the rows' first tokens: logits (B * beams, V) of each row's next token, and the state of these rows.
 
-        tokens: int64 (B, T), each row padded with ``pad_id`` on one side, of any lengths. capacity: how many tokens a row
-        will have read at the most. source: what the rows are conditioned on. beams: so many copies of each row, beside
-        each other.
-        """
+        tokens: int64 (B, T), each row padded with ``pad_id`` on one side, of any lengths. capacity: how many tokens a
+            row will have read at the most. source: what the rows are conditioned on. beams: so many copies of each row,
+            beside each other."""
 
     def step(self, tokens: Tensor, state: Any) -> Tensor:
         """Logits (R, V) of the next token behind ``tokens`` int64 (R,), one more of each row; a model may also take
@@ -140,8 +137,9 @@ class RowState:
         self.assign(self.growing(), [x.index_select(0, rows) for x in self.fixed()])
 
     def reorder(self, rows: Tensor) -> None:
-        """As `select`, but what a row has from its start stays: rows go on with one of their own source's, as beams do."""
-        self.assign([_select_used(x, rows, self.length) for x in self.growing()], self.fixed())
+        """As `select`, but what a row has from its start stays: rows go on with one of their own source's, as beams
+        do."""
+        self.assign([x.index_select(0, rows) for x in self.growing()], self.fixed())
         if self.row_lengths is not None:
             self.row_lengths = self.row_lengths.index_select(0, rows)
         if self.live is not None:
@@ -208,13 +206,6 @@ class JoinedState:
 def _time(x: Tensor) -> int:
     """The axis of the tokens: keys and values are (R, H, T, D), all else is (R, T, ...)."""
     return 2 if x.dim() == 4 else 1
-
-
-def _select_used(x: Tensor, rows: Tensor, used: int) -> Tensor:
-    """``x[rows]``, of which only the first ``used`` tokens are copied; what is no token id behind them is not defined."""
-    new = (x.new_empty if x.is_floating_point() else x.new_zeros)(len(rows), *x.shape[1:])
-    new.narrow(_time(x), 0, used).copy_(x.narrow(_time(x), 0, used).index_select(0, rows))
-    return new
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""torch.nn's twins: its constructors, forward signatures and state_dict keys on our kernels, and the conversion of existing models."""
+"""torch.nn's twins: its constructors, forward signatures and state_dict keys on our kernels; and conversion."""

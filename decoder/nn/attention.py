@@ -39,7 +39,7 @@ class MultiheadAttention(Attention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: Tensor,
         key: Tensor,
@@ -57,8 +57,8 @@ class MultiheadAttention(Attention):
 
         Shapes: query (B, T_q, C), key (B, T_k, kdim), value (B, T_k, vdim) with ``batch_first``, else (T, B, C); all
         three 2-D without a batch. ``key_padding_mask`` (B, T_k), ``attn_mask`` (T_q, T_k) or (B * H, T_q, T_k), each
-        boolean (True = masked out) or floating (added to the scores); a ``CausalBias`` of torch.nn.attention.bias is the
-        mask that it names. ``cache`` holds earlier keys and values.
+        boolean (True = masked out) or floating (added to the scores); a ``CausalBias`` of torch.nn.attention.bias is
+        the mask that it names. ``cache`` holds earlier keys and values.
 
         ``cu_seqlens`` int32 or int64 (N + 1,), ascending from 0: the one row of a batch of 1 is N sequences behind each
         other, and attention stays inside each; ``is_causal`` then needs no mask, and there are no weights.
@@ -91,15 +91,16 @@ class MultiheadAttention(Attention):
         mask, key_mask = self._kernel_masks(None if causal else attn_mask, key_padding_mask)
         if appends:
             k, v, mask, key_mask = self._append_keys(k, v, mask, key_mask)
-        options: dict[str, Any] = {"causal": causal, "dropout_p": self.dropout if self.training else 0.0}
+        p = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {"causal": causal, "mask": mask, "key_mask": key_mask, "dropout_p": p}
         if cache is not None and cache.grows:
-            options |= cache.reach(q.shape[2])
+            options |= cache.reach(q.shape[2], mask)
         # A bound without sequences is the kernel's error to name.
         options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         if need_weights:
             options["return_weights"] = "average" if average_attn_weights else True
-        out, weights = attention(q, k, v, mask=mask, key_mask=key_mask, **options), None
+        out, weights = attention(q, k, v, **options), None
         if need_weights:
             out, weights = out
             weights = weights if query.dim() == 3 else weights.squeeze(0)

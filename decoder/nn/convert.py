@@ -1,6 +1,7 @@
 """Swap torch.nn's modules inside an existing model for ours, and back.
 
-A module keeps its identity: only its class changes, so parameters, buffers, hooks, flags and everything that holds the module stay as they are.
+A module keeps its identity: only its class changes, so parameters, buffers, hooks, flags and everything that holds the
+module stay as they are.
 """
 
 from __future__ import annotations
@@ -52,13 +53,18 @@ class Report:
 
 
 def convert(model: nn.Module) -> Report:
-    """Swap every module of ``model`` that we have a twin of, in place: attention, encoder and decoder (layers), Transformer,
-    LayerNorm, RMSNorm, Dropout, Softmax, LogSoftmax, CrossEntropyLoss.
+    """Swap every module of ``model`` that we have a twin of, in place: attention, encoder and decoder (layers),
+    Transformer, LayerNorm, RMSNorm, Dropout, Softmax, LogSoftmax, CrossEntropyLoss.
 
     A subclass is swapped if it overrides nothing that its twin computes; it stays an instance of its own class too.
 
     Returns:
         What was swapped, and what was left and why. Converting twice changes nothing.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(32, 4, batch_first=True)
+        >>> print(str(convert(model)).splitlines()[0])
+        7 modules swapped, 0 left
     """
     report = Report()
     for name, module in model.named_modules():

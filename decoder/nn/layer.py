@@ -36,7 +36,8 @@ def _drop_none(**options) -> dict[str, Any]:
 
 
 class _Blocks:
-    """torch's names for the parts of a layer, for who overrides or calls them: each returns its branch, after its dropout."""
+    """torch's names for the parts of a layer, for who overrides or calls them: each returns its branch, after its
+    dropout."""
 
     def _sa_block(self: Any, x, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
@@ -162,8 +163,16 @@ class TransformerDecoderLayer(_Blocks, nn.TransformerDecoderLayer):
 
         Masks as in ``MultiheadAttention.forward``. With ``cache``, tgt holds only tokens that the cache has not seen.
         """
-        sa = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask, "is_causal": tgt_is_causal}
-        mha = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask, "is_causal": memory_is_causal}
+        sa: dict[str, Any] = {
+            "attn_mask": tgt_mask,
+            "key_padding_mask": tgt_key_padding_mask,
+            "is_causal": tgt_is_causal,
+        }
+        mha: dict[str, Any] = {
+            "attn_mask": memory_mask,
+            "key_padding_mask": memory_key_padding_mask,
+            "is_causal": memory_is_causal,
+        }
         if cache is not None:
             sa["cache"], mha["cache"] = cache.self_attn, cache.cross_attn
         if not self._is_fused(TransformerDecoderLayer):

@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm, Dropout, Softmax, LogSoftmax and CrossEntropyLoss: torch.nn's modules, computed by our kernels."""
+"""LayerNorm, RMSNorm, Dropout, Softmax, LogSoftmax and CrossEntropyLoss: torch.nn's, on our kernels."""
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +38,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def fuses_residual(dropout: nn.Module) -> bool:
-    """Whether a dropout may add a residual in its own pass: it is ours, and nobody has replaced or hooked what it does."""
+    """Whether a dropout may add a residual in its own pass: it is ours, and nobody has replaced or hooked what it
+    does."""
     ours = type(dropout).forward is Dropout.forward and "forward" not in dropout.__dict__
     return ours and not any(getattr(dropout, hooks) for hooks in _HOOKS)
 
 
 class Softmax(nn.Softmax):
-    """``torch.nn.Softmax`` on the fused kernel. Along another axis than the last, the input is copied once (of a nested tensor,
-    torch computes it)."""
+    """``torch.nn.Softmax`` on the fused kernel. Along another axis than the last, the input is copied once (of a nested
+    tensor, torch computes it)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Softmax along ``dim``. Where that is None, torch warns, picks one and computes it; so it does for a single element."""
+        """Softmax along ``dim``. Where that is None, torch warns, picks one and computes it; so it does for a single
+        element."""
         if self.dim in (-1, input.dim() - 1) and input.dim():
             return softmax(input)
         if self.dim is None or input.dim() == 0 or input.is_nested:
@@ -83,7 +85,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             return super().forward(input, target)
         if input.is_nested or target.is_nested:
             raise TypeError(
-                "CrossEntropyLoss: nested tensors are not supported: pass their values (input.values(), target.values())"
+                "CrossEntropyLoss: nested tensors are not supported: "
+                "pass their values (input.values(), target.values())"
             )
         rows = input.movedim(1, -1) if input.dim() > 1 else input
         if rows.shape[:-1] != target.shape:

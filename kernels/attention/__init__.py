@@ -243,6 +243,11 @@ def attention(
             and for modes of autograd that the backend does not serve (docs/drop-in.md has the table).
 
     Source: FlashAttention-2, arXiv:2307.08691; `tileformer.kernels.reference.attention` is the definition.
+
+    Example:
+        >>> q = k = v = torch.randn(2, 4, 10, 16)
+        >>> attention(q, k, v, causal=True, window=(3, 0)).shape
+        torch.Size([2, 4, 10, 16])
     """
     if wrong:
         checks.misnamed("attention", wrong)
@@ -333,6 +338,11 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: as `attention`, and for unequal head counts without enable_gqa (but one head serves all).
+
+    Example:
+        >>> x = torch.randn(4, 10, 16)
+        >>> scaled_dot_product_attention(x, x, x, is_causal=True).shape
+        torch.Size([4, 10, 16])
     """
     if isinstance(query, Tensor) and query.is_nested:
         checks.plain("scaled_dot_product_attention", query, key, value)

@@ -1,10 +1,13 @@
 """Mutation proof: plant each fault of mutants.py in a copy of the tree, and let the tests of `make test` find it.
 
-    python tests/mutation [--sample N | --only TEXT] [--likely] [--jobs J]
+    python tests/mutation [--sample N | --only TEXT] [--likely] [--judge check] [--jobs J]
 
 A mutant counts as killed when a test fails that passes on the copy without it. The selection of `make test` is not changed; the test
 files most likely to notice come first, so that a kill takes seconds, and a survivor has run the whole selection. Prints the score; the exit
 status is 1 when a mutant survives, and 2 when a patch does not apply exactly once or a kill cannot be told from a broken tree.
+
+With `--judge check`, `tileformer check` of the op in question judges instead of the tests: where kernel and definition need one rule, a fault
+in either must show as a difference.
 """
 
 # ruff: noqa: E402, F401
@@ -18,6 +21,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,8 +58,9 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/autograd": "test_host test_autograd",
     "kernels/device": "test_attention test_rounding test_autograd",
     "kernels/": "test_attention test_dropout test_softmax test_autograd",
-    "decoder/model": "test_decoder_lm test_decoder_seq2seq test_decoder_heads test_decoder_generation",
-    "decoder/blocks": "test_decoder_lm test_decoder_seq2seq test_decoder_generation test_decoder_modules",
+    "decoder/model": "test_decoder_lm test_decoder_seq2seq test_decoder_heads test_decoder_decodable",
+    "decoder/blocks": "test_decoder_lm test_decoder_seq2seq test_decoder_decodable test_decoder_parity",
+    "decoder/nn/layer": "test_decoder_modules test_decoder_parity test_convert",
     "decoder/heads": "test_decoder_heads",
     "decoder/generation/cache": "test_decoder_decodable test_decoder_seq2seq test_decoder_modules test_decoder_generation",
     "decoder/generation/state": "test_decoder_decodable test_decoder_generation",
@@ -197,8 +202,33 @@ class Run:
             return False
         self.status = os.waitstatus_to_exitcode(status)
         last = self.cache / "v" / "cache" / "lastfailed"
-        self.failed = list(json.loads(last.read_text())) if last.exists() else []
+        self.failed = [test for test in json.loads(last.read_text()) if "::" in test] if last.exists() else []
         return True
+
+
+class Check:
+    """`tileformer check` in a tree, with the interface of `Run`; what failed is named by its arguments."""
+
+    def __init__(self, tree: pathlib.Path, arguments: list[str]) -> None:
+        self.arguments, self.shown = arguments, tree / ".mutation_output"
+        environment = dict(os.environ, PYTHONPATH=str(tree / "src"))
+        command = [sys.executable, "-m", "tileformer", "check", *arguments]
+        with open(self.shown, "wb") as file:
+            self.process = subprocess.Popen(command, cwd=tree, env=environment, stdout=file, stderr=file)
+
+    def ended(self) -> bool:
+        if self.process.poll() is None:
+            return False
+        self.status = self.process.returncode
+        some = re.search(r"[1-9]\d* failed", self.shown.read_text(errors="replace"))
+        self.failed = [shlex.join(self.arguments)] if some else []
+        return True
+
+
+def checked(mutant: Mutant) -> list[str]:
+    """What `tileformer check` is asked about a mutant."""
+    where = f"{mutant.path}:{mutant.within}:{mutant.new}"
+    return list(next(arguments for part, arguments in mutants.CHECKED_BY.items() if part in where))
 
 
 @dataclasses.dataclass
@@ -207,6 +237,7 @@ class Trial:
 
     mutant: Mutant
     only_likely: bool = False
+    by_check: bool = False
     result: str = ""  # "killed", "survived" or "unclear"
     killer: str = ""  # the test that failed, or the end of what was shown
     seconds: float = 0.0
@@ -216,8 +247,8 @@ class Trial:
         self.text = self.file.read_text()
         _write(self.file, self.mutant.applied(self.text))
         likely, self.rest = test_files(self.mutant.path, self.mutant.kind)
-        self.run = Run(tree, likely or self.rest)
-        if not likely or self.only_likely:
+        self.run: Run | Check = Check(tree, checked(self.mutant)) if self.by_check else Run(tree, likely or self.rest)
+        if not likely or self.only_likely or self.by_check:
             self.rest = []
 
     def ended(self) -> bool:
@@ -233,7 +264,7 @@ class Trial:
             self.result = "survived"
         elif self.run.status < 0:  # it never ended, or the process died of a signal: an access out of bounds
             self.result = "killed"
-        elif self.run.status == 1 and failed and "::" in failed[0]:
+        elif self.run.status == 1 and failed:
             self.result, self.killer = "killed", failed[0]
         else:
             self.result, self.killer = "unclear", " ".join(self.run.shown.read_text(errors="replace").split()[-60:])
@@ -256,9 +287,10 @@ def sample(every: list[Mutant], n: int) -> list[Mutant]:
     return [every[(i * len(every) // n + first) % len(every)] for i in range(n)]
 
 
-def tried(chosen: list[Mutant], trees: list[pathlib.Path], likely: bool) -> list[Trial]:
+def tried(chosen: list[Mutant], trees: list[pathlib.Path], likely: bool, by_check: bool) -> list[Trial]:
     """The verdict on each mutant, printed as it is known."""
-    waiting, running, done = [Trial(mutant, likely) for mutant in reversed(chosen)], list[Trial](), list[Trial]()
+    waiting = [Trial(mutant, likely, by_check) for mutant in reversed(chosen)]
+    running, done = list[Trial](), list[Trial]()
     free = list(trees)
     while waiting or running:
         while waiting and free:
@@ -274,17 +306,15 @@ def tried(chosen: list[Mutant], trees: list[pathlib.Path], likely: bool) -> list
                 f"{trial.result:<8} {trial.seconds:5.0f} s  [{trial.mutant.kind}] {trial.mutant.name}{killer}",
                 flush=True,
             )
-    # A test that fails without the mutant too has killed nothing.
+    # What fails without the mutant too has killed nothing.
     killers = sorted({trial.killer for trial in done if trial.result == "killed" and trial.killer})
-    if killers:
-        run = Run(trees[0], killers)
+    for again in [shlex.split(killer) for killer in killers] if by_check else [killers] * bool(killers):
+        run: Run | Check = (Check if by_check else Run)(trees[0], again)
         while not run.ended():
             time.sleep(0.02)
         if run.status:
-            print(
-                f"fails without any mutant: {run.failed or run.shown.read_text(errors='replace')[-2000:]}",
-                file=sys.stderr,
-            )
+            shown = run.failed or run.shown.read_text(errors="replace")[-2000:]
+            print(f"fails without any mutant: {shown}", file=sys.stderr)
             for trial in done:
                 trial.result = "unclear" if not run.failed or trial.killer in run.failed else trial.result
     return done
@@ -295,6 +325,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, metavar="N", help="only N mutants, others each day")
     parser.add_argument("--only", metavar="TEXT", help="only mutants whose name or class holds TEXT")
     parser.add_argument("--likely", action="store_true", help="only the likely test files, also for a survivor")
+    parser.add_argument("--judge", choices=("tests", "check"), default="tests", help="who has to notice")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -317,7 +348,7 @@ def main() -> int:
         trees = [pathlib.Path(folder, str(i)) for i in range(args.jobs)]
         for tree in trees:
             copy_tree(tree)
-        done = tried(chosen, trees, args.likely)
+        done = tried(chosen, trees, args.likely, args.judge == "check")
     killed, unclear = (sum(trial.result == result for trial in done) for result in ("killed", "unclear"))
     print(
         f"{killed} of {len(done)} mutants killed ({100 * killed / max(1, len(done)):.1f} %), of "

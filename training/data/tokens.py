@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tileformer.training.extras import optional_import
+from tileformer.extras import optional_import
 from tileformer.training.files import PathLike, quote, read_json, shorten, write
 
 KINDS = ("characters", "bpe", "words")

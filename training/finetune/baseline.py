@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from tileformer.training.extras import optional_import
+from tileformer.extras import optional_import
 
 
 def tfidf(

@@ -2,7 +2,7 @@
 
     METHODS["lora"].run(context)        a trained `Classifier`
 
-A method says what its model is made of (`build`) and how it is trained (`recipe`); `Context` holds what they share.
+A method says what its model is made of (`build`) and how it is trained (`learn`); `Context` holds what they share.
 """
 
 import copy
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadReport, load_matching
+from tileformer.extras import optional_import
 from tileformer.training import checkpoint
 from tileformer.training.data.augment import token_dropout
 from tileformer.training.data.batches import Augment, LabelledBatches, PackedBatches
-from tileformer.training.extras import optional_import
-from tileformer.training.finetune.adversarial import Gan, fgm_backward, gan_backward, gan_loss
+from tileformer.training.finetune.adversarial import Gan, Loss, fgm_backward, gan_backward, gan_loss
 from tileformer.training.finetune.ngrams import JointClassifier, joint_loss
 from tileformer.training.loop import fit
 from tileformer.training.losses import classification_loss, language_loss
@@ -70,13 +70,13 @@ class Context:
 class Method:
     """One way to make a classifier.
 
-    build(backbone, classes) makes the model, also to load what was saved; recipe(context, model) trains it and returns
+    build(backbone, classes) makes the model, also to load what was saved; learn(context, model) trains it and returns
     it. unlabelled: it has nothing to learn from when every text has its label.
     """
 
     name: str
     about: str
-    recipe: Callable[[Context, Model], Classifier]
+    learn: Callable[[Context, Model], Classifier]
     build: Callable[[DecoderLM, int], Classifier] = Classifier
     pretrained: bool = True
     share_layers: bool = False
@@ -90,7 +90,7 @@ class Method:
         """ValueError where the method needs pretrained weights or a library, and there is none."""
         if self.pretrained and weights is None:
             raise ValueError(f"{self.name} starts from a pretrained model, and there is none: tileformer train reviews")
-        if self.recipe is _lora:
+        if self.learn is _lora:
             optional_import("peft")
 
     def start(self, context: Context) -> tuple[Classifier, LoadReport | None]:
@@ -106,7 +106,7 @@ class Method:
 
     def run(self, context: Context) -> Classifier:
         """The trained model, in eval mode. ValueError: no pretrained weights, or no unlabelled texts, where needed."""
-        return self.recipe(context, self.start(context)[0]).eval()
+        return self.learn(context, self.start(context)[0]).eval()
 
 
 def fit_labelled(
@@ -115,7 +115,7 @@ def fit_labelled(
     rows: Rows | None = None,
     labels: Sequence[int] | None = None,
     *,
-    loss_fn: Callable[[Any, Any], Tensor] = classification_loss,
+    loss_fn: Loss = classification_loss,
     weights: Sequence[float] | None = None,
     augment: Augment | None = None,
     lr: float = 1.0,
@@ -145,7 +145,7 @@ def freeze_except(model: nn.Module, *parts: nn.Module) -> None:
 def predict_batched(
     function: Callable[[Tensor], Tensor], model: nn.Module, rows: Rows, batch_size: int = 256
 ) -> Tensor:
-    """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, is in eval mode."""
+    """`function` of each row's tokens, in order, on the CPU: (N, ...) float32. `model`, whose it is, in eval mode."""
     device = next(model.parameters()).device
     training = model.training
     result: dict[int, Tensor] = {}
@@ -161,18 +161,14 @@ def probabilities(model: nn.Module, rows: Rows) -> Tensor:
     return predict_batched(lambda tokens: model(tokens).float().softmax(1), model, rows)
 
 
-def _everything(context: Context, model: Model) -> Classifier:
-    return fit_labelled(context, model)
+def _thawed(parts: Callable[[Model], list[nn.Module]], lr: float = FROZEN_LR / 2) -> Callable[..., Classifier]:
+    """A method by which these parts learn and all others are frozen."""
 
+    def learn(context: Context, model: Model) -> Classifier:
+        freeze_except(model, *parts(model))
+        return fit_labelled(context, model, lr=lr)
 
-def _head(context: Context, model: Model) -> Classifier:
-    freeze_except(model, model.head)
-    return fit_labelled(context, model, lr=FROZEN_LR)
-
-
-def _partial(context: Context, model: Model, layers: int = 1) -> Classifier:
-    freeze_except(model, model.head, model.backbone.norm, *list(model.backbone.layers)[-layers:])
-    return fit_labelled(context, model, lr=FROZEN_LR / 2)
+    return learn
 
 
 def _gradual(context: Context, model: Model) -> Classifier:
@@ -190,10 +186,8 @@ def _decay(context: Context, model: Model, factor: float = 0.6) -> Classifier:
     """Each layer learns `factor` times as fast as the one above it; the embeddings are below the first."""
     backbone = model.backbone
     stack = [nn.ModuleList([backbone.embedding, backbone.position]), *backbone.layers]
-    groups = [
-        {"params": list(part.parameters()), "lr_scale": factor ** (len(stack) - depth)}
-        for depth, part in enumerate(stack)
-    ]
+    scales = [factor ** (len(stack) - depth) for depth in range(len(stack))]
+    groups = [{"params": [*part.parameters()], "lr_scale": scale} for part, scale in zip(stack, scales, strict=True)]
     return fit_labelled(context, model, groups=groups)
 
 
@@ -234,11 +228,6 @@ def _with_bottlenecks(backbone: DecoderLM, classes: int) -> Classifier:
     return model
 
 
-def _adapters(context: Context, model: Model) -> Classifier:
-    freeze_except(model, model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm)))
-    return fit_labelled(context, model, lr=FROZEN_LR / 2)
-
-
 def _pseudo(context: Context, model: Model, rounds: int = 2, threshold: float = 0.9) -> Classifier:
     """Learn the labels; then `rounds` times: label the unlabelled, keep the sure ones, start again with both.
 
@@ -270,17 +259,8 @@ def _gan(context: Context, model: Model) -> Classifier:
     labels = [*list(context.labels) * copies, *[0] * len(some)]
     weights = [1.0] * (len(rows) - len(some)) + [0.0] * len(some)
     gan = Gan(model).to(context.device)
-    options: dict[str, Any] = {
-        "loss_fn": gan_loss,
-        "backward": gan_backward,
-        "weights": weights,
-        "epochs": context.epochs / copies,
-    }
-    return fit_labelled(context, gan, rows, labels, **options).classifier
-
-
-def _fgm(context: Context, model: Model) -> Classifier:
-    return fit_labelled(context, model, backward=fgm_backward)
+    how: Any = {"loss_fn": gan_loss, "backward": gan_backward, "epochs": context.epochs / copies}
+    return fit_labelled(context, gan, rows, labels, weights=weights, **how).classifier
 
 
 def _continued(context: Context, model: Model) -> Classifier:
@@ -316,14 +296,7 @@ def _joint(context: Context, model: Model) -> Classifier:
 
 
 def _fit(
-    context: Context,
-    model: nn.Module,
-    batches: Any,
-    tokens: int,
-    lr: float,
-    loss_fn: Callable[[Any, Any], Tensor],
-    stage: str,
-    **options: Any,
+    context: Context, model: nn.Module, batches: Any, tokens: int, lr: float, loss_fn: Loss, stage: str, **options: Any
 ) -> None:
     settings = Settings(tokens, lr=lr, schedule="linear", precision=context.precision, log_every=20, save_every=10**9)
     folder = context.folder and context.folder / stage
@@ -331,45 +304,37 @@ def _fit(
     fit(model, batches, settings, loss_fn, folder=folder, resume=resume, meta=dict(context.meta), **options)
 
 
+def _last(model: Model) -> list[nn.Module]:
+    return [model.head, model.backbone.norm, model.backbone.layers[-1]]
+
+
+def _around_bottlenecks(model: Model) -> list[nn.Module]:
+    return [model.head, *(part for part in model.modules() if isinstance(part, Bottleneck | nn.LayerNorm))]
+
+
 _ALL = (
-    Method("scratch", "no pretraining: the whole model learns from the labels alone", _everything, pretrained=False),
-    Method("full", "every weight of the pretrained model learns", _everything),
-    Method("head", "the pretrained model is frozen, only the new head learns", _head),
-    Method("partial", "the last layer, the final norm and the head learn", _partial),
+    Method("scratch", "no pretraining: the whole model learns from the labels alone", fit_labelled, pretrained=False),
+    Method("full", "every weight of the pretrained model learns", fit_labelled),
+    Method("head", "the pretrained model is frozen, only the new head learns", _thawed(lambda x: [x.head], FROZEN_LR)),
+    Method("partial", "the last layer, the final norm and the head learn", _thawed(_last)),
     Method("gradual", "unfreezing from the head down, a layer a stage (Howard and Ruder 2018)", _gradual),
-    Method(
-        "mix",
-        "the head reads a learned mix of all layers (ELMo); everything learns",
-        _everything,
-        partial(Classifier, mix=True),
-    ),
+    Method("mix", "the head reads a learned mix of all layers (ELMo)", fit_labelled, partial(Classifier, mix=True)),
     Method("decay", "a lower layer learns 0.6 times as fast as the one above it", _decay),
-    Method(
-        "shared",
-        "one layer's weights serve all layers (ALBERT), the first one's to begin with",
-        _everything,
-        share_layers=True,
-    ),
+    Method("shared", "one layer's weights serve all layers (ALBERT)", fit_labelled, share_layers=True),
     Method("lora", "low-rank updates of every projection (peft), merged at the end", _lora),
     Method(
         "adapters",
         "bottlenecks behind attention and feed-forward (Houlsby et al. 2019), norms and head learn",
-        _adapters,
+        _thawed(_around_bottlenecks),
         _with_bottlenecks,
     ),
+    Method("pseudo", "sure guesses on unlabelled texts become labels, two rounds", _pseudo, unlabelled=True),
+    Method("gan", "a generator's features are one class more (GAN-BERT)", _gan, unlabelled=True),
     Method(
-        "pseudo",
-        "sure guesses on unlabelled texts become labels, two rounds, balanced classes",
-        _pseudo,
-        unlabelled=True,
+        "fgm",
+        "each step also learns under an adversarial shift of the embeddings (Miyato et al. 2017)",
+        partial(fit_labelled, backward=fgm_backward),
     ),
-    Method(
-        "gan",
-        "features from a generator are one class more (GAN-BERT), unlabelled texts are real",
-        _gan,
-        unlabelled=True,
-    ),
-    Method("fgm", "each step also learns under an adversarial shift of the embeddings (Miyato et al. 2017)", _fgm),
     Method("continued", "language modelling on the target's texts first, then everything learns", _continued),
     Method("clusters", "learn the k-means clusters of unlabelled texts first, then the labels", _clusters),
     Method("joint", "hashed character 1- to 3-grams add their logits to the transformer's", _joint, JointClassifier),

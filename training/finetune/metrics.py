@@ -6,18 +6,20 @@ they are called, in that order.
 
 import csv
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy
 
-from tileformer.training.extras import optional_import
+from tileformer.extras import optional_import
+from tileformer.training.files import PathLike
 
 Interval = tuple[float, float]
+Classes = Sequence[int]
+Names = Sequence[str]
 
 
-def classification(true: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+def classification(true: Classes, predicted: Classes, names: Names) -> dict[str, Any]:
     """Accuracy; precision, recall and F1 as `macro` (mean of classes), `micro` (all decisions) and by class name.
 
     A class that is never predicted has precision 0, one without examples recall 0; one that has neither is left out of
@@ -39,7 +41,7 @@ def classification(true: Sequence[int], predicted: Sequence[int], names: Sequenc
     return result
 
 
-def confusion(true: Sequence[int], predicted: Sequence[int], classes: int) -> numpy.ndarray:
+def confusion(true: Classes, predicted: Classes, classes: int) -> numpy.ndarray:
     """Counts (K, K) int64: row = true class, column = predicted class."""
     _check(true, predicted, classes)
     return optional_import("sklearn.metrics").confusion_matrix(true, predicted, labels=range(classes))
@@ -50,7 +52,7 @@ def perplexity(nats: float) -> float:
     return math.exp(nats) if nats < 709 else math.inf
 
 
-def bootstrap(true: Sequence[int], predicted: Sequence[int], resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap(true: Classes, predicted: Classes, resamples: int = 2000, seed: int = 0) -> Interval:
     """95 % percentile interval of the accuracy, over resamples of the examples.
 
     It says how far the figure would move with other test texts, not with another training seed (`over_seeds`).
@@ -79,12 +81,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def errors_csv(
-    path: str | os.PathLike[str],
-    texts: Sequence[str],
-    true: Sequence[int],
-    predicted: Sequence[int],
-    probability: Sequence[float],
-    names: Sequence[str],
+    path: PathLike, texts: Names, true: Classes, predicted: Classes, probability: Sequence[float], names: Names
 ) -> int:
     """Write every wrong prediction as `true,predicted,probability,text`, the most confident first; returns how many.
 
@@ -100,7 +97,7 @@ def errors_csv(
     return len(rows)
 
 
-def _check(true: Sequence[int], predicted: Sequence[int], classes: int) -> None:
+def _check(true: Classes, predicted: Classes, classes: int) -> None:
     if len(true) != len(predicted) or not len(true):
         raise ValueError(f"expected one prediction for each example, got {len(predicted)} for {len(true)}")
     low, high = min(*true, *predicted), max(*true, *predicted)

@@ -1,8 +1,8 @@
-"""Joint features: a transformer that reads order beside hashed character n-grams, which know every short phrase at once.
+"""Joint features: a transformer that reads order beside hashed character n-grams, which know short phrases at once.
 
 The n-gram branch alone is about the TF-IDF baseline, as a layer: fastText's hashing (Joulin et al. 2016) with idf
-weights. Each branch learns the labels by itself, and the sum of their logits predicts: a product of experts (Hinton 2002).
-Training the sum as well left each branch weaker in the runs tried, and the sum no better.
+weights. Each branch learns the labels by itself, and the sum of their logits predicts: a product of experts (Hinton
+2002). Training the sum as well left each branch weaker in the runs tried, and the sum no better.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,6 @@ Where no installed font has a character (Chinese on a bare server), its code poi
 on standard error says which font to install.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 
 import numpy
 
-from tileformer.training.extras import optional_import
+from tileformer.extras import optional_import
+from tileformer.training.files import PathLike
 from tileformer.training.log import records
 
-PathLike = str | os.PathLike[str]
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
 LONGEST = 40  # characters of a label
 _told: set[str] = set()  # characters without a glyph that a line was printed about
@@ -46,7 +45,7 @@ def learning_curves(log: PathLike, png: PathLike) -> Path:
 
 
 def confusion(counts: numpy.ndarray, names: Sequence[str], png: PathLike) -> Path:
-    """Counts (K, K), row = true class; a cell is coloured by its share of its row. Up to 20 classes it is also told in numbers."""
+    """Counts (K, K), row = true class; a cell is coloured by its share of its row, up to 20 classes with numbers."""
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"counts {counts.shape} must be ({len(names)}, {len(names)}), one row and column a class")
     labels = _drawable(names)

@@ -14,8 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tileformer import arguments
-from tileformer.training import process
+from tileformer.extras import optional_import
+from tileformer.kernels.info import require_device
+from tileformer.training import checkpoint, process
+from tileformer.training.files import quote, to_json, write
+from tileformer.training.finetune import metrics, plots, table, texts
+from tileformer.training.finetune.methods import METHODS, probabilities
+from tileformer.training.recipes import RECIPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """One run, or the table. ValueError: wrong arguments or input."""
-    from tileformer.kernels.info import require_device
-    from tileformer.training import checkpoint
-    from tileformer.training.extras import optional_import
-    from tileformer.training.finetune import table
-    from tileformer.training.finetune.methods import METHODS
-
     if args.list:
         width = max(map(len, METHODS))
         for method in METHODS.values():
@@ -81,11 +83,6 @@ def main(args: argparse.Namespace) -> int:
 
 def _single(args: argparse.Namespace) -> int:
     """One method beside the baseline, with everything to look at in the output folder."""
-    from tileformer.training import checkpoint
-    from tileformer.training.files import to_json, write
-    from tileformer.training.finetune import metrics, plots, table, texts
-    from tileformer.training.finetune.methods import probabilities
-
     task = table.load_task(args.recipe, args.data, args.encoding, args.checkpoint, args.skip_bad_lines)
     test = task.parts["test"]
     stages = args.output / "stages"
@@ -126,8 +123,6 @@ def _single(args: argparse.Namespace) -> int:
 
 def attention_weights(model: Any, row: Sequence[int]) -> Any:
     """Weights (H, T, T) of the last layer's attention for one row of ids, of a pre-norm model in eval mode."""
-    import torch
-
     backbone = model.backbone
     device = next(model.parameters()).device
     tokens = torch.tensor([list(row)], device=device)
@@ -138,10 +133,6 @@ def attention_weights(model: Any, row: Sequence[int]) -> Any:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from tileformer.training.files import quote
-    from tileformer.training.finetune.methods import METHODS
-    from tileformer.training.finetune.table import BASELINE
-    from tileformer.training.recipes import RECIPES
 
     known = [name for name, recipe in RECIPES.items() if recipe.labelled]
     if args.recipe not in known:
@@ -149,7 +140,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{found}; to fine-tune there is: {', '.join(known)}")
     method = args.method or "full"
     names = method.split(",") if args.table else [method]
-    allowed = {*METHODS, BASELINE} if args.table else {*METHODS}
+    allowed = {*METHODS, table.BASELINE} if args.table else {*METHODS}
     if unknown := [name for name in names if name not in allowed]:
         raise ValueError(f"no method {quote(unknown[0])}; there is: {', '.join(METHODS)}")
     if args.labels != "all" and not re.fullmatch("[2-9]|[1-9][0-9]{1,8}", args.labels):

@@ -111,7 +111,7 @@ def predict(args: argparse.Namespace, task: Task, method: str, size: str, seed: 
         if checkpoint.steps_in(stage):
             spent += checkpoint.read_training_state(checkpoint.latest(stage)).core_seconds
     start = time.process_time()
-    model = METHODS[method].recipe(context, model).eval()
+    model = METHODS[method].learn(context, model).eval()
     spent += time.process_time() - start
     return probabilities(model, texts.to_rows(task.tokenizer, test.texts)).numpy(), spent, model
 

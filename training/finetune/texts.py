@@ -80,9 +80,13 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Any, tuple[Tokeni
     return model.to(device).eval(), (load_tokenizer(path, meta, model.backbone.config), names)
 
 
-def show(model: Any, vocabulary: tuple[Tokenizer, list[str]], lines: Sequence[str]) -> list[str]:
+def parse(vocabulary: tuple[Tokenizer, list[str]], line: str) -> tuple[str, list[int]]:
+    """A text and its ids."""
+    return line, to_rows(vocabulary[0], [clean(line)])[0]
+
+
+def show(model: Any, vocabulary: tuple[Tokenizer, list[str]], inputs: Sequence[tuple[str, list[int]]]) -> list[str]:
     """`class share  text` for each text."""
-    tokenizer, names = vocabulary
-    shares, classes = probabilities(model, to_rows(tokenizer, list(map(clean, lines)))).max(1)
-    judged = zip(classes.tolist(), shares.tolist(), lines, strict=True)
-    return [f"{names[number]} {share:.1%}  {line}" for number, share, line in judged]
+    shares, classes = probabilities(model, [row for _, row in inputs]).max(1)
+    judged = zip(classes.tolist(), shares.tolist(), inputs, strict=True)
+    return [f"{vocabulary[1][number]} {share:.1%}  {line}" for number, share, (line, _) in judged]

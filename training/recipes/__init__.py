@@ -1,4 +1,4 @@
-"""Recipes: a file for each task, with its measured result in its first lines, and a value `RECIPE` that `run` trains."""
+"""Recipes: a file for each task, with its measured result in the first lines, and a value `RECIPE` to `run`."""
 
 from tileformer.training.recipes.g2p import RECIPE as G2P
 from tileformer.training.recipes.poems import RECIPE as POEMS

@@ -3,7 +3,7 @@
     tileformer train g2p            PER 9.6 %, WER 38.0 % (40.1 % by first reference) after 3.5 core-minutes
     tileformer train g2p --full     PER 6.57 %, WER 27.15 % (29.6 % by first reference) after 74 core-minutes;
                                     with 5 beams PER 6.49 %, WER 26.86 % (29.3 %)
-    the same with --split-by stem   PER 9.8 %, WER 38.4 %; --full PER 7.06 %, WER 28.92 % (31.2 %), beams 6.97 %, 28.67 %:
+    the same with --split-by stem   PER 9.8 %, WER 38.4 %; --full 7.06 %, 28.92 % (31.2 %), with beams 6.97 %, 28.67 %:
                                     inflections of a test word are not in train, but for 21 that share no stem
 
 Measured with seed 0, one thread of an AVX512 Xeon, fp32, torch 2.13, on 12,523 test words, greedy, closest reference.
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
+from tileformer.extras import optional_import
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
 from tileformer.training.data.batches import Batches, Pair
-from tileformer.training.extras import optional_import
 from tileformer.training.files import quote
 from tileformer.training.loop import Report
 from tileformer.training.losses import sequence_loss
@@ -54,7 +54,7 @@ Entries = dict[str, list[Phones]]
 
 
 # Chosen by single runs of 3.0M tokens on the valid words, nats per label: flat then linear .347, cosine .349; lr 1.5e-3
-# .329, 2.5e-3 .338; batch 32 .330 in 1.4 times the time; half the budget falling .326, a third .329. Dropout costs a few
+# .329, 2.5e-3 .338; batch 32 .330 in 1.4 times the time; half the budget falling .326, a third .329. Dropout costs some
 # epochs before it pays: 19.6M tokens with 0.05 reached PER 6.93 %, WER 28.46 % in 26 core-minutes.
 LEARNING = Settings(2_600_000, lr=1.5e-3, schedule="wsd", decay=0.5)
 QUICK = Scale(LEARNING, 64, {"dropout": 0.0})
@@ -168,7 +168,7 @@ def score(predicted: dict[str, Phones], references: Entries) -> Score:
 
 
 def spelled(word: str) -> str:
-    """A word as the model reads it: lower case, without full-width letters, soft hyphens and typographic apostrophes."""
+    """A word as the model reads it: lower case, without full-width letters, soft hyphens, typographic apostrophes."""
     letters = unicodedata.normalize("NFKC", word.translate(APOSTROPHES)).lower()
     return "".join(c for c in letters if unicodedata.category(c) != "Cf").strip()
 
@@ -228,7 +228,8 @@ def evaluate(model: Seq2Seq, data: Data, report: Report, args: argparse.Namespac
         yield f"  {word:<14} {' '.join(predicted[word]):<32} true: {truth}"
     if args.full:
         best = score(transcribe(model, test, num_beams=5), test)
-        yield f"  PER {best.per:.2f} %   WER {best.wer:.2f} %   5 beams, closest reference; {best.wer_first:.2f} % first"
+        rates = f"PER {best.per:.2f} %   WER {best.wer:.2f} %"
+        yield f"  {rates}   5 beams, closest reference; {best.wer_first:.2f} % first"
 
 
 def add_arguments(parser: Any) -> None:

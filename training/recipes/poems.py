@@ -11,7 +11,7 @@ share a line with another one that is not: those are left out, so that no line o
 
 A poem is begin, its form, its characters with a comma and a full stop in turn behind the lines, end. Form rate: the
 share of sampled poems with as many lines, each of as many characters, as were asked for. Perplexity: exp of the nats of
-all that follows the form (marks and end too) for each character of the poem, so marks, which are sure, make it no lower.
+all that follows the form (marks and end too) for each character of the poem, so marks, being sure, make it no lower.
 """
 
 import argparse

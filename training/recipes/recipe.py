@@ -37,7 +37,7 @@ class Data:
     """What a recipe has read: batches to learn from and to validate on, and what `Recipe.evaluate` needs beside them.
 
     vocabulary: what the ids mean. test: what is measured on. facts: lines that a run prints first. meta: JSON that each
-    checkpoint keeps; a run is resumed only with the same. files: by name, what is saved (`save(path)`) in the run folder.
+    checkpoint keeps; a run is resumed only with the same. files: by name, what is saved (`save(path)`) in the run.
     """
 
     train: AnyBatches
@@ -58,9 +58,9 @@ class Recipe:
     which model(config) makes the model. loss(model, batch): see `fit`. evaluate(model, data, report, args): lines that
     say how good the model is.
 
-    For `tileformer generate`: vocabulary(path, meta, config) is what a checkpoint's ids mean, CheckpointError if they do
-    not fit the model; parse(vocabulary, text) is an input or a ValueError; show(model, vocabulary, inputs) a line for each.
-    For `tileformer finetune`: labelled() are the texts to classify. about: its first line is what --list says.
+    For `tileformer generate`: vocabulary(path, meta, config) is what a checkpoint's ids mean, CheckpointError if they
+    do not fit the model; parse(vocabulary, text) is an input or a ValueError; show(model, vocabulary, inputs) a line
+    for each. For `tileformer finetune`: labelled() are the texts to classify. about: its first line is shown by --list.
     """
 
     name: str
@@ -127,27 +127,16 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         model = recipe.model(config).to(device)
         tokens = args.tokens or args.scale.settings.tokens
         settings = replace(args.scale.settings, tokens=tokens, precision=args.precision)
-        print(
-            f"model {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M parameters, {device.type} "
-            f"{resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads; "
-            f"budget {tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}",
-            flush=True,
-        )
-        report = fit(
-            model,
-            data.train,
-            settings,
-            recipe.loss,
-            folder=output,
-            valid=data.valid,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            meta={"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed},
-        )
-        print(
-            f"trained {report.steps:,} steps, {report.tokens:,} tokens in {report.core_seconds:.1f} core-seconds "
-            f"({report.wall_seconds:.1f} s): {report.tokens / report.core_seconds:,.0f} tokens per core-second"
-        )
+        size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        where = f"{device.type} {resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads"
+        budget = f"budget {tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}"
+        print(f"model {size:.2f}M parameters, {where}; {budget}", flush=True)
+        meta = {"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed}
+        how: Any = {"folder": output, "resume": args.resume, "overwrite": args.overwrite, "meta": meta}
+        report = fit(model, data.train, settings, recipe.loss, valid=data.valid, **how)
+        spent = f"{report.core_seconds:.1f} core-seconds ({report.wall_seconds:.1f} s)"
+        speed = f"{report.tokens / report.core_seconds:,.0f} tokens per core-second"
+        print(f"trained {report.steps:,} steps, {report.tokens:,} tokens in {spent}: {speed}")
         for line in recipe.evaluate(model.eval(), data, report, args):
             print(line, flush=True)
     use = f"; use it: tileformer generate --checkpoint {output} {recipe.example}" if recipe.example else ""
