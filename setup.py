@@ -1,4 +1,4 @@
-"""Which folders are the package: those that src/tileformer links to, or, where a copy lost the links, those of the root."""
+"""Which folders are the package: those that src/tileformer links to, or the root's where a copy lost the links."""
 
 import os
 

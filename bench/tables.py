@@ -63,7 +63,7 @@ def markdown_cells(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 class Growing:
-    """A file that is written again as what it tells grows: a run that is stopped leaves what it had, whole.
+    """A file that is written again as what it tells grows: a run that is stopped leaves what it had, whole. At the end of a `with` it is written.
 
     Args:
         path: None writes nothing. A device or a pipe is written once, at the last.
@@ -72,6 +72,12 @@ class Growing:
 
     def __init__(self, path: str | None, text: Callable[[], str]) -> None:
         self.path, self.text, self.due = path, text, 0.0
+
+    def __enter__(self) -> Growing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.write(last=True)
 
     def write(self, last: bool = False) -> None:
         """Write it, unless that would take more than a twentieth of the time."""

@@ -10,12 +10,9 @@ FOLDERS = ("kernels", "decoder", "training", "bench", "examples", "src")
 
 
 def file_map(repository: str = "") -> str:
-    """A page with one line for each file of the package and the examples: the first of its docstring."""
-    page = [
-        "# File map",
-        "",
-        "Imports point down: `kernels` <- `decoder` <- `training` <- `bench`. The reasons: [architecture](architecture.md).",
-    ]
+    """A page with one line for each file of the package and the examples: how its docstring begins."""
+    arrows = "Imports point down: `kernels` <- `decoder` <- `training` <- `bench`"
+    page = ["# File map", "", f"{arrows}. The reasons: [architecture](architecture.md)."]
     for top in FOLDERS:
         for folder, below, names in os.walk(ROOT / top):
             below[:] = sorted(set(below) - {"__pycache__"})
@@ -24,11 +21,11 @@ def file_map(repository: str = "") -> str:
                 place = Path(folder).relative_to(ROOT).as_posix()
                 page += ["", f"## {place}/", "", "| file | what it holds |", "|---|---|"]
             for file in files:
-                line = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()[:1]
-                link = (
-                    f"[`{file.name}`]({repository}/blob/main/{place}/{file.name})" if repository else f"`{file.name}`"
-                )
-                page.append(f"| {link} | {''.join(line).rstrip('.').replace('|', chr(92) + '|')} |")
+                words = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
+                line = " ".join(words.split()).rstrip(".").replace("|", chr(92) + "|")
+                name = f"`{file.name}`"
+                link = f"[{name}]({repository}/blob/main/{place}/{file.name})" if repository else name
+                page.append(f"| {link} | {line} |")
     return "\n".join(page) + "\n"
 
 

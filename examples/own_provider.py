@@ -1,4 +1,4 @@
-"""A provider of your own in the benchmarks: judged against float64 like everybody's, and only then timed. Needs `bench`.
+"""A provider of your own in the benchmarks: judged against float64 like everybody's, then timed. Needs `bench`.
 
 python examples/own_provider.py
 """

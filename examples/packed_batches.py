@@ -11,7 +11,7 @@ from tileformer.training import PackedBatches, Settings, fit, language_loss
 
 def main(tokens: int = 40_000) -> float:
     torch.manual_seed(0)
-    # Documents of 5 to 17 tokens that count up by one or by two, from anywhere. Ids 0, 1 and 2 are padding, begin and end.
+    # Documents of 4 to 17 tokens that count up by one or by two. Ids 0, 1 and 2 are padding, begin and end.
     documents = [[3 + (start + step * n) % 20 for n in range(4 + start % 14)] for start in range(60) for step in (1, 2)]
     batches = PackedBatches(documents, batch_tokens=256, seed=0)
     first = next(iter(batches))

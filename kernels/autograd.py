@@ -45,7 +45,6 @@ def register(launcher: Callable[P, R], fake: Callable[..., R]) -> Callable[P, R]
     schema = torch.library.infer_schema(launcher, mutates_args=())
     known = name in registered
     op = registered.setdefault(name, RegisteredOp())
-    op.launcher, op.fake = launcher, fake
     if not known or op.schema != schema:
         if known:
             op.library._destroy()  # and with it torch's op, which has another schema
@@ -53,6 +52,7 @@ def register(launcher: Callable[P, R], fake: Callable[..., R]) -> Callable[P, R]
         op.library.define(name + schema)
         op.library.impl(name, lambda *args: op.launcher(*args), "CompositeExplicitAutograd")
         torch.library.register_fake(f"tileformer::{name}", lambda *args: op.fake(*args), lib=op.library)
+    op.launcher, op.fake = launcher, fake
     return getattr(torch.ops.tileformer, name).default
 
 

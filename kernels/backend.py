@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.compiler import is_compiling
 
 from tileformer.kernels import checks, device
 
-BACKENDS = ("auto", "triton", "interpret", "torch", "reference")
+Backend = Literal["auto", "triton", "interpret", "torch", "reference"]
+BACKENDS = get_args(Backend)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_ARCH = 80
 
@@ -52,7 +54,7 @@ def _set(name: str) -> None:
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Serve the public ops called inside with one backend: in this thread, and of asyncio's tasks in this one alone.
 
     A backward runs what its forward chose. But torch runs the backward of CUDA tensors in a thread of its own, and there

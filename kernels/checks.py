@@ -5,13 +5,15 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+Align = Literal["top_left", "bottom_right"]
+Causal = bool | Align  # True is top left
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What other libraries call it, and what it is here.
 _ELSEWHERE = {
@@ -163,7 +165,7 @@ def broadcastable(op: str, shape: Sequence[int], **tensors: Tensor | None) -> No
             )
 
 
-def causal_variant(op: str, mask: Any, shape: Sequence[int]) -> str | None:
+def causal_variant(op: str, mask: Any, shape: Sequence[int]) -> Align | None:
     """ "top_left" or "bottom_right" for a mask that is a `torch.nn.attention.bias.CausalBias`, a tensor without values; else None.
 
     Raises ValueError where it was made for other sizes than `shape` ends with.

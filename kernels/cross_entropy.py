@@ -15,7 +15,7 @@ the loss and the gradient; nothing is read out of bounds.
 from __future__ import annotations
 
 import functools
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -179,28 +179,18 @@ def cross_entropy_fwd(
 
 
 def _cross_entropy_fwd_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Any,
-    ignore_index: Any,
-    label_smoothing: Any,
-    reduction: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, target: Tensor, weight: Any, ignore_index: Any, label_smoothing: Any, reduction: str, dtype:
+    torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     loss = torch.empty_like(lse, dtype=dtype) if reduction == "none" else lse.new_empty((), dtype=dtype)
     return loss, lse, lse.new_empty(()) if reduction == "mean" else torch.empty_like(lse)
 
 
 def cross_entropy_bwd(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    ignore_index: int,
+    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int,
     label_smoothing: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The gradient of the logits."""
     dlogits = _cross_entropy_bwd_fake(dloss, logits)
     x, stride = rows_of(logits, logits.shape[1])
@@ -283,7 +273,7 @@ def cross_entropy(
     *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Literal["none", "mean", "sum"] = "mean",
     label_smoothing: float = 0.0,
     **wrong: NoReturn,
 ) -> Tensor:
@@ -315,15 +305,16 @@ def cross_entropy(
     if wrong:
         checks.misnamed("cross_entropy", wrong)
     if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
-        how = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-        return _on_shards(logits, target, weight, reduction, how)
+        return _on_shards(
+            logits, target, weight, reduction, dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        )
     if type(label_smoothing) is not float:
         label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
-        how: Any = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-        return reference.cross_entropy(logits, target, weight=weight, **how)
+        options: Any = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
@@ -335,14 +326,14 @@ def cross_entropy(
             target, None if weight is None else weight.to(wide),
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         ).to(dtype)  # fmt: skip
-    options = weight, int(ignore_index), label_smoothing, reduction, dtype
+    rest = weight, int(ignore_index), label_smoothing, reduction, dtype
     if logits.dim() == 2:
-        return _cross_entropy_forward(logits, target, *options)[0]
-    loss = _cross_entropy_forward(logits[None], target[None], *options)[0]
+        return _cross_entropy_forward(logits, target, *rest)[0]
+    loss = _cross_entropy_forward(logits[None], target[None], *rest)[0]
     return loss.view(()) if reduction == "none" else loss
 
 
-def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: str, options: dict[str, Any]) -> Tensor:
+def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: Any, options: dict[str, Any]) -> Tensor:
     """Of DTensors: each process computes the losses of its rows; sums are DTensors' own."""
     if logits.is_nested:
         checks.plain("cross_entropy", logits, target)
@@ -352,7 +343,7 @@ def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: st
             "cross_entropy: no mean with class weights over sharded rows: pass reduction='sum', and divide by the weights that count"
         )
     rows, each = ("rows",) * (logits.dim() - 1), "none" if split else reduction
-    call = lambda *given: cross_entropy(given[0], given[1], weight=given[2], reduction=each, **options)  # noqa: E731
+    call = lambda x, y, w: cross_entropy(x, y, weight=w, **options, reduction=each)  # type: ignore[arg-type]  # noqa: E731
     result = (rows, target.shape) if each == "none" else ((), ())
     losses = on_shards("cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [result])
     if reduction == each:

@@ -19,7 +19,7 @@ import triton
 import tileformer
 from tileformer.kernels import launch, reference
 from tileformer.kernels.attention import attention
-from tileformer.kernels.backend import use_backend
+from tileformer.kernels.backend import Backend, use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
 from tileformer.kernels.layer_norm import layer_norm
@@ -43,16 +43,13 @@ OPS: dict[str, Callable[..., Any]] = {
 }
 
 
-def failures(backend: str, device: torch.device) -> list[str]:
+def failures(backend: Backend, device: torch.device) -> list[str]:
     """The results that are not what the definition gives, "attention: dk" say, forward and backward in bfloat16."""
     wrong = []
     for call, (shapes, options) in CALLS.items():
-        op = call.partition(",")[0]
-        results: list[list[torch.Tensor]] = []
-        for compute, place, dtype in (
-            (getattr(reference, op), "cpu", torch.float32),
-            (OPS[op], device, torch.bfloat16),
-        ):
+        op, results = call.partition(",")[0], list[list[torch.Tensor]]()
+        definition = getattr(reference, op)
+        for compute, place, dtype in ((definition, "cpu", torch.float32), (OPS[op], device, torch.bfloat16)):
             generator = torch.Generator().manual_seed(1)
             draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().to(place, dtype)  # noqa: B023, E731
             leaves = {name: draw(*shape).requires_grad_() for name, shape in shapes.items()}

@@ -299,7 +299,7 @@ _softmax_backward = KernelFunction(softmax_bwd, _SoftmaxBackward)
 
 
 def softmax(
-    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False, **wrong: NoReturn
+    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: checks.Causal = False, **wrong: NoReturn
 ) -> Tensor:
     """softmax(scale * x + mask) over the last axis.
 
@@ -333,7 +333,7 @@ def softmax(
 
 
 def log_softmax(
-    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False, **wrong: NoReturn
+    x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: checks.Causal = False, **wrong: NoReturn
 ) -> Tensor:
     """The logarithm of `softmax`, with its arguments and errors: exact where the softmax itself would round to 0.
 
@@ -349,7 +349,7 @@ def log_softmax(
     return _softmax("log_softmax", x, scale, mask, causal)
 
 
-def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bool | str) -> Tensor:
+def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: checks.Causal) -> Tensor:
     if (type(x) is not Tensor or x.is_nested) and by_parts(name, x, 1 + bool(causal)):
         return by_rows(name, lambda x, m: _softmax(name, x, scale, m, causal), x, 1 + bool(causal), beside=(mask,))
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
@@ -377,7 +377,7 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: bo
     return _softmax_forward(x, mask, shift, scale, log)
 
 
-def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool | str, log: bool) -> Tensor:
+def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.Causal, log: bool) -> Tensor:
     scores = x if scale == 1.0 else _widened(x) * scale  # what is still to be added must not be rounded before
     hidden = []
     if causal:

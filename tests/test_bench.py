@@ -456,3 +456,13 @@ def test_a_dry_run_executes_launches_experiments_and_the_report(tmp_path):
     assert "No time, rate or share on this page is a measurement" in report and "## Experiments" in report
     assert not re.search(r"\| \d+\.\d{4} \|", report), "a dry report shows a time"
     assert json.loads((tmp_path / "softmax.json").read_text())["dry"]
+
+
+def test_floors_stand_on_each_other_in_order():
+    """What a file of bench/ imports stands on its own floor or below: the order in bench/__init__.py."""
+    order = ["calls", "tables", "recording", "ahead", "static", "check", "speed"]
+    for path in (gpu_day.ROOT / "bench").rglob("*.py"):
+        own = path.relative_to(gpu_day.ROOT / "bench").parts[0].removesuffix(".py")
+        above = order[order.index(own) + 1 :] if own in order else []
+        imported = set(re.findall(r"from tileformer\.bench(?:\.| import )(\w+)", path.read_text()))
+        assert not imported & set(above), f"{path} imports {imported & set(above)}"

@@ -385,6 +385,9 @@ def test_a_model_whose_layers_are_torchs_or_their_twins(kind):
     assert torch.equal(generate(m, src), expected) and torch.equal(generate(m, src, use_cache=False), expected)
     if kind == "pair":
         assert torch.allclose(m.states(src)[-1], m.encode(src)[0])
+        memory, padding = m.encode(src)
+        tgt = PROMPTS[:, 2:]
+        torch.testing.assert_close(m.decode(tgt, memory, padding, KVCache(2, 12)), m.decode(tgt, memory, padding))
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -406,6 +406,33 @@ def test_a_wrapped_block_returns_its_branch():
     torch.testing.assert_close(layer(tgt, memory, **masks), twin(tgt, memory, **masks))
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_layers_take_a_cache_hooked_or_not(norm_first, hooked):
+    tgt, memory, masks = decoder_inputs()
+    torch.manual_seed(0)
+    encoder = decoder.TransformerEncoderLayer(C, H, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
+    layer, caches = decoder_layer(norm_first=norm_first), [decoder.KVCache(1, T_Q).layers[0] for _ in range(2)]
+    expected = layer(tgt, memory, masks["tgt_mask"]), encoder(tgt, masks["tgt_mask"])
+    for each in (layer, encoder):
+        if hooked:
+            each.dropout1.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        tokens = tgt.split(1, dim=1)
+        steps = [(layer(x, memory, cache=caches[0]), encoder(x, cache=caches[1].self_attn)) for x in tokens]
+    for step, whole in zip(zip(*steps, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.cat(step, 1), whole.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_packed_sequences_of_a_module_stay_apart():
+    attn, ends = decoder.MultiheadAttention(C, H, batch_first=True), torch.tensor([0, 2, 7])
+    x = torch.randn(1, 7, C)
+    out, _ = attn(x, x, x, need_weights=False, is_causal=True, cu_seqlens=ends)
+    for part, own in zip(out.split([2, 5], 1), x.split([2, 5], 1), strict=True):
+        hidden = torch.ones(own.shape[1], own.shape[1]).bool().triu(1)
+        torch.testing.assert_close(part, attn(own, own, own, need_weights=False, attn_mask=hidden)[0])
+
+
 def test_what_torchs_modules_also_take():
     assert Dropout(0.5)(torch.tensor(3.0)).item() in (0.0, 6.0)
     assert Dropout(0.5).eval()(torch.tensor(3.0), torch.tensor(1.0)) == 4.0

@@ -1,4 +1,4 @@
-"""README and docs/ say what is so: code runs, commands and links exist, every public name and every file has its place."""
+"""README and docs/ say what is so: code runs, commands and links exist, every name and every file has its place."""
 
 import argparse
 import doctest
@@ -90,7 +90,7 @@ def test_training_on_pairs_of_ones_own(monkeypatch, tmp_path, capsys):
 
 
 def test_links_lead_to_files():
-    """Absolute ones in what the package index shows, relative ones elsewhere. `make docs` also looks for the anchors."""
+    """Absolute ones in what the package index shows, relative ones elsewhere; `make docs` also looks for anchors."""
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith(f"{REPOSITORY}/blob/main/"):
@@ -171,8 +171,7 @@ def test_the_file_map_has_a_line_for_every_file():
 def test_the_site_is_built_strictly(tmp_path):
     pytest.importorskip("mkdocs", reason="the docs extra is not installed; make docs builds the site")
     pytest.importorskip("mkdocstrings", reason="the docs extra is not installed; make docs builds the site")
-    from mkdocs.__main__ import cli
-
+    cli = importlib.import_module("mkdocs.__main__").cli
     cli(
         ["build", "--quiet", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)],
         standalone_mode=False,

@@ -245,11 +245,12 @@ def test_a_child_born_while_a_thread_interprets(monkeypatch: pytest.MonkeyPatch)
 def reloadable() -> Iterator[list[ModuleType]]:
     """The modules of kernels/ and decoder/ that are loaded; what they hold is put back afterwards."""
     modules = [m for name, m in sorted(sys.modules.items()) if re.match(r"tileformer\.(kernels|decoder)\b", name)]
-    held, ops = [dict(vars(m)) for m in modules], dict(autograd.registered)
+    namespaces, ops = [dict(vars(m)) for m in modules], [(op, dict(vars(op))) for op in autograd.registered.values()]
     yield modules
-    for module, names in zip(modules, held, strict=True):
+    for module, names in zip(modules, namespaces, strict=True):
         vars(module).update(names)
-    autograd.registered.update(ops)
+    for op, state in ops:
+        vars(op).update(state)
 
 
 def _works() -> None:

@@ -27,6 +27,13 @@ from tileformer.kernels import attention, autograd, cross_entropy, dropout, laun
 LAUNCHES: list[tuple[Any, ...]] = []
 
 
+def _described(x: Any) -> Any:
+    """An argument, or a tuple of them, with what a tensor is in its place."""
+    if isinstance(x, tuple):
+        return [_described(y) for y in x]
+    return (x.dtype, x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+
+
 class _Compiled(CompiledKernel):
     """Stands for one compilation, and records its launches."""
 
@@ -37,8 +44,7 @@ class _Compiled(CompiledKernel):
     def _record(
         self, x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any, *rest: Any
     ) -> None:
-        described = [(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in rest[2:]]
-        LAUNCHES.append((id(self), (x, y, z), described))
+        LAUNCHES.append((id(self), (x, y, z), _described(rest[2:])))
 
     def launch_metadata(self, *_: Any) -> None:
         return None

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tileformer.__main__ import VERBS
+from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import dropout, interpreter, layer_norm, softmax, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
 MAY_READ_THE_REFERENCE = (*OPS, "selftest")
 DEFINITIONS = (*OPS, "log_softmax", "rms_norm")
 LONGEST_FILE = 500
+MOST_ARGUMENTS = 28  # of a kernel, or of a part of one
 
 ROOM_FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 OUR_FILES = [*ROOM_FILES, *sorted((ROOT / "src" / "tileformer").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
@@ -274,9 +276,23 @@ def _frames_to_a_kernel(call) -> dict[str, list[str]]:
 @pytest.mark.interprets
 def test_few_frames_lie_between_a_call_and_its_kernel():
     x = torch.randn(1, 4, 16, requires_grad=True)
-    for call, most in ((lambda: layer_norm(x, 16), 6), (lambda: softmax(x), 6), (lambda: dropout(x, 0.5), 6)):
+    for call, most in ((lambda: layer_norm(x, 16), 5), (lambda: softmax(x), 6), (lambda: dropout(x, 0.5), 5)):
         frames = _frames_to_a_kernel(call)
         assert frames and all(len(names) <= most for names in frames.values()), frames
+
+
+@pytest.mark.interprets
+def test_few_frames_lie_between_a_decoder_layer_and_its_kernels():
+    x, layer = torch.randn(1, 4, 32, requires_grad=True), TransformerDecoderLayer(32, 2, 64, batch_first=True)
+    frames = _frames_to_a_kernel(lambda: layer(x, x, tgt_is_causal=True, tgt_mask=torch.ones(4, 4).triu(1).bool()))
+    assert len(frames["_attention_fwd_kernel"]) <= 7 and len(frames["_layer_norm_fwd_kernel"]) <= 7, frames
+
+
+def test_no_kernel_has_many_arguments():
+    for path in [path for path in ROOM_FILES if path.is_relative_to(ROOT / "kernels")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list):
+                assert len(node.args.args) <= MOST_ARGUMENTS, f"{path.relative_to(ROOT)}: {node.name}"
 
 
 def test_the_reference_never_calls_a_fused_attention():

@@ -23,9 +23,10 @@ needs_setuptools = pytest.mark.skipif(int(setuptools.__version__.split(".")[0]) 
 
 def package_files() -> set[str]:
     """Every file that the package must hold, as its name in a wheel."""
-    named = [f"{room}/{path.relative_to(ROOT / room)}" for room in ROOMS for path in (ROOT / room).rglob("*")]
-    tracked = subprocess.run(["git", "ls-files", *ROOMS], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    named = tracked or named  # a copy of the tree has no history
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *ROOMS]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    walked = [str(path.relative_to(ROOT)) for room in ROOMS for path in (ROOT / room).rglob("*")]
+    named = [name for name in listed or walked if (ROOT / name).is_file()]  # a copy of the tree has no history
     package = [path.name for path in (ROOT / "src/tileformer").iterdir() if path.is_file()]
     return {f"tileformer/{name}" for name in (*named, *package) if name.endswith((".py", ".toml", "py.typed"))}
 

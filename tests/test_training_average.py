@@ -9,6 +9,7 @@ from torch import nn
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
 from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, generate
+from tileformer.decoder.generation import Decodable, DecodeState
 from tileformer.training import CheckpointError, Settings, checkpoint, make_optimizer
 from tileformer.training.average import Ensemble, average_checkpoints
 
@@ -111,6 +112,24 @@ def test_different_models_decode_each_step_by_their_mean_with_and_without_a_cach
     assert torch.equal(mean.argmax(-1)[live], tokens[live])
     torch.testing.assert_close(ensemble(src, target)[..., 1:], mean.log()[..., 1:])
     assert any(not torch.equal(generate(model, src), tokens) for model in models)
+
+
+def test_language_models_decode_by_their_mean_from_prompts_of_any_length():
+    models = []
+    for seed, width in ((0, 16), (1, 8)):
+        torch.manual_seed(seed)
+        models.append(DecoderLM(DecoderLMConfig(9, width, 2, 2, 32, max_length=12)).eval())
+    ensemble, prompts = Ensemble(models), torch.tensor([[1, 3, 4, 5], [0, 0, 1, 7]])
+    assert isinstance(ensemble, Decodable) and (ensemble.eos_id, ensemble.pad_id, ensemble.max_length) == (2, 0, 12)
+    for options in ({}, {"num_beams": 3}):
+        tokens = generate(ensemble, prompts, 6, **options)
+        assert torch.equal(tokens, generate(ensemble, prompts, 6, use_cache=False, **options))
+        alone = [generate(ensemble, row[None, row != 0], 6, **options)[0] for row in prompts]
+        assert [row[row != 0].tolist() for row in tokens] == [row[row != 0].tolist() for row in alone]
+    with torch.no_grad():
+        assert isinstance(ensemble.start(prompts, capacity=9)[1], DecodeState)
+        mean = torch.stack([model(prompts[:1])[0, -1].softmax(-1) for model in models]).mean(0)
+    assert generate(ensemble, prompts[:1], 1).item() == int(mean[1:].argmax()) + 1
 
 
 def test_halves_are_averaged_in_float32_and_options_reach_the_models():

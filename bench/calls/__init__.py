@@ -52,7 +52,6 @@ class Call:
         build: instead of the op's own.
         edit: changes tensors and options in place.
         layouts: how a tensor, an option or "out" (its gradient) lies in memory: a name of LAYOUTS.
-
         reason: why it is in its list.
         dtypes: which dtypes it is checked in; the first is the one that the tests compile beside a GPU.
         quick: one of the few calls of `tileformer check --quick`.
@@ -61,7 +60,6 @@ class Call:
         interpret: False for a call that would keep the interpreter busy for minutes.
         not_torch: why the torch backend is not held to it.
         draws: check the dropout bits of the op (rate, independence, replay) at its rate, and no values.
-
         axis: the size that a plot has on its x-axis, if this belongs to a sweep over it; the curve's name is `name` without it.
         modes: which passes are timed.
     """
@@ -85,10 +83,7 @@ class Call:
     modes: tuple[str, ...] = MODES
 
     def inputs(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Tensors, Options]:
-        """Tensors to differentiate, and the op's other arguments: the same numbers in every process on a kind of device.
-
-        Floating ones are drawn in float32; `dtype` rounds them.
-        """
+        """Tensors to differentiate, and the op's other arguments: the same numbers in every process on a kind of device. `dtype` rounds them."""
         generator = Generator(device).manual_seed(zlib.crc32(f"{self.op} {self.name}".encode()))
         tensors, options = (self.build or OPS[self.op].build)(generator, self.sizes, **self.options)
         self.edit(tensors, options)

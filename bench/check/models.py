@@ -8,6 +8,7 @@ generates, the tokens are the same.
 
 from __future__ import annotations
 
+import collections
 import copy
 import importlib
 import importlib.util
@@ -23,6 +24,7 @@ from tileformer.bench.check.budget import over_budget
 from tileformer.bench.tables import Column, Growing, head, line, markdown_cells
 from tileformer.decoder import convert, huggingface
 from tileformer.kernels import use_backend
+from tileformer.kernels.backend import Backend
 
 Inputs = tuple[dict[str, Any], Tensor | None]  # a forward's arguments; which logits count, None: all
 _SIZE = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -57,24 +59,15 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "T5": ("T5ForConditionalGeneration", "T5Config", _T5),
     "mT5": ("MT5ForConditionalGeneration", "MT5Config", _T5),
 }  # fmt: skip
-TORCH: dict[str, dict[str, Any]] = {
-    "nn.Transformer": {},
-    "nn.Transformer, pre-norm": dict(norm_first=True, activation="gelu"),
-}
+TORCH: dict[str, Any] = {"nn.Transformer": {}, "nn.Transformer, pre-norm": dict(norm_first=True, activation="gelu")}
 # Packages with subclasses of torch's encoder layer: one overrides `forward` around torch's own, one the attention block.
 DEEPTAB = {
-    "DeepTab's layer": "CustomTransformerEncoderLayer",
-    "DeepTab's rotary layer": "RotaryTransformerEncoderLayer",
+    f"DeepTab's {kind}layer": f"{cls}TransformerEncoderLayer" for kind, cls in (("", "Custom"), ("rotary ", "Rotary"))
 }
 EAGER = ("DETR", "Gemma 2, soft cap")  # torch's attention does not serve these
-SIDES = {
-    name: ("right",) if name == "Gemma 2, soft cap" else ("left", "right") for name in [*TORCH, *DEEPTAB, *TRANSFORMERS]
-}
-GENERATE = [
-    name
-    for name, (cls, *_) in TRANSFORMERS.items()
-    if any(x in cls for x in ("Causal", "LMHead", "Conditional", "MTModel"))
-]
+SIDES = dict.fromkeys([*TORCH, *DEEPTAB, *TRANSFORMERS], ("left", "right")) | {"Gemma 2, soft cap": ("right",)}
+_GENERATES = ("Causal", "LMHead", "Conditional", "MTModel")
+GENERATE = [name for name, (cls, *_) in TRANSFORMERS.items() if any(word in cls for word in _GENERATES)]
 
 
 def eager(name: str) -> Any:
@@ -90,10 +83,9 @@ def eager(name: str) -> Any:
     transformers: Any = importlib.import_module("transformers")
     model, config, options = TRANSFORMERS[name]
     options = dict(options, attn_implementation="eager")
-    if name == "ViT":
+    if name in ("ViT", "DETR"):
         del options["vocab_size"]
     if name == "DETR":
-        del options["vocab_size"]
         layers = dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"])
         backbone = transformers.ResNetConfig(embedding_size=8, **layers)
         options |= dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone)
@@ -164,7 +156,7 @@ def _computed(model: Any, inputs: Inputs, dtype: torch.dtype, device: torch.devi
     return {"logits": logits.detach()} | grads
 
 
-def errors_of(name: str, side: str, backend: str | None, device: torch.device) -> dict[str, float]:
+def errors_of(name: str, side: str, backend: Backend | None, device: torch.device) -> dict[str, float]:
     """Error over budget of the logits and of each parameter's gradient: at most 1 passes."""
     model = eager(name)
     inputs = inputs_of(model, side)
@@ -176,14 +168,14 @@ def errors_of(name: str, side: str, backend: str | None, device: torch.device) -
     truth = _computed(model, inputs, torch.float64, device)
     if got.keys() != truth.keys():
         raise AssertionError(f"{name}: gradients of {sorted(got.keys() ^ truth.keys())} on one side only")
-    size: dict[str, float] = {}  # of a module's gradients: that of a key's bias is 0 but for rounding
+    size: dict[str, float] = collections.defaultdict(float)  # of a module's: a key's bias has 0 but for rounding
     for key, x in truth.items():
         module = key.rpartition(".")[0]
-        size[module] = max(size.get(module, 0.0), float(x.abs().max()))
+        size[module] = max(size[module], float(x.abs().max()))
     return {key: over_budget(got[key], plain[key], x, size[key.rpartition(".")[0]]) for key, x in truth.items()}
 
 
-def same_tokens(name: str, beams: int, backend: str | None, device: torch.device) -> bool:
+def same_tokens(name: str, beams: int, backend: Backend | None, device: torch.device) -> bool:
     """Whether a model and its eager self generate the same tokens, greedily (1 beam) or not, from prompts that are padded on the left."""
     model = eager(name).to(device)
     arguments = {key: x.to(device) for key, x in inputs_of(model, "left")[0].items() if key != "decoder_input_ids"}
@@ -197,7 +189,7 @@ TITLES = ("model", "swapped", "left", "logits", "gradients", "worst gradient", "
 SHOWN = [Column(TITLES[n], lambda row, n=n: row[n], f"<{26 if n == 0 else 10}") for n in (0, 1, 2, 3, 4, 6, 7, 5)]  # type: ignore[misc]
 
 
-def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
+def rows(backend: Backend | None, device: torch.device) -> Iterator[list[str]]:
     """The cells of TITLES, model by model."""
     absent = importlib.util.find_spec("deeptab") is None
     for name in [*TORCH, *([] if absent else DEEPTAB), *TRANSFORMERS]:
@@ -210,16 +202,15 @@ def rows(backend: str | None, device: torch.device) -> Iterator[list[str]]:
         yield [name, str(len(report.swapped)), str(len(report.left)), f"{logits:.2f}", f"{worst:.2f}", key, *tokens]
 
 
-def main(backend: str | None, device: torch.device, file: str | None) -> int:
+def main(backend: Backend | None, device: torch.device, file: str | None) -> int:
     """Print the table, also to a Markdown `file`; 1 if something is over its budget or generates other tokens."""
     table: list[list[str]] = []
     on = f"({backend or 'auto'} on {device.type}, torch {torch.__version__.split('+')[0]})"
     about = f"Written by `tileformer check --models --report docs/models.md` {on}. {' '.join(__doc__.split())}"
-    growing = Growing(file, lambda: f"# Whole models\n\n{about}\n\n{markdown_cells(TITLES, table)}\n")
     print(head(SHOWN))
-    for row in rows(backend, device):
-        table.append(row)
-        growing.write()
-        print(line(SHOWN, row), flush=True)
-    growing.write(last=True)
+    with Growing(file, lambda: f"# Whole models\n\n{about}\n\n{markdown_cells(TITLES, table)}\n") as growing:
+        for row in rows(backend, device):
+            table.append(row)
+            growing.write()
+            print(line(SHOWN, row), flush=True)
     return int(any(float(row[3]) > 1 or float(row[4]) > 1 or "OTHERS" in row for row in table))

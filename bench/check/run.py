@@ -41,6 +41,7 @@ from tileformer.bench.check.report import TABLE, Finding, collect, page, summary
 from tileformer.bench.static import compiled
 from tileformer.bench.tables import Growing, as_json, head, line
 from tileformer.kernels import info, interpreter, launch
+from tileformer.kernels.backend import Backend
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
@@ -88,7 +89,7 @@ def _error_sizes(call: Call, truth: Tensors, grads: Tensors, rounded: torch.dtyp
     return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in sizes.items()}
 
 
-def errors_of(call: Call, dtype_name: str, backend: str, device: torch.device) -> dict[str, float]:
+def errors_of(call: Call, dtype_name: str, backend: Backend, device: torch.device) -> dict[str, float]:
     """Error over budget of each output and gradient of a call: at most 1 passes.
 
     Raises:
@@ -99,7 +100,7 @@ def errors_of(call: Call, dtype_name: str, backend: str, device: torch.device) -
     return finding.over_budget
 
 
-def examine(call: Call, dtype_name: str, backend: str, device: torch.device, runs: int = 2) -> Finding:
+def examine(call: Call, dtype_name: str, backend: Backend, device: torch.device, runs: int = 2) -> Finding:
     """Everything that is checked about a call; `runs` times, for the same bits."""
     finding = Finding(call.op, call.name, dtype_name, call.reason)
     dtype = DTYPES[dtype_name]
@@ -134,7 +135,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
-def examine_draws(call: Call, dtype_name: str, backend: str, device: torch.device) -> Finding:
+def examine_draws(call: Call, dtype_name: str, backend: Backend, device: torch.device) -> Finding:
     """Deviation over its bound of each statistic of an op's dropout, and whether seeds replay."""
     finding = Finding(call.op, call.name, dtype_name, call.reason)
     draw, dtype, p = OPS[call.op].draw, DTYPES[dtype_name], call.dropout
@@ -187,7 +188,7 @@ def _is_far(call: Call) -> bool:
     return any(kind in FAR_AXIS for kind in call.layouts.values())
 
 
-def _finding(call: Call, dtype: str, backend: str, device: torch.device) -> Finding:
+def _finding(call: Call, dtype: str, backend: Backend, device: torch.device) -> Finding:
     """`examine` or `examine_draws`; an error becomes a problem, so that the other calls are still checked."""
     finding = Finding(call.op, call.name, dtype, call.reason, skipped=call.unfit(backend))
     if finding.skipped:
@@ -243,7 +244,7 @@ def main(args: argparse.Namespace) -> int:
         return compiled.main(calls, args.arch, args.json)
     launch.selftest_due = False  # this is more than that
     device = info.require_device(args.device)
-    backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
+    backend: Backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
     if backend in ("triton", "interpret") and (backend == "triton") != (device.type == "cuda"):
         raise ValueError(f"--backend {backend} does not serve {device.type}: triton is for cuda, interpret for cpu")
     calls.sort(key=lambda call: _is_far(call[0]))  # last: a wrong offset there would take the process or the GPU down
@@ -260,26 +261,22 @@ def main(args: argparse.Namespace) -> int:
     def collected() -> dict[str, Any]:
         return collect(findings, environment, tiles, time.perf_counter() - start, len(calls))
 
-    files = [Growing(args.report, lambda: page(collected()))]
-    files += [Growing(args.json, lambda: as_json(collected()))] if printed else []
+    file = Growing(args.report, lambda: page(collected()))
+    data_file = Growing(args.json if printed else None, lambda: as_json(collected()))
     asked = dict(backend=args.backend, device=args.device)
     repeat = "".join(f" --{name} {value}" for name, value in asked.items() if value)
-    with _tiles() as tiles:
-        try:
-            for n, (call, dtype) in enumerate(calls, 1):
-                if sys.stderr.isatty():
-                    doing = "compiling and running" if backend == "triton" else "running"
-                    print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
-                finding = _finding(call, dtype, backend, device)
-                finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
-                findings.append(finding)
-                if printed:
-                    print(line(TABLE, finding), flush=True)
-                for file in files:
-                    file.write()
-        finally:
-            for file in files:
-                file.write(last=True)
+    with _tiles() as tiles, file, data_file:
+        for n, (call, dtype) in enumerate(calls, 1):
+            if sys.stderr.isatty():
+                doing = "compiling and running" if backend == "triton" else "running"
+                print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
+            finding = _finding(call, dtype, backend, device)
+            finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
+            findings.append(finding)
+            if printed:
+                print(line(TABLE, finding), flush=True)
+            file.write()
+            data_file.write()
     data = collected()
     if printed:
         for row in data["features"]:

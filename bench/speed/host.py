@@ -65,16 +65,15 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     figures = dict(arch=args.arch, torch=torch.__version__, rows=rows, compilations=collections.Counter())
-    file = Growing(args.json, lambda: as_json(figures))
-    try:  # first: Triton does not count what it has compiled before
-        figures["compilations"] = counted = compilations(args.arch, args.g2p)
-        print(f"distinct compilations of a g2p run: {sum(counted.values())}, {dict(counted)}")
-    except ImportError as error:
-        print(f"compilations of a g2p run: skipped, {error}")
-    file.write()
-    rows += measured(args.arch, args.rounds)
+    with Growing(args.json, lambda: as_json(figures)) as file:
+        try:  # first: Triton does not count what it has compiled before
+            figures["compilations"] = counted = compilations(args.arch, args.g2p)
+            print(f"distinct compilations of a g2p run: {sum(counted.values())}, {dict(counted)}")
+        except ImportError as error:
+            print(f"compilations of a g2p run: skipped, {error}")
+        file.write()
+        rows += measured(args.arch, args.rounds)
     print("\n".join([head(TABLE), *(line(TABLE, row) for row in rows)]))
-    file.write(last=True)
     return 0
 
 

@@ -216,8 +216,10 @@ class Truth:
         """Error over budget of each result of a provider, and the largest absolute error of its output."""
         results = results_of(function, tensors, options, self.grad_output)
         got = {name: self.part_of(name, x) for name, x in results.items()}
-        pairs = ((name, x, self.eager[name], self.truth[name]) for name, x in got.items())
-        over = {name: over_budget(*three, float(three[2].abs().max()), c=PEERS_C) for name, *three in pairs}
+        over = {}
+        for name, x in got.items():
+            eager, truth = self.eager[name], self.truth[name]
+            over[name] = over_budget(x, eager, truth, float(truth.abs().max()), c=PEERS_C)
         return over, float((got["out"].double() - self.truth["out"]).abs().max())
 
 

@@ -127,19 +127,16 @@ def main(args: argparse.Namespace) -> int:
         print(DRY.upper())
     if workloads:
         return _time(args, bench, measured, workloads)
-    file = Growing(args.json, lambda: as_json(measured))
+    with Growing(args.json, lambda: as_json(measured)) as file:
 
-    def keep(row: dict[str, Any]) -> None:
-        measured["results"].append(row)
-        file.write()
+        def keep(row: dict[str, Any]) -> None:
+            measured["results"].append(row)
+            file.write()
 
-    try:
         if searched:
             tune.search(bench, measured["results"], keep, args.only or "", (64,) if args.dry else (64, 128))
         else:
             tune.experiments(bench, measured["results"], keep, args.every)
-    finally:
-        file.write(last=True)
     return 0
 
 
@@ -216,20 +213,19 @@ def _time(args: argparse.Namespace, bench: Bench, measured: dict[str, Any], work
     ]
     if bench.device.type == "cuda" and (said := ahead.compile_here(launches)):
         print(said, flush=True)
-    files = [Growing(args.json, lambda: as_json(measured)), Growing(args.csv, lambda: _csv(measured["results"]))]
-    for call in workloads:
-        if time.monotonic() > bench.deadline:
-            print(f"time is up: nothing from {call.op}, {call.name} on was measured")
-            break
-        names = [name for name in providers(call.op) if wanted(call, name, args.provider)]
-        results = list(bench.measure(call, names, args.mode or MODES))
-        measured["results"] += [dataclasses.asdict(r) for r in results]
-        absent |= dict.fromkeys(r.reason for r in results if r.reason.endswith("is not installed"))
-        print("\n".join(table(results, bench.sized(call), args.dry)), flush=True)
-        for file in files:
+    file = Growing(args.json, lambda: as_json(measured))
+    with file, Growing(args.csv, lambda: _csv(measured["results"])) as csv_file:
+        for call in workloads:
+            if time.monotonic() > bench.deadline:
+                print(f"time is up: nothing from {call.op}, {call.name} on was measured")
+                break
+            names = [name for name in providers(call.op) if wanted(call, name, args.provider)]
+            results = list(bench.measure(call, names, args.mode or MODES))
+            measured["results"] += [dataclasses.asdict(r) for r in results]
+            absent |= dict.fromkeys(r.reason for r in results if r.reason.endswith("is not installed"))
+            print("\n".join(table(results, bench.sized(call), args.dry)), flush=True)
             file.write()
-    for file in files:
-        file.write(last=True)
+            csv_file.write()
     if absent:
         print("; ".join(absent))
     if args.plot:

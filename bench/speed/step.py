@@ -37,7 +37,7 @@ class TrainedModel:
     about: str
     model: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Callable[..., Tensor], Batch], Tensor]
-    batches: Callable[[int], list[Batch]]  # of a seed
+    batches: Callable[[torch.Generator], list[Batch]]
 
 
 def _tokens(size: int, longest: int, vocabulary: int, generator: torch.Generator) -> Tensor:
@@ -48,24 +48,19 @@ def _tokens(size: int, longest: int, vocabulary: int, generator: torch.Generator
 
 
 def _spelling_loss(model: nn.Module, cross_entropy: Callable[..., Tensor], batch: Batch) -> Tensor:
-    source, target = batch
-    logits = model(source, target[:, :-1])
-    return cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=0)
+    logits = model(batch[0], batch[1][:, :-1])
+    return cross_entropy(logits.flatten(0, 1), batch[1][:, 1:].flatten(), ignore_index=0)
 
 
-def _spelling_batches(seed: int) -> list[Batch]:
+def _spelling_batches(draw: torch.Generator) -> list[Batch]:
     """As long as words and their phonemes are, 128 of one length in a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = torch.randint(5, 14, (4,), generator=generator).tolist()
-    return [(_tokens(128, n, 32, generator), _tokens(128, n + 1, 48, generator)) for n in longest]
+    longest = torch.randint(5, 14, (4,), generator=draw).tolist()
+    return [(_tokens(128, n, 32, draw), _tokens(128, n + 1, 48, draw)) for n in longest]
 
 
-def _reviews_batches(seed: int) -> list[Batch]:
+def _reviews_batches(draw: torch.Generator) -> list[Batch]:
     """As long as the 10th, 25th, 50th, 75th and 90th of a hundred reviews, 32 of one length in a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (_tokens(32, n, 4700, generator), torch.randint(2, (32,), generator=generator)) for n in (16, 27, 47, 94, 128)
-    ]
+    return [(_tokens(32, n, 4700, draw), torch.randint(2, (32,), generator=draw)) for n in (16, 27, 47, 94, 128)]
 
 
 MODELS = {
@@ -84,17 +79,14 @@ MODELS = {
 }
 
 
-def stepper(
-    trained: TrainedModel, model: nn.Module, cross_entropy: Callable[..., Tensor], bf16: bool
-) -> Callable[[Batch], None]:
+def stepper(trained: TrainedModel, model: nn.Module, cross_entropy: Callable[..., Tensor], bf16: bool) -> Any:
     """One training step as a function of a batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     device = next(model.parameters()).device
 
     def step(batch: Batch) -> None:
-        moved = (batch[0].to(device), batch[1].to(device))
         with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            loss = trained.loss(model, cross_entropy, moved)
+            loss = trained.loss(model, cross_entropy, (batch[0].to(device), batch[1].to(device)))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -116,7 +108,7 @@ def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: i
             "tileformer": stepper(trained, ours, cross_entropy, bf16),
             "torch.nn": stepper(trained, theirs, F.cross_entropy, bf16),
         }
-        work = trained.batches(0)
+        work = trained.batches(torch.Generator().manual_seed(0))
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for n in range(rounds + 1):
             for side in sorted(sides, reverse=bool(n % 2)):
@@ -161,13 +153,12 @@ def main(args: argparse.Namespace) -> int:
     device = require_device(args.device)
     threads = args.threads or ([1, 2] if device.type == "cpu" else [torch.get_num_threads()])
     rows: list[dict[str, Any]] = []
-    file = Growing(args.json, lambda: as_json(rows))
-    for name, model in MODELS.items():
-        print(f"one training step of {name} ({model.about}), dropout {DROPOUT}, median of {args.rounds} rounds")
-        print(head(TABLE))
-        for bf16, count in itertools.product((False, True), threads):
-            rows.append(compare(name, device, bf16, count, args.rounds))
-            print(line(TABLE, rows[-1]), flush=True)
-            file.write()
-    file.write(last=True)
+    with Growing(args.json, lambda: as_json(rows)) as file:
+        for name, model in MODELS.items():
+            print(f"one training step of {name} ({model.about}), dropout {DROPOUT}, median of {args.rounds} rounds")
+            print(head(TABLE))
+            for bf16, count in itertools.product((False, True), threads):
+                rows.append(compare(name, device, bf16, count, args.rounds))
+                print(line(TABLE, rows[-1]), flush=True)
+                file.write()
     return 0

@@ -100,17 +100,16 @@ def main(calls: Iterable[tuple[Call, str]], archs: list[int] | None, output: str
         raise ValueError(f"--arch {min(unknown)}: choose from {', '.join(map(str, ARCHITECTURES))}")
     rows: list[dict[str, Any]] = []
     printed = output != "-"
-    file = Growing(output if printed else None, lambda: as_json(rows))
     if printed:
         print(head(TABLE))
-    for arch in archs or ARCHITECTURES:
-        seen: set[bytes] = set()
-        for row in (row for call, dtype in calls for row in rows_of(call, dtype, arch, seen)):
-            rows.append(row)
-            file.write()
-            if printed:
-                print(line(TABLE, row), flush=True)
+    with Growing(output if printed else None, lambda: as_json(rows)) as file:
+        for arch in archs or ARCHITECTURES:
+            seen: set[bytes] = set()
+            for row in (row for call, dtype in calls for row in rows_of(call, dtype, arch, seen)):
+                rows.append(row)
+                file.write()
+                if printed:
+                    print(line(TABLE, row), flush=True)
     problems = sum(bool(row["problem"]) for row in rows)
-    file.write(last=True)
     print(f"{len(rows)} kernels compiled, {problems} with a problem" if printed else as_json(rows).rstrip())
     return 1 if problems else 0

@@ -180,19 +180,18 @@ def main(args: argparse.Namespace) -> int:
     versions = dict(triton=triton.__version__, torch=torch.__version__)
     versions |= {name: importlib.metadata.version(PEERS[name]) for name in providers[1:]}
     figures: dict[str, Any] = dict(versions=versions, rows=[], goals=[])
-    file = Growing(args.json, lambda: json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    with Growing(args.json, lambda: json.dumps(figures, indent=1, sort_keys=True) + "\n") as file:
 
-    def grown(rows: list[dict[str, Any]]) -> None:
-        figures["rows"] = rows
-        file.write()
+        def grown(rows: list[dict[str, Any]]) -> None:
+            figures["rows"] = rows
+            file.write()
 
-    asked = goals.load() if args.goals or args.evidence else []
-    rows = collect(args.arch, args.op or list(SCORED), providers, cache, args.call or "*", grown)
-    figures["goals"] = verdicts = goals.verdicts_of(asked, rows, part=bool(args.call))
+        asked = goals.load() if args.goals or args.evidence else []
+        rows = collect(args.arch, args.op or list(SCORED), providers, cache, args.call or "*", grown)
+        figures["goals"] = verdicts = goals.verdicts_of(asked, rows, part=bool(args.call))
     print(f"Triton {triton.__version__}. Nothing here was measured on a GPU; shares and times are modelled.")
     for _, title, columns, of in sections(rows, verdicts if args.goals else []):
         print(f"\n{title}\n{text(columns, of)}")
-    file.write(last=True)
     if args.evidence:
         for path, page in evidence.pages(Path(args.evidence), rows, verdicts, versions).items():
             path.parent.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ ops, `torch_backend.py` the plain-torch backend, `params.py` what travels betwee
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ from tileformer.kernels.double_backward import second_derivative
 from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11; nothing at run time needs it
+
+Align = Literal["top_left", "bottom_right"]
+Causal = bool | Align
 _NO_GRADIENTS = (None,) * 7  # of key_mask, q_lens, k_lens, slopes, seed and the two lists of numbers
 
 
@@ -131,6 +136,28 @@ _attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
 _attention_weights = KernelFunction(attention_weights, _Weights)
 
 
+class _Options(TypedDict, total=False):
+    """The other options of `attention`, for type checkers."""
+
+    mask: Tensor | None
+    bias: Tensor | None
+    key_mask: Tensor | None
+    query_lengths: Tensor | None
+    key_lengths: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    causal: Causal
+    window: int | tuple[int | None, int | None] | None
+    align: Align | None
+    alibi_slopes: Tensor | None
+    softcap: float
+    scale: float | None
+    dropout_p: float
+    seed: Tensor | int | None
+
+
 def _reference_options(masks: AttentionMasks, params: AttentionParams) -> dict[str, Any]:
     """The options of `reference.attention`."""
     names = ("cu_seqlens_q", "cu_seqlens_k") if params.packed else ("query_lengths", "key_lengths")
@@ -142,6 +169,16 @@ def _reference_options(masks: AttentionMasks, params: AttentionParams) -> dict[s
     )  # fmt: skip
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_weights: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = ..., return_weights: bool | Literal["average"] = ...,
+    **options: Unpack[_Options],
+) -> Any: ...  # fmt: skip  # a tuple of the output and what else was asked for
 def attention(
     q: Tensor,
     k: Tensor,
@@ -156,18 +193,18 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    causal: bool | str = False,
+    causal: Causal = False,
     window: int | tuple[int | None, int | None] | None = None,
-    align: str | None = None,
+    align: Align | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     return_lse: bool = False,
-    return_weights: bool | str = False,
+    return_weights: bool | Literal["average"] = False,
     **wrong: NoReturn,
-) -> Any:  # Tensor, or a tuple of what was asked for
+) -> Any:
     """softmax(scale * q k^T + mask) v. All restrictions combine: a query sees a key that each of them allows.
 
     Args:
@@ -240,7 +277,7 @@ def attention(
     if scores and (variant := checks.causal_variant("attention", mask, scores)):
         others = (window, align, alibi_slopes, *lens)  # which have a diagonal of their own
         alone = not causal and all(x is None for x in others)
-        causal, mask = (variant, None) if alone else (causal, checks.triangle(variant, scores, q.device))
+        causal, mask = (variant, None) if alone else (causal, checks.triangle(variant, scores, q.device))  # type: ignore[assignment]
     check_attention(
         q, k, v, mask, bias, key_mask, dict(query_lengths=query_lengths, key_lengths=key_lengths),
         dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k), dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
@@ -252,11 +289,11 @@ def attention(
     if dropout_p > 0.0 and seed is None:
         seed = random.new_seed(q.device)
     left, right, bottom_right = limits(causal, window, align)
-    longest = tuple(x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
-    sides = (NO_LIMIT if left is None else left, NO_LIMIT if right is None else right)
+    max_q, max_k = (x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
+    left, right = (NO_LIMIT if side is None else side for side in (left, right))
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     params = AttentionParams(
-        *sides, int(bottom_right), int(packed), *longest, int(bias_grad), scale, softcap, dropout_p
+        left, right, int(bottom_right), int(packed), max_q, max_k, int(bias_grad), scale, softcap, dropout_p
     )
     masks = AttentionMasks(mask, bias, key_mask, *lens, alibi_slopes, seed)
     if backend == "reference":

@@ -1,7 +1,8 @@
 """Attention forward: one pass over the keys with a running maximum and sum (FlashAttention-2, arXiv:2307.08691).
 
-With s the base-2 scores of mask.py, the kernel keeps, per row, running_max = max s, sum = sum 2^(s - running_max) and acc = sum 2^(s - running_max) v.
-At the end out = acc / sum and the base-2 log-sum-exp is running_max + log2(sum). weights.py recomputes the weights 2^(s - lse) for those who ask.
+With s the base-2 scores of mask.py, the kernel keeps, per row, running_max = max s, sum = sum 2^(s - running_max) and acc, the same sum of
+2^(s - running_max) v. At the end out = acc / sum and the base-2 log-sum-exp is running_max + log2(sum). weights.py recomputes the weights
+2^(s - lse) for those who ask.
 
 Keys that no row of the block may see are never loaded: padding, lengths, `causal` and windows bound the range, and only tiles that cross a bound are
 masked (all of them where padding lies inside). Masked tiles are at most BLOCK_MASKED wide: what masking holds in registers then fits beside an

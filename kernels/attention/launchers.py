@@ -123,14 +123,9 @@ class _Plan:
         self.present = (f.MASK, f.BIAS, f.KEY_MASK, f.BOUNDS, f.ALIBI, f.DROPOUT)
 
     def _launch(
-        self,
-        kernel: Any,
-        matrices: int,
-        table: Table,
-        grid: Callable[[Tile], int],
-        scalars: tuple[int, ...],
+        self, kernel: Any, matrices: int, table: Table, grid: Callable[[Tile], int], scalars: tuple[int, ...],
         **flags: Any,
-    ) -> Launch:
+    ) -> Launch:  # fmt: skip
         """A launch of a kernel that takes so many Matrix, the masks, other tensors, and `scalars` between sizes and threshold."""
         f, p = self.features, self.params
 
@@ -142,8 +137,14 @@ class _Plan:
 
         tiles = self.tiles_for(table, self.arch, max(f.D, f.DV), self.q.dtype, self.feature)
         scaling = Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
-        scalars = (*scalars, random.threshold(p.dropout_p), scaling)
-        return Launch(kernel, lambda tile: (grid(tile),), dict(F=f, **flags), tiles, scalars, arrange)
+        return Launch(
+            kernel,
+            lambda tile: (grid(tile),),
+            dict(F=f, **flags),
+            tiles,
+            (*scalars, random.threshold(p.dropout_p), scaling),
+            arrange,
+        )
 
     def _by_queries(self, kernel: Any, matrices: int, table: Table, **flags: Any) -> Launch:
         grid = lambda tile: self.heads * cdiv(self.params.max_q, tile["BLOCK_M"])  # noqa: E731

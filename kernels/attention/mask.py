@@ -211,23 +211,9 @@ def load_rows(x, batch, h, row, in_rows, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def query_block(
-    q,
-    k,
-    v,
-    masks,
-    bounds,
-    head,
-    row_start,
-    H,
-    group,
-    T_k,
-    low,
-    high,
-    threshold,
-    scaling,
-    F: tl.constexpr,
+    q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F: tl.constexpr,
     BLOCK_M: tl.constexpr,
-):
+):  # fmt: skip
     """The `Block` of rows row_start to row_start + BLOCK_M of a sequence. `head` counts the heads of all sequences."""
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
@@ -289,15 +275,9 @@ def masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED: tl.constexp
 
 @triton.jit
 def query_tiles(
-    bounds,
-    col_start,
-    low,
-    high,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_MASKED: tl.constexpr,
+    bounds, col_start, low, high, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
     F: tl.constexpr,
-):
+):  # fmt: skip
     """The query tiles of a key tile: unmasked, BLOCK_M high: [unmasked_start, unmasked_end), n_unmasked; masked, BLOCK_MASKED high: n_masked_left
     from `start`, n_masked in all."""
     start = 0

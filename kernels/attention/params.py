@@ -46,7 +46,7 @@ class AttentionParams(NamedTuple):
 
     @classmethod
     def of(cls, ints: Sequence[int], floats: Sequence[float]) -> AttentionParams:
-        return cls(*ints, *floats)  # type: ignore[arg-type]
+        return cls(*ints, *floats)
 
 
 def check_attention(

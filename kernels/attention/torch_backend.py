@@ -32,14 +32,9 @@ _fused_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_f
 
 
 def torch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    masks: AttentionMasks,
-    params: AttentionParams,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, masks: AttentionMasks, params: AttentionParams, return_lse: bool,
     return_weights: bool | str,
-) -> Any:
+) -> Any:  # fmt: skip
     """Two matmuls around a float32 softmax, or torch's fused attention, with the arguments of params.py."""
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # it would round each product
         with torch.autocast(q.device.type, enabled=False):
@@ -126,7 +121,7 @@ def _each_alone(
     inside = (position < lengths[0][row]).view(1, 1, total, 1)
     source = (starts[:-1, None] + torch.arange(longest, device=q.device)).clamp(max=total - 1).flatten()
     q, k, v = (x[0].index_select(1, source).unflatten(1, (n, longest)).transpose(0, 1) for x in (q, k, v))
-    masks = AttentionMasks(None, None, None, *lengths, None, None)
+    masks = AttentionMasks(None, None, None, lengths[0], lengths[1], None, None)
     params = params._replace(packed=0, max_q=longest, max_k=longest)
     result = torch_attention(q, k, v, masks, params, return_lse, False)
     back = (row * longest + position).clamp(max=n * longest - 1)
@@ -209,16 +204,9 @@ def _bias(
 
 
 def _definition(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    bias: Tensor | None,
-    empty: Tensor | None,
-    keep: Tensor | None,
-    scale: float,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, empty: Tensor | None,
+    keep: Tensor | None, scale: float, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output in q's dtype, log-sum-exp and weights in float32 or wider, by differentiable operators."""
     dtype = q.dtype
     if key_mask is not None:

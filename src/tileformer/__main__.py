@@ -64,7 +64,7 @@ def _text_of(error: Exception) -> str:
 
 
 def _open_closed_streams() -> None:
-    """A stream that the caller closed is None, and the next file opened would get its number and what others print there."""
+    """A stream that the caller closed is None: the next file opened would get its number, and what is printed there."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""Types of the command's arguments: a path is tried, a number held to its range, when it is read and so before any work."""
+"""Types of the command's arguments: a path is tried, a number held to its range when it is read, before any work."""
 
 import argparse
 import codecs

@@ -1,4 +1,4 @@
-"""Optional packages and the extras that bring them: `pip install "tileformer[EXTRA]"`. tests/test_packaging.py holds them to pyproject.toml."""
+"""Optional packages and the extras that bring them, as pyproject.toml has them: `pip install "tileformer[EXTRA]"`."""
 
 import importlib
 from typing import Any

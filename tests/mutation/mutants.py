@@ -1255,7 +1255,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "positions do not follow the cache", "start = 0 if cache is None else cache.length", "start = 0"),
         ("module", "rows of several lengths have the positions of the longest", "if cache is not None and cache.row_lengths is not None:", "if False:"),
         ("causal", "a language model sees what follows", 'options: dict[str, Any] = {"causal": True}', 'options: dict[str, Any] = {"causal": False}'),
-        ("causal", "torch's layers of a language model see what follows", 'options["src_mask"] = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)', 'options["src_mask"] = torch.zeros(T, T, dtype=torch.bool, device=device)'),
+        ("causal", "torch's layers of a language model see what follows", "device=device).triu(1)\n        return options | {\"is_causal\": True}", "device=device).triu(9)\n        return options"),
         ("causal", "a target sees itself being predicted", "memory_mask=~src_padding, causal=True", "memory_mask=~src_padding, causal=False"),
         ("causal", "a target in torch's layers sees itself being predicted", "device=tgt.device).triu(1)", "device=tgt.device).triu(2)"),
         ("dropout", "embeddings are not dropped", "return self.dropout(torch.add(positions", "return (torch.add(positions"),
