@@ -103,7 +103,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             target.flatten() if target.dim() else target,
             weight=self.weight,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
+            reduction=self.reduction,  # type: ignore[arg-type]  # a str in torch: the op refuses other names
             label_smoothing=self.label_smoothing,
         )
         return loss.view(target.shape) if self.reduction == "none" else loss
