@@ -36,7 +36,7 @@ def one_tile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def on_tile(m: int, n: int, edge: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def tiles_for(table, *_):
         found = dict(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=1)
-        if table is not LAUNCHERS.BACKWARD_BIAS and table is not LAUNCHERS.WEIGHTS:
+        if table is not LAUNCHERS.tiles.BACKWARD_BIAS and table is not LAUNCHERS.tiles.WEIGHTS:
             found["BLOCK_MASKED"] = edge
         return [found]
 

@@ -164,8 +164,8 @@ def attention_tiles(m, n, edge):
 
     def tiles_for(table, *_):
         tile = dict(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=1)
-        if table is not room.BACKWARD_BIAS and table is not room.WEIGHTS:
-            tile["BLOCK_MASKED"] = min(m if table is room.BACKWARD_DKDV else n, edge)
+        if table is not room.tiles.BACKWARD_BIAS and table is not room.tiles.WEIGHTS:
+            tile["BLOCK_MASKED"] = min(m if table is room.tiles.BACKWARD_DKDV else n, edge)
         return [tile]
 
     return mock.patch.object(room, "tiles_for", tiles_for)

@@ -1,7 +1,8 @@
 """Attention: softmax(scale * q k^T + bias) v, forward and backward, without the T_q x T_k scores in memory.
 
-`mask.py`, `forward.py`, `backward.py` and `weights.py` hold the kernels and their maths, `tiles.py` the tile tables, `launchers.py` the registered
-ops, `torch_backend.py` the plain-torch backend, `params.py` what travels between them; here are the autograd Functions and the public op.
+`mask.py`, `forward.py`, `backward.py` and `weights.py` hold the kernels and their maths, `tiles.py` the tile tables,
+`launchers.py` the registered ops, `torch_backend.py` the plain-torch backend, `params.py` what travels between them;
+here are the autograd Functions and the public op.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """The fused backward; its own derivative differentiates the reference twice, so it is right, and needs T_q x T_k memory."""
+    """The fused backward; its own derivative differentiates the reference twice, which needs T_q x T_k memory."""
 
     generate_vmap_rule = True
 
@@ -66,9 +67,8 @@ class _AttentionBackward(torch.autograd.Function):
     def forward(
         dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats
     ):  # torch.compile does not trace a forward with *args
-        return bwd(
-            dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats
-        )
+        own, masks = (dout, dlse, out, lse, bounds), (mask, bias, key_mask, q_lens, k_lens, slopes, seed)
+        return bwd(*own, q, k, v, *masks, ints, floats)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -98,15 +98,14 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 class _Weights(torch.autograd.Function):
-    """The weights, recomputed; their derivative goes through the reference and needs T_q x T_k memory, as the weights themselves do."""
+    """The weights, recomputed; their derivative goes through the reference."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats):
-        return weights_of(
-            lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats
-        )
+        masks = (mask, bias, key_mask, q_lens, k_lens, slopes, seed)
+        return weights_of(lse, bounds, average, q, k, v, *masks, ints, floats)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -180,67 +179,59 @@ def attention(
     **options: Unpack[_Options],
 ) -> Any: ...  # fmt: skip  # a tuple of the output and what else was asked for
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    query_lengths: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    causal: Causal = False,
-    window: int | tuple[int | None, int | None] | None = None,
-    align: Align | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float = 0.0,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
-    return_lse: bool = False,
-    return_weights: bool | Literal["average"] = False,
-    **wrong: NoReturn,
-) -> Any:
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
+    key_mask: Tensor | None = None, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: Causal = False,
+    window: int | tuple[int | None, int | None] | None = None, align: Align | None = None,
+    alibi_slopes: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
+    dropout_p: float = 0.0, seed: Tensor | int | None = None,
+    return_lse: bool = False, return_weights: bool | Literal["average"] = False, **wrong: NoReturn,
+) -> Any:  # fmt: skip
     """softmax(scale * q k^T + mask) v. All restrictions combine: a query sees a key that each of them allows.
 
     Args:
-        q: (B, H, T_q, D), D from 1 to 256; float16, bfloat16 or float32 (float64 on the CPU's backends). Any strides; no copy if the last is 1.
+        q: (B, H, T_q, D), D from 1 to 256; float16, bfloat16 or float32 (float64 on the CPU's backends). Any strides,
+            no copy if the last is 1.
         k: (B, H_kv, T_k, D), H a multiple of H_kv: query head h reads head h // (H / H_kv).
         v: (B, H_kv, T_k, D_v), D_v from 1 to 256.
-        mask: broadcastable to (B, H, T_q, T_k); boolean (True = may attend) or floating (the same as `bias`). Read through its strides.
-            A `torch.nn.attention.bias.CausalBias` is read as the `causal` that it names.
+        mask: broadcastable to (B, H, T_q, T_k); boolean (True = may attend) or floating (the same as `bias`), read
+            through its strides. A `torch.nn.attention.bias.CausalBias` is read as the `causal` that it names.
         bias: floating, broadcastable to (B, H, T_q, T_k), added to the scaled scores; it gets a gradient.
         key_mask: boolean (B, T_k), True = a real key; padded keys are not even loaded.
-        query_lengths, key_lengths: integers (B,): what lies past them is padding, as in `key_mask`; such a query's row is 0.
-        cu_seqlens_q, cu_seqlens_k: packed sequences: B is 1, and sequence n has queries cu_seqlens_q[n] to cu_seqlens_q[n + 1], and so its keys.
-            int32 or int64 (sequences + 1,), ascending from 0. Rows past the last belong to none and are 0.
-        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths (T_q and T_k when None, which costs idle programs). A sequence that is longer
-            ends there: what lies past it belongs to none.
-        causal: False, True or "top_left" (row i sees keys j <= i), or "bottom_right" (j <= i + T_k - T_q, of each sequence where it has lengths).
-        window: (left, right), how many keys row i sees before and after its diagonal; None is no limit, one number means both.
-        align: where the diagonal of `window` and `alibi_slopes` lies, "top_left" or "bottom_right"; a named `causal` says it too.
-        alibi_slopes: (H,) or (B, H): -slope * |distance to the diagonal| is added to the scores (ALiBi, arXiv:2108.12409). No gradient.
-        softcap: if positive, scaled scores become softcap * tanh(scores / softcap), before bias and masks (arXiv:2408.00118).
-        scale: 1 / sqrt(D) when None. Numbers (softcap, scale, dropout_p) may be tensors of one element on the CPU, which get no gradient: for a
-            learned scale multiply q by it and pass scale=1.0.
+        query_lengths, key_lengths: integers (B,): what lies past them is padding; such a query's row is 0.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 (sequences + 1,), ascending from 0, for packed sequences: B is 1, and
+            sequence n has queries cu_seqlens_q[n] to cu_seqlens_q[n + 1], and so its keys. Rows past the last are 0.
+        max_seqlen_q, max_seqlen_k: upper bounds of the packed lengths (T_q and T_k when None, which costs idle
+            programs). A sequence that is longer ends there: what lies past it belongs to none.
+        causal: False, True or "top_left" (row i sees keys j <= i), or "bottom_right" (j <= i + T_k - T_q, of each
+            sequence where it has lengths).
+        window: (left, right), how many keys row i sees before and after its diagonal; None is no limit, one number
+            means both.
+        align: where the diagonal of `window` and `alibi_slopes` lies, "top_left" or "bottom_right"; a named `causal`
+            says it too.
+        alibi_slopes: (H,) or (B, H): -slope * |distance to the diagonal| is added to the scores (ALiBi,
+            arXiv:2108.12409). No gradient.
+        softcap: if positive, scaled scores become softcap * tanh(scores / softcap), before bias and masks
+            (arXiv:2408.00118).
+        scale: 1 / sqrt(D) when None. Numbers (softcap, scale, dropout_p) may be tensors of one element on the CPU,
+            which get no gradient: for a learned scale multiply q by it and pass scale=1.0.
         dropout_p: probability of dropping an attention weight, applied as given (a module passes 0 in evaluation).
-        seed: an integer, or an int64 tensor with one element on q's device, for reproducible dropout; drawn from torch's generator when None.
-        return_lse: also return the natural log-sum-exp of the scores (B, H, T_q), in float32 (float64 for float64), differentiable.
-        return_weights: also return the weights after dropout, (B, H, T_q, T_k) for True, (B, T_q, T_k) for "average" (over the heads), in q's
-            dtype; a second kernel recomputes them. Differentiable.
+        seed: an integer, or an int64 tensor with one element on q's device, for reproducible dropout; drawn from
+            torch's generator when None.
+        return_lse: also return the natural log-sum-exp of the scores (B, H, T_q), in float32 (float64 for float64),
+            differentiable.
+        return_weights: also return the weights after dropout, (B, H, T_q, T_k) for True, (B, T_q, T_k) for "average"
+            (over the heads), in q's dtype; a second kernel recomputes them. Differentiable.
 
     Returns:
-        (B, H, T_q, D_v) in q's dtype (autocast's dtype under autocast), or a tuple of that and what else was asked for, in this order.
+        (B, H, T_q, D_v) in q's dtype (autocast's under autocast), or a tuple of that and what else was asked for.
         A row that may attend to nothing is 0, its weights too, and its log-sum-exp -inf.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, before anything runs.
-        NotImplementedError: for weights or a gradient of the bias with packed sequences, for alibi_slopes or a number that require a gradient,
-            and for modes of autograd that the backend does not serve (docs/drop-in.md has the table).
+        NotImplementedError: for weights or a gradient of the bias with packed sequences, for alibi_slopes or a number
+            that require a gradient, and for modes of autograd that the backend does not serve (docs/drop-in.md).
 
     Source: FlashAttention-2, arXiv:2307.08691; `tileformer.kernels.reference.attention` is the definition.
 
@@ -251,13 +242,14 @@ def attention(
     """
     if wrong:
         checks.misnamed("attention", wrong)
+    lengths = dict(query_lengths=query_lengths, key_lengths=key_lengths)
+    starts = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    longest = dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     if (type(q) is not Tensor or q.is_nested) and is_special(q):
-        shared = dict(
-            key_mask=key_mask, query_lengths=query_lengths, key_lengths=key_lengths, alibi_slopes=alibi_slopes, mask=mask, bias=bias,
-        )  # fmt: skip
+        shared = dict(key_mask=key_mask, **lengths, alibi_slopes=alibi_slopes, mask=mask, bias=bias)
         everywhere: dict[str, Any] = dict(
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal,
-            window=window, align=align, softcap=softcap, scale=scale, return_lse=return_lse, return_weights=return_weights,
+            **starts, **longest, causal=causal, window=window, align=align, softcap=softcap, scale=scale,
+            return_lse=return_lse, return_weights=return_weights,
         )  # fmt: skip
         return attention_on_shards(attention, q, k, v, shared, dropout_p, seed, everywhere)
     if not type(q) is type(k) is type(v) is Tensor:
@@ -277,10 +269,9 @@ def attention(
     if scores and (variant := checks.causal_variant("attention", mask, scores)):
         others = (window, align, alibi_slopes, *lens)  # which have a diagonal of their own
         alone = not causal and all(x is None for x in others)
-        causal, mask = (variant, None) if alone else (causal, checks.triangle(variant, scores, q.device))  # type: ignore[assignment]
+        causal, mask = (variant, None) if alone else (causal, checks.triangle(variant, scores, q.device))
     check_attention(
-        q, k, v, mask, bias, key_mask, dict(query_lengths=query_lengths, key_lengths=key_lengths),
-        dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k), dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k),
+        q, k, v, mask, bias, key_mask, lengths, starts, longest,
         causal, window, align, alibi_slopes, softcap, dropout_p, seed, return_weights,
     )  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -292,9 +283,8 @@ def attention(
     max_q, max_k = (x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
     left, right = (NO_LIMIT if side is None else side for side in (left, right))
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    params = AttentionParams(
-        left, right, int(bottom_right), int(packed), max_q, max_k, int(bias_grad), scale, softcap, dropout_p
-    )
+    flags = int(bottom_right), int(packed)
+    params = AttentionParams(left, right, *flags, max_q, max_k, int(bias_grad), scale, softcap, dropout_p)
     masks = AttentionMasks(mask, bias, key_mask, *lens, alibi_slopes, seed)
     if backend == "reference":
         options = _reference_options(masks, params)
@@ -304,9 +294,7 @@ def attention(
     if backend == "torch":
         return torch_attention(q, k, v, masks, params, return_lse, return_weights)
     if bias_grad and packed:
-        raise NotImplementedError(
-            "attention: a bias has no gradient with packed sequences: pad them, or detach the bias"
-        )
+        raise NotImplementedError("attention: a bias has no gradient with packed sequences: pad them, or detach it")
     if scale < 0:  # the kernels take the maximum before they scale
         q, params = -q, params._replace(scale=-scale)
     arguments = (q, k, v, *masks, *params.flat())
@@ -319,20 +307,15 @@ def attention(
 
 
 def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     """`attention` with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
-        query, key, value: (..., H, T, D); leading axes broadcast and are folded into the batch. (T, D) and (H, T, D) are taken as one batch.
-        attn_mask: broadcastable to (..., H, T_q, T_k), True = may attend, or added; or a `torch.nn.attention.bias.CausalBias`.
+        query, key, value: (..., H, T, D); leading axes broadcast and are folded into the batch. (T, D) and (H, T, D)
+            are taken as one batch.
+        attn_mask: broadcastable to (..., H, T_q, T_k), True = may attend, or added; or a CausalBias.
         is_causal: top-left aligned, as in torch; combines with attn_mask.
         enable_gqa: allow fewer key heads than query heads.
 
@@ -349,9 +332,8 @@ def scaled_dot_product_attention(
     checks.tensors("scaled_dot_product_attention", query=query, key=key, value=value, attn_mask=attn_mask)
     for name, x, least in (("query", query, 2), ("key", key, 2), ("value", value, 2), ("attn_mask", attn_mask, 1)):
         if x is not None and x.dim() < least:
-            raise ValueError(
-                f"scaled_dot_product_attention: {name} has {x.dim()} axes, it needs at least {least}: pass {name}[None]"
-            )
+            have = f"{name} has {x.dim()} axes, it needs at least {least}"
+            raise ValueError(f"scaled_dot_product_attention: {have}: pass {name}[None]")
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
         query, key, value = _broadcast(query, key, value, enable_gqa)
     lead = query.shape[:-3]
@@ -361,9 +343,8 @@ def scaled_dot_product_attention(
 
     if attn_mask is not None and query.dim() > 4 and attn_mask.dim() > 3:
         attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
-    out = attention(
-        fold(query), fold(key), fold(value), mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p
-    )
+    q, k, v = fold(query), fold(key), fold(value)
+    out = attention(q, k, v, mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
@@ -371,9 +352,8 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     """The three with the same leading axes, and as many heads: views."""
     heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value)]
     if not enable_gqa and len({*heads} - {1}) > 1:
-        raise ValueError(
-            f"scaled_dot_product_attention: {heads[0]} query heads, {heads[1]} key heads and {heads[2]} value heads: pass enable_gqa=True"
-        )
+        counts = f"{heads[0]} query heads, {heads[1]} key heads and {heads[2]} value heads"
+        raise ValueError(f"scaled_dot_product_attention: {counts}: pass enable_gqa=True")
     try:
         lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
     except RuntimeError:

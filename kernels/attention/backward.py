@@ -1,13 +1,13 @@
 """Attention backward in two deterministic launches, without atomics (FlashAttention-2, arXiv:2307.08691, appendix B).
 
 With P = 2^(s - lse), dP = dO V^T (times the kept dropout bits / (1 - p)) and delta = rowsum(dO * O) - dlse:
-dS = P * (dP - delta) is the gradient of the scores before the softmax, which is the bias's; a soft cap multiplies it with 1 - tanh^2; then
-dQ = scale dS K, dK = scale dS^T Q, dV = (dropped P)^T dO.
+dS = P * (dP - delta) is the gradient of the scores before the softmax, which is the bias's; a soft cap multiplies it
+with 1 - tanh^2; then dQ = scale dS K, dK = scale dS^T Q, dV = (dropped P)^T dO.
 
-The first kernel owns a tile of queries, computes delta and dQ; the second owns a tile of keys, works on transposed scores (so that P^T and
-dS^T are dot operands straight from registers) and sums over the query heads that share its key head. A row without a key has lse = -inf, read
-as +inf: every P of it is 0. Padded keys need no mask in the second kernel: a key's gradient depends on no other key, so theirs are set to 0.
-A third kernel (weights.py), only where the bias wants a gradient, owns a tile of it and sums over what the bias broadcasts over.
+The first kernel owns a tile of queries, computes delta and dQ; the second owns a tile of keys, works on transposed
+scores (so that P^T and dS^T are dot operands straight from registers) and sums over the query heads that share its key
+head. A row without a key has lse = -inf, read as +inf: every P of it is 0. Padded keys need no mask in the second
+kernel: a key's gradient depends on no other key, so theirs are set to 0. A third kernel (weights.py) makes the bias's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton.language as tl
 
 from tileformer.kernels.attention.mask import (
     LOG2E,
+    SIZES,
     Matrix,
     apply_mask_and_bias,
     block_scores,
@@ -38,9 +39,8 @@ from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
 @triton.jit
-def _dq_tile(
-    dq, block, do, lse, delta, k, v, start, keep_scale, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
-):
+def _dq_tile(dq, block, do, lse, delta, k, v, start, keep_scale,
+             MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Add one tile of keys to dq (without the scale)."""
     ACC: tl.constexpr = dq.dtype
     near = tl.arange(0, BLOCK_N)
@@ -68,24 +68,21 @@ def _dq_tile(
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=F.PRECISION, out_dtype=ACC)
 
 
-@triton.jit(
-    do_not_specialize=["H", "group", "T_q", "T_k", "max_q", "shift", "low", "high", "section", "n_heads", "threshold"]
-)
+@triton.jit(do_not_specialize=[*SIZES, "max_q", "section", "n_heads"])
 def _attention_bwd_dq_kernel(
     q, k, v, do, masks, out_ptr, lse_ptr, dlse_ptr, dq_ptr, safe_lse_ptr, delta_ptr,
     H, group, T_q, T_k, max_q, shift, low, high, section, n_heads, threshold, scaling,
     F: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, H, D); lse is base 2, dlse its gradient."""
+    """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, H, D)."""
     head, pid_m = schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
     bounds = sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
     row_start = pid_m * BLOCK_M
     if F.PACKED:  # noqa: SIM102
         if row_start >= bounds.q_len:
             return
-    block = query_block(
-        q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M
-    )
+    block = query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k,
+                        low, high, threshold, scaling, F, BLOCK_M)  # fmt: skip
     near_m = tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, F.BLOCK_DV)
     in_q = block.rows < bounds.q_len
@@ -166,9 +163,8 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _dkdv_tile(
-    dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
-):
+def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Add one tile of queries, those from `start`, to dk (without the scale) and dv (without 1 / (1 - p))."""
     ACC: tl.constexpr = dk.dtype
     near = tl.arange(0, BLOCK_M)
@@ -181,9 +177,8 @@ def _dkdv_tile(
     q_at = queries.q.ptr + start.to(tl.int64) * q_stride
     q = load_tile(q_at, near, q_stride, tl.arange(0, F.BLOCK_D), in_q, F.D, F.BLOCK_D, MASKED)
     # [BLOCK_M]
-    near_row = (
-        tl.minimum(rows, keys.q_len - 1) if MASKED else rows
-    )  # the scores hide rows outside; a mask here costs 50 registers
+    # The scores hide rows outside; a mask here costs 50 registers.
+    near_row = tl.minimum(rows, keys.q_len - 1) if MASKED else rows
     lse = tl.load(queries.safe_lse_ptr + near_row)
     delta = tl.load(queries.delta_ptr + near_row)
     # [BLOCK_N, BLOCK_M]
@@ -219,15 +214,13 @@ def _dkdv_tile(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=["H", "group", "T_q", "T_k", "max_k", "shift", "low", "high", "section", "n_heads", "threshold"]
-)
+@triton.jit(do_not_specialize=[*SIZES, "max_k", "section", "n_heads"])
 def _attention_bwd_dkdv_kernel(
     q, k, v, do, masks, safe_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     H, group, T_q, T_k, max_k, shift, low, high, section, n_heads, threshold, scaling,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One program: dK and dV of BLOCK_N keys of one key head, over the query heads that share it. dk: (B, T_k, H_kv, D), dv: DV."""
+    """One program: dK and dV of BLOCK_N keys of one key head. dk: (B, T_k, H_kv, D), dv: DV."""
     H_kv = H // group
     kv_head, pid_n = schedule(tl.cdiv(max_k, BLOCK_N), n_heads, section, False)
     col_start = pid_n * BLOCK_N
@@ -246,8 +239,9 @@ def _attention_bwd_dkdv_kernel(
     low += bounds.shift
     high += bounds.shift
     keys = Keys(
-        load_rows(k, batch, h_kv, k_row, valid, F.D, F.BLOCK_D), load_rows(v, batch, h_kv, k_row, valid, F.DV, F.BLOCK_DV),
-        cols, col_start, valid, bounds.q_len, bounds.shift, low, high, tl.load(masks.seed) if F.DROPOUT else 0, threshold, scaling,
+        load_rows(k, batch, h_kv, k_row, valid, F.D, F.BLOCK_D),
+        load_rows(v, batch, h_kv, k_row, valid, F.DV, F.BLOCK_DV), cols, col_start, valid, bounds.q_len, bounds.shift,
+        low, high, tl.load(masks.seed) if F.DROPOUT else 0, threshold, scaling,
     )  # fmt: skip
 
     start, unmasked_start, unmasked_end, n_unmasked, n_masked_left, n_masked = query_tiles(
@@ -282,9 +276,8 @@ def _attention_bwd_dkdv_kernel(
                 Matrix(bias_batch.ptr + h * masks.bias.strides[1], masks.bias.strides),
                 tl.load(masks.slopes + b * H + h) * LOG2E if F.ALIBI else 0.0, (b * H + h).to(tl.int32),
             )  # fmt: skip
-            dk, dv = _dkdv_tile(
-                dk, dv, keys, queries, at, unmasked == 0, BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F
-            )
+            dk, dv = _dkdv_tile(dk, dv, keys, queries, at, unmasked == 0,
+                                BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F)  # fmt: skip
     out_row = (batch * T_k + k_row) * H_kv + h_kv
     dk = tl.where(valid[:, None], dk * scaling.scale, 0.0)
     dv = tl.where(valid[:, None], dv * scaling.keep_scale, 0.0)

@@ -1,15 +1,16 @@
 """Attention forward: one pass over the keys with a running maximum and sum (FlashAttention-2, arXiv:2307.08691).
 
-With s the base-2 scores of mask.py, the kernel keeps, per row, running_max = max s, sum = sum 2^(s - running_max) and acc, the same sum of
-2^(s - running_max) v. At the end out = acc / sum and the base-2 log-sum-exp is running_max + log2(sum). weights.py recomputes the weights
-2^(s - lse) for those who ask.
+With s the base-2 scores of mask.py, the kernel keeps, per row, running_max = max s, sum = sum 2^(s - running_max) and
+acc, the same sum of 2^(s - running_max) v. At the end out = acc / sum, and lse = running_max + log2(sum) in base 2.
 
-Keys that no row of the block may see are never loaded: padding, lengths, `causal` and windows bound the range, and only tiles that cross a bound are
-masked (all of them where padding lies inside). Masked tiles are at most BLOCK_MASKED wide: what masking holds in registers then fits beside an
-accumulator of 128 x 128, and less is computed that no row may see. A 2-D mask and a bias count in every tile, but only masked ones read them guarded.
+Keys that no row of the block may see are never loaded: padding, lengths, `causal` and windows bound the range, and only
+tiles that cross a bound are masked (all of them where padding lies inside). Masked tiles are at most BLOCK_MASKED wide:
+what masking holds in registers then fits beside an accumulator of 128 x 128, and less is computed that no row may see.
+A 2-D mask and a bias count in every tile, but only masked ones read them guarded.
 
-OVERLAP, for Hopper: the weights of a tile are computed while the matrix units multiply those of the tile before with its values (FlashAttention-3's
-intra-warpgroup overlap, arXiv:2407.08608), and tiles come through tensor descriptors (TMA), which need next to no instructions and registers.
+OVERLAP, for Hopper: the weights of a tile are computed while the matrix units multiply those of the tile before with
+its values (FlashAttention-3's intra-warpgroup overlap, arXiv:2407.08608), and tiles come through tensor descriptors
+(TMA), which need next to no instructions and registers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from tileformer.kernels.attention.mask import (
+    SIZES,
     Matrix,
     block_scores,
     key_tiles,
@@ -42,7 +44,7 @@ class Softmax(NamedTuple):
 
 @triton.jit
 def _unmasked_weights(s, running_max, scale_log2):
-    """(weights against the new maximum, what the sums so far are multiplied by, new maximum) of a tile of q k^T that every row sees whole."""
+    """(weights, factor of the sums so far, new maximum) of a tile of q k^T that every row sees whole."""
     new_max = tl.maximum(running_max, tl.max(s, 1) * scale_log2)
     return tl.exp2(s * scale_log2 - new_max[:, None]), tl.exp2(running_max - new_max), new_max
 
@@ -83,9 +85,10 @@ def _fwd_tile(state, block, k, v, start, MASKED: tl.constexpr, BLOCK_N: tl.const
 def _fwd_overlapped(state, block, n, BLOCK_N: tl.constexpr, F: tl.constexpr):
     """Fold the first n > 0 tiles of keys, unmasked, into the state, each tile's values one step behind its scores.
 
-    The order of the statements is what lets Triton leave the second product in flight while the weights are computed: its result is read after
-    the next first product, which is waited for. Its left operand is rounded from float32 in the same step, so that its registers are not
-    written while they are read; and nothing follows the loop that could write to acc on another way (`ptxas` would wait for each instruction).
+    The order of the statements lets Triton leave the second product in flight while the weights are computed: its
+    result is read after the next first product, which is waited for. Its left operand is rounded from float32 in the
+    same step, so that its registers are not written while they are read; and nothing follows the loop that could write
+    to acc on another way (`ptxas` would wait for each instruction).
     """
     BLOCK_D: tl.constexpr = F.BLOCK_D
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
@@ -115,9 +118,7 @@ def _fwd_overlapped(state, block, n, BLOCK_N: tl.constexpr, F: tl.constexpr):
     return Softmax(acc, m, l)
 
 
-@triton.jit(
-    do_not_specialize=["H", "group", "T_q", "T_k", "max_q", "shift", "low", "high", "section", "n_heads", "threshold"]
-)
+@triton.jit(do_not_specialize=[*SIZES, "max_q", "section", "n_heads"])
 def _attention_fwd_kernel(
     q, k, v, masks, out_ptr, lse_ptr, H, group, T_q, T_k, max_q, shift, low, high, section, n_heads, threshold, scaling,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -129,18 +130,16 @@ def _attention_fwd_kernel(
     if F.PACKED:  # noqa: SIM102
         if row_start >= bounds.q_len:
             return
-    block = query_block(
-        q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M
-    )
+    block = query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k,
+                        low, high, threshold, scaling, F, BLOCK_M)  # fmt: skip
     start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = key_tiles(
         block, BLOCK_M, BLOCK_N, BLOCK_MASKED, F
     )
 
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
-    state = Softmax(
-        tl.zeros([BLOCK_M, BLOCK_DV], ACC), tl.full([BLOCK_M], float("-inf"), ACC), tl.zeros([BLOCK_M], ACC)
-    )
+    state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], ACC), tl.full([BLOCK_M], float("-inf"), ACC),
+                    tl.zeros([BLOCK_M], ACC))  # fmt: skip
     n = (unmasked_end - unmasked_start) // BLOCK_N
     for part in tl.static_range(2):  # unmasked tiles first: the fewest registers; with OVERLAP last, see there
         if part != OVERLAP:

@@ -1,7 +1,7 @@
 """From tensors to launches: allocate, plan, launch. Each launcher is a registered torch op.
 
-Every op takes, after its own tensors, the fields of `AttentionMasks` and the two lists of `AttentionParams.flat`. What follows from shapes,
-strides, dtypes and options alone (tiles, grids, features, scalars) is worked out once for each kind of call.
+Every op takes, after its own tensors, the fields of `AttentionMasks` and the two lists of `AttentionParams.flat`.
+What follows from shapes, strides, dtypes and options alone is worked out once for each kind of call.
 """
 
 from __future__ import annotations
@@ -14,35 +14,27 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import random
+from tileformer.kernels.attention import tiles
 from tileformer.kernels.attention.backward import _attention_bwd_dkdv_kernel, _attention_bwd_dq_kernel
 from tileformer.kernels.attention.forward import _attention_fwd_kernel
 from tileformer.kernels.attention.mask import Features, Masks, Matrix, Scaling, _attention_bounds_kernel
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
-from tileformer.kernels.attention.tiles import (
-    BACKWARD_BIAS,
-    BACKWARD_DKDV,
-    BACKWARD_DQ,
-    FORWARD,
-    WEIGHTS,
-    Table,
-    tiles_for,
-)
+from tileformer.kernels.attention.tiles import Table, tiles_for
 from tileformer.kernels.attention.weights import _attention_bwd_bias_kernel, _attention_weights_kernel
 from tileformer.kernels.autograd import register
 from tileformer.kernels.device import arch_of, dot_precision, wider
 from tileformer.kernels.launch import Launch, Tile, cdiv, pow2
 
 OVERLAP_LEAST_KEYS = 1024  # that make up for what a tensor descriptor costs each program
-MAX_ROW_STRIDE = (
-    2**23
-)  # between neighbours of a tile, in elements: its offsets have 32 bits, and a tile has at most 128 rows
+# Between neighbours of a tile, in elements: its offsets have 32 bits, and a tile has at most 128 rows.
+MAX_ROW_STRIDE = 2**23
 # Keys and values of the heads that run side by side: half of an A100's L2 cache, a third of an H100's.
 SECTION_BYTES = 16 << 20
 
 
-def _empty_bthd(b: int, h: int, t: int, d: int, like: Tensor, zero: bool = False) -> Tensor:
+def _empty_bthd(shape: Sequence[int], like: Tensor, zero: bool = False) -> Tensor:
     """A fresh (B, H, T, D) tensor stored as (B, T, H, D), so that joining the heads afterwards copies nothing."""
-    fresh = torch.empty_permuted((b, h, t, d), (0, 2, 1, 3), dtype=like.dtype, device=like.device)
+    fresh = torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
     return fresh.zero_() if zero else fresh
 
 
@@ -57,7 +49,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _tma_compatible(x: Tensor) -> bool:
-    """Whether a tensor descriptor can reach each head's rows (CUDA Driver API, cuTensorMapEncodeTiled): 16-byte steps, whole tiles of columns."""
+    """Whether a tensor descriptor can reach each head's rows (CUDA Driver API, cuTensorMapEncodeTiled)."""
     d = x.shape[-1]
     steps = x.element_size() == 2 and all(step % 8 == 0 for step in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return steps and d >= 16 and d & (d - 1) == 0 and x.stride(-1) == 1
@@ -85,27 +77,27 @@ class _Plan:
     """The launches of a kind of call: all but the tensors.
 
     Args:
-        mask, bias: None where there is none.
         others: whether there are a key mask, a bounds table and slopes of ALiBi.
         sequences: as many as the bounds table has rows, or the batch.
         do_strides: of the output's gradient, for a backward.
         variant: of a backward, whether the log-sum-exp has a gradient too; of the weights, whether they are averaged.
         tma: whether keys and values come through tensor descriptors, where the tables have a tile for that.
-        settings: what else decides: the architecture, the precision of float32 dots, the tile tables and SECTION_BYTES.
+        settings: the architecture, the precision of float32 dots, the function of the tile tables, SECTION_BYTES.
     """
 
     def __init__(
-        self, q: _Layout, k: _Layout, v: _Layout, mask: _Layout | None, bias: _Layout | None, others: tuple[bool, bool, bool], sequences: int,
-        params: AttentionParams, do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int],
+        self, q: _Layout, k: _Layout, v: _Layout, mask: _Layout | None, bias: _Layout | None,
+        others: tuple[bool, bool, bool], sequences: int, params: AttentionParams, do_strides: tuple[int, ...],
+        variant: bool, tma: bool, settings: tuple[int, str, Any, int],
     ) -> None:  # fmt: skip
         (_, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
         self.params, self.q, self.bias, self.variant = params, q, bias, variant
         self.arch, precision, self.tiles_for, section_bytes = settings
         key_mask, bounds, alibi = others
         self.features = f = Features(
-            LOW=params.left != NO_LIMIT, HIGH=params.right != NO_LIMIT, MASK=mask is not None, BIAS=bias is not None, KEY_MASK=key_mask,
-            BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0, DROPOUT=params.dropout_p > 0.0,
-            D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
+            LOW=params.left != NO_LIMIT, HIGH=params.right != NO_LIMIT, MASK=mask is not None, BIAS=bias is not None,
+            KEY_MASK=key_mask, BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0,
+            DROPOUT=params.dropout_p > 0.0, D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
         )  # fmt: skip
         dense, bent = f.MASK or f.BIAS, f.ALIBI or f.SOFTCAP
         if f.DROPOUT:
@@ -123,10 +115,10 @@ class _Plan:
         self.present = (f.MASK, f.BIAS, f.KEY_MASK, f.BOUNDS, f.ALIBI, f.DROPOUT)
 
     def _launch(
-        self, kernel: Any, matrices: int, table: Table, grid: Callable[[Tile], int], scalars: tuple[int, ...],
+        self, kernel: Any, matrices: int, table: Table, grid: Callable[[Tile], int], scalars: tuple[Any, ...],
         **flags: Any,
     ) -> Launch:  # fmt: skip
-        """A launch of a kernel that takes so many Matrix, the masks, other tensors, and `scalars` between sizes and threshold."""
+        """Of a kernel that takes so many Matrix, the masks, other tensors, `scalars`, threshold and scaling."""
         f, p = self.features, self.params
 
         def arrange(*tensors: Tensor) -> tuple[Any, ...]:
@@ -135,16 +127,9 @@ class _Plan:
             masks = Masks(Matrix(mask, self.mask_strides[0]), Matrix(bias, self.mask_strides[1]), *others)
             return (*map(Matrix, tensors, self.strides[:matrices]), masks, *rest)
 
-        tiles = self.tiles_for(table, self.arch, max(f.D, f.DV), self.q.dtype, self.feature)
-        scaling = Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
-        return Launch(
-            kernel,
-            lambda tile: (grid(tile),),
-            dict(F=f, **flags),
-            tiles,
-            (*scalars, random.threshold(p.dropout_p), scaling),
-            arrange,
-        )
+        rows = self.tiles_for(table, self.arch, max(f.D, f.DV), self.q.dtype, self.feature)
+        scalars += random.threshold(p.dropout_p), Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
+        return Launch(kernel, lambda tile: (grid(tile),), dict(F=f, **flags), rows, scalars, arrange)
 
     def _by_queries(self, kernel: Any, matrices: int, table: Table, **flags: Any) -> Launch:
         grid = lambda tile: self.heads * cdiv(self.params.max_q, tile["BLOCK_M"])  # noqa: E731
@@ -153,17 +138,17 @@ class _Plan:
 
     @functools.cached_property
     def forward(self) -> Launch:
-        return self._by_queries(_attention_fwd_kernel, 3, FORWARD, OVERLAP=0)  # unless the tile says 1
+        return self._by_queries(_attention_fwd_kernel, 3, tiles.FORWARD, OVERLAP=0)  # unless the tile says 1
 
     @functools.cached_property
     def dq(self) -> Launch:
-        return self._by_queries(_attention_bwd_dq_kernel, 4, BACKWARD_DQ, DLSE=self.variant)
+        return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, DLSE=self.variant)
 
     @functools.cached_property
     def dkdv(self) -> Launch:
         grid = lambda tile: self.heads_kv * cdiv(self.params.max_k, tile["BLOCK_N"])  # noqa: E731
         scalars = (*self.sizes, self.params.max_k, *self.limits, self.section_kv, self.heads_kv)
-        return self._launch(_attention_bwd_dkdv_kernel, 4, BACKWARD_DKDV, grid, scalars)
+        return self._launch(_attention_bwd_dkdv_kernel, 4, tiles.BACKWARD_DKDV, grid, scalars)
 
     @functools.cached_property
     def bias_gradient(self) -> Launch:
@@ -172,24 +157,23 @@ class _Plan:
         one = dict(B_ONE=n_b == 1, H_ONE=n_h == 1, Q_ONE=n_q == 1, K_ONE=n_k == 1)
         grid = lambda tile: n_b * n_h * cdiv(n_q, tile["BLOCK_M"]) * cdiv(n_k, tile["BLOCK_N"])  # noqa: E731
         scalars = (self.q.shape[0], *self.sizes, *self.limits)
-        return self._launch(_attention_bwd_bias_kernel, 4, BACKWARD_BIAS, grid, scalars, **one)
+        return self._launch(_attention_bwd_bias_kernel, 4, tiles.BACKWARD_BIAS, grid, scalars, **one)
 
     @functools.cached_property
     def weights(self) -> Launch:
-        b, h, t_q, t_k = self.q.shape[0], *self.sizes[:1], *self.sizes[2:]
-        n = b if self.variant else b * h
+        h, _, t_q, t_k = self.sizes
+        n = self.q.shape[0] * (1 if self.variant else h)
         grid = lambda tile: n * cdiv(t_q, tile["BLOCK_M"]) * cdiv(t_k, tile["BLOCK_N"])  # noqa: E731
-        return self._launch(
-            _attention_weights_kernel, 2, WEIGHTS, grid, (*self.sizes, *self.limits), AVERAGE=self.variant
-        )
+        scalars = (*self.sizes, *self.limits)
+        return self._launch(_attention_weights_kernel, 2, tiles.WEIGHTS, grid, scalars, AVERAGE=self.variant)
 
 
 _plan = functools.lru_cache(maxsize=1024)(_Plan)  # a process may meet new kinds for ever
 
 
 def _planned(
-    q: Tensor, k: Tensor, v: Tensor, masks: AttentionMasks, bounds: Tensor, params: AttentionParams, dout: Tensor | None = None,
-    variant: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, masks: AttentionMasks, bounds: Tensor, params: AttentionParams,
+    dout: Tensor | None = None, variant: bool = False,
 ) -> tuple[_Plan, list[Tensor]]:  # fmt: skip
     """The plan of a call, and the masks that it has, as the kernels read them."""
     mask, bias, key_mask, _, _, slopes, seed = masks
@@ -200,8 +184,9 @@ def _planned(
     sequences = n or q.shape[0]
     long = k.shape[2] >= OVERLAP_LEAST_KEYS and params.left == NO_LIMIT and not n
     plan = _plan(
-        _layout(q), _layout(k), _layout(v), _layout(mask), _layout(bias), (key_mask is not None, n > 0, slopes is not None), sequences, params,
-        () if dout is None else dout.stride(), variant, long and _tma_compatible(k) and _tma_compatible(v),
+        _layout(q), _layout(k), _layout(v), _layout(mask), _layout(bias),
+        (key_mask is not None, n > 0, slopes is not None), sequences, params, () if dout is None else dout.stride(),
+        variant, long and _tma_compatible(k) and _tma_compatible(v),
         (arch_of(q), dot_precision(q), tiles_for, SECTION_BYTES),
     )  # fmt: skip
     tensors = (
@@ -225,10 +210,9 @@ def _bounds(masks: AttentionMasks, params: AttentionParams, q: Tensor, t_k: int)
     table = _empty_bounds(masks, params, q)
     if table.shape[0]:
         _, _, key_mask, q_lens, k_lens, _, _ = masks
-        run = _bounds_launch(
-            table.shape[0], (params.max_q, params.max_k) if params.packed else (q.shape[2], t_k), KEY_MASK=key_mask is not None,
-            Q_LENS=q_lens is not None, K_LENS=k_lens is not None, PACKED=bool(params.packed), ALIGN=bool(params.align),
-        )  # fmt: skip
+        present = dict(KEY_MASK=key_mask is not None, Q_LENS=q_lens is not None, K_LENS=k_lens is not None)
+        longest = (params.max_q, params.max_k) if params.packed else (q.shape[2], t_k)
+        run = _bounds_launch(table.shape[0], longest, **present, PACKED=bool(params.packed), ALIGN=bool(params.align))
         lens = [table if x is None else x.contiguous() for x in (q_lens, k_lens)]
         run(table if key_mask is None else _bytes(key_mask.contiguous()), *lens, table)
     return table
@@ -242,8 +226,9 @@ def _empty_bounds(masks: AttentionMasks, params: AttentionParams, q: Tensor) -> 
 
 
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
+    q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None,
+    slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output (B, H, T_q, DV), base-2 log-sum-exp (B, H, T_q) and the bounds table (mask.py)."""
     masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
@@ -257,23 +242,21 @@ def attention_fwd(
 
 def _fwd_outputs(q: Tensor, v: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor]:
     (b, h, t_q, _), packed = q.shape, bool(params.packed)
-    out = _empty_bthd(b, h, t_q, v.shape[3], q, packed)  # rows that belong to no packed sequence stay 0
+    out = _empty_bthd((b, h, t_q, v.shape[3]), q, packed)  # rows that belong to no packed sequence stay 0
     lse = torch.empty((b, h, t_q), dtype=wider(q.dtype), device=q.device)
     return out, lse.fill_(-torch.inf) if packed else lse
 
 
-def _attention_fwd_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    masks, params = AttentionMasks(*rest[:7]), AttentionParams.of(*rest[7:])
     return *_fwd_outputs(q, v, params), _empty_bounds(masks, params, q)
 
 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
+    q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None,
+    slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the bias (empty where it wants none). dlse is the gradient of the base-2 log-sum-exp."""
     masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
@@ -292,9 +275,7 @@ def attention_bwd(
 def _bwd_outputs(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, params: AttentionParams
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (
-        _empty_bthd(x.shape[0], x.shape[1], x.shape[2], x.shape[3], x, bool(params.packed)) for x in (q, k, v)
-    )
+    dq, dk, dv = (_empty_bthd(x.shape, x, bool(params.packed)) for x in (q, k, v))
     if bias is None or not params.bias_grad:
         return dq, dk, dv, torch.empty((0,), dtype=q.dtype, device=q.device)
     shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
@@ -303,38 +284,30 @@ def _bwd_outputs(
     return dq, dk, dv, make(shape, dtype=bias.dtype, device=q.device)
 
 
-def _attention_bwd_fake(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bounds: Tensor,
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None,
-    k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _attention_bwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, _, _, q, k, v, _, bias, *_, ints, floats = arguments
     return _bwd_outputs(q, k, v, bias, AttentionParams.of(ints, floats))
 
 
 def attention_weights(
-    lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
-    key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
-    ints: Sequence[int], floats: Sequence[float],
+    lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None,
+    slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> Tensor:  # fmt: skip
     """Weights after dropout, (B, H or 1, T_q, T_k) in q's dtype, recomputed from the base-2 log-sum-exp."""
     masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
     q, k = map(_rows_contiguous, (q, k))
-    (b, h, t_q, _), t_k = q.shape, k.shape[2]
-    weights = torch.empty((b, 1 if average else h, t_q, t_k), dtype=q.dtype, device=q.device)
+    weights = _weights_output(lse, bounds, average, q, k)
     plan, present = _planned(q, k, v, masks, bounds, params, variant=average)
     plan.weights(q, k, *present, lse.contiguous(), weights)
     return weights
 
 
-def _attention_weights_fake(
-    lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
-    key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
-    ints: Sequence[int], floats: Sequence[float],
-) -> Tensor:  # fmt: skip
-    b, h, t_q, _ = q.shape
-    return torch.empty((b, 1 if average else h, t_q, k.shape[2]), dtype=q.dtype, device=q.device)
+def _weights_output(lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, *_: Any) -> Tensor:
+    (b, h, t_q), t_k = q.shape[:3], k.shape[2]
+    return torch.empty((b, 1 if average else h, t_q, t_k), dtype=q.dtype, device=q.device)
 
 
 fwd = register(attention_fwd, _attention_fwd_fake)
 bwd = register(attention_bwd, _attention_bwd_fake)
-weights_of = register(attention_weights, _attention_weights_fake)
+weights_of = register(attention_weights, _weights_output)

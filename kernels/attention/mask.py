@@ -1,13 +1,14 @@
-"""What all attention kernels share: which program does which tile, which keys a tile of queries sees, and what their scores are.
+"""What all attention kernels share: which program does which tile, which keys a tile sees, and what their scores are.
 
-A query row i may see a key j of its sequence when i + low <= j <= i + high (causal and windows), j lies inside the sequence and is not padded,
-and the boolean mask allows it. The base-2 score of a key is log2(e) (softcap(scale q.k) + bias - slope |i + shift - j|).
+A query row i may see a key j of its sequence when i + low <= j <= i + high (causal and windows), j lies inside the
+sequence and is not padded, and the boolean mask allows it. The base-2 score of a key is
+log2(e) (softcap(scale q.k) + bias - slope |i + shift - j|).
 
-Per sequence, the bounds table holds where its queries and keys start and how many there are, so that padding, lengths and packed sequences
-are one thing: loops run over the keys between the first and the last valid one, and what lies outside is never loaded.
+Per sequence, the bounds table holds where its queries and keys start and how many there are, so that padding, lengths
+and packed sequences are one thing: what lies before the first valid key or past the last is never loaded.
 
-Arguments travel in NamedTuples, on the host and in the kernels. Sizes that change from call to call stay plain scalars: `do_not_specialize`
-does not reach into a tuple. Strides in a tuple may be constants, which cannot change in a loop: pointers advance outside of their Matrix.
+Sizes that change from call to call stay plain scalars: `do_not_specialize` does not reach into a tuple. Strides in a
+tuple may be constants, which cannot change in a loop: pointers advance outside of their Matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import triton.language as tl
 from tileformer.kernels.tile_ops import load_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = ["H", "group", "T_q", "T_k", "shift", "low", "high", "threshold"]  # which Triton is not to specialize on
 
 
 class Features(NamedTuple):
@@ -43,7 +45,7 @@ class Features(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A (B, H, T, D) tensor whose last axis is contiguous, or a mask that broadcasts to (B, H, T_q, T_k) by strides of 0."""
+    """A (B, H, T, D) tensor whose last axis is contiguous, or a mask, (B, H, T_q, T_k) by strides of 0."""
 
     ptr: Any
     strides: Any
@@ -110,11 +112,13 @@ class Block(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["T_q", "T_k"])
-def _attention_bounds_kernel(key_mask_ptr, q_lens_ptr, k_lens_ptr, bounds_ptr, T_q, T_k, KEY_MASK: tl.constexpr, Q_LENS: tl.constexpr,
-                             K_LENS: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Per sequence eight int32: query start and count, key start, shift of the diagonal, first valid key, one past the last, 1 if a padded key
-    lies between, 0. Lengths are counts; with PACKED they are the starts of all sequences and the end of the last, and T_q and T_k the longest
-    that a sequence may be. ALIGN: to the bottom right."""
+def _attention_bounds_kernel(
+    key_mask_ptr, q_lens_ptr, k_lens_ptr, bounds_ptr, T_q, T_k, KEY_MASK: tl.constexpr, Q_LENS: tl.constexpr,
+    K_LENS: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per sequence eight int32: query start and count, key start, shift of the diagonal, first valid key, one past the
+    last, 1 if a padded key lies between, 0. Lengths are counts; with PACKED the starts of all sequences and the end of
+    the last, and T_q and T_k the longest that a sequence may be. ALIGN: to the bottom right."""
     b = tl.program_id(0).to(tl.int64)
     q_start = 0
     q_len = T_q
@@ -161,17 +165,16 @@ def sequence(bounds_ptr, b, T_q, T_k, shift, BOUNDS: tl.constexpr):
     """`Bounds` of sequence b."""
     if BOUNDS:
         at = bounds_ptr + b * 8
-        return Bounds(
-            tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
-        )  # fmt: skip
+        return Bounds(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
+                      tl.load(at + 5), tl.load(at + 6))  # fmt: skip
     else:
         return Bounds(0, T_q, 0, shift, 0, T_k, 0)
 
 
 @triton.jit
 def schedule(n_tiles, n_heads, section, LAST_FIRST: tl.constexpr):
-    """(head, tile) of this program. Heads go in sections whose keys and values fit the L2 cache; inside a section the longest tiles of all
-    heads start first, so that no long tile is left for the end."""
+    """(head, tile) of this program. Heads go in sections whose keys and values fit the L2 cache; inside a section the
+    longest tiles of all heads start first, so that no long tile is left for the end."""
     pid = tl.program_id(0)
     begin = pid // (section * n_tiles) * section
     heads = tl.minimum(section, n_heads - begin)
@@ -204,16 +207,13 @@ def mask_of_head(x, batch, h, bounds, F: tl.constexpr):
 def load_rows(x, batch, h, row, in_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The rows of a head that begin at `row`, as many as in_rows has elements: 0 where that is false."""
     ptr = x.ptr + batch * x.strides[0] + h * x.strides[1] + row * x.strides[2]
-    return load_tile(
-        ptr, tl.arange(0, in_rows.shape[0]), x.strides[2], tl.arange(0, BLOCK_D), in_rows, D, BLOCK_D, True
-    )
+    return load_tile(ptr, tl.arange(0, in_rows.shape[0]), x.strides[2], tl.arange(0, BLOCK_D),
+                     in_rows, D, BLOCK_D, True)  # fmt: skip
 
 
 @triton.jit
-def query_block(
-    q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
+def query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling,
+                F: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """The `Block` of rows row_start to row_start + BLOCK_M of a sequence. `head` counts the heads of all sequences."""
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
@@ -230,17 +230,17 @@ def query_block(
     # [BLOCK_M, BLOCK_D]
     q_tile = load_rows(q, batch, h, q_row, rows < bounds.q_len, F.D, F.BLOCK_D)
     return Block(
-        q_tile, keys, values, rows, row_start, batch, h, head, q_row, bounds.q_len, bounds.first, last, bounds.padding_inside, bounds.shift,
-        low + bounds.shift, high + bounds.shift, tl.load(masks.slopes + head) * LOG2E if F.ALIBI else 0.0,
-        tl.load(masks.seed) if F.DROPOUT else 0, threshold, scaling.scale * LOG2E, scaling.softcap,
-        mask, bias, masks.key_mask + b * T_k,
+        q_tile, keys, values, rows, row_start, batch, h, head, q_row,
+        bounds.q_len, bounds.first, last, bounds.padding_inside, bounds.shift, low + bounds.shift, high + bounds.shift,
+        tl.load(masks.slopes + head) * LOG2E if F.ALIBI else 0.0, tl.load(masks.seed) if F.DROPOUT else 0, threshold,
+        scaling.scale * LOG2E, scaling.softcap, mask, bias, masks.key_mask + b * T_k,
     )  # fmt: skip
 
 
 @triton.jit
 def key_tiles(block, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, F: tl.constexpr):
-    """The key tiles of a block: unmasked, BLOCK_N wide: [unmasked_start, unmasked_end); masked, BLOCK_MASKED wide: n_masked_left from `start`,
-    n_masked_right from unmasked_end."""
+    """The key tiles of a block: unmasked, BLOCK_N wide: [unmasked_start, unmasked_end); masked, BLOCK_MASKED wide:
+    n_masked_left from `start`, n_masked_right from unmasked_end."""
     first = block.first
     last = block.last
     full_start = first
@@ -274,12 +274,10 @@ def masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED: tl.constexp
 
 
 @triton.jit
-def query_tiles(
-    bounds, col_start, low, high, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
-    F: tl.constexpr,
-):  # fmt: skip
-    """The query tiles of a key tile: unmasked, BLOCK_M high: [unmasked_start, unmasked_end), n_unmasked; masked, BLOCK_MASKED high: n_masked_left
-    from `start`, n_masked in all."""
+def query_tiles(bounds, col_start, low, high, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_MASKED: tl.constexpr, F: tl.constexpr):  # fmt: skip
+    """The query tiles of a key tile: unmasked, BLOCK_M high: [unmasked_start, unmasked_end), n_unmasked; masked,
+    BLOCK_MASKED high: n_masked_left from `start`, n_masked in all."""
     start = 0
     full_start = 0
     end = bounds.q_len
@@ -316,7 +314,7 @@ def valid_keys(cols, first, last, key_mask_ptr, F: tl.constexpr):
 
 @triton.jit
 def softcap_and_alibi(s, rows, cols, shift, slope, softcap, F: tl.constexpr):
-    """Scaled base-2 scores after the soft cap (t = tanh, for its derivative) and the linear bias; rows and cols broadcast to s."""
+    """Scaled base-2 scores after the soft cap (t = tanh, for its derivative) and the linear bias."""
     t = s
     if F.SOFTCAP:
         x = s / (softcap * LOG2E)
@@ -331,8 +329,8 @@ def softcap_and_alibi(s, rows, cols, shift, slope, softcap, F: tl.constexpr):
 
 @triton.jit
 def causal_window_mask(rows, cols, valid, end, low, high, F: tl.constexpr):
-    """The keys before `end` that causal, a window and the key mask let a row see. All broadcast: what depends on the row alone (its `end` may
-    be 0) costs nothing, each comparison with a column costs an instruction an element."""
+    """The keys before `end` that causal, a window and the key mask let a row see. All broadcast: what depends on the
+    row alone (its `end` may be 0) costs nothing, each comparison with a column costs an instruction an element."""
     if F.HIGH:
         seen = cols <= tl.minimum(rows + high, end - 1)
     else:
@@ -346,8 +344,8 @@ def causal_window_mask(rows, cols, valid, end, low, high, F: tl.constexpr):
 
 @triton.jit
 def apply_mask_and_bias(s, rows, cols, seen, mask, bias, row_start, col_start, GUARDED: tl.constexpr, F: tl.constexpr):
-    """Base-2 scores with the bias added and -inf where a key is hidden; `rows` and `cols` broadcast to s. With GUARDED a key must be `seen`, and
-    mask and bias are read only there; without, the whole tile lies inside of both, and they come in wide copies ahead of time."""
+    """Base-2 scores with the bias added and -inf where a key is hidden. With GUARDED a key must be `seen`, and mask and
+    bias are read only there; without, the tile lies inside of both, and they come in wide copies ahead of time."""
     if F.MASK:
         at = mask.ptr + row_start.to(tl.int64) * mask.strides[2] + col_start.to(tl.int64) * mask.strides[3]
         at += (rows - row_start) * mask.strides[2] + (cols - col_start) * mask.strides[3]
@@ -376,7 +374,6 @@ def block_scores(s, block, cols, col_start, valid, MASKED: tl.constexpr, F: tl.c
     if MASKED:
         end = tl.where(block.rows < block.q_len, block.last, 0)
         seen = causal_window_mask(block.rows[:, None], cols[None, :], seen, end[:, None], block.low, block.high, F)
-    s = apply_mask_and_bias(
-        s, block.rows[:, None], cols[None, :], seen, block.mask, block.bias, block.row_start, col_start, MASKED, F
-    )
+    s = apply_mask_and_bias(s, block.rows[:, None], cols[None, :], seen, block.mask, block.bias,
+                            block.row_start, col_start, MASKED, F)  # fmt: skip
     return s, t

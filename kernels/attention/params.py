@@ -1,4 +1,4 @@
-"""The arguments of `attention`: how they travel, and what it refuses before anything runs, with the values and the likely fix."""
+"""The arguments of `attention`: how they travel, and what it refuses, with the values and the likely fix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import checks
+from tileformer.kernels.checks import name_of
 
 MAX_HEAD_DIM = 256
 NO_LIMIT = 2**30  # of a window: a query sees that far
@@ -51,23 +52,19 @@ class AttentionParams(NamedTuple):
 
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
-    lengths: dict[str, Tensor | None], packed: dict[str, Tensor | None], longest: dict[str, int | None], causal: bool | str, window: Any,
-    align: str | None, alibi_slopes: Tensor | None, softcap: float, dropout_p: float, seed: Tensor | None, return_weights: bool | str,
+    lengths: dict[str, Tensor | None], packed: dict[str, Tensor | None], longest: dict[str, int | None],
+    causal: bool | str, window: Any, align: str | None, alibi_slopes: Tensor | None,
+    softcap: float, dropout_p: float, seed: Tensor | None, return_weights: bool | str,
 ) -> None:  # fmt: skip
     """Raise ValueError, TypeError or NotImplementedError for arguments of `attention` that do not fit together."""
     checks.floating("attention", q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            hint = (
-                "a batch of one is x[None]; packed (T, H, D) is x.transpose(0, 1)[None]"
-                if x.dim() == 3
-                else "reshape it"
-            )
+            no_batch = "a batch of one is x[None]; packed (T, H, D) is x.transpose(0, 1)[None]"
+            hint = no_batch if x.dim() == 3 else "reshape it"
             raise ValueError(f"attention: {name} must be (B, H, T, D), got shape {tuple(x.shape)}: {hint}")
         if x.dtype != q.dtype:
-            raise TypeError(
-                f"attention: {name} is {checks.name_of(x.dtype)}, q is {checks.name_of(q.dtype)}: cast them to one dtype"
-            )
+            raise TypeError(f"attention: {name} is {name_of(x.dtype)}, q is {name_of(q.dtype)}: cast them to one dtype")
     sides = dict(key_mask=key_mask, bias=bias, alibi_slopes=alibi_slopes, **lengths, **packed)
     checks.tensors("attention", **sides)
     checks.same_device("attention", q, k=k, v=v, **sides)
@@ -80,9 +77,7 @@ def check_attention(
         raise ValueError(f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}: batch and head size must be equal")
     if h_kv == 0 or h % h_kv:
         hint = _TIME_FIRST if t_q == t_k else ""
-        raise ValueError(
-            f"attention: {h} query heads and {h_kv} key heads: the first must be a multiple of the second{hint}"
-        )
+        raise ValueError(f"attention: {h} query heads and {h_kv} key heads: the second must divide the first{hint}")
     for name, size in (("head size", d), ("head size of v", v.shape[3])):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"attention: {name} {size} is outside 1 to {MAX_HEAD_DIM}")
@@ -96,33 +91,28 @@ def check_attention(
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (b, t_k)):
         raise ValueError(
             f"attention: key_mask must be boolean {(b, t_k)}, True = a real key, "
-            f"got {checks.name_of(key_mask.dtype)} {tuple(key_mask.shape)}{_TIME_FIRST if key_mask.shape == (b, h_kv) else ''}"
+            f"got {name_of(key_mask.dtype)} {tuple(key_mask.shape)}{_TIME_FIRST if key_mask.shape == (b, h_kv) else ''}"
         )
     n = _check_sequences(b, lengths, packed, longest, key_mask, return_weights)
     if alibi_slopes is not None and (not alibi_slopes.is_floating_point() or alibi_slopes.shape not in ((h,), (n, h))):
         raise ValueError(
-            f"attention: alibi_slopes must be floating {(h,)} or {(n, h)}, got {checks.name_of(alibi_slopes.dtype)} {tuple(alibi_slopes.shape)}"
+            f"attention: alibi_slopes must be floating {(h,)} or {(n, h)}, "
+            f"got {name_of(alibi_slopes.dtype)} {tuple(alibi_slopes.shape)}"
         )
     if alibi_slopes is not None and checks.differentiated(alibi_slopes):
-        raise NotImplementedError(
-            "attention: alibi_slopes get no gradient: detach them, or pass bias= for a learned one"
-        )
+        raise NotImplementedError("attention: alibi_slopes get no gradient: detach, or pass bias= for a learned one")
     checks.tensors("attention", mask=mask)
     for added in (mask, bias):
         # As many columns as k has heads: `broadcastable` would find the fault in the mask.
         fits = isinstance(added, Tensor) and added.shape[-2:] in ((h, h_kv), (1, h_kv), (h_kv,))
         if added is not None and fits and h_kv not in (1, t_k):
-            raise ValueError(
-                f"attention: a mask of shape {tuple(added.shape)} beside {(t_q, t_k)} scores a head{_TIME_FIRST}"
-            )
+            raise ValueError(f"attention: a mask {tuple(added.shape)} beside {(t_q, t_k)} scores a head{_TIME_FIRST}")
     checks.mask("attention", (b, h, t_q, t_k), q, mask)
     if bias is not None:
         if checks.causal_variant("attention", bias, (t_q, t_k)):
             raise TypeError("attention: bias is a CausalBias, which holds no values: pass it as mask=")
         if not bias.is_floating_point():
-            raise TypeError(
-                f"attention: bias is {checks.name_of(bias.dtype)}: it is added to the scores; pass mask= for a boolean one"
-            )
+            raise TypeError(f"attention: bias is {name_of(bias.dtype)}: it is added; pass mask= for a boolean one")
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError("attention: mask and bias are both floating: add them and pass one, bias=bias + mask")
         checks.floating("attention", bias=bias)
@@ -130,7 +120,7 @@ def check_attention(
 
 
 def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | None, int | None, bool]:
-    """How many keys a row sees before and past its diagonal (None: all of them), and whether the diagonal ends at the bottom right."""
+    """How many keys a row sees before and past its diagonal (None: all), and whether that ends at the bottom right."""
     left, right = window if isinstance(window, (tuple, list)) else (window, window)
     named = causal if isinstance(causal, str) else align
     return left, 0 if causal else right, named == "bottom_right"
@@ -139,20 +129,14 @@ def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | No
 def _check_window(causal: bool | str, window: Any, align: str | None) -> None:
     pair = (window, window) if window is None or isinstance(window, int) else window
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-        raise TypeError(
-            f"attention: window is {window!r}: pass how many keys a query sees to its left and right, (left, right)"
-        )
+        raise TypeError(f"attention: window is {window!r}: pass how many keys a query sees, (left, right)")
     for side in pair:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int) or not 0 <= side < 2**30):
-            raise ValueError(
-                f"attention: window is {window!r}: each side must be an integer >= 0, or None for no limit"
-            )
+            raise ValueError(f"attention: window is {window!r}: each side must be an integer >= 0 or None for no limit")
     if align not in (None, "top_left", "bottom_right"):
         raise ValueError(f"attention: align is {align!r}: pass 'top_left' or 'bottom_right'")
     if isinstance(causal, str) and align not in (None, causal):
-        raise ValueError(
-            f"attention: causal={causal!r} and align={align!r} differ: pass causal=True with align, or one of the two"
-        )
+        raise ValueError(f"attention: causal={causal!r} and align={align!r} differ: pass one, or causal=True and align")
 
 
 def _check_sequences(
@@ -162,12 +146,10 @@ def _check_sequences(
     """The number of sequences."""
     for name, x in (*lengths.items(), *packed.items()):
         if x is not None and x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"attention: {name} is {checks.name_of(x.dtype)}: pass int32 or int64")
+            raise TypeError(f"attention: {name} is {name_of(x.dtype)}: pass int32 or int64")
     for name, x in lengths.items():
         if x is not None and x.shape != (b,):
-            raise ValueError(
-                f"attention: {name} has shape {tuple(x.shape)}, the batch is {b}: pass one length each, {(b,)}"
-            )
+            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, the batch is {b}: pass one each, {(b,)}")
     starts_q, starts_k = packed.values()
     if starts_q is None and starts_k is None:
         if any(n is not None for n in longest.values()):
@@ -181,7 +163,8 @@ def _check_sequences(
         )
     if starts_q.dim() != 1 or starts_q.shape != starts_k.shape or len(starts_q) < 2:
         raise ValueError(
-            f"attention: cu_seqlens_q {tuple(starts_q.shape)} and cu_seqlens_k {tuple(starts_k.shape)} must both be (sequences + 1,)"
+            f"attention: cu_seqlens_q {tuple(starts_q.shape)} and cu_seqlens_k {tuple(starts_k.shape)} "
+            "must both be (sequences + 1,)"
         )
     if b != 1:
         raise ValueError(f"attention: packed sequences lie one after another in a batch of 1, q has a batch of {b}")
@@ -189,7 +172,5 @@ def _check_sequences(
         if x is not None:
             raise ValueError(f"attention: {name} and cu_seqlens do not go together: packed sequences hold no padding")
     if return_weights:
-        raise NotImplementedError(
-            "attention: weights of packed sequences have no common shape: pad them to ask for weights"
-        )
+        raise NotImplementedError("attention: weights of packed sequences have no common shape: pad them for weights")
     return len(starts_q) - 1

@@ -1,8 +1,8 @@
-"""Which tile each attention kernel uses: the largest that compiles without a spill and fits shared memory, found ahead of time.
+"""Which tile each attention kernel uses: the largest that compiles without a spill and fits shared memory.
 
-`tests/test_aot.py` compiles these tables for every architecture. The rows were found with Triton 3.7, of tiles that do not spill the ones that the
-model of bench/static likes best. Three stages, wherever they fit: with two, a tile is asked for at the end of one iteration and awaited at the start
-of the next, so that nothing hides the way from memory.
+`tests/test_aot.py` compiles these tables for every architecture. The rows were found with Triton 3.7, of tiles that do
+not spill the ones that the model of bench/static likes best. Three stages, wherever they fit: with two, a tile is asked
+for at the end of one iteration and awaited at the start of the next, so that nothing hides the way from memory.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
     """Tiles to try, best first; the last fits any supported device.
 
     Args:
-        feature: "plain" (with causal, windows and key masks), "overlap" (plain, and keys that tensor descriptors can reach and that are worth one),
-            "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all" (dropout, a mask or bias, and ALiBi or a soft
-            cap); float32 has rows of its own.
+        feature: "plain" (with causal, windows and key masks), "overlap" (plain, with keys worth tensor descriptors),
+            "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all" (dropout, a mask or bias,
+            and ALiBi or a soft cap); float32 has rows of its own.
 
-    BLOCK_MASKED is the extent, along the axis that the kernel loops over, of a tile that crosses the causal diagonal or a padded edge.
+    BLOCK_MASKED is the extent, along the axis that the kernel loops over, of a tile that crosses a bound.
     """
     rows: list[Row]
     overlap = feature == "overlap" and table is FORWARD
@@ -55,7 +55,7 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
 
 
 def family(arch: int) -> int:
-    """The table's row for an architecture: sm_86, 89 and 12x share 99 KB of shared memory; a new one takes the nearest below."""
+    """An architecture's row: sm_86, 89 and 12x have 99 KB of shared memory; a new one takes the nearest below."""
     if arch in (86, 89) or arch >= 120:
         return 120
     return 100 if arch >= 100 else 90 if arch >= 90 else 80

@@ -1,9 +1,8 @@
-"""Attention in plain torch operators: what the CPU uses by default, with the reference's rules for padding and empty rows.
+"""Attention in plain torch operators: what the CPU uses by default.
 
-A decoder's CPU batches are short sequences, where the cost is passes over small rows and autograd's bookkeeping, not matmuls: forward and backward
-are written out, in place where a tensor is ours. Longer ones go to torch's own fused attention, which never stores the T_q x T_k weights.
-
-Half-precision inputs are computed in float32 and rounded once, at the end.
+A decoder's CPU batches are short sequences, where the cost is passes over small rows and autograd's bookkeeping, not
+matmuls: forward and backward are written out, in place where a tensor is ours. Longer ones go to torch's own fused
+attention, which never stores the T_q x T_k weights. Half precision is computed in float32 and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ from tileformer.kernels.double_backward import second_derivative
 LOWEST = -2.3e38  # what is added below it excludes: the kernels' scores, times log2(e), are beyond float32
 FUSED_FROM = 32  # keys from which torch's fused attention beats three plain operators on a CPU
 FUSED_GRADIENTS_FROM = 192  # the same, where there is a backward to come
-SHORT_ROW = (
-    16  # torch's softmax leaves its vectorised path for rows shorter than a vector: 20 ns an element instead of 1
-)
-# torch's fused attention and its gradients, as operators: F.scaled_dot_product_attention has no second derivatives, and copies more.
+SHORT_ROW = 16  # of fewer elements torch's softmax is not vectorised: 20 ns an element instead of 1
+# As operators: F.scaled_dot_product_attention has no second derivatives, and copies more.
 _fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _fused_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
@@ -49,10 +46,9 @@ def torch_attention(
     unmasked = left == NO_LIMIT and right == NO_LIMIT
     dense = any(x is not None for x in (mask, bias, key_mask, q_lens, k_lens, slopes)) or softcap > 0.0
     square = unmasked or (causal and t_q == t_k)
-    # An exported program is to serve every length, and other runtimes: no choice by length, no operator but the usual ones.
-    exporting = torch.compiler.is_exporting()
-    # Derivatives of any kind and number follow from plain operators.
-    composed = exporting or return_lse or return_weights or softcap > 0.0 or _transformed()
+    # Derivatives of any kind follow from plain operators. An exported program is to serve every length, and other
+    # runtimes: no choice by length, no operator but the usual ones.
+    composed = torch.compiler.is_exporting() or return_lse or return_weights or softcap > 0.0 or _transformed()
     composed = composed or (bias is not None and bias.requires_grad)
     if q.is_cuda and not (dense or p or composed) and square and t_k >= 512:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
@@ -81,20 +77,16 @@ def torch_attention(
         seen.append(positions.cols >= positions.diagonal - left)
     additive = bias
     if slopes is not None:
-        slopes = slopes if slopes.dim() == 1 else positions.per_query(slopes)
-        distance = slopes.to(_wide(q))[..., None, None] if slopes.dim() < 4 else slopes.to(_wide(q))
-        linear = -distance * (positions.diagonal - positions.cols).abs()
+        linear = -positions.per_query(slopes.to(_wide(q))) * (positions.diagonal - positions.cols).abs()
         additive = linear if bias is None else bias.to(_wide(q)) + linear
     # Causal rows see their first key, unless the diagonal starts before it.
     always = seen == [] or (causal and not dense and (t_q <= t_k or not align) and t_k > 0)
     always = fused or (always and key_mask is None and additive is None)
     exact = q.dtype if fused and additive is None else _wide(q)  # 0 and -inf alone are the same in any type
     bias_, empty = _bias(seen, key_mask, additive, not always, exact)
-    keep = (
-        None
-        if seed is None or p == 0.0
-        else random.fast_keep(seed, [b, h, t_q, t_k], p, random.keep_scale(p), _wide(q))
-    )
+    keep = None
+    if seed is not None and p > 0.0:
+        keep = random.fast_keep(seed, [b, h, t_q, t_k], p, random.keep_scale(p), _wide(q))
     if fused:
         padded_q = None if positions.valid_q is None else ~positions.valid_q
         if key_mask is not None:
@@ -112,7 +104,7 @@ def torch_attention(
 def _each_alone(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, params: AttentionParams, return_lse: bool
 ) -> Any:
-    """Packed sequences as rows of a padded batch: N longest^2 scores instead of total^2, which are nearly all hidden."""
+    """Packed sequences as rows of a padded batch: N longest^2 scores instead of total^2, nearly all of them hidden."""
     total, n = q.shape[2], len(starts) - 1
     lengths = [starts.diff().clamp(0, most) for most in (params.max_q, params.max_k)]
     at = torch.arange(total, device=q.device)
@@ -136,10 +128,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 class _Positions:
-    """Where each query and key lies in its sequence, broadcastable to (B, H, T_q, T_k); None where there is nothing to say."""
+    """Where each query and key lies in its sequence, broadcastable to (B, H, T_q, T_k); None: nothing to say."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, q_lens: Tensor | None, k_lens: Tensor | None, align: bool, most: tuple[int, int] | None
+        self, q: Tensor, k: Tensor, q_lens: Tensor | None, k_lens: Tensor | None, align: bool,
+        most: tuple[int, int] | None,
     ) -> None:  # fmt: skip
         """most: the longest that packed sequences may be; None where q_lens and k_lens are counts."""
         t_q, t_k = q.shape[2], k.shape[2]
@@ -147,33 +140,30 @@ class _Positions:
         self.valid_q = self.valid_k = self.same = self.sequence = None
         shift: Tensor | int = t_k - t_q if align else 0
         if most and q_lens is not None and k_lens is not None:
-            in_q, in_k = (
-                torch.searchsorted(x, at, right=True) - 1 for x, at in ((q_lens, rows[:, 0]), (k_lens, self.cols[0]))
-            )
+            in_q = torch.searchsorted(q_lens, rows[:, 0], right=True) - 1
+            in_k = torch.searchsorted(k_lens, self.cols[0], right=True) - 1
             n = len(q_lens) - 1
             self.sequence = in_q.clamp(max=n - 1)
-            count_q, count_k = (
-                x.diff().clamp(0, m)[self.sequence] for x, m in zip((q_lens, k_lens), most, strict=True)
-            )
-            shift = (count_k - count_q)[:, None] if align else 0
+            counts = k_lens.diff().clamp(0, most[1]) - q_lens.diff().clamp(0, most[0])
+            shift = counts[self.sequence, None] if align else 0
             rows = rows - q_lens[self.sequence][:, None]
             self.cols = self.cols - k_lens[in_k.clamp(max=n - 1)]
             self.same = in_q[:, None] == in_k
             self.valid_q = ((in_q < n)[:, None] & (rows < most[0]))[None, None]
             self.valid_k = (in_k < n) & (self.cols < most[1])
         elif q_lens is not None or k_lens is not None:
-            len_q, len_k = (
-                torch.full((), t, device=q.device) if x is None else x.clamp(0, t)[:, None, None, None]
-                for x, t in ((q_lens, t_q), (k_lens, t_k))
-            )
+            len_q = t_q if q_lens is None else q_lens.clamp(0, t_q)[:, None, None, None]
+            len_k = t_k if k_lens is None else k_lens.clamp(0, t_k)[:, None, None, None]
             self.valid_q = None if q_lens is None else rows < len_q
             self.valid_k = None if k_lens is None else (self.cols < len_k)[:, 0, 0]
             shift = len_k - len_q if align else 0
         self.diagonal = rows + shift
 
     def per_query(self, slopes: Tensor) -> Tensor:
-        """Slopes (sequences, H) as (B, H, 1 or T_q, 1)."""
-        return slopes[:, :, None, None] if self.sequence is None else slopes[self.sequence].t()[None, :, :, None]
+        """Slopes (H,) or (sequences, H), broadcastable to (B, H, T_q, 1)."""
+        if self.sequence is None or slopes.dim() == 1:
+            return slopes[..., None, None]
+        return slopes[self.sequence].t()[None, :, :, None]
 
 
 def _bias(
@@ -181,7 +171,7 @@ def _bias(
 ) -> tuple[Tensor | None, Tensor | None]:
     """What to add to the scores, and which rows see nothing; both broadcastable to (B, H, T_q, T_k), or None.
 
-    some_empty: look for rows that see nothing. They get a bias of 0, so that their softmax is finite: their output is set to 0 afterwards.
+    some_empty: look for rows that see nothing. They get a bias of 0, so that their softmax is finite.
     """
     if key_mask is not None:
         seen = [*seen, key_mask[:, None, None, :]]
@@ -307,14 +297,13 @@ class _PlainBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *tangents):
         dout, q, k, v, *fixed = ctx.saved_tensors
-        first, (ddout,) = second_derivative(
-            lambda q, k, v: _definition(q, k, v, *fixed, ctx.scale)[:1], (q, k, v), (dout,), tangents
-        )
+        again = lambda q, k, v: _definition(q, k, v, *fixed, ctx.scale)[:1]  # noqa: E731
+        first, (ddout,) = second_derivative(again, (q, k, v), (dout,), tangents)
         return ddout, None, *first, None, None, None, None, None
 
 
 def _transformed() -> bool:
-    """Whether torch.func, forward mode or torch.jit.trace is at work, which the autograd Functions here have no rules for."""
+    """Whether torch.func, forward mode or torch.jit.trace is at work: the autograd Functions have no rules for them."""
     tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
     return tracing or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -327,7 +316,7 @@ def _serves_fused(q: Tensor, k: Tensor, v: Tensor, graph: bool) -> bool:
 
 
 class _ZeroPadding(torch.autograd.Function):
-    """`_zero_padding` of keys and values whose gradients are 0 in padded rows already, because nothing attends to them."""
+    """`_zero_padding` of keys and values whose gradients are 0 in padded rows already: nothing attends to them."""
 
     generate_vmap_rule = True
 
@@ -389,14 +378,9 @@ class _FusedBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *tangents):
         dout, q, k, v, bias, _ = ctx.saved_tensors
-        hidden = torch.zeros((), dtype=_wide(q), device=q.device) if bias is None else bias
-        if ctx.causal:
-            later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-            hidden = hidden.masked_fill(later, -math.inf)
-        empty = (hidden == -math.inf).all(-1, keepdim=True) if hidden.dim() else None
-        if empty is not None:
-            hidden = hidden.masked_fill(empty, 0.0)
-        again = lambda q, k, v: _definition(q, k, v, None, hidden, empty, None, ctx.scale)[:1]  # noqa: E731
+        seen = [torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()] if ctx.causal else []
+        bias, empty = _bias(seen, None, bias, True, _wide(q))
+        again = lambda q, k, v: _definition(q, k, v, None, bias, empty, None, ctx.scale)[:1]  # noqa: E731
         first, (ddout,) = second_derivative(again, (q, k, v), (dout,), tangents)
         return ddout, None, None, *first, None, None, None, None
 
@@ -404,6 +388,4 @@ class _FusedBackward(torch.autograd.Function):
 def _fused_operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """What the fused operator reads: rows of adjacent elements, and a bias of four axes."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if bias is not None:
-        bias = bias[(None,) * (4 - bias.dim())]
-    return q, k, v, bias
+    return q, k, v, None if bias is None else bias[(None,) * (4 - bias.dim())]

@@ -1,6 +1,6 @@
-"""The two attention kernels that own a tile of the scores: the weights for those who ask, and the gradient of a bias (see backward.py).
+"""The two attention kernels that own a tile of the scores: the weights, and the gradient of a bias (see backward.py).
 
-Both recompute the weights from the base-2 log-sum-exp of the forward, and sum over what their output has one of: heads, or an axis of the bias.
+Both recompute the weights from the base-2 log-sum-exp of the forward, and sum over what their output has one of.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.mask import block_scores, load_rows, query_block, sequence, valid_keys
+from tileformer.kernels.attention.mask import SIZES, block_scores, load_rows, query_block, sequence, valid_keys
 from tileformer.kernels.tile_ops import dropout_keep
 
 
 @triton.jit
-def _weights_tile(q, k, masks, lse_ptr, head, row_start, col_start, H, group, T_q, T_k, shift, low, high, threshold, scaling,
-                  F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """(weights before dropout [BLOCK_M, BLOCK_N], which of them dropout keeps, the block of queries, which keys are valid)."""
+def _weights_tile(q, k, masks, lse_ptr, head, row_start, col_start, H, group, T_q, T_k, shift, low, high, threshold,
+                  scaling, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """(weights before dropout [BLOCK_M, BLOCK_N], which of them dropout keeps, the queries, which keys are valid)."""
     bounds = sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
-    block = query_block(
-        q, k, k, masks, bounds, head, row_start, H, group, T_k, low, high, threshold, scaling, F, BLOCK_M
-    )
+    block = query_block(q, k, k, masks, bounds, head, row_start, H, group, T_k,
+                        low, high, threshold, scaling, F, BLOCK_M)  # fmt: skip
     cols = col_start + tl.arange(0, BLOCK_N)
     in_q = block.rows < bounds.q_len
     valid = valid_keys(cols, block.first, block.last, block.key_mask, F)
@@ -36,12 +35,12 @@ def _weights_tile(q, k, masks, lse_ptr, head, row_start, col_start, H, group, T_
     return tl.exp2(s - lse[:, None]), keep, block, valid
 
 
-@triton.jit(do_not_specialize=["H", "group", "T_q", "T_k", "shift", "low", "high", "threshold"])
+@triton.jit(do_not_specialize=SIZES)
 def _attention_weights_kernel(
     q, k, masks, lse_ptr, weights_ptr, H, group, T_q, T_k, shift, low, high, threshold, scaling,
     F: tl.constexpr, AVERAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of the weights of one head, (B, H, T_q, T_k), or of their average over the heads, (B, 1, T_q, T_k)."""
+    """One program: a tile of the weights of one head, (B, H, T_q, T_k), or of their average, (B, 1, T_q, T_k)."""
     n_n = tl.cdiv(T_k, BLOCK_N)
     heads = 1 if AVERAGE else H
     lead = tl.program_id(0) // n_n // tl.cdiv(T_q, BLOCK_M)
@@ -51,8 +50,8 @@ def _attention_weights_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for i in range(H // heads):
         head = lead // heads * H + lead % heads + i
-        p, keep, _, _ = _weights_tile(q, k, masks, lse_ptr, head, row_start, col_start, H, group, T_q, T_k, shift, low, high,
-                                      threshold, scaling, F, BLOCK_M, BLOCK_N)  # fmt: skip
+        p, keep, _, _ = _weights_tile(q, k, masks, lse_ptr, head, row_start, col_start, H, group, T_q, T_k,
+                                      shift, low, high, threshold, scaling, F, BLOCK_M, BLOCK_N)  # fmt: skip
         if F.DROPOUT:
             p = tl.where(keep, p * scaling.keep_scale, 0.0)
         total += p
@@ -64,12 +63,13 @@ def _attention_weights_kernel(
     tl.store(weights_ptr + offsets, (total / (H // heads)).to(weights_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "H", "group", "T_q", "T_k", "shift", "low", "high", "threshold"])
+@triton.jit(do_not_specialize=["B", *SIZES])
 def _attention_bwd_bias_kernel(
-    q, k, v, do, masks, safe_lse_ptr, delta_ptr, dbias_ptr, B, H, group, T_q, T_k, shift, low, high, threshold, scaling, F: tl.constexpr,
-    B_ONE: tl.constexpr, H_ONE: tl.constexpr, Q_ONE: tl.constexpr, K_ONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, do, masks, safe_lse_ptr, delta_ptr, dbias_ptr,
+    B, H, group, T_q, T_k, shift, low, high, threshold, scaling, F: tl.constexpr, B_ONE: tl.constexpr,
+    H_ONE: tl.constexpr, Q_ONE: tl.constexpr, K_ONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of dbias, contiguous (B or 1, H or 1, T_q or 1, T_k or 1): the sum of dS over every axis that is one long."""
+    """One program: a tile of dbias, contiguous (B or 1, H or 1, T_q or 1, T_k or 1): dS summed over axes of 1."""
     tiles_q = tl.cdiv(T_q, BLOCK_M)
     tiles_k = tl.cdiv(T_k, BLOCK_N)
     own_q = 1 if Q_ONE else tiles_q
@@ -91,8 +91,9 @@ def _attention_bwd_bias_kernel(
         row_start = (own_tile_q + i // loops_k % loops_q) * BLOCK_M
         h = own_head + i // loops_k // loops_q % loops_h
         b = own_batch + i // loops_k // loops_q // loops_h
-        p, keep, block, valid = _weights_tile(q, k, masks, safe_lse_ptr, b * H + h, row_start, col_start, H, group, T_q, T_k, shift, low, high,
-                                              threshold, scaling, F, BLOCK_M, BLOCK_N)  # fmt: skip
+        p, keep, block, valid = _weights_tile(q, k, masks, safe_lse_ptr, b * H + h, row_start, col_start, H, group,
+                                              T_q, T_k, shift, low, high, threshold, scaling,
+                                              F, BLOCK_M, BLOCK_N)  # fmt: skip
         in_q = block.rows < block.q_len
         # [BLOCK_M, BLOCK_DV], [BLOCK_N, BLOCK_DV]
         do_tile = load_rows(do, block.batch, block.h, block.q_row, in_q, F.DV, F.BLOCK_DV)
