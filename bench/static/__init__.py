@@ -1,1 +1,1 @@
-"""What a kernel costs, read from its machine code and its interpreted run: no GPU needed (`tileformer bench static`)."""
+"""What a kernel costs, read from its machine code and its interpreted run without a GPU (`tileformer bench static`)."""

@@ -1,6 +1,6 @@
-"""Run a provider's own launch code on a recording driver: the rows of the static table. One process for each provider and architecture.
+"""Run a provider's own launch code on a recording driver: the rows of the static table.
 
-`python -m tileformer.bench.static.capture` reads a job as JSON from its standard input and writes rows as JSON.
+`python -m tileformer.bench.static.capture` reads a job (one provider and architecture) as JSON and writes rows as JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tileformer.bench.recording import Launch, every_configuration, pretend, rec
 from tileformer.bench.static import compiled, figures, traffic
 from tileformer.bench.static.rates import RATES
 
+Row = dict[str, Any]
 PEERS = {"liger": "liger-kernel", "flag_gems": "flag-gems", "fla": "fla-core"}  # distributions
 _PACKAGES = {"liger": "liger_kernel", "flag_gems": "flag_gems", "fla": "fla"}
 # Of a sweep, what enters the table: one length of attention, and row lengths on both sides of what one block holds.
@@ -43,16 +44,11 @@ def workloads(ops: list[str], provider: str) -> list[Call]:
 
 @dataclasses.dataclass
 class Run:
-    """A provider's launches of one workload, and the tensors that its caller sees."""
+    """A provider's launches of one workload by pass, and the tensors that its caller sees."""
 
-    forward: list[Launch]
-    backward: list[Launch]
+    passes: dict[str, list[Launch]]
     inputs: Tensors
     outputs: list[Tensor]
-
-    def passes(self) -> dict[str, list[Launch]]:
-        """The launches by pass."""
-        return dict(forward=self.forward, backward=self.backward)
 
 
 def run(provider: str, call: Call, arch: int, count: traffic.Counter | None = None, choose: Any = None) -> Run:
@@ -75,17 +71,15 @@ def run(provider: str, call: Call, arch: int, count: traffic.Counter | None = No
         if count:
             count.phase = "backward"
         gradients = torch.autograd.grad(out, list(leaves.values()), grad_output) if "backward" in call.modes else ()
-    return Run(launches[:forward], launches[forward:], tensors, [out, grad_output, *gradients])
+    passes = dict(forward=launches[:forward], backward=launches[forward:])
+    return Run(passes, tensors, [out, grad_output, *gradients])
 
 
-def _attempt(
-    provider: str, call: Call, arch: int, missing: str, count: traffic.Counter | None = None, choose: Any = None
-) -> tuple[Run | None, dict[str, Any]]:
-    """A run and the head of its rows. Where a peer fails, `missing` in the head says why: its launch code meets a driver, sizes or versions that
-    it was not written for."""
-    head: dict[str, Any] = dict(provider=provider, op=call.op, workload=call.name, arch=arch)
+def _attempt(provider: str, call: Call, arch: int, missing: str, *counted: Any) -> tuple[Run | None, Row]:
+    """A run and the head of its rows, where `missing` says why a peer failed: it was not written for this driver."""
+    head: Row = dict(provider=provider, op=call.op, workload=call.name, arch=arch)
     try:
-        return run(provider, call, arch, count, choose), head
+        return run(provider, call, arch, *counted), head
     except Exception as error:
         if provider == OURS:
             raise
@@ -96,15 +90,15 @@ def _asked(provider: str, op: str, names: list[str]) -> list[Call]:
     return [call for call in workloads([op], provider) if call.name in names and provider in providers(op)]
 
 
-def rows(provider: str, arch: int, op: str, names: list[str]) -> list[dict[str, Any]]:
+def rows(provider: str, arch: int, op: str, names: list[str]) -> list[Row]:
     """One row for each kernel of each pass of each workload; a row with `skipped` where the provider cannot."""
-    result: list[dict[str, Any]] = []
+    result: list[Row] = []
     for call in _asked(provider, op, names):
         launched, head = _attempt(provider, call, arch, "skipped")
         if launched is None:
             result.append(head)
             continue
-        for mode, launches in launched.passes().items():
+        for mode, launches in launched.passes.items():
             groups = figures.grouped(launches)
             for group, tried in groups:
                 choices = [figures.figures(launch, call, mode, len(groups) == 1) for launch in group]
@@ -112,7 +106,7 @@ def rows(provider: str, arch: int, op: str, names: list[str]) -> list[dict[str, 
     return result
 
 
-def tables(arch: int, op: str) -> list[dict[str, Any]]:
+def tables(arch: int, op: str) -> list[Row]:
     """One row for each kernel of each default configuration of ours (bench/calls/matrix.py)."""
     seen: set[bytes] = set()
     calls = ((call, dtype) for call in MATRIX if call.op == op for dtype in call.dtypes)
@@ -128,8 +122,8 @@ def _countable(call: Call) -> Call:
     return dataclasses.replace(call, sizes={**s, "R": min(s["R"], 2**20 // s.get("N", s.get("V", 1)))})
 
 
-def counted(provider: str, arch: int, op: str, names: list[str], choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each pass: bytes moved and FLOPs done, beside the least; autotuned kernels in the configuration of `choices`."""
+def counted(provider: str, arch: int, op: str, names: list[str], choices: list[Row]) -> list[Row]:
+    """One row for each pass: bytes moved and FLOPs done, beside the least; autotuned kernels as in `choices`."""
 
     def choose(kernel: str, configuration: Any) -> bool:
         return any(
@@ -145,9 +139,9 @@ def counted(provider: str, arch: int, op: str, names: list[str], choices: list[d
         if done is None:
             result.append(head)
             continue
-        # A gradient may be the tensor that was given (a residual's), or lie in an input's memory: one memory counts once.
+        # A gradient may lie in an input's memory (a residual's): one memory counts once.
         public = {x.untyped_storage().data_ptr(): x for x in [*done.inputs.values(), *done.outputs]}.values()
-        for mode in done.passes():
+        for mode in done.passes:
             moved = [(x, *counter.bytes(mode, x)) for x in public]
             # A vector of one row (weights) stays in the caches: each of its bytes counts once, of rows each time.
             total = sum(every if x.dim() > 1 else once for x, every, once in moved)
@@ -165,7 +159,7 @@ def counted(provider: str, arch: int, op: str, names: list[str], choices: list[d
 def main() -> int:
     """Do one job: {"kind": "launches", "tables" or "traffic", "provider", "arch", "op", "workloads", "choices"}."""
     job = json.load(sys.stdin)
-    # A peer's host code may read what a kernel was to write and nothing ran: NaN each time, not what the memory held before.
+    # A peer's host code may read what a kernel was to write and nothing ran: NaN each time, not what was there before.
     torch.use_deterministic_algorithms(True, warn_only=True)
     arguments = (job["provider"], job["arch"], job["op"], job["workloads"])
     with contextlib.redirect_stdout(sys.stderr):  # peers print

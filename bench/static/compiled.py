@@ -1,7 +1,7 @@
 """Compile the library's calls for GPUs that need not be there, and judge what the compiler made of them.
 
-The calls of bench/calls/matrix.py go through the public ops, so tiles and specialisations are those of a real launch. A kernel passes when no
-register spills (its stack is empty), its shared memory fits the architecture, and its 16-bit dots became tensor-core instructions.
+The calls of bench/calls/matrix.py go through the public ops, so tiles are those of a real launch. A kernel passes when
+no register spills (its stack is empty), its shared memory fits, and its 16-bit dots became tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ TABLE = [
     Column("problem", "problem"),
 ]
 
-# Stack bytes a thread that are accepted, by (dtype, kernel, head size from). float32 dots beyond 128 columns hold three operands of 16 x 256 and an
-# accumulator or two in registers, and no smaller tile exists (Triton's dots start at 16 x 16). The others are a few registers at head sizes where
-# the next smaller tile would double the traffic. Head sizes 64 and 128 in 16 bits spill nothing on sm_80, 90 and 100; Triton 3.6 and 3.9 keep up to
-# ten of the 255 registers of some such kernels on the stack.
+# Accepted stack bytes a thread, by (dtype, kernel, head size from). float32 dots beyond 128 columns hold three operands
+# of 16 x 256 and an accumulator or two, and no smaller tile exists (Triton's dots start at 16 x 16). The others are a
+# few registers at head sizes where the next smaller tile would double the traffic.
 ALLOWED_STACK = {
     ("fp32", "_attention_fwd_kernel", 0): 16,
     ("fp32", "_attention_fwd_kernel", 160): 32,
@@ -49,7 +48,7 @@ ALLOWED_STACK = {
 }
 if triton.__version__.startswith("3.8."):
     ALLOWED_STACK["bf16", "_cross_entropy_fwd_kernel", 0] = 8  # two registers, on sm_90 alone
-# 16-bit kernels of these (architecture, head size) must not spill: the bytes are what some versions of Triton do all the same.
+# 16-bit kernels of these (architecture, head size) must not spill: some versions of Triton keep ten registers there.
 SPILLS_ANYWAY = 40 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
 MUST_NOT_SPILL = {(arch, size): SPILLS_ANYWAY for arch in (80, 90, 100) for size in (64, 128)}
 
@@ -74,7 +73,7 @@ def _allowed_stack(call: Call, dtype: str, arch: int, kernel: str) -> int:
 
 
 def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel of a call that is not in `seen` yet: what it uses, and what is wrong with it ("" if nothing)."""
+    """A row for each kernel of a call that is not in `seen` yet: what it uses, and what is wrong ("" if nothing)."""
     for launch in launches_of(call, dtype, arch):
         binary = launch.binary
         if binary.cubin in seen:

@@ -1,15 +1,14 @@
-"""docs/evidence.md and its tables: the words are written by hand and stay; each long table is a file of docs/evidence/."""
+"""docs/evidence.md: its words are written by hand and stay; each long table is a file of docs/evidence/."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tileformer.bench.calls import Call
 from tileformer.bench.calls.cases import CASES
 from tileformer.bench.calls.matrix import MATRIX
 from tileformer.bench.calls.workloads import WORKLOADS
-from tileformer.bench.static.sections import sections
+from tileformer.bench.static.sections import Row, sections
 from tileformer.bench.tables import Column, markdown
 
 
@@ -34,14 +33,8 @@ def _ops() -> str:
     return f"### What each op is held to\n\n{markdown(OPS_HELD, rows)}\n"
 
 
-def pages(
-    page: Path, rows: list[dict[str, Any]], goals: list[dict[str, Any]], versions: dict[str, str]
-) -> dict[Path, str]:
-    """The text of each file: `page` with its words up to "## Tables" and this run's goals; beside it a folder of tables.
-
-    Returns:
-        By path: docs/evidence.md, docs/evidence/attention.md, rows.md, traffic.md and skipped.md, as far as they have rows.
-    """
+def pages(page: Path, rows: list[Row], goals: list[Row], versions: dict[str, str]) -> dict[Path, str]:
+    """Text by path: `page` with its words up to "## Tables" and this run's goals; the tables that have rows."""
     words = page.read_text().partition("## Tables")[0] if page.exists() else ""
     archs = ", ".join(f"sm_{arch}" for arch in sorted({row["arch"] for row in rows}))
     run = f"This run: {archs}; {', '.join(f'{name} {version}' for name, version in versions.items())}.\n"

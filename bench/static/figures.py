@@ -1,4 +1,4 @@
-"""The figures of a launch: what its machine code holds (class A), its main loops' pipes (B), and what the model makes of them (C)."""
+"""The figures of a launch: what its machine code holds (class A), its loops' pipes (B), what the model says (C)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def exact(launch: Launch) -> dict[str, Any]:
     binary = launch.binary
     code = code_of(binary.cubin, binary).instructions
     widths = accesses(code)
+    sizes = {name: x for name, x in launch.constants.items() if re.match("BLOCK|B[A-Z]$|TILE", name)}
     return dict(
         kernel=binary.name, arch=binary.arch, grid=list(launch.grid), warps=launch.warps, stages=launch.stages,
-        tile={name: x for name, x in launch.constants.items() if type(x) is int and x > 1 and re.match("BLOCK|B[A-Z]$|TILE", name)},
+        tile={name: x for name, x in sizes.items() if type(x) is int and x > 1},
         **binary.usage, shared=binary.shared, **spills(code), accesses=widths,
         narrow=sum(n for width, n in widths.items() if width not in ("128", "bulk")),
         tensor=tensor_shapes(code), old_dots=sum(i.base == "HMMA" for i in code),
@@ -48,20 +49,20 @@ def _flops(path: list[Instruction]) -> int:
 
 
 def tensor_loops(code: Code) -> list[list[Instruction]]:
-    """Paths of the innermost loops that multiply matrices and store nothing, the one with the least other work first."""
+    """Paths of the innermost loops that multiply matrices and store nothing, the least other work first."""
     paths: list[list[Instruction]] = []
     inner: list[set[int]] = []
     for head, body in code.loops():
         path = code.path(head, body)
-        multiplies = any(TENSOR.match(i.op) for i in path) and not any(i.base in STORES | {"UTMASTG"} for i in path)
-        if multiplies and not any(other < body for other in inner):
+        stores = any(i.base in STORES | {"UTMASTG"} for i in path)
+        if any(TENSOR.match(i.op) for i in path) and not stores and not any(other < body for other in inner):
             inner.append(body)
             paths.append(path)
     return sorted(paths, key=lambda path: (len(path) / max(_flops(path), 1), len(path)))
 
 
 def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, Any]]:
-    """Each tensor loop's cycles of a warp on each pipe (B), issue / tensor (B), and share of the replay with a busy tensor pipe (C)."""
+    """Each tensor loop's cycles of a warp by pipe, issue / tensor (B), the replay's share with a busy tensor pipe."""
     rows = []
     for path in tensor_loops(code_of(launch.binary.cubin, launch.binary)):
         of_pipe = cycles(path, rates)
@@ -76,14 +77,14 @@ def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, An
 
 
 def causal_trips(length: int, rows: int, block: int) -> tuple[float, float]:
-    """Mean trips of a query tile of `rows` over key tiles of `block`: (all that it may see, those that cross the diagonal)."""
+    """Mean trips of a tile of `rows` queries over key tiles of `block`: (all that it sees, those on the diagonal)."""
     tiles = math.ceil(length / rows)
     every = sum(math.ceil(min(length, (n + 1) * rows) / block) for n in range(tiles)) / tiles
     return every, every - sum((n * rows + 1) // block for n in range(tiles)) / tiles
 
 
 def attention_share(launch: Launch, call: Call, rates: Rates, blocks: int) -> dict[str, Any]:
-    """Forward attention on sm_80 and sm_90: shares of the tensor cores' peak, class B (`bound`) and C (`share` with its band)."""
+    """Forward attention on sm_80 and sm_90: shares of the tensor cores' peak, class B (`bound`) and C (`share`)."""
     paths, s, size = tensor_loops(code_of(launch.binary.cubin, launch.binary)), call.sizes, 2
     per_trip = _flops(paths[0]) * launch.warps if paths else 0
     if not per_trip or not blocks:
@@ -98,21 +99,18 @@ def attention_share(launch: Launch, call: Call, rates: Rates, blocks: int) -> di
     def time(n: int) -> tuple[float, ...]:
         l2 = size * _flops(paths[n]) * launch.warps / (2 * rows)  # keys and values of a trip
         floor = model.bound(paths[n], rates, blocks, launch.warps, l2)
-        return max(floor.values()), *(
-            max(x, floor["l2"]) for x in model.band(paths[n], rates, blocks, launch.warps, launch.stages)
-        )
+        band = model.band(paths[n], rates, blocks, launch.warps, launch.stages)
+        return max(floor.values()), *(max(x, floor["l2"]) for x in band)
 
     wide = _flops(paths[0]) / _flops(paths[1]) if edge else 0.0  # a masked tile may be narrower
-    times = [
-        (every - edge) * main + edge * wide * masked
-        for main, masked in zip(time(0), time(1 if edge else 0), strict=True)
-    ]
+    of_loops = zip(time(0), time(1 if edge else 0), strict=True)
+    times = ((every - edge) * main + edge * wide * masked for main, masked in of_loops)
     bound, middle, most, least = (round(useful / t, 3) for t in times)
     return dict(tile_rows=rows, tile_keys=keys, bound=bound, share=middle, share_band=[least, most])
 
 
 def row_figures(launch: Launch, rates: Rates, blocks: int, moved: int | None) -> dict[str, Any]:
-    """Row kernels: bytes that resident blocks keep in flight (B), and the modelled time against DRAM's floor (C) if it is known what is moved."""
+    """Row kernels: bytes that resident blocks keep in flight (B), the modelled time against DRAM's floor (C)."""
     code = code_of(launch.binary.cubin, launch.binary)
     loops = [code.path(head, body) for head, body in code.loops()]
     size = lambda path, kinds: sum(i.bytes for i in path if i.base in kinds) * 32 * launch.warps  # noqa: E731
@@ -146,7 +144,7 @@ def figures(launch: Launch, call: Call, mode: str, alone: bool) -> dict[str, Any
 
 
 def best(choices: list[dict[str, Any]], tried: int) -> dict[str, Any]:
-    """Of an autotuner's choices, the one that the model likes best; how many of the list compiled, and how many different binaries spill."""
+    """Of an autotuner's choices the one that the model likes best; how many compiled, and how many binaries spill."""
 
     def merit(row: dict[str, Any]) -> tuple[float, ...]:
         loops = [loop.get("tensor_share", 0.0) for loop in row.get("loops", [])]
@@ -164,7 +162,5 @@ def grouped(launches: list[Launch]) -> list[tuple[list[Launch], int]]:
     groups: dict[Any, list[Launch]] = {}
     for n, launch in enumerate(launches):
         groups.setdefault(("plain", n) if launch.candidate is None else ("tuned", launch.candidate), []).append(launch)
-    return [
-        (list({(x.binary.cubin, x.grid): x for x in reversed(group)}.values())[::-1], len(group))
-        for group in groups.values()
-    ]
+    once = lambda group: {(x.binary.cubin, x.grid): x for x in reversed(group)}  # noqa: E731
+    return [(list(once(group).values())[::-1], len(group)) for group in groups.values()]

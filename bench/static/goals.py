@@ -1,4 +1,4 @@
-"""Goals as data (bench/goals.toml) and their verdicts. A and B are asserted; C is a model's figure, printed with its band and never asserted."""
+"""Goals as data (bench/goals.toml) and their verdicts. A and B are asserted; C, a model's figure, is only printed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ def load() -> list[dict[str, Any]]:
 
 
 def _fits(row: dict[str, Any], where: dict[str, Any]) -> bool:
-    for field, wanted in where.items():
-        choices = wanted if isinstance(wanted, list) else [wanted]
-        if not any(fnmatch.fnmatchcase(str(row.get(field, "")), str(choice)) for choice in choices):
-            return False
-    return True
+    """Whether each field fits its pattern, or one of them."""
+    patterns = {field: wanted if isinstance(wanted, list) else [wanted] for field, wanted in where.items()}
+    fits = lambda field, pattern: fnmatch.fnmatchcase(str(row.get(field, "")), str(pattern))  # noqa: E731
+    return all(any(fits(field, one) for one in several) for field, several in patterns.items())
 
 
 def verdicts_of(goals: list[dict[str, Any]], rows: list[dict[str, Any]], part: bool = False) -> list[dict[str, Any]]:
-    """One for each goal: its worst figure, the row that has it, how many rows were held to it, and "pass", "miss", "lead" or "not run".
+    """One for each goal: its worst figure and where, the number of rows, and "pass", "miss", "lead" or "not run".
 
-    A goal is not run where the run has no architecture or op for it, or took a `part` of the calls; one that finds no figure in rows that should
-    have it is missed.
+    A goal is not run where the run has no architecture or op for it, or took a `part` of the calls; one that finds no
+    figure in rows that should have it is missed.
     """
     verdicts = []
     seen = {(row["op"], row["arch"]) for row in rows if row["provider"] == "tileformer"}

@@ -1,9 +1,10 @@
 """What the machine code's cycles suggest for the time of a launch: leads, with their error, not results.
 
-Class B, `bound`: the busiest pipe of a loop if everything overlapped. Class C, `replay` and `row_time`: in-order warps of one sub-partition with
-their stall counts and scoreboards. Read after the fact against published times (no GPU was at hand) the replay is 1.15 to 1.6 times too fast for
-attention on H100 and 1.0 to 1.15 on A100; `row_time` is within 25 % for norms of 2048 columns and more, up to 2 times too fast for short rows, and
-no use for cross-entropy. Bank conflicts, clocks, atomics and tcgen05's waits are not modelled.
+Class B, `bound`: the busiest pipe of a loop if everything overlapped. Class C, `replay` and `row_time`: in-order warps
+of one sub-partition with their stall counts and scoreboards. Against published times (no GPU was at hand) the replay is
+1.15 to 1.6 times too fast for attention on H100 and 1.0 to 1.15 on A100; `row_time` is within 25 % for norms from 2048
+columns, up to 2 times too fast for short rows, no use for cross-entropy. Bank conflicts, clocks, atomics and tcgen05's
+waits are not modelled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MEMORY_LATENCY = 600  # cycles until a global load's data is there, when it come
 
 
 def bound(path: list[Instruction], rates: Rates, blocks: int, warps: int, l2_bytes: float = 0.0) -> dict[str, float]:
-    """Cycles of each pipe of a sub-partition for one iteration of all `blocks` resident blocks; `l2_bytes` are those of one block."""
+    """Cycles of each pipe of a sub-partition for one iteration of all `blocks` resident blocks of `l2_bytes` each."""
     here = blocks * warps / 4
     of_pipe = {name: time * here for name, time in cycles(path, rates).items()}
     return of_pipe | dict(l2=blocks * l2_bytes / (4 * rates.per_cycle(rates.l2)))
@@ -78,15 +79,16 @@ def replay(
         skew: cycles between the starts of warps.
         memory: bytes of global memory a cycle that this sub-partition gets.
         once: the cycles from start to end of a single iteration instead of those of a steady state.
-        stages: of the loop's pipeline: a tensor descriptor's tile is awaited `stages` - 1 iterations after it is asked for.
+        stages: of the loop's pipeline: a descriptor's tile is awaited `stages` - 1 iterations after it is asked for.
     """
     steps = [_step(i, rates) for i in path]
     tile_steps = {kind: [n for n, step in enumerate(steps) if step.kind == kind] for kind in ("tile", "await tile")}
-    # Of a descriptor's tile the machine code does not say the size: together they are the right operands of the products, N x 16 elements each.
+    # The machine code does not say a tile's size: together they are the products' right operands, N x 16 elements each.
     shapes = [re.search(r"64x(\d+)x16", i.op) for i in path if TENSOR.match(i.op)]
     tile_bytes = sum(32 * int(shape[1]) for shape in shapes if shape) / max(1, len(tile_steps["tile"]))
-    # Of a block and a descriptor: when each tile is there.
-    tiles: dict[tuple[int, int], list[float]] = collections.defaultdict(list)
+    tiles: dict[tuple[int, int], list[float]] = collections.defaultdict(
+        list
+    )  # of a block, a descriptor: when each is there
     per_block = max(1, warps // 4)
     n = max(1, round(blocks * warps / 4))
     iterations = 1 if once else iterations
@@ -190,8 +192,8 @@ def row_time(
 ) -> tuple[float, float]:
     """(microseconds on the multiprocessors, microseconds at 92 % of DRAM's rate) of a launch that moves `moved` bytes.
 
-    `whole` is the way through the kernel, `loop` the loop that moves the most bytes (or empty); its trips follow from the bytes of a program.
-    Loads come at the L2's rate; resident blocks start together, and the next ones when they end.
+    `whole` is the way through the kernel, `loop` the loop that moves the most bytes (or empty); its trips follow from
+    the bytes of a program. Loads come at the L2's rate; resident blocks start together, and the next when they end.
     """
     memory = rates.per_cycle(rates.l2)
     size = lambda path: sum(i.bytes for i in path if i.base in LOADS | STORES) * 32 * warps  # noqa: E731

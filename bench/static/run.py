@@ -1,7 +1,7 @@
-"""Static figures of every kernel beside other libraries': machine code, traffic, model; goals checked. No GPU is used or needed.
+"""Static figures of every kernel beside other libraries': machine code, traffic, model, goals. No GPU is needed.
 
-A is exact for this compiler, B counts cycles at documented rates, C is a model whose error is stated in bench/static/model.py. Peers are scored over
-their whole configuration lists by the same code. Results are cached by kernel source, versions and the tools' own source.
+A is exact for this compiler, B counts cycles at documented rates, C is a model (its error: bench/static/model.py).
+Peers are scored over their whole configuration lists. Results are cached by kernel source, versions and tools.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tileformer.bench.recording import ARCHITECTURES
 from tileformer.bench.static import capture, evidence, goals
 from tileformer.bench.static.capture import OURS, PEERS
 from tileformer.bench.static.rates import RATES
-from tileformer.bench.static.sections import sections
+from tileformer.bench.static.sections import Row, sections
 from tileformer.bench.tables import Growing, text
 
 SCORED = tuple(op for op in OPS if op != "decoder_layer")
@@ -81,9 +81,8 @@ def _do(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
     paths = [str(BENCH.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = dict(TRITON_CACHE_DIR=str(cache / "triton"), PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
     command = [sys.executable, "-W", "ignore", "-m", "tileformer.bench.static.capture"]
-    done = subprocess.run(
-        command, input=json.dumps(job), capture_output=True, text=True, env=os.environ | own, check=False
-    )
+    streams: dict[str, Any] = dict(input=json.dumps(job), capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | own, check=False, **streams)
     if done.returncode:
         why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
         if done.returncode < 0:  # a peer wrote out of bounds; the C library's words on it differ from run to run
@@ -126,15 +125,19 @@ def _with_traffic(job: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
 
 
 def collect(
-    archs: list[int], ops: list[str], providers: list[str], cache: Path, pattern: str = "*",
-    grown: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Every row, in an order that depends on nothing but the arguments; `grown` is told of those that are there so far."""
+    archs: list[int],
+    ops: list[str],
+    providers: list[str],
+    cache: Path,
+    pattern: str,
+    grown: Callable[[list[Row]], None],
+) -> list[Row]:
+    """Every row, in an order that depends on nothing but the arguments; `grown` is told of those that are there."""
     jobs = _jobs(archs, ops, providers, pattern)
     if not any(job["kind"] == "launches" for job in jobs):
         raise ValueError(f"--call {pattern!r}: no call of {', '.join(ops)} has a name that fits")
     cache.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for n, of_job in enumerate(pool.map(lambda job: _with_traffic(job, cache), jobs), 1):
             rows += of_job
@@ -147,8 +150,8 @@ def collect(
     return rows
 
 
-def _beside_peers(rows: list[dict[str, Any]]) -> None:
-    """Add to ours the ratio of the modelled share (of the tensor peak, or of DRAM's rate) to the best peer's for the same call."""
+def _beside_peers(rows: list[Row]) -> None:
+    """Add to ours the ratio of the modelled share (of the tensor peak, of DRAM's rate) to the best peer's."""
     for figure in ("share", "roof"):
         theirs: dict[tuple[Any, ...], float] = {}
         at = lambda row: (row["op"], row["workload"], row["arch"], row.get("pass"))  # noqa: E731
@@ -165,9 +168,8 @@ def main(args: argparse.Namespace) -> int:
     unknown = set(args.arch) - set(ARCHITECTURES)
     peers = args.against.split(",") if args.against else []
     if unknown or set(peers) - set(PEERS):
-        raise ValueError(
-            f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; got {args.arch}, {args.against!r}"
-        )
+        got = f"got {args.arch}, {args.against!r}"
+        raise ValueError(f"--arch takes {ARCHITECTURES} and --against takes {','.join(PEERS)}; {got}")
     providers = [OURS]
     for name in peers:
         try:
@@ -182,7 +184,7 @@ def main(args: argparse.Namespace) -> int:
     figures: dict[str, Any] = dict(versions=versions, rows=[], goals=[])
     with Growing(args.json, lambda: json.dumps(figures, indent=1, sort_keys=True) + "\n") as file:
 
-        def grown(rows: list[dict[str, Any]]) -> None:
+        def grown(rows: list[Row]) -> None:
             figures["rows"] = rows
             file.write()
 

@@ -1,7 +1,8 @@
-"""Read machine code: instructions with their control bits, natural loops, the path of one iteration, and what it costs each pipe.
+"""Read machine code: instructions with their control bits, natural loops, the path of an iteration, its cost by pipe.
 
-Everything here but the cycles of a pipe is exact for the compiler that made the code. Format of the listing: `nvdisasm -hex -c`; a 128-bit
-instruction's scheduling bits are in its high word: stall 41-44, write barrier 46-48, read barrier 49-51, wait mask 52-57 (arXiv:1804.06826).
+All but the cycles of a pipe is exact for the compiler that made the code. The listing is `nvdisasm -hex -c`; the high
+word of a 128-bit instruction has its scheduling bits: stall 41-44, write barrier 46-48, read barrier 49-51, wait mask
+52-57 (arXiv:1804.06826).
 """
 
 from __future__ import annotations
@@ -101,51 +102,34 @@ class Code:
         return end, follow
 
     def loops(self) -> list[tuple[int, set[int]]]:
-        """Natural loops, smallest first: (index of the head, indices of the body). A back edge goes to a block that dominates its origin.
+        """Natural loops, smallest first: (index of the head, indices of the body).
 
-        Position would not do: blocks that wait for a barrier stand at the end of the code and jump back.
+        A back edge goes to a block that dominates its origin. Position would not do: blocks that wait for a barrier
+        stand at the end of the code and jump back.
         """
         end, follow = self._blocks()
         before: dict[int, list[int]] = collections.defaultdict(list)
         for block, after in follow.items():
             for x in after:
                 before[x].append(block)
-        order, seen, stack = [], {0}, [(0, iter(follow[0]))]
-        while stack:
-            block, rest = stack[-1]
-            for x in rest:
-                if x not in seen:
-                    seen.add(x)
-                    stack.append((x, iter(follow[x])))
-                    break
-            else:
-                order.append(block)
-                stack.pop()
-        order.reverse()
-        dominators = {block: set(order) for block in order}
+        seen = _reached(0, follow, set())
+        dominators = {block: set(seen) for block in sorted(seen)}
         dominators[0], changed = {0}, True
         while changed:
             changed = False
-            for block in order[1:]:
+            for block in sorted(seen - {0}):
                 new = set.intersection(*(dominators[x] for x in before[block] if x in seen)) | {block}
                 if new != dominators[block]:
                     dominators[block], changed = new, True
-        bodies: dict[int, set[int]] = {}
-        for block in order:
-            for head in follow[block]:
-                if head in dominators[block]:
-                    body, waiting = {head}, [block]
-                    while waiting:
-                        x = waiting.pop()
-                        if x not in body:
-                            body.add(x)
-                            waiting += [y for y in before[x] if y in seen]
-                    bodies.setdefault(head, set()).update(body)
+        bodies: dict[int, set[int]] = collections.defaultdict(set)
+        for block in seen:
+            for head in set(follow[block]) & dominators[block]:
+                bodies[head] |= {head} | (_reached(block, before, {head}) & seen)
         loops = [(head, {k for block in body for k in range(block, end[block])}) for head, body in bodies.items()]
         return sorted(loops, key=lambda loop: (len(loop[1]), loop[0]))
 
     def path(self, head: int = 0, body: set[int] | None = None) -> list[Instruction]:
-        """One iteration from `head`: conditional branches inside `body` are not taken. Without a body: the way through the whole kernel."""
+        """One iteration from `head`, conditional branches inside `body` not taken; without a body the whole kernel."""
         k, path, seen = head, [], set()
         while k < len(self.instructions) and k not in seen and (body is None or k in body):
             seen.add(k)
@@ -159,6 +143,16 @@ class Code:
             if k == head:
                 break
         return path
+
+
+def _reached(start: int, edges: dict[int, list[int]], without: set[int]) -> set[int]:
+    seen, waiting = set(without), [start]
+    while waiting:
+        block = waiting.pop()
+        if block not in seen:
+            seen.add(block)
+            waiting += edges[block]
+    return seen
 
 
 def spills(code: Iterable[Instruction]) -> dict[str, int]:
@@ -198,6 +192,6 @@ def cycles(path: list[Instruction], rates: Rates) -> dict[str, float]:
 
 
 def occupancy(registers: int, shared: int, warps: int, rates: Rates) -> int:
-    """Blocks that fit one multiprocessor: registers come in 256 a warp, and each block keeps 1 KB of shared memory for the system."""
+    """Blocks that fit one multiprocessor: registers come in 256 a warp; the system takes 1 KB of shared memory each."""
     by_registers = rates.registers // (-(-max(registers, 1) * 32 // 256) * 256 * warps)
     return min(by_registers, rates.shared // (shared + 1024), rates.warps // warps, rates.blocks)

@@ -61,10 +61,7 @@ TRAFFIC: list[Column] = [
     Column("distinct / least", lambda r: f"{r['distinct_over_minimal']:.3f}"),
     Column("FLOPs / useful", lambda r: f"{r['flops_over_useful']:.3f}" if "flops_over_useful" in r else ""),
 ]
-MISSING: list[Column] = [
-    *WHO,
-    Column("why", lambda r: r.get("skipped") or f"traffic not counted: {r['uncounted']}"),
-]
+MISSING: list[Column] = [*WHO, Column("why", lambda r: r.get("skipped") or f"traffic not counted: {r['uncounted']}")]
 GOALS: list[Column] = [
     Column("goal", "name"),
     Column("class", "class"),
@@ -79,14 +76,11 @@ GOALS: list[Column] = [
 def sections(rows: list[Row], goals: list[Row]) -> list[tuple[str, str, list[Column], list[Row]]]:
     """(name, title, columns, rows) of each table that has rows."""
     launched = [row for row in rows if "configurations" in row]
+    attention = [row for row in launched if row["op"] == "attention"]
+    others = [row for row in launched if row["op"] != "attention"]
     every = [
-        (
-            "attention",
-            "Attention: machine code, main loop, model",
-            ATTENTION,
-            [row for row in launched if row["op"] == "attention"],
-        ),
-        ("rows", "Row kernels: machine code, model", ROWS, [row for row in launched if row["op"] != "attention"]),
+        ("attention", "Attention: machine code, main loop, model", ATTENTION, attention),
+        ("rows", "Row kernels: machine code, model", ROWS, others),
         ("traffic", "Traffic and FLOPs", TRAFFIC, [row for row in rows if "bytes_total" in row]),
         ("skipped", "Skipped", MISSING, [row for row in rows if "skipped" in row or "uncounted" in row]),
         ("goals", "Goals", GOALS, goals),

@@ -1,4 +1,4 @@
-"""Bytes that a launch moves and FLOPs that its dots do, counted while the interpreter runs it. Exact, and the same for every Triton version."""
+"""Bytes that a launch moves and FLOPs of its dots, counted while it is interpreted: exact for every Triton version."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class Counter:
     def __init__(self) -> None:
         self.phase = "forward"
         self.dots: collections.Counter[str] = collections.Counter()
-        self.moved: dict[
-            tuple[str, str, int, int], np.ndarray
-        ] = {}  # phase, "load" or "store", bytes of an element, page -> times of each
+        # Phase, "load" or "store", bytes of an element, page -> times of each.
+        self.moved: dict[tuple[str, str, int, int], np.ndarray] = {}
 
     def launch(self, launch: Launch) -> None:
         """Interpret a launch and count."""
@@ -102,7 +101,7 @@ def _float32(x: float) -> tl.tensor:
     return tl.tensor(stock.TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)
 
 
-# Kind, and which arguments are pointers and mask. Everything else that loads or stores (blocks, tensor descriptors) ends in these.
+# Kind, and which arguments are pointers and mask. Blocks and tensor descriptors end in these too.
 _HOOKS = {
     "create_masked_load": ("load", 1, 2),
     "create_masked_store": ("store", 1, 3),
