@@ -1,9 +1,9 @@
 """Compile before anything is launched, on every core: a launch compiles what it needs alone, and the GPU waits.
 
-    ahead.compile_for(90, [lambda: attention(q, k, v, causal=True)])      # CPU tensors of the sizes to come; nothing is computed
+    ahead.compile_for(90, [lambda: attention(q, k, v, causal=True)])      # CPU tensors of the sizes to come
 
-The calls go through the recording driver (bench/recording.py), where Triton says what it would compile. Processes then compile it into Triton's cache
-under the keys of a real launch, and with Triton 3.6 the C launchers, of which it has one for each signature.
+The calls go through the recording driver (bench/recording.py), where Triton says what it would compile. Processes then
+compile it into Triton's cache under the keys of a real launch, and with Triton 3.6 the C launchers of each signature.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Linear(torch.autograd.Function):
 
 
 def launches_of(function: Function, call: Call, dtype: torch.dtype) -> None:
-    """Forward and backward of a call at its full size, on memory that nothing touches: with a seed, and with one that is drawn."""
+    """Forward and backward of a call at its full size, on memory that nothing touches: with its seed, and without."""
     tensors, options = call.untouched_inputs(dtype)
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     with mock.patch.object(F, "linear", _Linear.apply):

@@ -1,12 +1,12 @@
-"""A Triton driver that compiles every launch for a chosen GPU and runs none: what a kernel needs is known without owning the GPU.
+"""A Triton driver that compiles every launch for a chosen GPU and runs none: what a kernel needs, without the GPU.
 
     with record(90) as launches, use_backend("triton"):
         attention(q, k, v, causal=True)            # CPU tensors; their values are not touched
     launches[0].binary.usage, launches[0].binary.shared, launches[0].binary.sass
 
-The launch code of the library that is called runs, so grids, tiles, divisibility and the step to a smaller tile are those of a real launch.
-Other libraries ask for a device first: under `pretend` CPU tensors say that they lie on one. Under `every_configuration` an autotuned kernel
-records its whole list.
+The called library's launch code runs, so grids, tiles, divisibility and steps to a smaller tile are those of a real
+launch. Other libraries ask for a device first: under `pretend` CPU tensors say that they lie on one. Under
+`every_configuration` an autotuned kernel records its whole list.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Largest dynamic shared memory of one block, bytes, and number of multiprocessors of the architecture's usual part:
 # CUDA C++ Programming Guide, "Compute Capabilities"; A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-NAMES = {80: "NVIDIA A100-SXM4-80GB", 86: "NVIDIA GeForce RTX 3090", 89: "NVIDIA GeForce RTX 4090", 90: "NVIDIA H100 80GB HBM3",
-         100: "NVIDIA B200", 120: "NVIDIA GeForce RTX 5090"}  # fmt: skip
+NAMES = {80: "NVIDIA A100-SXM4-80GB", 86: "NVIDIA GeForce RTX 3090", 89: "NVIDIA GeForce RTX 4090",
+         90: "NVIDIA H100 80GB HBM3", 100: "NVIDIA B200", 120: "NVIDIA GeForce RTX 5090"}  # fmt: skip
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
@@ -64,7 +64,7 @@ class Binary:
 
     @functools.cached_property
     def usage(self) -> dict[str, int]:
-        """Registers and stack bytes a thread (a stack that is not 0 holds spilled registers), from the machine code's own table."""
+        """Registers and stack bytes a thread, from the machine code's own table. The stack holds spilled registers."""
         match = re.search(r"REG:(\d+) STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))
         if match is None:
             raise RuntimeError(f"cuobjdump reports no resources for {self.name}")
@@ -78,7 +78,7 @@ class Binary:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: the binary, the number of programs in x, y, z, warps a program, and what the interpreter needs to run it."""
+    """One launch: the binary, the programs in x, y, z, warps a program, and what the interpreter needs to run it."""
 
     binary: Binary
     grid: tuple[int, int, int]
@@ -105,9 +105,8 @@ class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.kernel, self.metadata = source.fn, metadata
 
-    def __call__(
-        self, x: int, y: int, z: int, stream: int, function: Binary, packed: Any, launch: Any, enter: Any, leave: Any, *arguments: Any
-    ) -> None:  # fmt: skip
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Binary, *rest: Any) -> None:
+        arguments = rest[4:]  # after metadata, launch data and two hooks
         assert x < 2**31 and y < 65536 and z < 65536, f"grid {(x, y, z)} is larger than a GPU takes"
         options = (self.metadata.num_warps, self.metadata.num_stages)
         _launches.append(Launch(function, (x, y, z), *options, self.kernel, arguments, _candidate))
@@ -150,7 +149,7 @@ class _RecordingDriver:
 
 @contextlib.contextmanager
 def record(arch: int, then: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
-    """Inside, `use_backend("triton")` takes CPU tensors: each launch is compiled for sm_`arch` and appended to the list yielded.
+    """Inside, `use_backend("triton")` compiles each launch for sm_`arch`, on CPU tensors, into the list yielded.
 
     `then` is called with each launch, in place of running it.
     """
@@ -189,19 +188,19 @@ class _OnGpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend(arch: int) -> Iterator[None]:
-    """Inside, torch.cuda and CPU tensors answer as on a GPU of sm_`arch`; for libraries that ask. Import them inside, in a process of its own."""
+    """Inside, torch.cuda and CPU tensors answer as on a GPU of sm_`arch`. Import the library that asks inside."""
     properties = types.SimpleNamespace(
         name=NAMES[arch], major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch], warp_size=32,
-        shared_memory_per_block_optin=SHARED[arch], shared_memory_per_block=49152, total_memory=80 << 30, L2_cache_size=50 << 20,
-        max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, gcnArchName="",
+        shared_memory_per_block_optin=SHARED[arch], shared_memory_per_block=49152, total_memory=80 << 30,
+        L2_cache_size=50 << 20, max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, gcnArchName="",
     )  # fmt: skip
     stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None, wait_stream=lambda other: None)
     answers: dict[str, Any] = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda device: None,
-        get_device_capability=lambda device=None: (arch // 10, arch % 10), get_device_properties=lambda device=None: properties,
-        get_device_name=lambda device=None: properties.name, synchronize=lambda device=None: None,
+        get_device_capability=lambda device=None: (arch // 10, arch % 10), current_stream=lambda device=None: stream,
+        get_device_properties=lambda device=None: properties, get_device_name=lambda device=None: properties.name,
         device=lambda device=None: contextlib.nullcontext(), device_of=lambda x: contextlib.nullcontext(),
-        current_stream=lambda device=None: stream,
+        synchronize=lambda device=None: None,
     )  # fmt: skip
     with (
         mock.patch.multiple(torch.cuda, **answers),
@@ -215,9 +214,10 @@ def pretend(arch: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def every_configuration(chosen: Callable[[str, Any], bool] | None = None) -> Iterator[None]:
-    """Inside, an autotuned kernel launches each configuration of its list (after its own pruning) and times none: a peer is scored over the whole
-    list, never by the first that a stub tuner returns. With `chosen(kernel's name, configuration)` only the first that it accepts is launched.
-    """  # fmt: skip
+    """Inside, an autotuned kernel launches its whole list (after its own pruning), the list that a peer is scored over.
+
+    With `chosen(kernel's name, configuration)` only the first that it accepts is launched.
+    """
     count = itertools.count()
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,8 +239,8 @@ def every_configuration(chosen: Callable[[str, Any], bool] | None = None) -> Ite
                 why = error
         _candidate = None
         if result is None:
-            tried = f"none of {len(configurations)} configurations of {self.base_fn.__name__}"
-            raise RuntimeError(f"{tried} compiles") from why
+            of = f"{len(configurations)} configurations of {self.base_fn.__name__}"
+            raise RuntimeError(f"none of {of} compiles") from why
         return result
 
     with contextlib.ExitStack() as stack:

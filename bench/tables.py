@@ -13,7 +13,7 @@ Row = Any  # a mapping, or an object with attributes
 
 
 class Column(NamedTuple):
-    """One column: its title, a row's figure (a key, an attribute, or a function of the row), and how it is shown (">10.4f"). None is shown as "-"."""
+    """Title, a row's figure (a key, an attribute, a function of it), and its form (">10.4f"). None is shown as "-"."""
 
     title: str
     value: str | Callable[[Row], Any]
@@ -63,11 +63,9 @@ def markdown_cells(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 class Growing:
-    """A file that is written again as what it tells grows: a run that is stopped leaves what it had, whole. At the end of a `with` it is written.
+    """A file written again as `text()` grows, and at the end of a `with`: a run that is stopped leaves it whole.
 
-    Args:
-        path: None writes nothing. A device or a pipe is written once, at the last.
-        text: what to write now.
+    None writes nothing. A device or a pipe is written once, at the last.
     """
 
     def __init__(self, path: str | None, text: Callable[[], str]) -> None:

@@ -1,4 +1,4 @@
-"""One call of an op: what is checked (cases.py, pairs.py), compiled (matrix.py), timed (workloads.py, speed/host.py) are lists of it.
+"""One call of an op: lists of it say what is checked (cases.py, pairs.py), compiled (matrix.py), timed (workloads.py).
 
     call = describe("attention", "causal", "ragged tiles", 1, 2, 2, 70, 70, 64, causal=True, padding="right")
     tensors, options = call.inputs()
@@ -48,7 +48,7 @@ class Call:
         op: name of the public op, or "decoder_layer".
         name: unique within a list and op.
         sizes: by name, as the op's `build` wants them; of an op on rows the shape.
-        options: what the op's `build` takes: the op's plain arguments, and kinds of tensors that are made (mask="boolean").
+        options: what the op's `build` takes: plain arguments, and kinds of tensors that are made (mask="boolean").
         build: instead of the op's own.
         edit: changes tensors and options in place.
         layouts: how a tensor, an option or "out" (its gradient) lies in memory: a name of LAYOUTS.
@@ -60,7 +60,7 @@ class Call:
         interpret: False for a call that would keep the interpreter busy for minutes.
         not_torch: why the torch backend is not held to it.
         draws: check the dropout bits of the op (rate, independence, replay) at its rate, and no values.
-        axis: the size that a plot has on its x-axis, if this belongs to a sweep over it; the curve's name is `name` without it.
+        axis: the size on a plot's x-axis, if this belongs to a sweep over it; the curve's name is `name` without it.
         modes: which passes are timed.
     """
 
@@ -83,7 +83,7 @@ class Call:
     modes: tuple[str, ...] = MODES
 
     def inputs(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Tensors, Options]:
-        """Tensors to differentiate, and the op's other arguments: the same numbers in every process on a kind of device. `dtype` rounds them."""
+        """Tensors to differentiate and other arguments, rounded to `dtype`: the same numbers in every process."""
         generator = Generator(device).manual_seed(zlib.crc32(f"{self.op} {self.name}".encode()))
         tensors, options = (self.build or OPS[self.op].build)(generator, self.sizes, **self.options)
         self.edit(tensors, options)
@@ -94,7 +94,7 @@ class Call:
         return tensors, options
 
     def untouched_inputs(self, dtype: torch.dtype) -> tuple[Tensors, Options]:
-        """The same shapes on memory of the CPU that nobody touches, so that a large call costs nothing; what is not floating is 0."""
+        """The same shapes on CPU memory that nobody touches, so that a large call costs nothing; integers are 0."""
 
         def allocate(x: Any) -> Any:
             make = torch.empty if is_floating(x) else torch.zeros
@@ -120,7 +120,7 @@ class Call:
         return dataclasses.replace(self, options=without_dropout(self.options))
 
     def small(self, scale: int = 1) -> Call:
-        """The same call at a size that a CPU takes in milliseconds: fewer batches, heads, rows and keys, same D, N, V and feature."""
+        """The same call in milliseconds of a CPU: fewer batches, heads, rows and keys, same D, N, V and feature."""
         most = dict(B=2, R=8 * scale**2, T_q=64 * scale, T_k=64 * scale, F=256 * scale, C=128 * scale)
         sizes = {name: min(size, most.get(name, size)) for name, size in self.sizes.items()}
         if "H" in sizes:
@@ -167,12 +167,9 @@ def function_of(namespace: Any, op: str) -> Function:
 def differentiate(
     function: Function, leaves: Tensors, options: Options, grad_output: Callable[[str, Tensor], Tensor]
 ) -> tuple[Tensors, Tensors]:
-    """Results of a call, forward and backward: outputs ("out", "lse", "weights") and gradients ("dq"); and the gradients of the outputs.
+    """Outputs ("out", "lse", "weights") and, where any requires one, gradients ("dq"); and the outputs' gradients.
 
-    Without gradients where nothing requires any.
-
-    Args:
-        grad_output: of (name, output): the gradient that the backward starts from.
+    The backward starts from grad_output(name, output).
     """
     outputs = function(leaves, options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -189,7 +186,7 @@ _FIELDS = {field.name for field in dataclasses.fields(Call)}
 
 
 def describe(op: str, name: str, reason: str, *shape: int, **more: Any) -> Call:
-    """A call by its sizes in order (Op.axes); `more` are fields of Call, and beside them what the op's `build` takes."""
+    """A call by its sizes in order (Op.axes); `more` are fields of Call, and what the op's `build` takes."""
     fields = {key: more.pop(key) for key in _FIELDS & more.keys()}
     axes = next(names.split() for names in OPS[op].axes if len(names.split()) == len(shape))
     return Call(op, name, dict(zip(axes, shape, strict=True)), more, reason=reason, **fields)

@@ -1,9 +1,9 @@
-"""What each op is to a check and to a benchmark: its tensors, its least cost, the size of its rounding errors, its dropout bits.
+"""What each op is to a check and a benchmark: its tensors, least cost, size of rounding errors, dropout bits.
 
-Costs are those of an ideal implementation. FLOPs count what is attended to: a causal shift or padding hides whole keys, which a kernel can skip, and
-they do not count; a boolean mask hides keys here and there, which none can skip, and they do. Bytes count each input read once and each output
-written once; statistics of a few bytes a row are left out. Backward of attention is 2.5 times its forward (five products instead of two;
-arXiv:2307.08691, section 3).
+Costs are an ideal implementation's. FLOPs count what is attended to: not the whole keys that a causal shift or padding
+hides, but those that a boolean mask hides here and there, which no kernel can skip. Bytes count each input and output
+once; statistics of a few bytes a row are left out. Backward of attention is 2.5 times its forward (five products
+instead of two; arXiv:2307.08691, section 3).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AFFINE = ("weight", "bias")
 
 
 class Cost(NamedTuple):
-    """Bytes between memory and the chip, and FLOPs of the matrix products, of (forward, backward); `both` if it is not their sum."""
+    """Bytes moved and FLOPs of the matrix products of (forward, backward); bytes of `both` if not their sum."""
 
     bytes: tuple[int, int]
     flops: tuple[int, int] = (0, 0)
@@ -41,13 +41,13 @@ class Op:
 
     Args:
         axes: the names of its sizes, for each number of them.
-        build: of (generator, sizes, **options): the tensors to differentiate, and the op's other arguments. Options that name a tensor
-            (mask="boolean") are made into one, the others are passed on. Everything is drawn in float32 on the generator's device.
+        build: of (generator, sizes, **options): the tensors to differentiate, and the op's other arguments, drawn in
+            float32. Options that name a tensor (mask="boolean") are made into one, the others are passed on.
         cost: of (sizes, options, bytes of an element).
-        error_sizes: of (tensors, options, results, grad_outputs), all float64 on the CPU: for each result whose error budget is not the largest
-            |result|, the sum of the absolute values of what is added up (bench/check/budget.py).
-        draw: of (op, p, seed, a tensor of the dtype and device): (..., rows, columns) once from the forward and once from the backward, 0 where
-            an element is dropped and else what a 1 becomes. None for an op without dropout.
+        error_sizes: of (tensors, options, results, grad_outputs), float64 on the CPU: for each result whose error
+            budget is not max|result|, the sum of the absolute values of what is added up (bench/check/budget.py).
+        draw: of (op, p, seed, a tensor of the dtype and device): (..., rows, columns) from the forward and from the
+            backward, 0 where an element is dropped and else what a 1 becomes. None for an op without dropout.
     """
 
     axes: tuple[str, ...]
@@ -76,9 +76,8 @@ def _largest(x: Tensor) -> float:
 def key_padding(kind: str, b: int, t_k: int, device: torch.device | str = "cpu") -> Tensor:
     """Boolean (B, T_k), True where a key is real.
 
-    Args:
-        kind: "right" (T_k to a third of it real), "quarter" (T_k to a quarter), "left", "holes", "none" (the last batch has no real key),
-            "nowhere" (has any), "all" (are real).
+    Kinds: "right" (T_k to a third of it real), "quarter" (T_k to a quarter), "left", "holes", "none" (the last batch
+    has no real key), "nowhere" (has any), "all" (are real).
     """
     column = torch.arange(t_k, device=device).expand(b, t_k)
     length = torch.linspace(t_k, max(1, t_k // 3), b).long().to(device)[:, None]
@@ -91,16 +90,16 @@ def key_padding(kind: str, b: int, t_k: int, device: torch.device | str = "cpu")
 
 
 def _build_attention(
-    generator: Generator, sizes: Sizes, *, mask: str | float = "", padding: str = "", bias: tuple[int, ...] = (), lengths: bool = False,
-    packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None, alibi: bool = False, dv: int = 0, heads_last: bool = False,
-    lse: bool = False, **options: Any,
+    generator: Generator, sizes: Sizes, *, mask: str | float = "", padding: str = "", bias: tuple[int, ...] = (),
+    lengths: bool = False, packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None, alibi: bool = False,
+    dv: int = 0, heads_last: bool = False, lse: bool = False, **options: Any,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     """q, k, v and `bias`, of that shape.
 
     Args:
-        mask: boolean: "boolean" (and a row that may attend to nothing), "thinned" (no such row); added: "additive" (of each batch), "heads" (of
-            each head), "columns"; a number: a causal mask as Hugging Face's models add it, that number where a key is hidden, here also all
-            along two rows.
+        mask: boolean: "boolean" (and a row that may attend to nothing), "thinned" (no such row); added: "additive" (of
+            each batch), "heads" (of each head), "columns"; a number: a causal mask as Hugging Face's models add it,
+            that number where a key is hidden, here also all along two rows.
         padding: a kind of `key_padding`.
         lengths: of queries and keys, in each batch.
         packed: the starts of sequences.
@@ -182,8 +181,7 @@ def _attention_cost(sizes: Sizes, options: Options, item: int) -> Cost:
 def attention_sizes(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor | float]:
-    """S of out, lse, dq, dk, dv and dbias: the sums of `reference.attention` and of its backward with every term replaced by its absolute value;
-    and R of the gradients, as "dq again" and so on (bench/check/budget.py).
+    """S of each result, R of each gradient as "dq again" (bench/check/budget.py): sums of the terms' absolute values.
 
     With P the weights and M their dropout (0 or 1 / (1 - p)): dS is at most P (M |dO| |V|^T + rowsum|dO O| + |dlse|).
     """
@@ -199,24 +197,23 @@ def attention_sizes(
     delta = (out * dout).abs().sum(-1, keepdim=True) + (0 if dlse is None else dlse.abs()[..., None])
     ds = dropped * (dout.abs() @ value.transpose(-1, -2)) + weights * delta
     scores = scale * (q.abs() @ key.transpose(-1, -2))
-    mask, bias = options.get("mask"), options.get("bias")
-    for added in (mask, bias):
+    bias = options.get("bias")
+    for added in (options.get("mask"), bias):
         if added is not None and added.dtype != torch.bool:
             scores = scores + torch.where(added.isfinite(), added.abs(), 0.0)
     shared = lambda x: x.unflatten(1, (h_kv, h // h_kv)).sum(2)  # noqa: E731
 
     def gradients(ds: Tensor, dropped: Tensor) -> dict[str, Tensor | float]:
         dk, dv = shared(ds.transpose(-1, -2) @ q.abs()), shared(dropped.transpose(-1, -2) @ dout.abs())
-        return dict(
-            dq=scale * ds @ key, dk=scale * dk, dv=dv, dbias=0.0 if bias is None else ds.sum_to_size(bias.shape)
-        )
+        dbias = 0.0 if bias is None else ds.sum_to_size(bias.shape)
+        return dict(dq=scale * ds @ key, dk=scale * dk, dv=dv, dbias=dbias)
 
     again = {f"{name} again": x for name, x in gradients(ds * scores, dropped * scores).items()}
     return dict(out=dropped @ value, lse=scores.amax(-1) if t_k else 0.0, **gradients(ds, dropped), **again)
 
 
 def _attention_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal scores over n keys and v = n I make the output the dropped weights; their transpose is the gradient of v for dO = I."""
+    """Equal scores over n keys and v = n I make the output the dropped weights; dv for dO = I is their transpose."""
     b, h, n = 2, 2, 64
     identity = torch.eye(n, dtype=like.dtype, device=like.device).expand(b, h, n, n).contiguous()
     zeros = torch.zeros_like(identity)
@@ -232,7 +229,7 @@ def _attention_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tup
 def _build_rows(
     generator: Generator, sizes: Sizes, *, params: tuple[str, ...] = (), mask: str = "", axes: int = 0, **options: Any
 ) -> tuple[Tensors, Options]:
-    """x, and `params`: further differentiable tensors of one row ("residual": of x's shape). A norm is over the last `axes`."""
+    """x and `params`: differentiable tensors of one row ("residual": of x's shape). A norm is over the last `axes`."""
     shape = tuple(sizes.values())
     tensors = {"x": 2 * _normal(generator, *shape)}
     for param in params:
@@ -366,9 +363,7 @@ def _layer_cost(sizes: Sizes, options: Options, item: int) -> Cost:
 ROWS = ("N", "R N", "B R N", "B H T_q T_k")
 OPS = {
     "attention": Op(
-        ("B H H_kv T_q T_k D",),
-        _build_attention,
-        _attention_cost,
+        ("B H H_kv T_q T_k D",), _build_attention, _attention_cost,
         lambda tensors, options, results, grads: attention_sizes(
             **tensors, **options, out=results["out"], dout=grads["out"], dlse=grads.get("lse")
         ),
@@ -379,11 +374,9 @@ OPS = {
     "softmax": Op(ROWS, _build_rows, _softmax_cost, _softmax_error_sizes),
     "log_softmax": Op(ROWS, _build_rows, _softmax_cost, _log_softmax_error_sizes),
     "cross_entropy": Op(
-        ("R V",),
-        _build_cross_entropy,
-        _cross_entropy_cost,
+        ("R V",), _build_cross_entropy, _cross_entropy_cost,
         lambda tensors, _, results, grads: dict(out=_largest(results["out"]) + _largest(tensors["logits"])),
     ),
     "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
     "decoder_layer": Op(("B T_q T_k C H F",), _build_layer, _layer_cost),
-}
+}  # fmt: skip

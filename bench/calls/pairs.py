@@ -1,6 +1,6 @@
-"""Calls of attention in which every two of its features meet at least once (pairwise testing; Cohen et al., IEEE TSE 23(7), 1997).
+"""Calls of attention in which every two features meet (pairwise testing; Cohen et al., IEEE TSE 23(7), 1997).
 
-Each call takes one level of every factor; a handful of calls covers all pairs of levels, where all combinations would be thousands.
+Each call takes one level of every factor: a handful covers all pairs of levels, where all combinations are thousands.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PAIR_DTYPES = ("bf16", "fp32", "fp16")
 
 
 def _rows() -> list[dict[str, str]]:
-    """Rows that cover all pairs: each starts with a pair that is still missing and takes, factor by factor, the level that adds most."""
+    """Rows that cover all pairs: each starts with a missing pair and takes, by factor, the level that adds most."""
     names = list(FACTORS)
     factors = itertools.combinations(names, 2)
     missing = dict.fromkeys(frozenset([(a, x), (b, y)]) for a, b in factors for x in FACTORS[a] for y in FACTORS[b])

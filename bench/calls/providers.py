@@ -3,8 +3,8 @@
     function = providers("attention")["sdpa flash"](call)
     out = function(*call.inputs("cuda", torch.bfloat16))
 
-What a provider cannot do raises `Unavailable`, whose text is printed. A peer is called through its public functions, with the inputs that every
-other provider gets. Masks in another form, and block masks, are made at the first call and kept, so they are outside every timing.
+What a provider cannot do raises `Unavailable`, whose text is printed. A peer is called through its public functions on
+the inputs of every other provider. Masks in another form are made at the first call and kept, outside every timing.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def _package(name: str) -> Any:
 
 
 def _peer(module: str, compute: Any, *limits: str, half: bool = False, heads_last: bool = False) -> Provider:
-    """A provider from another package: compute(module, tensors, options). `limits` names what it has not; half: 16-bit CUDA tensors only;
-    heads_last: it would copy tensors that are not stored (B, T, H, D), so its own are."""
+    """A provider from another package: compute(module, tensors, options). `limits` names what it has not.
+
+    half: 16-bit CUDA tensors only; heads_last: it would copy tensors that are not stored (B, T, H, D), so its own are.
+    """
 
     def provider(call: Call) -> Function:
         sizes, options = call.sizes, call.options
@@ -95,14 +97,15 @@ def _peer(module: str, compute: Any, *limits: str, half: bool = False, heads_las
             return compute(_package(module), t, o)
 
         if heads_last:
-            run.stored = lambda x: x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)  # type: ignore[attr-defined]
+            stored = lambda x: x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)  # noqa: E731
+            run.stored = stored  # type: ignore[attr-defined]
         return run
 
     return provider
 
 
 class _Pair(torch.autograd.Function):
-    """A forward and a backward that a package offers as two functions: forward(*tensors) returns (y, what backward(dy, ...) needs)."""
+    """An op that a package offers as two functions: forward(*tensors) returns (y, what backward(dy, ...) needs)."""
 
     @staticmethod
     def forward(ctx: Any, forward: Any, backward: Any, *tensors: Any) -> Any:
@@ -117,13 +120,17 @@ class _Pair(torch.autograd.Function):
 
 
 def _compile(function: Any) -> Any:
+    """What torch.compile makes of a function of tensors, or of a dict of them first."""
     torch.compiler.reset()  # the limit on recompilations counts all shapes of a function
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
 
+    def run(first: Any, *rest: Any, **options: Any) -> Any:
+        on_cpu = not (first if isinstance(first, Tensor) else next(iter(first.values()))).is_cuda
+        slow = compile_backend == "inductor" and on_cpu
+        _refuse({"a compilation takes minutes on a CPU: timed on CUDA only": slow})
+        return compiled(first, *rest, **options)
 
-def _no_slow_compilation(x: Tensor) -> None:
-    slow = compile_backend == "inductor" and not x.is_cuda
-    _refuse({"a compilation takes minutes on a CPU: timed on CUDA only": slow})
+    return run
 
 
 def _eager(function: Function, compiled: bool, call: Call) -> Function:
@@ -131,10 +138,8 @@ def _eager(function: Function, compiled: bool, call: Call) -> Function:
     compute = _compile(function) if compiled else function
 
     def run(t: Tensors, o: Options) -> Tensor:
-        x = next(iter(t.values()))
-        if compiled:
-            _no_slow_compilation(x)
         if o.get("causal"):
+            x = next(iter(t.values()))
             o = o | dict(future=_future(call.sizes["T_q"], call.sizes["T_k"], x.device))
         return compute(t, o)
 
@@ -245,7 +250,6 @@ def _flex(call: Call) -> Function:
 
     def run(t: Tensors, o: Options) -> Tensor:
         q, k, v = (x if x.is_cuda else x.detach() for x in t.values())  # on a CPU it has no backward
-        _no_slow_compilation(q)
         if q.shape not in made:
             made[q.shape] = restrictions(q, k, o)
         return attend(q, k, v, *made[q.shape], enable_gqa=q.shape[1] != k.shape[1])
@@ -310,14 +314,14 @@ def _eager_softmax(t: Tensors, o: Options) -> Tensor:
     return x.softmax(-1)
 
 
-def _from_output(forward: Any, backward: Any) -> Any:
-    """An op of x whose backward reads what its forward wrote: forward(package, x), backward(package, dy, y)."""
+def _from_output(module: str, forward: Any, backward: Any) -> Provider:
+    """A softmax whose backward reads what its forward wrote: forward(module, x), backward(module, dy, y)."""
 
     def compute(package: Any, t: Tensors, o: Options) -> Tensor:
         keep = lambda x: (y := forward(package, x), (y,))  # noqa: E731
         return _Pair.apply(keep, lambda dy, y: backward(package, dy, y), t["x"])
 
-    return compute
+    return _peer(module, compute, _PLAIN)
 
 
 def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
@@ -335,7 +339,7 @@ def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     return t["residual"] + _Pair.apply(forward, lambda dy, *saved: package.dropout_backward(dy, *saved), t["x"])
 
 
-# ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict; options causal, dropout, norm_first, key_mask
+# ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict
 
 
 def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
@@ -348,8 +352,6 @@ def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
 
     def run(t: Tensors, o: Options) -> Tensor:
         x = t["x"]
-        if compiled:
-            _no_slow_compilation(x)
         if not (attached and attached[0] is x):
             for name in set(t) - {"x", "memory"}:
                 owner, _, leaf = name.rpartition(".")
@@ -406,41 +408,38 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     | {
         "liger": _peer(
             "liger_kernel.ops.rms_norm",
-            lambda package, t, o: package.LigerRMSNormFunction.apply(t["x"], t["weight"], o["eps"], 0.0, "llama", False),
+            lambda p, t, o: p.LigerRMSNormFunction.apply(t["x"], t["weight"], o["eps"], 0.0, "llama", False),
         ),
     },
     "softmax": _torch(_eager_softmax)
     | {
-        "liger": _peer(
-            "liger_kernel.ops.softmax", lambda package, t, o: package.LigerSoftmaxFunction.apply(t["x"]), _PLAIN
+        "liger": _peer("liger_kernel.ops.softmax", lambda p, t, o: p.LigerSoftmaxFunction.apply(t["x"]), _PLAIN),
+        "flag_gems": _from_output(
+            "flag_gems", lambda p, x: p.softmax(x, -1), lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)
         ),
-        "flag_gems": _peer(
-            "flag_gems",
-            _from_output(lambda p, x: p.softmax(x, -1), lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)), _PLAIN,
-        ),
-        "fla": _peer(
-            "fla.ops.utils.softmax",
-            _from_output(lambda p, x: p.softmax_fwd(x, x.dtype), lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype)), _PLAIN,
+        "fla": _from_output(
+            "fla.ops.utils.softmax", lambda p, x: p.softmax_fwd(x, x.dtype),
+            lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype),
         ),
     },
     "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1))
     | {
-        "flag_gems": _peer(
-            "flag_gems",
-            _from_output(lambda p, x: p.log_softmax(x, -1), lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)), _PLAIN,
+        "flag_gems": _from_output(
+            "flag_gems", lambda p, x: p.log_softmax(x, -1), lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)
         ),
     },
     "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o))
     | {
         "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),
         "flag_gems": _peer(
-            "flag_gems.fused.cross_entropy_loss", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)
+            "flag_gems.fused.cross_entropy_loss", lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)
         ),
         "fla": _peer(
-            "fla.modules.fused_cross_entropy", lambda package, t, o: package.cross_entropy_loss(t["logits"], **o)[0].mean()
+            "fla.modules.fused_cross_entropy", lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)[0].mean()
         ),
     },
-    "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"])) | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
+    "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"]))
+    | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
     "decoder_layer": {
         OURS: partial(_layer, TransformerDecoderLayer, False),
         "eager": partial(_layer, nn.TransformerDecoderLayer, False),

@@ -1,13 +1,14 @@
-"""The error budget: how far a kernel may be from float64, measured by what plain eager PyTorch reaches in the same dtype.
+"""The error budget: how far a kernel may be from float64, by what plain eager PyTorch reaches in the same dtype.
 
     |got - truth| <= 2 max|eager - truth| + c eps(dtype) S + 8 eps(float32) R
 
-truth is the reference in float64 on the same (rounded) inputs, eager the reference in the kernel's dtype (for half precision: in float32, rounded
-once). The second term is for results that cancel to nearly nothing, where eager may be exact by luck, and for the weights that kernels round before
-a product: S, element by element, is the sum of the absolute values of what is added up; c is 1 for 16-bit types, whose kernels accumulate in
-float32, and 8 for float32, whose error grows with the order of summation. R is for what a backward computes again, in another order than the
-forward did: a score that is off by e makes its weight wrong by the factor e, so R is S with each weight times the sum of the absolute values that
-its score adds up. Eager keeps its weights, and does not have that error.
+truth is the reference in float64 on the same (rounded) inputs, eager the reference in the kernel's dtype (for half
+precision: in float32, rounded once). The second term is for results that cancel to nearly nothing, where eager may be
+exact by luck, and for weights that are rounded before a product: S, element by element, is the sum of the absolute
+values of what is added up; c is 1 for 16-bit types, accumulated in float32, and 8 for float32, whose error grows with
+the order of summation. R is for what a backward computes again, in another order: a score that is off by e makes its
+weight wrong by the factor e, so R is S with each weight times the sum of absolute values that its score adds up. Eager
+keeps its weights, and does not have that error.
 
 A maximum misses an accumulator that loses a little everywhere; `rms_ratio` sees it on long sums.
 """
@@ -20,16 +21,19 @@ from torch import Tensor
 OURS_C, PEERS_C = (1, 8), (5, 256)  # of 16-bit types, of float32
 
 
+Size = Tensor | float
+
+
 def over_budget(
-    got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float, again: Tensor | float = 0.0, c: tuple[int, int] = OURS_C
-) -> float:  # fmt: skip
+    got: Tensor, eager: Tensor, truth: Tensor, size: Size, again: Size = 0.0, c: tuple[int, int] = OURS_C
+) -> float:
     """Largest error over its budget: at most 1 passes. Infinite for a NaN or infinity that the truth has not.
 
     Args:
         got: the result; everything is computed on its device.
         size: S.
         again: R.
-        c: `PEERS_C` where other libraries are held to the budget, PyTorch among them: they round scores and weights on their way, and add up
+        c: `PEERS_C` for other libraries, PyTorch among them: they round scores and weights on their way, and add up
             thousands of numbers one by one. Products in TF32 are still far beyond it.
     """
     if got.shape != truth.shape:
@@ -37,10 +41,8 @@ def over_budget(
     dtype, device = got.dtype, got.device
     got, eager, truth = (x.detach().to(device).double() for x in (got, eager, truth))
     finite = truth.isfinite()
-    if not (
-        torch.equal(got[~finite].nan_to_num(nan=0.5), truth[~finite].nan_to_num(nan=0.5))
-        and got[finite].isfinite().all()
-    ):
+    others, wanted = (x[~finite].nan_to_num(nan=0.5) for x in (got, truth))
+    if not torch.equal(others, wanted) or not got[finite].isfinite().all():
         return float("inf")
     error = (got - truth)[finite].abs()
     if error.numel() == 0 or error.max() == 0.0:
@@ -54,9 +56,7 @@ def over_budget(
     return float((error / budget.clamp_min(torch.finfo(torch.float64).tiny)).max())
 
 
-def assert_within_budget(
-    name: str, got: Tensor, eager: Tensor, truth: Tensor, size: Tensor | float | None = None
-) -> None:
+def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor, size: Size | None = None) -> None:
     """AssertionError if an error is larger than its budget. `size` is max|truth| when not given."""
     if size is None:
         size = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 0.0

@@ -1,4 +1,4 @@
-"""Memory that tells on a kernel: inputs between red zones of NaN, and fresh memory that is NaN, with guard bands around it.
+"""Memory that tells on a kernel: inputs between red zones of NaN, fresh memory that is NaN between guard bands.
 
     memory = Memory(device)
     x = memory.place(x)                      # the same values, strides and alignment
@@ -6,12 +6,13 @@
         y = kernels.softmax(x)               # every torch.empty of the op is guarded
     memory.problems()                        # what was written where nothing should have been
 
-An element that a kernel forgets to write, and a read beyond an input that reaches a result, end as NaN; a write outside an output, or into an input,
-changes a band. What this cannot see: a read beyond an input whose value is thrown away, and a write further than `BAND` bytes away.
+An element that is never written, and a read beyond an input that reaches a result, end as NaN; a write outside an
+output, or into an input, changes a band. Unseen: a read whose value is thrown away, a write beyond `BAND` bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from typing import Any
@@ -23,30 +24,23 @@ from torch import Tensor
 BAND = 1 << 16  # bytes on either side: more than a tile of rows could overshoot in a call of this size
 RED, FRESH = -1, 0x7FC1  # 16-bit patterns: NaN in every floating dtype, and not each other's
 BEYOND = 2**31  # a "far" tensor ends after this many elements
-ALLOCATORS = (
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_permuted"),
-    (torch, "empty_strided"),
-    (Tensor, "new_empty"),
-    (torch, "zeros"),
-)
+ALLOCATORS = [(torch, name) for name in ("empty", "empty_like", "empty_permuted", "empty_strided", "zeros")]
 _allocate = torch.empty
 
 
 class Memory:
-    """Guards what is placed, and what is allocated inside `with`. `red` and `fresh` are the patterns; others help to find what a NaN came from."""
+    """Guards what is placed, and what is allocated inside `with`. Other patterns tell `red` NaNs from `fresh` ones."""
 
     def __init__(self, device: torch.device, red: int = RED, fresh: int = FRESH) -> None:
         self.device, self.red, self.fresh = device, red, fresh
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []  # all of the memory, a copy of it, the tensor in it
         self.outputs: list[tuple[Tensor, int, Tensor]] = []  # all of the memory, the tensor's bytes of it, the tensor
-        self._patches: list[Any] = []
+        self._patches = contextlib.ExitStack()
 
     def place(self, x: Tensor, like: Tensor | None = None, far: int | None = None) -> Tensor:
-        """x on the device with the strides and the misalignment of `like` (x itself by default), NaN around and between its rows.
+        """x on the device with the strides and misalignment of `like` (default: x), NaN around and between its rows.
 
-        far: an axis whose stride becomes so long that the last element lies beyond 2**31 of them; nothing is filled then.
+        far: an axis whose stride becomes so long that the last element lies beyond 2**31 of them; nothing is filled.
         """
         like = x if like is None else like
         stride, lead = list(like.stride()), int(like.storage_offset()) % 16
@@ -76,15 +70,13 @@ class Memory:
         return memory, inner
 
     def __enter__(self) -> Memory:
-        for owner, name in ALLOCATORS:
+        for owner, name in [*ALLOCATORS, (Tensor, "new_empty")]:
             patch = mock.patch.object(owner, name, self._guarded(getattr(owner, name)))
-            patch.start()
-            self._patches.append(patch)
+            self._patches.enter_context(patch)
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._patches:
-            self._patches.pop().stop()
+        self._patches.close()
 
     def _guarded(self, original: Any) -> Any:
         def allocate(*args: Any, **kwargs: Any) -> Tensor:

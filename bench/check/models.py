@@ -1,9 +1,9 @@
-"""Whole models from torch.nn, transformers and DeepTab on our kernels, beside their eager selves: `tileformer check --models`.
+"""Whole models of torch.nn, transformers and DeepTab on our kernels, beside their eager selves (`check --models`).
 
-Small ones with random weights: logits and the gradient of every parameter, padding on either side. The truth is the model in float64 with torch's
-attention. (transformers' eager one computes softmax in float32, and gives NaN for a padded row in float64: it is taken only where torch's does not
-serve the model.) Ours may err at most twice as much as the eager model does in float32, plus a few roundings (bench/check/budget.py). Where a model
-generates, the tokens are the same.
+Small ones with random weights: logits and the gradient of every parameter, padding on either side. The truth is the
+model in float64 with torch's attention. (transformers' eager one computes softmax in float32, and gives NaN for a
+padded row in float64: it is taken only where torch's does not serve the model.) Ours may err at most twice as much as
+the eager model does in float32, plus a few roundings (bench/check/budget.py). Generated tokens are the same.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from tileformer.kernels.backend import Backend
 Inputs = tuple[dict[str, Any], Tensor | None]  # a forward's arguments; which logits count, None: all
 _SIZE = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 _GROUPED = dict(_SIZE, num_key_value_heads=2)
+_GEMMA: dict[str, Any] = dict(_GROUPED, head_dim=8, sliding_window=4, attn_logit_softcapping=5.0)
 _PAIR = dict(
-    vocab_size=61, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-    decoder_ffn_dim=48, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+    vocab_size=61, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+    forced_eos_token_id=2,
 )  # fmt: skip
 _T5 = dict(
-    vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=1, eos_token_id=2,
+    decoder_start_token_id=1,
 )  # fmt: skip
-_OPT = dict(
-    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32
-)
+_OPT = {name: size for name, size in _SIZE.items() if name != "intermediate_size"}
+_OPT |= dict(ffn_dim=48, word_embed_proj_dim=32)
 # name -> transformers' class of the model, of its configuration, options
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
     "Llama, grouped heads": ("LlamaForCausalLM", "LlamaConfig", _GROUPED),
     "Mistral, a window of 4": ("MistralForCausalLM", "MistralConfig", dict(_GROUPED, sliding_window=4)),
-    "Gemma 2, soft cap": (
-        "Gemma2ForCausalLM", "Gemma2Config", dict(_GROUPED, head_dim=8, sliding_window=4, attn_logit_softcapping=5.0),
-    ),
+    "Gemma 2, soft cap": ("Gemma2ForCausalLM", "Gemma2Config", _GEMMA),
     "Qwen 2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
     "OPT": ("OPTForCausalLM", "OPTConfig", _OPT),
     "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _SIZE),
@@ -60,10 +60,9 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mT5": ("MT5ForConditionalGeneration", "MT5Config", _T5),
 }  # fmt: skip
 TORCH: dict[str, Any] = {"nn.Transformer": {}, "nn.Transformer, pre-norm": dict(norm_first=True, activation="gelu")}
-# Packages with subclasses of torch's encoder layer: one overrides `forward` around torch's own, one the attention block.
-DEEPTAB = {
-    f"DeepTab's {kind}layer": f"{cls}TransformerEncoderLayer" for kind, cls in (("", "Custom"), ("rotary ", "Rotary"))
-}
+# Subclasses of torch's encoder layer: one overrides `forward` around torch's own, one the attention block.
+_KINDS = (("", "Custom"), ("rotary ", "Rotary"))
+DEEPTAB = {f"DeepTab's {kind}layer": f"{cls}TransformerEncoderLayer" for kind, cls in _KINDS}
 EAGER = ("DETR", "Gemma 2, soft cap")  # torch's attention does not serve these
 SIDES = dict.fromkeys([*TORCH, *DEEPTAB, *TRANSFORMERS], ("left", "right")) | {"Gemma 2, soft cap": ("right",)}
 _GENERATES = ("Causal", "LMHead", "Conditional", "MTModel")
@@ -176,7 +175,7 @@ def errors_of(name: str, side: str, backend: Backend | None, device: torch.devic
 
 
 def same_tokens(name: str, beams: int, backend: Backend | None, device: torch.device) -> bool:
-    """Whether a model and its eager self generate the same tokens, greedily (1 beam) or not, from prompts that are padded on the left."""
+    """Whether a model and its eager self generate the same tokens from prompts that are padded on the left."""
     model = eager(name).to(device)
     arguments = {key: x.to(device) for key, x in inputs_of(model, "left")[0].items() if key != "decoder_input_ids"}
     options = dict(max_new_tokens=8, num_beams=beams, do_sample=False, pad_token_id=1, eos_token_id=2)

@@ -74,7 +74,7 @@ def surroundings(backend: str, device: torch.device) -> dict[str, str]:
 
 
 def features(calls: list[dict[str, Any]]) -> list[list[str]]:
-    """A table, its head first: for each feature the worst error over budget of each result, in each dtype, over the pairs among `calls`."""
+    """A table, its head first: of the pairs among `calls`, for each feature the worst error over budget by result."""
     rows = {pair.name: row for pair, row in zip(PAIRS, ROWS, strict=True)}
     of_pairs = [(rows[call["case"]], call) for call in calls if call["case"] in rows]
 
@@ -90,18 +90,12 @@ def features(calls: list[dict[str, Any]]) -> list[list[str]]:
     return table if of_pairs else []
 
 
-def collect(
-    findings: list[Finding], environment: dict[str, str], tiles: dict[str, Any], seconds: float, planned: int
-) -> dict[str, Any]:
-    """Everything as plain data, failures first; `planned` calls were to be checked."""
-    calls = [
-        dict(dataclasses.asdict(x), passed=x.passed, verdict=x.verdict)
-        for x in sorted(findings, key=lambda x: x.passed)
-    ]
+def collect(findings: list[Finding], planned: int, **more: Any) -> dict[str, Any]:
+    """Everything as plain data, failures first; `planned` calls were to be checked. `more` is handed on."""
+    worst_first = sorted(findings, key=lambda x: x.passed)
+    calls = [dict(dataclasses.asdict(x), passed=x.passed, verdict=x.verdict) for x in worst_first]
     return dict(
-        environment=environment,
-        tiles=tiles,
-        seconds=round(seconds, 1),
+        **more,
         passed=sum(x.passed and not x.skipped for x in findings),
         failed=sum(not x.passed for x in findings),
         skipped=sum(bool(x.skipped) for x in findings),

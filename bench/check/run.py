@@ -5,11 +5,12 @@ Every call of bench/calls/cases.py runs on a backend and is held to
   the error budget of bench/check/budget.py, forward and every gradient, in each dtype;
   the same bits in two runs;
   its own memory: fresh memory is NaN between guard bands, inputs lie between NaN (bench/check/memory.py);
-  for dropout: a rate, a mean and an independence of calls, batches, heads, rows and columns within 5 standard deviations of the binomial
-  distribution, the same bits for the same seed, forward and backward, and those of the definition.
+  for dropout: rate, mean and independence of calls, batches, heads, rows and columns within 5 standard deviations of
+  the binomial distribution; the same bits for the same seed, forward and backward, and those of the definition.
 
-Where there is a GPU the compiled kernels run on it; elsewhere the same kernels are interpreted. Plain `tileformer check` runs everything: minutes,
-interpreted; on a GPU mostly compilation, of some 360 kernels, the first time. --quick compiles 16. A --report can be attached to a bug.
+Where there is a GPU the compiled kernels run on it; elsewhere the same kernels are interpreted. Plain `tileformer
+check` runs everything: minutes, interpreted; on a GPU mostly compilation, of some 360 kernels, the first time. --quick
+compiles 16. A --report can be attached to a bug.
 """
 
 from __future__ import annotations
@@ -46,11 +47,16 @@ from tileformer.kernels.backend import Backend
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
 
+Dtype = torch.dtype
+Device = torch.device
+
+
 def results_of(
-    namespace: Any, call: Call, dtype: torch.dtype, device: torch.device, rounded: torch.dtype, memory: Memory | None = None
-) -> tuple[Tensors, Tensors]:  # fmt: skip
-    """Results of a call, its inputs rounded to `rounded` and computed in `dtype` by `kernels` or `kernels.reference`; and the gradients of the
-    outputs that it started from. With `memory`, inputs lie there, strided as the call says.
+    namespace: Any, call: Call, dtype: Dtype, device: Device, rounded: Dtype, memory: Memory | None = None
+) -> tuple[Tensors, Tensors]:
+    """Results of a call, its inputs rounded to `rounded`, in `dtype` by `kernels` or `kernels.reference`.
+
+    And the outputs' gradients that it started from. With `memory`, inputs lie there, strided as the call says.
     """
 
     def put(name: str, x: Any) -> Any:
@@ -155,6 +161,7 @@ def examine_draws(call: Call, dtype_name: str, backend: Backend, device: torch.d
     keep, scale = first != 0, 1 / (1 - p)
     with kernels.use_backend(backend):
         looked_up = kernels.dropout_keep(seed, keep.shape, p)
+    defined = kernels.reference.dropout_keep(seed, keep.shape, p)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(1)
         unseeded, following = drawn(None)[0], drawn(None)[0]
@@ -175,7 +182,7 @@ def examine_draws(call: Call, dtype_name: str, backend: Backend, device: torch.d
         (not _same_bits(unseeded, replayed), "the same state of torch's generator gave other bits"),
         (not torch.equal(keep, backward != 0), "the backward drops other elements than the forward"),
         (
-            backend != "torch" and not torch.equal(keep, kernels.reference.dropout_keep(seed, keep.shape, p)),
+            backend != "torch" and not torch.equal(keep, defined),
             "other elements are kept than reference.dropout_keep keeps",
         ),
         (not torch.equal(keep, looked_up), "kernels.dropout_keep names other elements than are kept"),
@@ -223,8 +230,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     path = lambda text: text if text == "-" else arguments.output_file(text)  # noqa: E731
     about = "also write every figure to FILE, call by call ('-': to standard output instead of the table)"
     add("--json", type=path, metavar="FILE", help=about)
-    about = "compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's cache for one"
-    add("--compile-only", action="store_true", help=about)
+    about = "compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's "
+    add("--compile-only", action="store_true", help=about + "cache for one")
     about = "with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)"
     add("--arch", type=arguments.architecture, nargs="+", metavar="CC", help=about)
 
@@ -237,9 +244,8 @@ def main(args: argparse.Namespace) -> int:
     calls = list(_chosen(everything, args))
     if not calls:
         names = ", ".join(repr(call.name) for call in everything if not args.op or call.op in args.op)
-        raise ValueError(
-            f"nothing is called that: op {args.op}, case {args.case}, dtype {args.dtype}: choose from {names}"
-        )
+        wanted = f"op {args.op}, case {args.case}, dtype {args.dtype}"
+        raise ValueError(f"nothing is called that: {wanted}: choose from {names}")
     if args.compile_only:
         return compiled.main(calls, args.arch, args.json)
     launch.selftest_due = False  # this is more than that
@@ -259,7 +265,8 @@ def main(args: argparse.Namespace) -> int:
     findings: list[Finding] = []
 
     def collected() -> dict[str, Any]:
-        return collect(findings, environment, tiles, time.perf_counter() - start, len(calls))
+        seconds = round(time.perf_counter() - start, 1)
+        return collect(findings, len(calls), environment=environment, tiles=tiles, seconds=seconds)
 
     file = Growing(args.report, lambda: page(collected()))
     data_file = Growing(args.json if printed else None, lambda: as_json(collected()))
@@ -310,10 +317,8 @@ def _tiles() -> Iterator[dict[str, list[str]]]:
 
         return mock.Mock(side_effect=noted)
 
-    with (
-        mock.patch.object(launch, "_run", noting(launch._run)),
-        mock.patch.object(interpreter, "run", noting(interpreter.run)),
-    ):
+    compiled_run, interpreted_run = noting(launch._run), noting(interpreter.run)
+    with mock.patch.object(launch, "_run", compiled_run), mock.patch.object(interpreter, "run", interpreted_run):
         yield seen
 
 

@@ -1,6 +1,6 @@
 """Every workload under pytest-benchmark, one test a provider and mode; a wrong result has no time.
 
-`pytest bench --benchmark-only`. Rounds are those of `tileformer bench` (cold cache, the call alone); sweeps give their first point.
+`pytest bench --benchmark-only`: rounds as of `tileformer bench` (cold cache, the call alone), a sweep's first point.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CALLS = [
 
 @functools.lru_cache(maxsize=1)
 def _prepared(call: Call, device: torch.device, dtype: torch.dtype) -> tuple[Call, Any, Any, Truth]:
-    """The call at the device's size, its inputs, and the truth without dropout: shared by its tests, which follow each other."""
+    """The call at the device's size, its inputs, its truth without dropout: shared by tests that follow each other."""
     sized = call.small() if device.type == "cpu" else call
     tensors, options = sized.inputs(device, dtype)
     return sized, tensors, options, Truth(sized.without_dropout(), tensors, without_dropout(options))

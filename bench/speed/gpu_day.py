@@ -1,8 +1,8 @@
-"""Everything that a new GPU should answer, in one command, one folder and one archive, within the minutes that there are.
+"""Everything that a new GPU should answer, in one command, one folder and one archive, within given minutes.
 
-Each part is a process of its own with a limit of its own, the most valuable first: a part that fails, hangs or breaks the GPU's context stops no
-other. A later call goes on where this one stopped; results, report and archive are written after each part, so that whatever ends this leaves them.
-`--dry` executes the same parts without a GPU, at small sizes and with stand-in clocks; nothing in its report is measured.
+Each part is a process with a limit, the most valuable first: one that fails, hangs or breaks the GPU's context stops no
+other. Results, report and archive are written after each part; a later call goes on where this one stopped. `--dry`
+executes the same parts without a GPU, at small sizes and with stand-in clocks; nothing in its report is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tileformer.bench.calls.ops import MODES
 from tileformer.bench.calls.providers import OURS
 from tileformer.bench.calls.workloads import TIMED_OPS
 from tileformer.bench.speed.measure import DRY
-from tileformer.bench.tables import Column, markdown, markdown_cells
+from tileformer.bench.tables import Column, Growing, as_json, markdown, markdown_cells
 from tileformer.kernels.info import require_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +37,9 @@ ENDING = 20  # seconds for plots, report and archive
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command of at most `seconds`, and what a dry run executes instead, in three times as many; {folder} in them is the report's.
+    """A command of at most `seconds`, and what a dry run executes instead, in three times as many.
 
-    With `least` seconds it is worth starting, and is told how many there are: what it does not reach, a later call does.
+    {folder} is the report's. With `least` seconds it is worth starting, and is told how many there are.
     """
 
     name: str
@@ -244,19 +244,17 @@ def _reports(folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _publish(folder: Path, device: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Write what is known so far: parts.json, report.md and the archive. The files that the archive has no room for."""
+    """Write what is known: parts.json, report.md and the archive. The files that the archive has no room for."""
     ordered = [rows[part.name] for part in PARTS if part.name in rows]
     pictures = sorted(str(path.relative_to(folder)) for path in (folder / "plots").glob("*.png"))
     page = _page(device == DRY, ordered, _reports(folder, rows), pictures)
-    parts = json.dumps(dict(device=device, parts=ordered), indent=1)
-    for name, text in {"parts.json": parts, "report.md": page}.items():
-        (folder / f"{name}.part").write_text(text)
-        os.replace(folder / f"{name}.part", folder / name)
+    Growing(str(folder / "parts.json"), lambda: as_json(dict(device=device, parts=ordered))).write(last=True)
+    Growing(str(folder / "report.md"), lambda: page).write(last=True)
     return _pack(folder, Path(f"{folder}.tar.gz"))
 
 
 def _pack(folder: Path, archive: Path, most: int = ARCHIVE) -> list[str]:
-    """Pack a folder into at most `most` bytes. What had no room: the largest logs first, then the largest of the rest."""
+    """Pack a folder into at most `most` bytes. What had no room: the largest logs first, then the largest others."""
     logs = folder / "logs"
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part")
     files.sort(key=lambda path: (path.parent == logs, path.stat().st_size))

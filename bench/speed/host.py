@@ -1,10 +1,10 @@
 """Microseconds from Python to the launch: what a call costs the host before a GPU has anything to do. Needs no GPU.
 
-CPU tensors stand in for CUDA ones, and a driver whose launch does nothing for the GPU; kernels are compiled for `--arch`. liger-kernel has the same
-driver with the same tensors. torch's operators do compute, on the CPU, but tensors are so small that this is little beside the call. Time is
-that of the process without garbage collection, as in timeit: the median of interleaved rounds, and the median of their ratios. What autograd's
-engine costs to start, whatever it runs, is taken off the backward: each round measures it, as the gradient of a tensor for itself.
-"""  # fmt: skip
+CPU tensors stand in for CUDA ones, and a driver whose launch does nothing for the GPU, for us and for liger-kernel;
+kernels are compiled for `--arch`. torch's operators do compute, but tensors so small that this is little beside the
+call. Time is the process's without garbage collection: the median of interleaved rounds, and of their ratios. What
+autograd's engine costs to start is taken off the backward: each round measures it, as a tensor's gradient for itself.
+"""
 
 from __future__ import annotations
 
@@ -78,28 +78,30 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _functions(target: Tensor) -> dict[str, dict[str, Callable[..., Tensor]]]:
-    """Who computes each op, as functions of its tensors: called as a person would, since keywords would cost some of what is measured."""
+    """Who computes each op, as functions of its tensors: keywords would cost some of what is measured."""
     mask = nn.Transformer.generate_square_subsequent_mask(8)
 
     def layer(kind: type[nn.Module]) -> Callable[..., Tensor]:
         module = kind(64, 4, 128, batch_first=True, dtype=torch.bfloat16).requires_grad_(False)
         return lambda x, memory: module(x, memory, tgt_mask=mask, tgt_is_causal=True)
 
-    functions: dict[str, dict[str, Callable[..., Tensor]]] = {
-        "layer_norm": dict(
-            tileformer=lambda x, w, b: layer_norm(x, (64,), w, b), torch=lambda x, w, b: F.layer_norm(x, (64,), w, b)
-        ),
-        "softmax": dict(tileformer=softmax, torch=lambda x: F.softmax(x, -1)),
-        "cross_entropy": dict(
-            tileformer=lambda x: cross_entropy(x, target), torch=lambda x: F.cross_entropy(x, target)
-        ),
-        "dropout": dict(tileformer=lambda x: dropout(x, 0.1), torch=lambda x: F.dropout(x, 0.1)),
-        "attention": dict(
-            tileformer=lambda q, k, v: attention(q, k, v, causal=True),
-            torch=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        ),
-        "decoder_layer": dict(tileformer=layer(TransformerDecoderLayer), torch=layer(nn.TransformerDecoderLayer)),
-    }
+    ours: dict[str, Callable[..., Tensor]] = dict(
+        layer_norm=lambda x, w, b: layer_norm(x, (64,), w, b),
+        softmax=softmax,
+        cross_entropy=lambda x: cross_entropy(x, target),
+        dropout=lambda x: dropout(x, 0.1),
+        attention=lambda q, k, v: attention(q, k, v, causal=True),
+        decoder_layer=layer(TransformerDecoderLayer),
+    )
+    theirs: dict[str, Callable[..., Tensor]] = dict(
+        layer_norm=lambda x, w, b: F.layer_norm(x, (64,), w, b),
+        softmax=lambda x: F.softmax(x, -1),
+        cross_entropy=lambda x: F.cross_entropy(x, target),
+        dropout=lambda x: F.dropout(x, 0.1),
+        attention=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        decoder_layer=layer(nn.TransformerDecoderLayer),
+    )
+    functions = {op: dict(tileformer=ours[op], torch=theirs[op]) for op in ours}
     try:  # an extra, that type checkers may not find
         liger = importlib.import_module("liger_kernel.transformers.functional")
     except ImportError as error:
@@ -116,7 +118,7 @@ def _gradients(function: Callable[..., Tensor], leaves: list[Tensor], dout: Tens
 
 
 def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
-    """Rows of op, pass, microseconds of each provider (None where it has no such op), and ours over each other's."""
+    """Rows of op, pass, microseconds of each provider (None where it has no such op), ours over each other's."""
     jobs: dict[tuple[str, str, str], Callable[[], Any]] = {}
     leaf = torch.zeros(32, 64, requires_grad=True)
     with record(arch), use_backend("triton"):
@@ -145,8 +147,8 @@ def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
     engine = times.pop(("", "", "engine"))
     rows = []
     for op, mode in dict.fromkeys(key[:2] for key in times):
-        taken = {name: [t - (e if mode == "both" else 0) for t, e in zip(times[op, mode, name], engine, strict=True)][1:]
-                 for name in NAMES if (op, mode, name) in times}  # fmt: skip
+        of = {name: zip(times[op, mode, name], engine, strict=True) for name in NAMES if (op, mode, name) in times}
+        taken = {name: [t - (e if mode == "both" else 0) for t, e in pairs][1:] for name, pairs in of.items()}
         row: dict[str, Any] = {"op": op.replace("_layer", " layer"), "pass": mode, "over": {}}
         for name in NAMES:
             row[name] = statistics.median(taken[name]) if name in taken else None
@@ -157,23 +159,22 @@ def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
 
 
 def compilations(arch: int, shapes: int | None = None) -> collections.Counter[str]:
-    """Distinct specialisations by kernel of `tileformer train g2p --full` in bfloat16: every shape of its batches, or about `shapes` of them;
-    evaluation; greedy decoding. ImportError without the recipe's packages.
-    """  # fmt: skip
+    """Distinct specialisations by kernel of `tileformer train g2p --full` in bfloat16, evaluation and decoding too.
+
+    Of every shape of its batches, or about `shapes` of them. ImportError without the recipe's packages.
+    """
     from tileformer.decoder import Seq2Seq, Seq2SeqConfig
     from tileformer.training.data.batches import Batches
     from tileformer.training.loop import sequence_loss
     from tileformer.training.recipes import g2p
 
     entries = g2p.split(g2p.read_entries(g2p.dictionary_file().read_bytes().decode()))
-    batches = {
-        (x.source.shape, x.target.shape): x for x in Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch, seed=0)
-    }
+    every = Batches(g2p.to_pairs(entries["train"]), g2p.FULL.batch, seed=0)
+    batches = {(x.source.shape, x.target.shape): x for x in every}
     chosen = sorted(batches.values(), key=lambda x: (x.target.shape, x.source.shape))
     chosen = chosen[:: max(1, len(chosen) // shapes)] if shapes else chosen
-    model = Seq2Seq(
-        Seq2SeqConfig(g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES), max_length=32, **g2p.FULL.model)
-    )
+    letters, phones = g2p.RESERVED + len(g2p.LETTERS), g2p.RESERVED + len(g2p.PHONES)
+    model = Seq2Seq(Seq2SeqConfig(letters, phones, max_length=32, **g2p.FULL.model))
     with announced(arch) as seen, torch.autocast("cpu", torch.bfloat16):
         for batch in chosen:
             model.train()

@@ -1,8 +1,7 @@
-"""Check and time one call: correctness first, then rounds with a cold cache, memory, and shares of what this device was measured to reach.
+"""Check and time one call: correctness first, then rounds with a cold cache, memory, and shares of measured ceilings.
 
-A round prepares (for a backward: runs the forward), overwrites a buffer larger than the L2 cache, and times the call alone: with CUDA events on a
-GPU, whose clock starts when the kernels before it have ended, with the process's clock on a CPU. A provider whose result is over its error
-budget gets no time.
+A round prepares (for a backward: runs the forward), overwrites a buffer larger than the L2 cache, and times the call
+alone: with CUDA events on a GPU, with the process's clock on a CPU. A result over its error budget gets no time.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from tileformer.bench.recording import record
 
 LARGEST_TRUTH = 2**27  # scores that the float64 reference may hold at once; beyond, one group of heads is compared
 DRY, DRY_ARCH = "dry run: not measured", 90
+Figures = dict[str, Any]
 _measured = 0.0
 
 
@@ -74,7 +74,7 @@ class _DryEvent:
         self.elapsed_time = lambda end: (end.at - self.at) * 1e3  # type: ignore[attr-defined]
 
 
-# Stands in for torch.cuda in a dry run: the same calls in the same order, on a CPU, whose cache is small enough to overwrite.
+# Stands in for torch.cuda in a dry run: the same calls in the same order, on a CPU.
 _DRY_GPU = SimpleNamespace(name=DRY, L2_cache_size=2**16, total_memory=2**30, multi_processor_count=132)
 _DRY_CUDA = SimpleNamespace(
     Event=_DryEvent,
@@ -85,12 +85,7 @@ _DRY_CUDA = SimpleNamespace(
 
 
 class Clock:
-    """Times rounds on a device.
-
-    Args:
-        device: of the tensors.
-        dry: run the GPU's code with a stand-in for torch.cuda.
-    """
+    """Times rounds on the device of the tensors; `dry`: the GPU's code with a stand-in for torch.cuda."""
 
     def __init__(self, device: torch.device, dry: bool = False) -> None:
         self.device, self.dry = device, dry
@@ -153,7 +148,7 @@ class Clock:
         return (self.cuda.max_memory_allocated(self.device) - before) / 1e6
 
     def ceilings(self, dtype: torch.dtype) -> dict[str, float]:
-        """What this device reaches now: GB/s of a large copy (read + write), TFLOP/s of a large square matmul in `dtype`, cache warm."""
+        """What this device reaches now: GB/s of a large copy (read + write), TFLOP/s of a large square matmul."""
         if not self.cuda:
             return {}  # no size is large for every CPU's caches, and small enough to wait for
         numel, n = (2**22, 256) if self.dry else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
@@ -184,7 +179,7 @@ def _gradient(shape: Iterable[int], device: torch.device, dtype: torch.dtype) ->
 class Truth:
     """What the definition gives in float64 and, as a yardstick, in the working dtype.
 
-    Of large attention the last batch (with padding, the shortest) and its last group of heads are compared: heads are independent.
+    Of large attention the last batch (with padding, the shortest) and its last group of heads are compared.
     """
 
     def __init__(self, call: Call, tensors: Tensors, options: Options) -> None:
@@ -245,7 +240,7 @@ def passes(call: Call, function: Function, tensors: Tensors, options: Options, m
 
 @contextlib.contextmanager
 def ours(dry: bool) -> Iterator[None]:
-    """Our kernels as they are on a GPU; in a dry run compiled for DRY_ARCH and not executed. A step to a smaller tile is an error."""
+    """Our kernels as on a GPU; in a dry run compiled for DRY_ARCH alone. A step to a smaller tile is an error."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error", UserWarning)
@@ -258,10 +253,8 @@ def ours(dry: bool) -> Iterator[None]:
 class Bench:
     """Measures workloads on one device in one dtype.
 
-    Args:
-        dry: execute everything at small size with stand-in clocks.
-        scale: on a CPU, the size of `Call.small`.
-        deadline: of time.monotonic(), after which nothing new is started.
+    `dry` executes everything at small size with stand-in clocks, `scale` is the size of `Call.small` on a CPU; after
+    `deadline`, of time.monotonic(), nothing new is started.
     """
 
     def __init__(
@@ -297,10 +290,10 @@ class Bench:
     ) -> Iterator[Result]:
         dtype = str(self.dtype).removeprefix("torch.")
 
-        def result(mode: str, figures: dict[str, Any]) -> Result:
+        def result(mode: str, figures: Figures) -> Result:
             return Result(call.op, call.name, name, mode, dtype, dict(call.sizes), **figures)
 
-        figures: dict[str, Any] = {}
+        figures: Figures = {}
         try:
             figures = self._checked(call, name, tensors, options, truths)
             function = providers(call.op)[name](call)
@@ -317,9 +310,7 @@ class Bench:
             except Exception as error:
                 yield result(mode, figures | _excuse(error))
 
-    def _checked(
-        self, call: Call, name: str, tensors: Tensors, options: Options, truths: dict[bool, Truth]
-    ) -> dict[str, Any]:
+    def _checked(self, call: Call, name: str, tensors: Tensors, options: Options, truths: dict[bool, Truth]) -> Figures:
         """The errors of a provider; with a `reason` if they are over the budget."""
         build = providers(call.op)[name]
         same_bits = name == OURS and self.device.type == "cuda" and call.op in ("attention", "dropout")
@@ -337,7 +328,7 @@ class Bench:
             return figures
         return figures | dict(reason=f"error of {worst} is {over[worst]:.3g} times its budget", failed=True)
 
-    def _time(self, call: Call, function: Function, tensors: Tensors, options: Options, mode: str) -> dict[str, Any]:
+    def _time(self, call: Call, function: Function, tensors: Tensors, options: Options, mode: str) -> Figures:
         prepare, body = passes(call, function, tensors, options, mode)
         peak = self.clock.peak(prepare, body)
         seconds = self.clock.rounds(prepare, body)
@@ -358,7 +349,7 @@ def _share(ceilings: dict[str, float], moved: float, flops: float, seconds: floa
     return share if share <= 1 else None
 
 
-def _excuse(error: Exception) -> dict[str, Any]:
+def _excuse(error: Exception) -> Figures:
     """What a result says about an exception. A missing feature, and too little memory, are no failures."""
     if isinstance(error, Unavailable):
         return dict(reason=str(error))
@@ -369,7 +360,7 @@ def _excuse(error: Exception) -> dict[str, Any]:
 
 
 def wanted(call: Call, name: str, asked: list[str] | None) -> bool:
-    """Whether a provider is timed: those asked for; by default all, but slow starters only at one point of a sweep and one head size."""
+    """Whether a provider is timed: those asked for, else all, but slow starters at one point of a sweep and one D."""
     if asked or name not in SLOW_START.get(call.op, SLOW_START["*"]):
         return not asked or name in asked
     return call.sizes[call.axis] in (4096, 32000) if call.axis else call.sizes.get("D") != 128

@@ -1,4 +1,4 @@
-"""PNGs of measured results: throughput along each sweep, one line a provider, and attention on the measured roofline. Needs matplotlib."""
+"""PNGs of measured results: throughput along each sweep, and attention on the measured roofline. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ _MARKERS = "osD^vP*XhH<>p"
 
 
 def plot(measured: dict[str, Any], folder: str) -> list[str]:
-    """Write the PNGs that the results allow into `folder`; their paths.
-
-    Args:
-        measured: what `tileformer bench --json` writes: "device", "dry", "ceilings", "results".
+    """Write the PNGs that `measured`, as of `tileformer bench --json`, allows into `folder`; their paths.
 
     Raises:
         ValueError: without matplotlib.
@@ -82,8 +79,8 @@ def _roofline(chosen: list[Any], ceilings: dict[str, float], style: dict[str, An
 
 
 def _panels(
-    chosen: list[Any], draw: Any, title: str, labels: tuple[str, str], size: tuple[float, float], note: str, folder: str, **options: Any
-) -> str:  # fmt: skip
+    chosen: list[Any], draw: Any, title: str, labels: tuple[str, str], size: Any, note: str, folder: str, **options: Any
+) -> str:
     """A PNG with a panel for each mode, drawn by draw(panel, points by provider); its path."""
     modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
     figure, panels = new_figure(1, len(modes), (size[0] * len(modes) + 2.4, size[1]), squeeze=False, **options)

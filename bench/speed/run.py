@@ -1,7 +1,8 @@
-"""Time the ops, a decoder layer, training steps and the host, beside PyTorch and other libraries; compile without a GPU; tune tiles.
+"""Time ops, a decoder layer, training steps and the host, beside other libraries; compile without a GPU; tune tiles.
 
-`tileformer bench attention` times one op: every call of bench/calls/workloads.py that has its name, by every provider of
-bench/calls/providers.py. A result is checked against float64 before it is timed. `gpu-day` runs all that a new GPU should answer, in one folder.
+`tileformer bench attention` times one op: its calls of bench/calls/workloads.py, by every provider of
+bench/calls/providers.py. A result is checked against float64 before it is timed. `gpu-day` runs all that a new GPU
+should answer, in one folder.
 """
 
 from __future__ import annotations
@@ -87,10 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--plot", type=arguments.output_folder, metavar="DIR", help="also draw PNGs into DIR (needs matplotlib)")
         if name == "attention":
             about = (
-                "search tiles (--only TEXT: those of tables, features and head sizes like 'BACKWARD_DQ plain 64'), and print rows for "
-                "kernels/attention/tiles.py; goes on from --json (default: runs/tune.json)"
+                "search tiles (--only TEXT: those of tables, features and head sizes like 'BACKWARD_DQ plain 64'), and "
             )
-            add("--tune", action="store_true", help=about)
+            rest = "print rows for kernels/attention/tiles.py; goes on from --json (default: runs/tune.json)"
+            add("--tune", action="store_true", help=about + rest)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -156,11 +157,7 @@ def _asked(args: argparse.Namespace, device: torch.device) -> list[Call]:
 
 
 def _kept(path: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of an earlier call of the same kind, to go on after.
-
-    Raises:
-        ValueError: if it holds something else.
-    """
+    """The results of an earlier call of the same kind, to go on after; ValueError if it holds something else."""
     if not os.path.exists(path):
         return []
     try:
@@ -176,11 +173,7 @@ def _kept(path: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def chosen(what: str, device: torch.device, dry: bool, only: str | None, every: int = 1) -> list[Call]:
-    """The workloads to time; on a CPU, where all points of a sweep are one size, the first of each.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The workloads to time; on a CPU, where all points of a sweep are one size, the first; ValueError if none."""
     workloads, curves = [], set()
     for call in WORKLOADS:
         if what not in ("all", call.op) or (only or "") not in call.name:

@@ -1,7 +1,7 @@
-"""Training steps of two models, those of the recipes: our layers beside torch.nn's, same weights, batches, threads and precision.
+"""Training steps of the recipes' two models: our layers beside torch.nn's, same weights, batches, threads, precision.
 
-Both sides have every dropout of torch.nn (embeddings, attention weights, residuals, hidden layer) and draw fresh bits at each step. Rounds alternate
-between the two, so a machine that slows down slows both; the figure is the median of the rounds' ratios.
+Both sides have every dropout of torch.nn (embeddings, attention weights, residuals, hidden layer) and draw fresh bits.
+Rounds alternate, so a machine that slows down slows both; the figure is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: i
     ours_s, theirs_s = seconds["tileformer"][1:], seconds["torch.nn"][1:]  # the first round warms both up
     return dict(
         model=name, device=str(device), precision="bf16" if bf16 else "fp32", threads=threads, rounds=rounds,
-        tileformer_ms=statistics.median(ours_s) / len(work) * 1e3, torch_nn_ms=statistics.median(theirs_s) / len(work) * 1e3,
+        tileformer_ms=statistics.median(ours_s) / len(work) * 1e3,
+        torch_nn_ms=statistics.median(theirs_s) / len(work) * 1e3,
         speedup=statistics.median(t / o for o, t in zip(ours_s, theirs_s, strict=True)),
     )  # fmt: skip
 

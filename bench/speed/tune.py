@@ -1,4 +1,4 @@
-"""Search tiles on a GPU, each candidate checked before it is timed, and try the switches that no one could decide without one.
+"""Search tiles on a GPU, each candidate checked before it is timed, and try switches that only a GPU can decide.
 
 `search` prints rows of kernels/attention/tiles.py to paste. `EXPERIMENTS` is the list of the first day on a GPU.
 """
@@ -58,7 +58,7 @@ class Trial:
         self.truth = Truth(self.call, *self.inputs)
 
     def __call__(self) -> tuple[float, str]:
-        """Median ms of the kernels as they are now, and what is wrong with them ("" if nothing; only then the time counts)."""
+        """Median ms of the kernels as they are now, and what is wrong with them ("" if nothing)."""
         function, dry = providers(self.call.op)[OURS](self.call), self.bench.clock.dry
         try:
             with ours(dry):
@@ -74,7 +74,7 @@ class Trial:
 
 
 def attempt(trial: Trial, changes: contextlib.AbstractContextManager[Any]) -> tuple[float, str]:
-    """The trial under `changes`. A kernel that broke before the one that was changed hides nothing, and ends no search."""
+    """The trial under `changes`. A kernel that broke before the changed one hides nothing, and ends no search."""
     ms, problem = float("inf"), ""
     try:
         with changes:
@@ -94,10 +94,8 @@ def search(
 ) -> None:
     """Print the fastest right tile of each attention kernel, feature and head size, as rows to paste.
 
-    Args:
-        tried: rows of earlier calls, whose trials are not repeated.
-        keep: is given each new row at once, and adds it to `tried`.
-        only: a part of the names to search, such as "BACKWARD_DQ plain 64".
+    Trials of `tried` are not repeated; `keep` is given each new row, and adds it there. `only` is a part of the names
+    to search, such as "BACKWARD_DQ plain 64".
     """
     with ours(bench.clock.dry):
         arch = family(device.arch_of(bench.clock.flush))
@@ -153,8 +151,7 @@ def _compile(bench: Bench, trials: list[tuple[Call, contextlib.AbstractContextMa
 def changed(kernel: str, **change: int) -> Iterator[None]:
     """Inside, launches of `kernel` take the first tile of their table with `change`, and no other.
 
-    Raises:
-        RuntimeError: at the end, if the kernel was not launched: the experiment would have compared the same with the same.
+    RuntimeError at the end if it was not launched: the experiment would have compared the same with the same.
     """
     original, count = Launch.__call__, 0
 
@@ -200,7 +197,7 @@ def sections(size: int) -> Context:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One question for a GPU: variants of a call, the default first. Without variants `reason` says what the kernels lack."""
+    """One question for a GPU: variants of a call, the default first; without variants the `reason` why not."""
 
     question: str
     workload: tuple[str, str] = ("", "")
@@ -219,14 +216,12 @@ def _tiles(name: str, size: int, *rows: Row) -> dict[str, Context]:
 
 _FWD, _LN_FWD, _LN_BWD = "_attention_fwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"
 _D64, _D128, _CAUSAL = (("attention", f"D {name} T 4096") for name in ("64 full", "128 full", "128 causal"))
-_NORM, _WIDE_NORM, _LOSS = (
-    ("layer_norm", "rows N 1024"),
-    ("layer_norm", "rows N 4096"),
-    ("cross_entropy", "classes V 32000"),
-)
+_NORM, _WIDE_NORM = (("layer_norm", f"rows N {n}") for n in (1024, 4096))
+_LOSS = "cross_entropy", "classes V 32000"
 EXPERIMENTS = [
     Experiment("1 every kernel against float64", reason="the parts self-test and check of gpu-day"),
-    Experiment("2 D 128 forward: ahead and through descriptors (TMA), or not", _D128, "forward", _options(_FWD, "OVERLAP", 0, 1)),
+    Experiment("2 D 128 forward: ahead and through descriptors (TMA), or not", _D128, "forward",
+               _options(_FWD, "OVERLAP", 0, 1)),
     Experiment("3 D 64 forward: 128x64, 4 warps (two programs a multiprocessor) or 128x128, 8 warps", _D64, "forward",
                _tiles("FORWARD", 64, (128, 64, 4, 3), (128, 128, 8, 3), (128, 128, 8, 2))),
     Experiment("4 D 128 dk, dv: 64x128 or 64x64, 2 or 3 stages", _CAUSAL, "backward",
@@ -234,7 +229,8 @@ EXPERIMENTS = [
     Experiment("5 sections of heads that share the L2 cache: bytes of keys and values", _CAUSAL, "forward",
                {f"{n >> 20} MiB": sections(n) for n in (1 << 20, 1 << 24, 1 << 40)}),
     Experiment("6a layer norm forward: rows a program", _NORM, "forward", _options(_LN_FWD, "BLOCK_R", 1, 2, 4, 8)),
-    Experiment("6b layer norm backward: programs a multiprocessor", _NORM, "backward", {str(k): programs(k) for k in (1, 2, 4)}),
+    Experiment("6b layer norm backward: programs a multiprocessor", _NORM, "backward",
+               {str(k): programs(k) for k in (1, 2, 4)}),
     Experiment("6c layer norm backward: stages", _WIDE_NORM, "backward", _options(_LN_BWD, "num_stages", 1, 2, 3)),
     Experiment("7 cross-entropy forward: warps", _LOSS, "forward",
                _options("_cross_entropy_fwd_kernel", "num_warps", 4, 8, 16, 32)),
@@ -242,17 +238,17 @@ EXPERIMENTS = [
     Experiment("9 D 64 backward with atomics", reason="the backward is two launches without atomics"),
     Experiment("10 lazy rescaling on sm_100", reason="the forward always rescales"),
     Experiment("11 warp specialisation on sm_100", reason="the kernels' loops do not ask for it"),
-    Experiment("12a D 64 forward: at most so many registers", _D64, "forward", _options(_FWD, "maxnreg", 255, 168, 128)),
-    Experiment("12b D 128 forward: at most so many registers", _D128, "forward", _options(_FWD, "maxnreg", 255, 168, 128)),
+    Experiment("12a D 64 forward: at most so many registers", _D64, "forward",
+               _options(_FWD, "maxnreg", 255, 168, 128)),
+    Experiment("12b D 128 forward: at most so many registers", _D128, "forward",
+               _options(_FWD, "maxnreg", 255, 168, 128)),
 ]  # fmt: skip
 
 
 def experiments(bench: Bench, tried: list[dict[str, Any]], keep: Keep, every: int = 1) -> None:
-    """Run the list, or every so manieth of those with variants: a row a variant with its ms, and its time over the shipped kernel's.
+    """Run every so manieth experiment: a row a variant with its ms, and its time over the shipped kernel's.
 
-    Args:
-        tried: rows of earlier calls; a question that has all of its variants there is not asked again.
-        keep: is given each new row at once, and adds it to `tried`.
+    A question that has all of its variants in `tried` is not asked again; `keep` adds each new row there.
     """
     chosen: list[tuple[Experiment, list[str]]] = []
     for experiment in [e for e in EXPERIMENTS if not e.variants] + [e for e in EXPERIMENTS if e.variants][::every]:
