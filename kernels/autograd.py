@@ -109,12 +109,29 @@ def is_special(x: Tensor) -> int:
     return _dispatch_keys(x).raw_repr() & _LISTENING
 
 
+class Function(torch.autograd.Function):
+    """What autograd keeps and does for a registered op: a subclass says `forward = registered_forward(launcher, fake)`."""
+
+    generate_vmap_rule = True
+
+
+def registered_forward(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A Function's forward that calls the registered op, with the launcher's signature: torch.compile asks for it."""
+    op = register(launcher, fake)
+
+    @functools.wraps(launcher)
+    def forward(*args: Any) -> Any:
+        return op(*args)
+
+    return staticmethod(forward)
+
+
 class KernelFunction(Generic[P, R]):
     """A launcher that autograd differentiates: called as the launcher is, it returns what the launcher does.
 
     Args:
         launcher: makes new tensors from positional arguments, without defaults.
-        function: what autograd keeps and does: a Function with setup_context, whose forward calls the registered op.
+        function: its setup_context says what is kept, its forward calls the registered op.
     """
 
     def __init__(self, launcher: Callable[P, R], function: type[torch.autograd.Function]) -> None:

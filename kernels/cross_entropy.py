@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, reference
-from tileformer.kernels.autograd import KernelFunction, register
+from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.device import wider
-from tileformer.kernels.double_backward import second_derivative
+from tileformer.kernels.double_backward import twice_differentiable
 from tileformer.kernels.launch import Launch, cdiv
-from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, on_shards
 
 MAX_TILE = 8192
@@ -192,7 +192,7 @@ def cross_entropy_bwd(
     label_smoothing: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits."""
-    dlogits = _cross_entropy_bwd_fake(dloss, logits)
+    dlogits = contiguous_like(logits)
     x, stride = rows_of(logits, logits.shape[1])
     strides = (dloss.stride(0), stride)
     run = _launch(True, logits.shape, strides, weight is not None, ignore_index, label_smoothing, logits.dtype)
@@ -200,22 +200,15 @@ def cross_entropy_bwd(
     return dlogits
 
 
-def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _definition(logits, target, weight, lse, ignore_index, label_smoothing):
+    options = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    return reference.cross_entropy(logits, target, weight=weight, **options)
 
 
-_fwd = register(cross_entropy_fwd, _cross_entropy_fwd_fake)
-_bwd = register(cross_entropy_bwd, _cross_entropy_bwd_fake)
-
-
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     """(loss, log-sum-exp of each row, weights); differentiable in the logits through the loss."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits, target, weight, ignore_index, label_smoothing, reduction, dtype):
-        return _fwd(logits, target, weight, ignore_index, label_smoothing, reduction, dtype)
+    forward = registered_forward(cross_entropy_fwd, _cross_entropy_fwd_fake)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -239,32 +232,10 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, None, None, None, None, None
 
 
-class _CrossEntropyBackward(torch.autograd.Function):
-    """The fused backward; its own derivative differentiates the reference twice."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
-        return _bwd(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dloss, logits, target, weight, _, ctx.ignore_index, ctx.label_smoothing = inputs
-        ctx.save_for_backward(dloss, logits, target, weight)
-
-    @staticmethod
-    def backward(ctx, ddlogits):
-        dloss, logits, target, weight = ctx.saved_tensors
-        options = {"ignore_index": ctx.ignore_index, "reduction": "none", "label_smoothing": ctx.label_smoothing}
-        (first,), (second,) = second_derivative(
-            lambda x: (reference.cross_entropy(x, target, weight=weight, **options),), (logits,), (dloss,), (ddlogits,)
-        )
-        return second, first, None, None, None, None, None
-
-
 _cross_entropy_forward = KernelFunction(cross_entropy_fwd, _CrossEntropy)
-_cross_entropy_backward = KernelFunction(cross_entropy_bwd, _CrossEntropyBackward)
+_cross_entropy_backward = twice_differentiable(
+    cross_entropy_bwd, lambda dloss, logits, *_: contiguous_like(logits), _definition, primals=(1,)
+)
 
 
 def cross_entropy(

@@ -30,12 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, device, reference
-from tileformer.kernels.autograd import KernelFunction, register
+from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.device import wider
-from tileformer.kernels.double_backward import second_derivative
+from tileformer.kernels.double_backward import twice_differentiable
 from tileformer.kernels.launch import Launch, cdiv, pow2
-from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
 
 MAX_FWD = 16384
@@ -285,7 +285,7 @@ def layer_norm_fwd(
 
 def _layer_norm_fwd_fake(x: Tensor, axes: int, *_: Any) -> tuple[Tensor, Tensor]:
     stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=wider(x.dtype), device=x.device)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), stats
+    return contiguous_like(x), stats
 
 
 def layer_norm_bwd(
@@ -316,26 +316,20 @@ def _layer_norm_bwd_fake(
     dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor, *needed: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(p: Tensor | None, needed: bool) -> Tensor:
-        if needed and p is not None:
-            return torch.empty_like(p, memory_format=torch.contiguous_format)
-        return (x if p is None else p).new_empty((0,))
+        return contiguous_like(p) if needed and p is not None else (x if p is None else p).new_empty((0,))
 
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, like(weight, needed[0]), like(bias, needed[1])
+    return contiguous_like(x), like(weight, needed[0]), like(bias, needed[1])
 
 
-_fwd = register(layer_norm_fwd, _layer_norm_fwd_fake)
-_bwd = register(layer_norm_bwd, _layer_norm_bwd_fake)
+def _definition(x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
+    shape = x.shape[-axes:]
+    return reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     """(y, stats); differentiable in x, weight and bias through y."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, axes, weight, bias, eps, centre):
-        return _fwd(x, axes, weight, bias, eps, centre)
+    forward = registered_forward(layer_norm_fwd, _layer_norm_fwd_fake)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -355,44 +349,8 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 
-class _LayerNormBackward(torch.autograd.Function):
-    """The fused backward; its own derivative differentiates the reference twice."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
-        return _bwd(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, x, ctx.axes, weight, bias, _, ctx.need_dweight, ctx.need_dbias, ctx.eps, ctx.centre = inputs
-        ctx.save_for_backward(dy, x, weight, bias)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, ddx, ddweight, ddbias):
-        dy, x, weight, bias = ctx.saved_tensors
-        # The bias counts through its gradient alone: y is linear in it.
-        given = {"x": (x, ddx)}
-        if weight is not None:
-            given["weight"] = weight, ddweight if ctx.need_dweight else None
-        if bias is not None:
-            given["bias"] = bias, ddbias if ctx.need_dbias else None
-
-        def outputs(*primals):
-            named = dict(zip(given, primals, strict=True))
-            definition = reference.layer_norm if ctx.centre else reference.rms_norm
-            return (definition(named.pop("x"), x.shape[-ctx.axes :], eps=ctx.eps, **named),)
-
-        primals, tangents = zip(*given.values(), strict=True)
-        first, (second,) = second_derivative(outputs, primals, (dy,), tangents)
-        named = dict(zip(given, first, strict=True))
-        return second, named["x"], None, named.get("weight"), None, None, None, None, None, None
-
-
 _layer_norm_forward = KernelFunction(layer_norm_fwd, _LayerNorm)
-_layer_norm_backward = KernelFunction(layer_norm_bwd, _LayerNormBackward)
+_layer_norm_backward = twice_differentiable(layer_norm_bwd, _layer_norm_bwd_fake, _definition, primals=(1, 3, 4))
 
 
 def layer_norm(
