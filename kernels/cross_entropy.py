@@ -56,9 +56,8 @@ def _target_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, lse_ptr, target_weight_ptr, logits_stride, R, V, ignore_index,
-    smoothing, share,
-    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, lse_ptr, target_weight_ptr, logits_stride, R, V,
+    ignore_index, smoothing, share, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: loss, log-sum-exp and w_y of BLOCK_R rows. share is smoothing / V."""
@@ -102,10 +101,9 @@ def _cross_entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_bwd_kernel(
-    dloss_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride, R, V,
-    ignore_index, smoothing, share,
-    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    dloss_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride,
+    R, V, ignore_index, smoothing, share, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the gradient of BLOCK_R rows and BLOCK_N classes."""
     V = V // ALIGN * ALIGN
@@ -149,8 +147,8 @@ def _weights(weight: Tensor | None, wide: torch.dtype, absent: Tensor) -> tuple[
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
-    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, ignore_index: int, label_smoothing: float,
-    dtype: torch.dtype,
+    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, ignore_index: int,
+    label_smoothing: float, dtype: torch.dtype,
 ) -> Launch:  # fmt: skip
     r, v = shape
     return Launch(
@@ -166,7 +164,7 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, reduced, in `dtype`; the log-sum-exp of each row (R,); the weight of each row's target (0 if ignored), or for a mean their sum."""
+    """The reduced loss in `dtype`; log-sum-exp (R,); the targets' weights (0 if ignored), or for a mean their sum."""
     loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
     x, stride = rows_of(logits, logits.shape[1])
@@ -276,15 +274,14 @@ def cross_entropy(
     if wrong:
         checks.misnamed("cross_entropy", wrong)
     if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
-        return _on_shards(
-            logits, target, weight, reduction, dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-        )
+        options: Any = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return _on_shards(logits, target, weight, reduction, options)
     if type(label_smoothing) is not float:
         label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
-        options: Any = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -311,10 +308,11 @@ def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: An
     split = any(p.is_shard() for p in logits.placements)
     if split and reduction == "mean" and weight is not None:
         raise TypeError(
-            "cross_entropy: no mean with class weights over sharded rows: pass reduction='sum', and divide by the weights that count"
+            "cross_entropy: no mean with class weights over sharded rows: "
+            "pass reduction='sum', and divide by the weights that count"
         )
     rows, each = ("rows",) * (logits.dim() - 1), "none" if split else reduction
-    call = lambda x, y, w: cross_entropy(x, y, weight=w, **options, reduction=each)  # type: ignore[arg-type]  # noqa: E731
+    call = lambda x, y, w: cross_entropy(x, y, weight=w, reduction=each, **options)  # type: ignore  # noqa: E731
     result = (rows, target.shape) if each == "none" else ((), ())
     losses = on_shards("cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [result])
     if reduction == each:

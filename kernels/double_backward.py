@@ -22,8 +22,8 @@ def second_derivative(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Pull `tangents`, which belong to the gradients of `reference` at `primals`, back to primals and cotangents.
 
-    A fused backward computes g(primals, cotangents) = the vector-Jacobian product of `reference`; this is the vector-Jacobian product
-    of g. It is built from `torch.func.vjp` alone, so it can be differentiated again. 16-bit inputs are computed in float32.
+    A fused backward computes g(primals, cotangents) = the vector-Jacobian product of `reference`; this is that of g.
+    `torch.func.vjp` alone makes it, so it can be differentiated again. 16-bit inputs are computed in float32.
 
     Args:
         reference: takes the primals, returns a tuple of outputs that match `cotangents`.

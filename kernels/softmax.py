@@ -173,8 +173,8 @@ def _softmax_bwd_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _fwd_launch(
-    shape: tuple[int, ...], stride: int, mask_strides: tuple[int, ...], mask_kind: int, causal_shift: int | None, scale: float,
-    log: bool, dtype: torch.dtype,
+    shape: tuple[int, ...], stride: int, mask_strides: tuple[int, ...], mask_kind: int, causal_shift: int | None,
+    scale: float, log: bool, dtype: torch.dtype,
 ) -> Launch:  # fmt: skip
     h, t_q, t_k = (1, 1, 1, *shape)[-3:]
     r, causal = math.prod(shape[:-1]) if t_k else 0, causal_shift is not None
@@ -203,7 +203,7 @@ def _bwd_launch(
 
 
 def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
-    """softmax(scale x + mask), or its logarithm, of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k), usually expanded."""
+    """softmax(scale x + mask), or its logarithm, of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k)."""
     y = contiguous_like(x)
     rows, stride = rows_of(x, x.shape[-1])
     if mask is None:
