@@ -1,7 +1,7 @@
 """Fused Triton kernels of a decoder layer as differentiable functions, and their eager definitions.
 
-Every function takes ordinary tensors. `use_backend` says what serves a call; by default compiled Triton kernels serve CUDA tensors and plain
-torch operators serve CPU tensors. `reference` defines each op.
+Every function takes ordinary tensors. `use_backend` says what serves a call; by default compiled Triton kernels serve
+CUDA tensors and plain torch operators CPU tensors. `reference` defines each op.
 """
 
 from tileformer.kernels import launch, reference, selftest

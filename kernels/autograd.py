@@ -1,8 +1,8 @@
-"""How autograd sees the kernels: launchers as registered torch ops, and Functions with a short way past torch's bookkeeping.
+"""How autograd sees the kernels: registered torch ops, and Functions with a short way past torch's bookkeeping.
 
-`Function.apply` inspects forward's signature at every call for default arguments, which ours do not have, and the dispatcher is asked again for
-each registered op: together 30 microseconds, 1.8 to 8 times of what else a call costs the host. Neither is needed where nothing listens. The
-short way asks torch for that, in questions with names: each says what it protects. A torch that no longer answers one of them gets the long way.
+`Function.apply` inspects forward's signature at every call, and the dispatcher is asked again for each registered op:
+together 30 microseconds, 1.8 to 8 times of what else a call costs the host. Neither is needed where nothing listens.
+The short way asks torch for that, in named questions. A torch that does not answer one of them gets the long way.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def register(launcher: Callable[P, R], fake: Callable[..., R]) -> Callable[P, R]
     """Make `tileformer::<launcher's name>` from a typed function that returns new tensors; `fake` gives their shapes.
 
     One implementation serves all devices: compiled on CUDA tensors, interpreted on CPU tensors. `Library.define` costs
-    a fraction of `torch.library.custom_op` per call. Called again, as where a notebook reloads a kernel's file, the new one serves.
+    a fraction of `torch.library.custom_op` per call. Called again (a kernel's file is reloaded), the new one serves.
     """
     name = launcher.__name__
     schema = torch.library.infer_schema(launcher, mutates_args=())
@@ -78,19 +78,10 @@ _thread_keys = _of_torch("_C._dispatch_tls_local_include_set")
 _of_torch("_C._FunctionBase.apply")
 _of_torch("autograd.forward_ad._current_level")
 
-_UNSEEN = (
-    "CPU",
-    "CUDA",
-    "AutogradCPU",
-    "AutogradCUDA",
-    "AutocastCPU",
-    "AutocastCUDA",
-    "ADInplaceOrView",
-    "BackendSelect",
-)
-_keys = [_of_torch(f"_C.DispatchKey.{name}") for name in _UNSEEN]
+_PLAIN_KEYS = "CPU CUDA AutogradCPU AutogradCUDA AutocastCPU AutocastCUDA ADInplaceOrView BackendSelect"
+_keys = [_of_torch(f"_C.DispatchKey.{name}") for name in _PLAIN_KEYS.split()]
 _KeySet = _of_torch("_C.DispatchKeySet")
-# All dispatch keys but those of a plain tensor, and of a thread in which nothing listens to ops: the dispatcher acts on these.
+# All dispatch keys but those of a plain tensor, and of a thread in which nothing listens to ops.
 _LISTENING = 0 if missing else ~functools.reduce(lambda bits, key: bits | _KeySet(key).raw_repr(), _keys, 0)
 
 
@@ -105,8 +96,25 @@ def listens_to_ops() -> int:
 
 
 def is_special(x: Tensor) -> int:
-    """x is no memory that a kernel can read: a wrapper, or a lazy negation or zero, which the dispatcher makes real first."""
+    """x is no memory that a kernel can read: a wrapper, or a lazy negation or zero, made real by the dispatcher."""
     return _dispatch_keys(x).raw_repr() & _LISTENING
+
+
+class Function(torch.autograd.Function):
+    """What autograd keeps and does for a registered op; `forward = registered_forward(launcher, fake)`."""
+
+    generate_vmap_rule = True
+
+
+def registered_forward(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A Function's forward that calls the registered op, with the launcher's signature: torch.compile asks for it."""
+    op = register(launcher, fake)
+
+    @functools.wraps(launcher)
+    def forward(*args: Any) -> Any:
+        return op(*args)
+
+    return staticmethod(forward)
 
 
 class KernelFunction(Generic[P, R]):
@@ -114,7 +122,7 @@ class KernelFunction(Generic[P, R]):
 
     Args:
         launcher: makes new tensors from positional arguments, without defaults.
-        function: what autograd keeps and does: a Function with setup_context, whose forward calls the registered op.
+        function: its setup_context says what is kept, its forward calls the registered op.
     """
 
     def __init__(self, launcher: Callable[P, R], function: type[torch.autograd.Function]) -> None:
@@ -155,7 +163,7 @@ class KernelFunction(Generic[P, R]):
 
     @functools.cached_property
     def _without_tangents(self) -> Any:
-        """The same Function, refusing forward mode in words of its own. A class of its own: torch.compile does not trace one with a jvp."""
+        """The same Function, refusing forward mode in words of its own: torch.compile does not trace one with a jvp."""
         name = self.function.__name__
 
         def jvp(ctx: Any, *tangents: Any) -> Any:

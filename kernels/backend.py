@@ -1,4 +1,4 @@
-"""Which implementation serves a call: one context manager, one environment variable, one function the public ops call."""
+"""Which implementation serves a call: a context manager, an environment variable, a function the public ops call."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def _set(name: str) -> None:
 def use_backend(name: Backend) -> Iterator[None]:
     """Serve the public ops called inside with one backend: in this thread, and of asyncio's tasks in this one alone.
 
-    A backward runs what its forward chose. But torch runs the backward of CUDA tensors in a thread of its own, and there
+    A backward runs what its forward chose. But torch runs the backward of CUDA tensors in a thread of its own, where
     `torch.utils.checkpoint` calls a forward again: set TILEFORMER_BACKEND, which all threads follow, to use both.
-    A generator shares its caller's context: one that is suspended inside has chosen for its caller too. What torch.compile made follows
-    the thread's latest choice, so let no task `await` between this and a call of it.
+    A generator shares its caller's context: one that is suspended inside has chosen for its caller too. What
+    torch.compile made follows the thread's latest choice: let no task `await` between this and a call of it.
 
     Args:
-        name: "auto", "triton" (CUDA tensors), "interpret" (the Triton kernels, interpreted, CPU tensors), "torch" or "reference".
+        name: "auto", "triton" (CUDA tensors), "interpret" (the Triton kernels on CPU tensors), "torch" or "reference".
 
     Raises:
         ValueError: for an unknown name. A backend that cannot serve a call raises at that call.
@@ -94,11 +94,13 @@ def choose(op: str, x: Tensor) -> str:
     if name == "triton":
         if not (x.is_cuda or device.recording()):
             raise ValueError(
-                f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}: move them, or use_backend('interpret')"
+                f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}: "
+                "move them, or use_backend('interpret')"
             )
         if x.dtype not in TRITON_DTYPES:
             raise ValueError(
-                f"{op}: backend 'triton' takes float16, bfloat16 or float32, got {checks.name_of(x.dtype)}: use_backend('torch')"
+                f"{op}: backend 'triton' takes float16, bfloat16 or float32, got {checks.name_of(x.dtype)}: "
+                "use_backend('torch')"
             )
     if name == "interpret" and x.device.type != "cpu":
         raise ValueError(

@@ -40,7 +40,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def misnamed(op: str, wrong: dict[str, Any]) -> NoReturn:
-    """Raise Python's TypeError for an argument that `op` does not have, with its name here where another library's is meant."""
+    """Raise Python's TypeError for an argument that `op` does not have, with our name for another library's."""
     name = next(iter(wrong))
     here = f": here it is {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
     raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{here}")
@@ -69,7 +69,8 @@ def plain(op: str, *tensors: Any) -> None:
         if is_sharded(x):
             placed = ", ".join(map(str, x.placements))
             raise TypeError(
-                f"{op}: a DTensor with placements ({placed}) stands beside plain tensors: distribute them all, or pass x.to_local()"
+                f"{op}: a DTensor with placements ({placed}) stands beside plain tensors: "
+                "distribute them all, or pass x.to_local()"
             )
         if isinstance(x, Tensor) and x.is_nested:
             raise TypeError(
@@ -78,16 +79,16 @@ def plain(op: str, *tensors: Any) -> None:
 
 
 def not_traced(op: str) -> None:
-    """Raise NotImplementedError inside torch.jit.trace, which would write this call's sizes and random bits down for all others."""
+    """Raise NotImplementedError inside torch.jit.trace, which would record this call's sizes and random bits."""
     if not is_compiling() and torch._C._is_tracing():
         raise NotImplementedError(
-            f"{op}: torch.jit.trace records neither dropout nor the fused attention kernels: use torch.export, or trace "
-            "in evaluation under use_backend('torch')"
+            f"{op}: torch.jit.trace records neither dropout nor the fused attention kernels: use torch.export, or "
+            "trace in evaluation under use_backend('torch')"
         )
 
 
 def floating(op: str, **given: Any) -> None:
-    """Raise TypeError unless everything given is None or a tensor of a real floating dtype that can be computed with."""
+    """Raise TypeError unless everything given is None or a floating tensor whose dtype has arithmetic."""
     tensors(op, **given)
     for name, x in given.items():
         if x is not None and x.dtype not in FLOATING:
@@ -109,7 +110,7 @@ def number(op: str, name: str, x: Any, instead: str = "pass float(x) for a const
 
     Raises:
         NotImplementedError: for a tensor that a derivative is asked for by: numbers get none.
-        TypeError: for a tensor of several elements or on a GPU, which the host would have to wait for, and for what is no number.
+        TypeError: for a tensor of several elements or on a GPU (the host would wait), or for no number.
     """
     if type(x) is float:
         return x
@@ -118,7 +119,8 @@ def number(op: str, name: str, x: Any, instead: str = "pass float(x) for a const
             raise NotImplementedError(f"{op}: {name} is a tensor that requires a gradient, and gets none: {instead}")
         if x.numel() != 1 or x.device.type != "cpu":
             raise TypeError(
-                f"{op}: {name} must be a number, got a tensor of shape {tuple(x.shape)} on {x.device}: pass {name}.item()"
+                f"{op}: {name} must be a number, got a tensor of shape {tuple(x.shape)} on {x.device}: "
+                f"pass {name}.item()"
             )
     elif not hasattr(x, "__float__"):
         raise TypeError(f"{op}: {name} must be a number, got {x!r:.80}")
@@ -140,14 +142,11 @@ def same_shape(op: str, shape: tuple[int, ...], **tensors: Tensor | None) -> Non
 
 
 def fits(op: str, name: str, x: Tensor | None, like: Tensor, shape: Sequence[int]) -> None:
-    """`floating`, `same_device` and `same_shape` at once, which are asked only for their words."""
-    if x is not None and not (
-        isinstance(x, Tensor)
-        and not x.is_nested
-        and x.dtype in FLOATING
-        and x.shape == shape
-        and x.device == like.device
-    ):
+    """`floating`, `same_device` and `same_shape` at once; they are called only to raise."""
+    if x is None:
+        return
+    computable = isinstance(x, Tensor) and not x.is_nested and x.dtype in FLOATING
+    if not computable or x.shape != shape or x.device != like.device:
         floating(op, **{name: x})
         same_device(op, like, **{name: x})
         same_shape(op, tuple(shape), **{name: x})
@@ -166,7 +165,7 @@ def broadcastable(op: str, shape: Sequence[int], **tensors: Tensor | None) -> No
 
 
 def causal_variant(op: str, mask: Any, shape: Sequence[int]) -> Align | None:
-    """ "top_left" or "bottom_right" for a mask that is a `torch.nn.attention.bias.CausalBias`, a tensor without values; else None.
+    """What a `torch.nn.attention.bias.CausalBias`, a tensor without values, stands for; None for any other mask.
 
     Raises ValueError where it was made for other sizes than `shape` ends with.
     """

@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, reference
-from tileformer.kernels.autograd import KernelFunction, register
+from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.device import wider
-from tileformer.kernels.double_backward import second_derivative
+from tileformer.kernels.double_backward import twice_differentiable
 from tileformer.kernels.launch import Launch, cdiv
-from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, on_shards
 
 MAX_TILE = 8192
@@ -56,9 +56,8 @@ def _target_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_fwd_kernel(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, lse_ptr, target_weight_ptr, logits_stride, R, V, ignore_index,
-    smoothing, share,
-    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, lse_ptr, target_weight_ptr, logits_stride, R, V,
+    ignore_index, smoothing, share, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: loss, log-sum-exp and w_y of BLOCK_R rows. share is smoothing / V."""
@@ -102,10 +101,9 @@ def _cross_entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_bwd_kernel(
-    dloss_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride, R, V,
-    ignore_index, smoothing, share,
-    WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    dloss_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride,
+    R, V, ignore_index, smoothing, share, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the gradient of BLOCK_R rows and BLOCK_N classes."""
     V = V // ALIGN * ALIGN
@@ -149,8 +147,8 @@ def _weights(weight: Tensor | None, wide: torch.dtype, absent: Tensor) -> tuple[
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
-    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, ignore_index: int, label_smoothing: float,
-    dtype: torch.dtype,
+    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, ignore_index: int,
+    label_smoothing: float, dtype: torch.dtype,
 ) -> Launch:  # fmt: skip
     r, v = shape
     return Launch(
@@ -166,7 +164,7 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, reduced, in `dtype`; the log-sum-exp of each row (R,); the weight of each row's target (0 if ignored), or for a mean their sum."""
+    """The reduced loss in `dtype`; log-sum-exp (R,); the targets' weights (0 if ignored), or for a mean their sum."""
     loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
     x, stride = rows_of(logits, logits.shape[1])
@@ -192,7 +190,7 @@ def cross_entropy_bwd(
     label_smoothing: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits."""
-    dlogits = _cross_entropy_bwd_fake(dloss, logits)
+    dlogits = contiguous_like(logits)
     x, stride = rows_of(logits, logits.shape[1])
     strides = (dloss.stride(0), stride)
     run = _launch(True, logits.shape, strides, weight is not None, ignore_index, label_smoothing, logits.dtype)
@@ -200,22 +198,15 @@ def cross_entropy_bwd(
     return dlogits
 
 
-def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _definition(logits, target, weight, lse, ignore_index, label_smoothing):
+    options = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    return reference.cross_entropy(logits, target, weight=weight, **options)
 
 
-_fwd = register(cross_entropy_fwd, _cross_entropy_fwd_fake)
-_bwd = register(cross_entropy_bwd, _cross_entropy_bwd_fake)
-
-
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     """(loss, log-sum-exp of each row, weights); differentiable in the logits through the loss."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits, target, weight, ignore_index, label_smoothing, reduction, dtype):
-        return _fwd(logits, target, weight, ignore_index, label_smoothing, reduction, dtype)
+    forward = registered_forward(cross_entropy_fwd, _cross_entropy_fwd_fake)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -239,32 +230,10 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, None, None, None, None, None
 
 
-class _CrossEntropyBackward(torch.autograd.Function):
-    """The fused backward; its own derivative differentiates the reference twice."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dloss, logits, target, weight, lse, ignore_index, label_smoothing):
-        return _bwd(dloss, logits, target, weight, lse, ignore_index, label_smoothing)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dloss, logits, target, weight, _, ctx.ignore_index, ctx.label_smoothing = inputs
-        ctx.save_for_backward(dloss, logits, target, weight)
-
-    @staticmethod
-    def backward(ctx, ddlogits):
-        dloss, logits, target, weight = ctx.saved_tensors
-        options = {"ignore_index": ctx.ignore_index, "reduction": "none", "label_smoothing": ctx.label_smoothing}
-        (first,), (second,) = second_derivative(
-            lambda x: (reference.cross_entropy(x, target, weight=weight, **options),), (logits,), (dloss,), (ddlogits,)
-        )
-        return second, first, None, None, None, None, None
-
-
 _cross_entropy_forward = KernelFunction(cross_entropy_fwd, _CrossEntropy)
-_cross_entropy_backward = KernelFunction(cross_entropy_bwd, _CrossEntropyBackward)
+_cross_entropy_backward = twice_differentiable(
+    cross_entropy_bwd, lambda dloss, logits, *_: contiguous_like(logits), _definition, primals=(1,)
+)
 
 
 def cross_entropy(
@@ -305,15 +274,14 @@ def cross_entropy(
     if wrong:
         checks.misnamed("cross_entropy", wrong)
     if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
-        return _on_shards(
-            logits, target, weight, reduction, dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-        )
+        options: Any = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        return _on_shards(logits, target, weight, reduction, options)
     if type(label_smoothing) is not float:
         label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
     if backend == "reference":
-        options: Any = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -340,10 +308,11 @@ def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: An
     split = any(p.is_shard() for p in logits.placements)
     if split and reduction == "mean" and weight is not None:
         raise TypeError(
-            "cross_entropy: no mean with class weights over sharded rows: pass reduction='sum', and divide by the weights that count"
+            "cross_entropy: no mean with class weights over sharded rows: "
+            "pass reduction='sum', and divide by the weights that count"
         )
     rows, each = ("rows",) * (logits.dim() - 1), "none" if split else reduction
-    call = lambda x, y, w: cross_entropy(x, y, weight=w, **options, reduction=each)  # type: ignore[arg-type]  # noqa: E731
+    call = lambda x, y, w: cross_entropy(x, y, weight=w, reduction=each, **options)  # type: ignore  # noqa: E731
     result = (rows, target.shape) if each == "none" else ((), ())
     losses = on_shards("cross_entropy", call, [(logits, (*rows, None)), (target, rows), (weight, ())], [result])
     if reduction == each:

@@ -1,4 +1,4 @@
-"""What a launch has to know of its device: architecture and multiprocessors, also of a device that is only pretended; and of its dtype."""
+"""What a launch has to know of its device (also one that is only pretended) and of its dtype."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _read_capability(index: int) -> int:
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a GPU runs side by side, at least. A fake CUDA tensor on a machine without a GPU gets any number."""
+    """How many programs a GPU runs side by side, at least; any number without a GPU (a fake CUDA tensor)."""
     gpu = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_properties(device).multi_processor_count if gpu else 132
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def second_derivative(
@@ -16,8 +22,8 @@ def second_derivative(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Pull `tangents`, which belong to the gradients of `reference` at `primals`, back to primals and cotangents.
 
-    A fused backward computes g(primals, cotangents) = the vector-Jacobian product of `reference`; this is the vector-Jacobian product
-    of g. It is built from `torch.func.vjp` alone, so it can be differentiated again. 16-bit inputs are computed in float32.
+    A fused backward computes g(primals, cotangents) = the vector-Jacobian product of `reference`; this is that of g.
+    `torch.func.vjp` alone makes it, so it can be differentiated again. 16-bit inputs are computed in float32.
 
     Args:
         reference: takes the primals, returns a tuple of outputs that match `cotangents`.
@@ -40,3 +46,41 @@ def second_derivative(
         tuple(g.to(t.dtype) for g, t in zip(grads_primals, primals, strict=True)),
         tuple(g.to(t.dtype) for g, t in zip(grads_cotangents, cotangents, strict=True)),
     )
+
+
+def twice_differentiable(
+    launcher: Callable[P, R], fake: Callable[..., R], definition: Callable[..., Tensor], primals: tuple[int, ...]
+) -> KernelFunction[P, R]:
+    """A fused backward, `launcher(dy, *inputs)`, whose own derivative differentiates `definition(*inputs)` twice.
+
+    Args:
+        primals: positions of the differentiable inputs among all arguments; the launcher returns a gradient for each.
+    """
+
+    class Backward(Function):
+        forward = registered_forward(launcher, fake)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
+            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx, *tangents):
+            inputs = [x if t is None else t for t, x in zip(ctx.saved_tensors, ctx.constants, strict=True)]
+            given = {i: t for i, t in zip(primals, tangents, strict=True) if inputs[i] is not None}
+
+            def outputs(*values):
+                args = dict(enumerate(inputs)) | dict(zip(given, values, strict=True))
+                return (definition(*list(args.values())[1:]),)
+
+            values = [inputs[i] for i in given]
+            # The gradient of a primal that needs none is empty, and so is its tangent.
+            used = [t if t is None or t.shape == x.shape else None for t, x in zip(given.values(), values, strict=True)]
+            first, (ddy,) = second_derivative(outputs, values, inputs[:1], used)
+            grads = {0: ddy, **dict(zip(given, first, strict=True))}
+            return tuple(grads.get(i) for i in range(len(inputs)))
+
+    Backward.__name__ = launcher.__name__
+    return KernelFunction(launcher, Backward)

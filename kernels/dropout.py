@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
-from tileformer.kernels.autograd import KernelFunction, register
+from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
@@ -79,17 +79,10 @@ def _dropout_fwd_fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-_fwd = register(dropout_fwd, _dropout_fwd_fake)
-
-
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     """y; its gradient for x is itself on dy, so every derivative is fused."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, residual, seed, p):
-        return _fwd(x, residual, seed, p)
+    forward = registered_forward(dropout_fwd, _dropout_fwd_fake)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -1,11 +1,11 @@
 """Run a `@triton.jit` kernel on CPU tensors through Triton's interpreter, one call at a time.
 
-Triton decides between compiling and interpreting when a function is decorated (TRITON_INTERPRET), so a process normally has one
-or the other. Here the interpreter runs the Python of an ordinary JITFunction, and everything it patches is put back afterwards:
-kernels can still be compiled in the same process. It also repairs what the stock interpreter computes differently from a GPU:
-bfloat16 arithmetic and dots work on raw bits there, casts to bfloat16 truncate, and TF32 dots keep all 23 mantissa bits.
+Triton decides between compiling and interpreting when a function is decorated (TRITON_INTERPRET). Here the interpreter
+runs the Python of an ordinary JITFunction, and puts back all that it patches: the process can still compile kernels.
+It also repairs what the stock interpreter computes differently from a GPU: bfloat16 arithmetic and dots work on raw
+bits there, casts to bfloat16 truncate, and TF32 dots keep all 23 mantissa bits.
 
-It relies on private names of `triton.runtime.interpreter` (Triton 3.6 and later); `tests/test_interpreter.py` holds each of them.
+It relies on private names of `triton.runtime.interpreter` (Triton 3.6 and later), held by `tests/test_interpreter.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor
 
 
 def run(kernel: JITFunction, programs: tuple[int, ...], args: Sequence[Any], constexprs: dict[str, Any]) -> None:
-    """`kernel[programs](*args, **constexprs)`, interpreted. Launch options such as num_warps are accepted and have no effect."""
+    """`kernel[programs](*args, **constexprs)`, interpreted. Launch options such as num_warps have no effect."""
     # A GPU does not warn about infinity and NaN either.
     with _lock, _patched(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
@@ -88,9 +88,8 @@ def _patch_tensor(tensor: Any, *scope: Any) -> None:
 
 def _to_bf16_bits(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(
-        np.uint16
-    )  # to nearest, ties to even
+    # to nearest, ties to even
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0), rounded)  # NaN stays NaN
 
 

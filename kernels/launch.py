@@ -1,12 +1,13 @@
 """Launch a kernel for the tensors at hand, with the first tile of a table that the device can hold.
 
-Triton's way to a launch (bind the arguments, print the options, look the kernel up) takes 13 to 20 microseconds. It is taken once for each
-kind of arguments; later launches of that kind call the compiled kernel itself, as Triton 3.6 to 3.9 do.
+Triton's way to a launch (bind the arguments, print the options, look the kernel up) takes 13 to 20 microseconds. It is
+taken once for each kind of arguments; later launches of that kind call the compiled kernel, as Triton 3.6 to 3.9 do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import warnings
@@ -28,12 +29,12 @@ Tile = dict[str, int]
 
 OPTIONS = {"enable_fp_fusion": True}  # Triton 3.9 warns of a default that will change
 MAX_CACHED = 4096  # kinds of launches that are remembered: a process may meet new ones for ever
-# Until this process has passed the self-test, or needs none. The package sets `selftest`, which imports the ops, which import this.
+# Until this process has passed the self-test, or needs none. The package sets `selftest`, which imports the ops.
 selftest_due = os.environ.get("TILEFORMER_SELFTEST", "1") != "0"
 selftest: Callable[[torch.device], None] = globals().get("selftest", lambda device: None)
 
-# The type and alignment of an argument as Triton sees them, or None where Triton has to be asked at each launch: a version whose launches
-# nobody here has read, and AMD's, which look at more.
+# The type and alignment of an argument as Triton sees them, or None where Triton has to be asked at each launch: a
+# version whose launches nobody here has read, and AMD's, which look at more.
 _specialize = getattr(jit, "native_specialize_impl", None)
 if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) or torch.version.hip:
     _specialize = None
@@ -41,6 +42,7 @@ cached_kernels: dict[tuple[Any, ...], _CachedKernel] = {}
 out_of_resources: set[tuple[Any, ...]] = set()  # tiles that a device could not hold
 
 
+@dataclasses.dataclass(eq=False)
 class Launch:
     """A kernel with all that is known before the tensors are: keep one for each kind of call.
 
@@ -49,20 +51,17 @@ class Launch:
         flags: the kernel's feature constexprs.
         tiles: constexprs and launch options (BLOCK_*, num_warps, num_stages), best first, smallest last.
         scalars: the kernel's last runtime arguments.
-        arrange: makes its first arguments of the tensors, for example NamedTuples of tensors and their strides. None: the tensors themselves.
+        arrange: makes its first arguments of the tensors, for example with their strides; None: the tensors.
     """
 
-    def __init__(
-        self,
-        kernel: Any,
-        grid: Callable[[Tile], tuple[int, ...]],
-        flags: dict[str, Any],
-        tiles: Sequence[Tile],
-        scalars: tuple[Any, ...] = (),
-        arrange: Callable[..., tuple[Any, ...]] | None = None,
-    ) -> None:
-        self.kernel, self.grid, self.flags, self.tiles = kernel, grid, flags, tiles
-        self.scalars, self.arrange = scalars, arrange
+    kernel: Any
+    grid: Callable[[Tile], tuple[int, ...]]
+    flags: dict[str, Any]
+    tiles: Sequence[Tile]
+    scalars: tuple[Any, ...] = ()
+    arrange: Callable[..., tuple[Any, ...]] | None = None
+
+    def __post_init__(self) -> None:
         self._ready: dict[tuple[Any, ...], tuple[_CachedKernel, tuple[int, ...], tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -70,7 +69,7 @@ class Launch:
         like, arch, address = tensors[0], device.recorded_arch, 0
         for x in tensors:
             address |= x.data_ptr()
-        # Triton compiles for the alignment of each tensor. One key is for all of them aligned, the usual case; `_slowly` knows the others.
+        # Triton compiles for the alignment of each tensor. The key is for all aligned, the usual case.
         key = None if address % 16 else (arch, like.get_device(), *[x.dtype for x in tensors])
         args = self.arrange(*tensors) if self.arrange else tensors
         ready = self._ready.get(key) if key else None
@@ -83,11 +82,11 @@ class Launch:
             interpreter.run(self.kernel, programs, args + self.scalars, {**self.flags, **self.tiles[0]})
 
     def _slowly(self, like: Tensor, args: tuple[Any, ...], key: tuple[Any, ...] | None) -> None:
-        """Run a kernel that Triton has compiled for arguments of the same kind, or let Triton compile it; under `key` it is ready next time."""
+        """Run what Triton has compiled for such arguments, or let it compile; under `key` it is ready next time."""
         kind = None
         if _specialize and (device.recorded_arch or not selftest_due) and not has_launch_hooks(self.kernel):
-            # What JITFunction.run looks at. Its own function gives the dtype and alignment of tensors, the width and divisibility of integers;
-            # here also of those that the kernel declares do_not_specialize: a key that is too fine is still right.
+            # What JITFunction.run looks at: dtype and alignment of tensors, width and divisibility of integers; also of
+            # those that the kernel declares do_not_specialize: a key that is too fine is still right.
             types = _specialize(BaseBackend, args, False, True, True)
             place = device.recorded_arch, like.get_device()
             kind = self.kernel.fn, *place, *self.flags.values(), *self.tiles[0].values(), types
@@ -101,13 +100,13 @@ class Launch:
             return
         else:
             if len(cached_kernels) >= MAX_CACHED:
-                cached_kernels.clear()  # each comes back by one more launch through Triton, and a look-up pays nothing
+                cached_kernels.clear()  # each comes back by one more launch through Triton
             cached_kernels[kind] = cached
         if key:
             self._ready[key] = cached, grid_3d(self.grid(cached.tile)), self.scalars + cached.constexprs
 
     def _by_triton(self, like: Tensor, args: tuple[Any, ...]) -> _CachedKernel | None:
-        """Launch as Triton documents it, with the first tile that fits; how to do it again, or None where nothing was compiled."""
+        """Launch as Triton documents it, with the first tile that fits; None where nothing was compiled."""
         name = self.kernel.fn.__name__
         for tile in self.tiles:
             programs = self.grid(tile)
@@ -143,7 +142,7 @@ class _CachedKernel:
         self.wants_scratch = getattr(binary.metadata, "global_scratch_size", 0) > 0
 
     def run(self, like: Tensor, programs: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """What `binary[programs](*args)` does where nobody listens to launches; programs along three axes, and constexprs too."""
+        """`binary[programs](*args)` where nobody listens; programs along three axes, args with constexprs."""
         index = like.get_device()
         if like.is_cuda and torch._C._cuda_getDevice() != index:
             with torch.cuda.device(index):
@@ -169,8 +168,7 @@ def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[An
 
 @contextlib.contextmanager
 def scratch_allocator() -> Iterator[None]:
-    """Inside, kernels that want memory of their own for each program (tensor descriptors) get it, also where nobody called
-    triton.set_allocator. What a user has set stays, and nothing is left set."""
+    """Inside, kernels that want memory for each program (tensor descriptors) get it without triton.set_allocator."""
     allocator = _allocation._allocator  # of each thread's context
     if not isinstance(allocator.get(), _allocation.NullAllocator):
         yield

@@ -1,4 +1,4 @@
-"""Layer normalisation over the trailing axes (Ba et al., arXiv:1607.06450), and RMS normalisation (Zhang and Sennrich, arXiv:1910.07467).
+"""Layer normalisation over the trailing axes (arXiv:1607.06450), and RMS normalisation (arXiv:1910.07467).
 
 For a row x of N elements, with means over the row:
 
@@ -30,12 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, device, reference
-from tileformer.kernels.autograd import KernelFunction, register
+from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.device import wider
-from tileformer.kernels.double_backward import second_derivative
+from tileformer.kernels.double_backward import twice_differentiable
 from tileformer.kernels.launch import Launch, cdiv, pow2
-from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
 
 MAX_FWD = 16384
@@ -45,10 +45,10 @@ MAX_BWD = 8192
 @triton.jit(do_not_specialize=["R"])
 def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, x_stride, R, N, eps,
-    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, ACC: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_R rows, and their mean and rstd to stats (2, R). WHOLE: a tile spans the row; FULL: and has no column more."""
+    """One program: BLOCK_R rows; mean and rstd to stats (2, R). WHOLE: a tile spans the row; FULL: and no more."""
     N = BLOCK_N if FULL else N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -225,8 +225,8 @@ def _fwd_launch(
     r: int, n: int, stride: int, centre: bool, weight: bool, bias: bool, eps: float, dtype: torch.dtype
 ) -> Launch:
     full = n == pow2(n) and n <= MAX_FWD
-    # Two long rows share a conversion of weight and bias; one for each row would take longer than the memory does. Beside masks, more than 4096
-    # columns leave no registers for it.
+    # Two long rows share a conversion of weight and bias; one for each row would take longer than the memory does.
+    # Beside masks, more than 4096 columns leave no registers for it.
     two = 2048 < n <= (8192 if full else 4096)
     tile = row_tile(n, MAX_FWD, 2 * pow2(n) if two else 4096, 32)
     return Launch(
@@ -243,20 +243,15 @@ def _bwd_launches(
     r: int, n: int, dy_stride: int, x_stride: int, centre: bool, weight: bool, need_dweight: bool, need_dbias: bool,
     most_programs: int, dtype: torch.dtype,
 ) -> tuple[int, Launch | None, Launch, Launch | None]:  # fmt: skip
-    """Programs that share the rows; the kernel that sums, if rows are long; the one that follows; the one that adds up their parts."""
+    """Programs that share the rows; the kernels of a long row's sums, of dx, and of the sum of the programs' parts."""
     tiles = [row_tile(n, MAX_BWD, 4096, 16)]
     columns, whole, partial = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD, need_dweight or need_dbias
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
     flags = dict(CENTRE=centre, WEIGHT=weight, **row_flags(dtype, n, x_stride, dy_stride))
     scalars = (dy_stride, x_stride, r, n)
     sums = Launch(_layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, scalars)
-    main = Launch(
-        _layer_norm_bwd_kernel,
-        lambda _: (programs, columns),
-        dict(flags, PARTIAL=partial, WHOLE=whole),
-        tiles,
-        scalars,
-    )
+    main_flags = dict(flags, PARTIAL=partial, WHOLE=whole)
+    main = Launch(_layer_norm_bwd_kernel, lambda _: (programs, columns), main_flags, tiles, scalars)
     add = Launch(
         _layer_norm_partial_kernel,
         lambda tile: (cdiv(n, tile["BLOCK_N"]),),
@@ -285,7 +280,7 @@ def layer_norm_fwd(
 
 def _layer_norm_fwd_fake(x: Tensor, axes: int, *_: Any) -> tuple[Tensor, Tensor]:
     stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=wider(x.dtype), device=x.device)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), stats
+    return contiguous_like(x), stats
 
 
 def layer_norm_bwd(
@@ -316,26 +311,20 @@ def _layer_norm_bwd_fake(
     dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor, *needed: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(p: Tensor | None, needed: bool) -> Tensor:
-        if needed and p is not None:
-            return torch.empty_like(p, memory_format=torch.contiguous_format)
-        return (x if p is None else p).new_empty((0,))
+        return contiguous_like(p) if needed and p is not None else (x if p is None else p).new_empty((0,))
 
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, like(weight, needed[0]), like(bias, needed[1])
+    return contiguous_like(x), like(weight, needed[0]), like(bias, needed[1])
 
 
-_fwd = register(layer_norm_fwd, _layer_norm_fwd_fake)
-_bwd = register(layer_norm_bwd, _layer_norm_bwd_fake)
+def _definition(x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
+    shape = x.shape[-axes:]
+    return reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(Function):
     """(y, stats); differentiable in x, weight and bias through y."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, axes, weight, bias, eps, centre):
-        return _fwd(x, axes, weight, bias, eps, centre)
+    forward = registered_forward(layer_norm_fwd, _layer_norm_fwd_fake)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -355,44 +344,8 @@ class _LayerNorm(torch.autograd.Function):
         return dx, None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 
-class _LayerNormBackward(torch.autograd.Function):
-    """The fused backward; its own derivative differentiates the reference twice."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
-        return _bwd(dy, x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dy, x, ctx.axes, weight, bias, _, ctx.need_dweight, ctx.need_dbias, ctx.eps, ctx.centre = inputs
-        ctx.save_for_backward(dy, x, weight, bias)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, ddx, ddweight, ddbias):
-        dy, x, weight, bias = ctx.saved_tensors
-        # The bias counts through its gradient alone: y is linear in it.
-        given = {"x": (x, ddx)}
-        if weight is not None:
-            given["weight"] = weight, ddweight if ctx.need_dweight else None
-        if bias is not None:
-            given["bias"] = bias, ddbias if ctx.need_dbias else None
-
-        def outputs(*primals):
-            named = dict(zip(given, primals, strict=True))
-            definition = reference.layer_norm if ctx.centre else reference.rms_norm
-            return (definition(named.pop("x"), x.shape[-ctx.axes :], eps=ctx.eps, **named),)
-
-        primals, tangents = zip(*given.values(), strict=True)
-        first, (second,) = second_derivative(outputs, primals, (dy,), tangents)
-        named = dict(zip(given, first, strict=True))
-        return second, named["x"], None, named.get("weight"), None, None, None, None, None, None
-
-
 _layer_norm_forward = KernelFunction(layer_norm_fwd, _LayerNorm)
-_layer_norm_backward = KernelFunction(layer_norm_bwd, _LayerNormBackward)
+_layer_norm_backward = twice_differentiable(layer_norm_bwd, _layer_norm_bwd_fake, _definition, primals=(1, 3, 4))
 
 
 def layer_norm(
@@ -408,7 +361,7 @@ def layer_norm(
         x: (..., *normalized_shape) in float16, bfloat16 or float32 (float64 on the CPU's backends). A view is read in
             place if its rows are contiguous and evenly spaced; otherwise it is copied once.
         normalized_shape: sizes of the trailing axes that make a row; a number is the last axis alone.
-        weight, bias: of normalized_shape, either or both; each, and its gradient, in any of x's dtypes, for example float32 beside a bfloat16 x.
+        weight, bias: of normalized_shape, either or both; each, and its gradient, in any of x's dtypes.
         eps: a number, added to the variance.
 
     Returns:
@@ -441,7 +394,7 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last len(normalized_shape) axes of x.
 
-    Arguments, result and errors as of `layer_norm`; eps None is float32's machine epsilon (float64's for float64), as in torch.
+    Arguments, result and errors as of `layer_norm`; eps None is float32's (float64's) machine epsilon, as in torch.
     All is computed in float32 or wider and rounded once (torch rounds to x's dtype before it multiplies by the weight).
 
     Source: Zhang and Sennrich, arXiv:1910.07467; `tileformer.kernels.reference.rms_norm` is the definition.

@@ -39,12 +39,12 @@ def dropout_keep(seed: Tensor | int, shape: Sequence[int], p: float) -> Tensor:
 
     Args:
         seed: what the call was given as `seed`: int64, one element. An integer stands for one on the CPU.
-        shape: of attention's weights, (B, H, T_q, T_k) ((sequences, H, longest queries, longest keys) for packed ones), or of `dropout`'s
-            rows, (rows, N).
+        shape: of attention's weights, (B, H, T_q, T_k) (of packed ones, (sequences, H, longest queries, longest keys)),
+            or of `dropout`'s rows, (rows, N).
         p: the call's dropout rate.
 
     Returns:
-        Boolean, of `shape`. The reference, triton and interpret backends draw the same bits; the torch backend on a CPU its own.
+        Boolean, of `shape`. All backends draw the same bits, but the torch backend on a CPU its own.
 
     Source: Philox-4x32-7 (Salmon et al., SC 2011).
     """
@@ -59,7 +59,7 @@ def dropout_keep(seed: Tensor | int, shape: Sequence[int], p: float) -> Tensor:
 
 
 def philox_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
-    """The keep mask, of `shape` (..., rows, columns), that `tile_ops.dropout_keep` draws in tiles, on the seed's device."""
+    """The keep mask, of `shape` (..., rows, columns), that `tile_ops.dropout_keep` draws; on the seed's device."""
     *lead, rows, cols = shape
     heads, low = math.prod(lead), 2**32 - 1
     along = [torch.arange(n, device=seed.device) for n in (-(-cols // 4), heads, rows)]

@@ -1,22 +1,24 @@
-"""The specification: every op in plain eager PyTorch. What a kernel must compute is decided here, in writing, before it exists.
+"""The specification: every op in plain eager PyTorch. What a kernel must compute is decided here, before it exists.
 
-Each function computes in float32, or float64 for float64 (the truth), and rounds its result once to the dtype it was given: in that dtype it is
-the yardstick of an error budget. It is differentiable any number of times, and runs on any device. None of them calls a fused PyTorch operator.
-This file imports torch alone, and a rule that the kernels need too is written a second time where they are: a shared mistake would be no mistake.
+Each function computes in float32, or float64 for float64 (the truth), and rounds its result once to the dtype it was
+given: in that dtype it is the yardstick of an error budget. It is differentiable any number of times, runs on any
+device, and calls no fused PyTorch operator. This file imports torch alone, and a rule that the kernels need too is
+written a second time where they are: a shared mistake would be no mistake.
 
 Decided corner cases:
 - A row that may attend to nothing has output 0, weights 0, log-sum-exp -inf and no gradient.
-- A key that `key_mask` excludes is read as 0, so NaN or inf in it never reaches a result. A key that only `mask` or `causal` hides keeps
-  IEEE rules: its score is discarded, but 0 * NaN in its value is NaN.
-- A float mask is added to the scaled scores; -inf in it excludes, a large finite negative does not (a row full of it is a uniform average).
-  In attention, whose scores are kept in base 2, finfo.min of float32 and bfloat16 excludes too: log2(e) times it is -inf.
-- causal: query row i may see key j when j <= i + shift; shift is 0 ("top_left") or T_k - T_q ("bottom_right"; with lengths, those of the
-  sequence). A window (left, right) adds i + shift - left <= j <= i + shift + right; None is no limit; causal makes right 0 at most.
-- Scores are made in this order: scale, soft cap (cap * tanh(x / cap)), bias and linear bias (-slope * |i + shift - j|), masks.
-- Queries and keys past a sequence's length are padding: such a row's output is 0 and its log-sum-exp -inf, such a key is read as 0. In packed
-  sequences what belongs to none (past the last) is padding too.
+- A key that `key_mask` excludes is read as 0, so NaN or inf in it never reaches a result. A key that only `mask` or
+  `causal` hides keeps IEEE rules: its score is discarded, but 0 * NaN in its value is NaN.
+- A float mask is added to the scaled scores; -inf in it excludes, a large finite negative does not (a row full of it
+  is a uniform average). In attention, whose scores are kept in base 2, finfo.min of float32 and bfloat16 excludes too.
+- causal: query row i may see key j when j <= i + shift; shift is 0 ("top_left") or T_k - T_q ("bottom_right"; with
+  lengths, those of the sequence). A window (left, right) adds i + shift - left <= j <= i + shift + right; None is no
+  limit; causal makes right 0 at most.
+- The order of scores: scale, soft cap (cap * tanh(x / cap)), bias and linear bias (-slope * |i + shift - j|), masks.
+- Queries and keys past a sequence's length, and what belongs to no packed sequence, are padding: such a row's output
+  is 0 and its log-sum-exp -inf, such a key is read as 0.
 - p = 1 drops everything (the result is 0, not NaN); p = 0 draws nothing.
-- An ignored target contributes neither loss nor gradient, whatever its logits hold; "mean" over no target at all is NaN, as in torch.
+- An ignored target contributes neither loss nor gradient, whatever its logits hold; "mean" over no target is NaN.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def _causal_shift(causal: bool | str, t_q: int, t_k: int) -> int | None:
 
 
 def _limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | None, int | None, bool]:
-    """(left, right, whether the diagonal ends at the bottom right): how far a row sees before and past its diagonal; None is no limit."""
+    """(left, right, whether the diagonal ends at the bottom right): how far a row sees around it; None is no limit."""
     left, right = (window, window) if window is None or isinstance(window, int) else window
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -82,7 +84,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal
 def log_softmax(x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, causal: bool | str = False) -> Tensor:
     """log(softmax(scale * x + mask)) over the last axis of x (..., T_q, T_k).
 
-    An element that is -inf, by the masks or by itself, stays -inf and is a constant: no gradient comes from it or goes to it.
+    An element that is -inf, by the masks or by itself, stays -inf and neither gives nor takes a gradient.
     """
     scores = _scores(x, scale, mask, causal)
     hidden = scores == -math.inf
@@ -129,8 +131,9 @@ def attention(
     scale = size**-0.5 if scale is None else scale
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         return _packed(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, mask=mask, bias=bias, causal=causal, window=window, align=align, alibi_slopes=alibi_slopes,
-            softcap=softcap, scale=scale, dropout_p=dropout_p, seed=seed, return_lse=return_lse, most=(max_seqlen_q, max_seqlen_k),
+            q, k, v, cu_seqlens_q, cu_seqlens_k, mask=mask, bias=bias, causal=causal, window=window, align=align,
+            alibi_slopes=alibi_slopes, softcap=softcap, scale=scale, dropout_p=dropout_p, seed=seed,
+            return_lse=return_lse, most=(max_seqlen_q, max_seqlen_k),
         )  # fmt: skip
     if mask is not None and mask.dtype != torch.bool:
         mask, bias = None, mask
@@ -178,7 +181,7 @@ def attention(
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, **options: Any) -> Any:
-    """Each sequence of a packed batch by itself. Rows of q and k past the last, or past the longest that one may be, belong to none."""
+    """Each sequence of a packed batch by itself. Rows past the last, or past the longest allowed, belong to none."""
     (_, heads, t_q, _), p = q.shape, options["dropout_p"]
     most_q, most_k = (x.shape[2] if most is None else most for x, most in zip((q, k), options.pop("most"), strict=True))
     ends_q, ends_k = starts_q.tolist(), starts_k.tolist()
@@ -192,8 +195,8 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor,
         part = lambda x, cut, at: x if x is None or x.shape[at] == 1 else x.narrow(at, *cut)  # noqa: E731
         masks = {name: part(part(_four(options[name]), (a, b - a), 2), (c, d - c), 3) for name in ("mask", "bias")}
         one = attention(
-            q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], **(options | masks | bits_of(n, b - a, d - c) | dict(return_lse=True)),
-            alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[n],
+            q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], **(options | masks | bits_of(n, b - a, d - c)
+            | dict(return_lse=True)), alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[n],
         )  # fmt: skip
         rest = (t_q if n == len(ends_q) - 2 else end) - b  # rows that belong to no sequence
         out.append(F.pad(one[0], (0, 0, 0, rest)))
@@ -240,7 +243,7 @@ def cross_entropy(
     """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
 
     With w the class weights (1 without), e the smoothing and V classes, a row with target y has the loss
-    (1 - e) w_y (lse - x_y) + (e / V) sum_j w_j (lse - x_j); "mean" divides by the sum of w_y over rows that are not ignored.
+    (1 - e) w_y (lse - x_y) + (e / V) sum_j w_j (lse - x_j); "mean" divides by the sum of w_y over rows that count.
     """
     if logits.dim() == 1:
         return cross_entropy(
@@ -274,7 +277,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
 def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
     """The keep mask (boolean, of `shape` (..., rows, columns)) that the kernels draw for this seed and rate.
 
-    Philox-4x32-7 (Salmon et al., SC 2011): key = seed; counter = (column // 4, index of the leading axes, row, 0); word column % 4.
+    Philox-4x32-7 (Salmon et al., SC 2011): key = seed; counter = (column // 4, leading index, row, 0); word column % 4.
     A bit depends on nothing else: not on the tile, the layout or the sequence length.
     """
     if seed is None:
@@ -291,7 +294,7 @@ def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
 
 
 def _threshold(p: float) -> int:
-    """Words whose upper 31 bits lie below are dropped. For p = 1 the highest word stays, and `_keep_scale` makes it 0."""
+    """Words whose upper 31 bits lie below are dropped. For p = 1 the highest stays, and `_keep_scale` makes it 0."""
     return min(math.floor(p * 2**31), 2**31 - 1)
 
 

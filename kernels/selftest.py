@@ -1,7 +1,7 @@
-"""Compare every op with its definition once on a GPU that is new here: a compiler can be wrong without a word, and training would go on.
+"""Compare every op with its definition once on a GPU that is new here: a compiler can be wrong without a word.
 
-`launch.py` asks for it before a process's first launches. Some seconds of compilation leave a stamp in Triton's cache folder, for this kind of GPU,
-this Triton and this tileformer. TILEFORMER_SELFTEST=0 turns it off.
+`launch.py` asks for it before a process's first launches. Some seconds of compilation leave a stamp in Triton's cache
+folder, for this kind of GPU, this Triton and this tileformer. TILEFORMER_SELFTEST=0 turns it off.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def failures(backend: Backend, device: torch.device) -> list[str]:
         definition = getattr(reference, op)
         for compute, place, dtype in ((definition, "cpu", torch.float32), (OPS[op], device, torch.bfloat16)):
             generator = torch.Generator().manual_seed(1)
-            draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16().to(place, dtype)  # noqa: B023, E731
+            draw = lambda *size: torch.randn(size, generator=generator).bfloat16().to(place, dtype)  # noqa: B023, E731
             leaves = {name: draw(*shape).requires_grad_() for name, shape in shapes.items()}
-            # clone: whoever uses the GPU first may do so in inference mode, which is then the mode that this module was imported in
+            # clone: this module may have been imported in inference mode
             more = {name: x.clone().to(place) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
             with use_backend(backend):
                 out = compute(**leaves, **more)
@@ -67,7 +67,8 @@ def failures(backend: Backend, device: torch.device) -> list[str]:
 def run_once(device: torch.device) -> None:
     """Test the GPU unless its stamp is there; `launch.selftest_due` stays True until it has passed.
 
-    Left to a later launch in a fork without CUDA, while torch traces or captures, and in a backward, whose thread the test's own would wait for.
+    Left to a later launch in a fork without CUDA, while torch traces or captures, and in a backward, whose thread
+    the test's own would wait for.
 
     Raises:
         RuntimeError: if a result is wrong, and again at the next launch.
@@ -86,7 +87,8 @@ def run_once(device: torch.device) -> None:
             wrong = pool.submit(failures, "triton", device).result()
         if wrong:
             raise RuntimeError(
-                f"{'; '.join(wrong)}: wrong on {kind}: see `tileformer check`, use_backend('torch') or TILEFORMER_SELFTEST=0"
+                f"{'; '.join(wrong)}: wrong on {kind}: "
+                "see `tileformer check`, use_backend('torch') or TILEFORMER_SELFTEST=0"
             )
     except BaseException:
         launch.selftest_due = True

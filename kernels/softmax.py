@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import triton
@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tileformer.kernels import checks, reference
-from tileformer.kernels.autograd import KernelFunction, register
+from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, cdiv
-from tileformer.kernels.rows import row_flags, row_tile, rows_of
+from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
 
 MAX_FWD = 32768
@@ -173,21 +173,15 @@ def _softmax_bwd_kernel(
 
 @functools.lru_cache(maxsize=1024)
 def _fwd_launch(
-    shape: tuple[int, ...], stride: int, mask_strides: tuple[int, ...], mask_kind: int, causal_shift: int | None, scale: float,
-    log: bool, dtype: torch.dtype,
+    shape: tuple[int, ...], stride: int, mask_strides: tuple[int, ...], mask_kind: int, causal_shift: int | None,
+    scale: float, log: bool, dtype: torch.dtype,
 ) -> Launch:  # fmt: skip
     h, t_q, t_k = (1, 1, 1, *shape)[-3:]
-    r = math.prod(shape[:-1]) if t_k else 0
+    r, causal = math.prod(shape[:-1]) if t_k else 0, causal_shift is not None
     return Launch(
         _softmax_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]),),
-        dict(
-            LOG=log,
-            CAUSAL=causal_shift is not None,
-            MASK=mask_kind,
-            WHOLE=t_k <= MAX_FWD,
-            **row_flags(dtype, t_k, stride),
-        ),
+        dict(LOG=log, CAUSAL=causal, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(dtype, t_k, stride)),
         [row_tile(t_k, MAX_FWD, 2048, 16)],
         (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale),
     )
@@ -209,8 +203,8 @@ def _bwd_launch(
 
 
 def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
-    """softmax(scale x + mask), or its logarithm, over the last axis of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k), usually expanded."""
-    y = _softmax_fwd_fake(x)
+    """softmax(scale x + mask), or its logarithm, of x (..., T_q, T_k) or (T_k,); mask (B, H, T_q, T_k)."""
+    y = contiguous_like(x)
     rows, stride = rows_of(x, x.shape[-1])
     if mask is None:
         _fwd_launch(x.shape, stride, (0, 0, 0, 0), 0, causal_shift, scale, log, x.dtype)(rows, rows, y)
@@ -223,35 +217,19 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale:
     return y
 
 
-def _softmax_fwd_fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def softmax_bwd(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
     """scale y (dy - sum(y dy)) over the last axis; of the logarithm, scale (dy - exp(y) sum(dy))."""
-    dx = _softmax_bwd_fake(dy, y)
+    dx = contiguous_like(y)
     n = y.shape[-1]
     (dy_rows, dy_stride), (y_rows, y_stride) = rows_of(dy, n), rows_of(y, n)
     _bwd_launch(y.shape, dy_stride, y_stride, scale, log, y.dtype)(dy_rows, y_rows, dx)
     return dx
 
 
-def _softmax_bwd_fake(dy: Tensor, y: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.contiguous_format)
-
-
-_fwd = register(softmax_fwd, _softmax_fwd_fake)
-_bwd = register(softmax_bwd, _softmax_bwd_fake)
-
-
-class _Softmax(torch.autograd.Function):
+class _Softmax(Function):
     """y; differentiable in x."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, mask, causal_shift, scale, log):
-        return _fwd(x, mask, causal_shift, scale, log)
+    forward = registered_forward(softmax_fwd, contiguous_like)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -264,14 +242,10 @@ class _Softmax(torch.autograd.Function):
         return _softmax_backward(dy, y, ctx.scale, ctx.log), None, None, None, None
 
 
-class _SoftmaxBackward(torch.autograd.Function):
+class _SoftmaxBackward(Function):
     """dx as a function of dy and y; its own derivative is written out, and leads back to x through y."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy, y, scale, log):
-        return _bwd(dy, y, scale, log)
+    forward = registered_forward(softmax_bwd, lambda dy, y, *_: contiguous_like(y))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -382,11 +356,8 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.
     hidden = []
     if causal:
         t_q, t_k = x.shape[-2:]
-        hidden.append(
-            torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(
-                t_k - t_q + 1 if causal == "bottom_right" else 1
-            )
-        )
+        first_hidden = t_k - t_q + 1 if causal == "bottom_right" else 1
+        hidden.append(torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(first_hidden))
     if mask is not None and mask.dtype == torch.bool:
         hidden.append(~mask)
     elif mask is not None:

@@ -8,7 +8,7 @@ LN2 = 0.6931471805599453
 
 @triton.jit
 def dropout_keep(seed, head, rows, col_start, threshold, BLOCK_COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Which elements of a [rows, BLOCK_COLS] tile (or its transpose) survive: `reference.dropout_keep`, whatever the tile.
+    """Which elements of a [rows, BLOCK_COLS] tile (or its transpose) survive, as in `reference.dropout_keep`.
 
     One Philox-4x32-7 call makes four neighbouring columns; the first round runs on a row and a column, not on the tile.
     `col_start` and BLOCK_COLS are multiples of 4.

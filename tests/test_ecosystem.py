@@ -278,7 +278,7 @@ def test_every_file_can_be_reloaded_in_any_order(reloadable: list[ModuleType]) -
 @pytest.mark.parametrize(
     "name, old, new",
     [
-        ("softmax", "    return y\n\n\ndef _softmax_fwd_fake", "    return y.add_(1.0)\n\n\ndef _softmax_fwd_fake"),
+        ("softmax", "    return y\n\n\ndef softmax_bwd", "    return y.add_(1.0)\n\n\ndef softmax_bwd"),
         ("attention.launchers", "    return out, lse, bounds\n", "    return out.add_(1.0), lse, bounds\n"),
     ],
 )
