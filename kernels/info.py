@@ -142,14 +142,11 @@ def collect(device: str | None = None) -> dict[str, Any]:
 
 def _devices() -> list[dict[str, Any]]:
     name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    cpu = {"device": "cpu", "name": name, "threads": torch.get_num_threads()}
-    devices: list[dict[str, Any]] = [cpu]
+    devices: list[dict[str, Any]] = [dict(device="cpu", name=name, threads=torch.get_num_threads())]
     for index in range(torch.cuda.device_count() if _cuda_usable()[0] else 0):
         gpu = torch.cuda.get_device_properties(index)
-        memory = f"{gpu.total_memory / 2**30:.1f} GiB"
-        devices.append(
-            {"device": f"cuda:{index}", "name": gpu.name, "arch": f"sm_{gpu.major}{gpu.minor}", "memory": memory}
-        )
+        arch, memory = f"sm_{gpu.major}{gpu.minor}", f"{gpu.total_memory / 2**30:.1f} GiB"
+        devices.append(dict(device=f"cuda:{index}", name=gpu.name, arch=arch, memory=memory))
     return devices
 
 
@@ -166,10 +163,7 @@ def _backend_on(device: torch.device) -> tuple[str, str]:
         return name, "auto: compiled kernels serve float16, bfloat16 and float32 on this GPU (float64 goes to torch)"
     if device.type == "cuda":
         return name, f"auto: the GPU is older than sm_{backend.OLDEST_ARCH}"
-    return (
-        name,
-        "auto: plain torch operators serve CPU tensors",
-    )
+    return name, "auto: plain torch operators serve CPU tensors"
 
 
 def _tools() -> tuple[dict[str, str | None], list[str]]:

@@ -1,7 +1,7 @@
-"""Tensors that are not plain: DTensors and nested ones. An op runs on what each process holds, or on the values, where that is the same, and refuses
-in one line where it is not (the registered ops have no sharding strategies, and no nested kernels).
+"""DTensors and nested tensors. An op runs on what each process holds, or on the values, where that is the same, and
+refuses in one line where it is not (the registered ops have no sharding strategies, and no nested kernels).
 
-Each axis of a tensor has a role: a name where rows along it are independent, so that it may be sharded, None where a row needs it whole.
+Each axis has a role: a name where rows along it are independent (it may be sharded), None where a row needs it whole.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SPREAD = 0x1E3779B97F4A7C15  # odd: seeds of neighbouring shards differ in all 
 
 
 def is_special(x: Any) -> bool:
-    """Whether x is nested or a DTensor. Only asked of a tensor that is not plain: ``type(x) is not Tensor or x.is_nested``."""
+    """Whether x is nested or a DTensor. Only asked where ``type(x) is not Tensor or x.is_nested``."""
     return is_sharded(x) or (isinstance(x, Tensor) and x.is_nested)
 
 
 def by_parts(op: str, x: Any, axes: int) -> bool:
-    """Whether the parts of x serve a row op: of all that `is_special` but a DTensor whose rows of ``axes`` axes lie on several processes and which
-    plain torch operators serve: torch knows how to gather these."""
+    """Whether a row op runs on the parts of x. Not of a plain tensor, nor of a DTensor whose rows of ``axes`` axes are
+    sharded and which plain torch operators serve: torch gathers these."""
     if not is_special(x) or x.is_nested:
         return is_special(x)
     whole = all(p.is_replicate() or (type(p).__name__ == "Shard" and p.dim < x.dim() - axes) for p in x.placements)
@@ -35,10 +35,11 @@ def by_parts(op: str, x: Any, axes: int) -> bool:
 
 
 def by_rows(
-    op: str, call: Callable[..., Tensor], x: Tensor, axes: int, whole: Sequence[Tensor | None] = (), beside: Sequence[Tensor | None] = (),
+    op: str, call: Callable[..., Tensor], x: Tensor, axes: int,
+    whole: Sequence[Tensor | None] = (), beside: Sequence[Tensor | None] = (),
 ) -> Tensor:  # fmt: skip
-    """``call(x, *whole, *beside)``, of x's shape, where the last ``axes`` axes make a row: ``whole`` (weights) is every row's, ``beside`` (a
-    residual, a mask) expands to x's shape."""
+    """``call(x, *whole, *beside)``, of x's shape; rows are the last ``axes`` axes: ``whole`` (weights) is every row's,
+    ``beside`` (a residual, a mask) expands to x's shape."""
     if x.is_nested:
         return _by_values(op, call, x, axes, whole, beside)
     roles = [*range(x.dim() - axes), *[None] * axes]
@@ -55,24 +56,25 @@ def expanded(x: Tensor | None, roles: Roles) -> Roles:
 def _by_values(op: str, call: Any, x: Any, axes: int, whole: Sequence[Any], beside: Sequence[Any]) -> Tensor:
     if x.layout != torch.jagged or x._lengths is not None or x._ragged_idx != 1 or x.dim() - axes < 2:
         raise TypeError(
-            f"{op}: a nested tensor must be jagged (layout=torch.jagged), without gaps, and ragged along axis 1, which no row spans: "
-            "pad it with torch.nested.to_padded_tensor"
+            f"{op}: a nested tensor must be jagged (layout=torch.jagged), without gaps, and ragged along axis 1, "
+            "which no row spans: pad it with torch.nested.to_padded_tensor"
         )
     for b in beside:
         if b is not None and not (b.is_nested and b.layout == torch.jagged and b.shape == x.shape):
             raise TypeError(f"{op}: beside a jagged x, pass jagged tensors of the same offsets, or pad them all")
     values = call(x.values(), *whole, *(None if b is None else b.values() for b in beside))
-    return torch.nested.nested_tensor_from_jagged(
-        values, x.offsets(), min_seqlen=x._maybe_min_seqlen, max_seqlen=x._maybe_max_seqlen
-    )
+    lengths: Any = dict(min_seqlen=x._maybe_min_seqlen, max_seqlen=x._maybe_max_seqlen)
+    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), **lengths)
 
 
 def on_shards(
-    op: str, call: Callable[..., Any], tensors: Sequence[tuple[Tensor | None, Roles]], outputs: Sequence[tuple[Roles, Sequence[int]]],
+    op: str, call: Callable[..., Any], tensors: Sequence[tuple[Tensor | None, Roles]],
+    outputs: Sequence[tuple[Roles, Sequence[int]]],
 ) -> Any:  # fmt: skip
-    """``call`` on what this process holds of each tensor (with its axes' roles); what it returns (roles and whole shapes) as DTensors.
+    """``call`` on what this process holds of each tensor (with its axes' roles); DTensors (roles, whole shapes).
 
-    The first tensor says how all are sharded. Tensors without a sharded axis must be whole on every process; their gradients are sums over processes.
+    The first tensor says how all are sharded. Tensors without a sharded axis must be whole on every process; their
+    gradients are sums over processes.
 
     Raises:
         TypeError: where a row lies on several processes, or the tensors are not sharded alike.
@@ -85,8 +87,8 @@ def on_shards(
         role = tensors[0][1][placement.dim] if type(placement) is Shard else None
         if role is None and not placement.is_replicate():
             raise TypeError(
-                f"{op}: a DTensor of shape {tuple(lead.shape)} with placement {placement} is not whole along the axes that a row needs: "
-                "call x.redistribute(placements=[Replicate()]) first, or shard another axis"
+                f"{op}: a DTensor of shape {tuple(lead.shape)} with placement {placement} is not whole along the axes "
+                "that a row needs: call x.redistribute(placements=[Replicate()]) first, or shard another axis"
             )
         split.append(role)
 
@@ -100,37 +102,33 @@ def on_shards(
         if not is_sharded(x):
             if x.requires_grad or any(p.is_shard() for p in wanted):
                 raise TypeError(
-                    f"{op}: a plain tensor of shape {tuple(x.shape)} stands beside a DTensor: distribute it with placements {_said(wanted)}"
+                    f"{op}: a plain tensor of shape {tuple(x.shape)} stands beside a DTensor: "
+                    f"distribute it with placements {_said(wanted)}"
                 )
             return x
         if list(x.placements) != wanted or x.device_mesh != lead.device_mesh:
             raise TypeError(
-                f"{op}: a DTensor of shape {tuple(x.shape)} has placements {_said(x.placements)} and needs {_said(wanted)}, as the first has "
-                f"{_said(lead.placements)}: call x.redistribute"
+                f"{op}: a DTensor of shape {tuple(x.shape)} has placements {_said(x.placements)} and needs "
+                f"{_said(wanted)}, as the first has {_said(lead.placements)}: call x.redistribute"
             )
         grads = [
             Partial() if p.is_replicate() and role is not None else p for p, role in zip(wanted, split, strict=True)
         ]
         return x.to_local(grad_placements=grads)
 
+    def whole(y: Tensor, roles: Roles, shape: Sequence[int]) -> Any:
+        like: Any = torch.empty(shape, device="meta")
+        layout = dict(shape=like.shape, stride=like.stride())
+        return DTensor.from_local(y, lead.device_mesh, places(roles), run_check=False, **layout)
+
     results = call(*(local(x, roles) for x, roles in tensors))
-    several = isinstance(results, tuple)
-    made = [
-        DTensor.from_local(
-            y,
-            lead.device_mesh,
-            places(roles),
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-        for y, (roles, shape) in zip(results if several else (results,), outputs, strict=True)
-    ]
-    return tuple(made) if several else made[0]
+    if isinstance(results, tuple):
+        return tuple(whole(y, *output) for y, output in zip(results, outputs, strict=True))
+    return whole(results, *outputs[0])
 
 
 def shard_seed(x: Any, seed: Any) -> Tensor | None:
-    """A seed for this process's share of x: other bits for each shard, the same on processes that hold the same; as given if x is no DTensor."""
+    """A seed for this process's share of x: other bits for each shard; as given if x is no DTensor."""
     if not is_sharded(x):
         return seed
     mesh, drawn, index = x.device_mesh, seed is None, 0
@@ -146,7 +144,7 @@ def shard_seed(x: Any, seed: Any) -> Tensor | None:
 def attention_on_shards(
     attention: Any, q: Any, k: Any, v: Any, sides: dict[str, Any], dropout_p: float, seed: Any, options: dict[str, Any]
 ) -> Any:
-    """``attention`` of DTensors with the batch or the heads sharded; ``sides``: mask, bias and what has a value a sequence or a head."""
+    """``attention`` of DTensors with batch or heads sharded; ``sides``: mask, bias, values of sequences or heads."""
     if not is_sharded(q) or q.dim() != 4:
         checks.plain("attention", q, k, v)
     roles = ("batch", "heads", None, None)
@@ -158,7 +156,8 @@ def attention_on_shards(
         n = q.device_mesh.size(axis)
         if placement.is_shard(1) and (q.shape[1] % n or k.shape[1] % n):
             raise TypeError(
-                f"attention: {q.shape[1]} query heads and {k.shape[1]} key heads cannot both be shared by {n} processes: replicate them"
+                f"attention: {q.shape[1]} query heads and {k.shape[1]} key heads cannot both be shared by "
+                f"{n} processes: replicate them"
             )
         if placement.is_shard(1) and options["return_weights"] == "average":
             raise TypeError("attention: an average over heads that are sharded: pass return_weights=True, and average")

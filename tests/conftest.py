@@ -32,8 +32,9 @@ if threading.current_thread() is threading.main_thread():
 torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
 torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
-# Files that, beside a GPU, run compiled: few enough calls for a cold cache (test_gpu.py counts them). The files of single ops sweep over
-# hundreds of specialisations; they stay interpreted, in a process without the GPU, unless --gpu-full asks for minutes of compilation.
+# Files that, beside a GPU, run compiled: few enough calls for a cold cache (test_gpu.py counts them). The files of
+# single ops sweep over hundreds of specialisations; they stay interpreted, in a process without the GPU, unless
+# --gpu-full asks for minutes of compilation.
 COMPILED_FILES = ("test_values", "test_attention", "test_gpu")
 EXAMPLES = 30  # of each op that test_fuzz.py draws
 
@@ -45,7 +46,8 @@ def device_for(backend: str) -> torch.device:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend that runs the Triton kernels here, in force during the test: compiled where CUDA is, else interpreted."""
+    """The backend that runs the Triton kernels here, in force during the test: compiled where CUDA is, else
+    interpreted."""
     with use_backend(request.param):
         yield request.param
 
@@ -143,7 +145,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _uncomputed(item: pytest.Item) -> None:
-    """Run a test's body on the recording driver, as far as it gets without values: what it launched is compiled ahead."""
+    """Run a test's body on the recording driver, as far as it gets without values: what it launched is compiled
+    ahead."""
     given = {**_parameters(item), "device": torch.device("cpu")}
     names = item._fixtureinfo.argnames  # type: ignore[attr-defined]
     if given.get("backend") == "triton" and set(names) <= set(given):
@@ -165,7 +168,8 @@ def _only_marked_tests_interpret(request: pytest.FixtureRequest, monkeypatch: py
 
 @pytest.fixture(autouse=True)
 def _launches_are_made_anew() -> None:
-    """A launcher keeps a launch for each shape: without this, a test that changes a tile would meet the launch of the test before."""
+    """A launcher keeps a launch for each shape: without this, a test that changes a tile would meet the launch of the
+    test before."""
     for name, module in list(sys.modules.items()):
         if name.startswith("tileformer.kernels."):
             for kept, value in vars(module).items():

@@ -2,12 +2,12 @@
 
     python tests/soak.py [--steps 3000] [--beside torch] [--backend interpret]
 
-Each side runs in a process of its own: ours is `fit` on a `Seq2Seq`, with its log and checkpoints; torch's is a loop over torch.nn alone. Prints
-what each holds at every checkpoint, and how fast that grows once the first third is over. Exit 1: ours grows by more than MARGIN beyond torch's
-(without --beside: beyond nothing).
+Each side runs in a process of its own: ours is `fit` on a `Seq2Seq`, with its log and checkpoints; torch's is a loop
+    over torch.nn alone. Prints what each holds at every checkpoint, and how fast that grows once the first third is
+    over. Exit 1: ours grows by more than MARGIN beyond torch's (without --beside: beyond nothing).
 
-What both sides gain in the first hundreds of steps is oneDNN's: it keeps what it made for the last 1,024 shapes of GELU and others, and
-ONEDNN_PRIMITIVE_CACHE_CAPACITY says how many.
+What both sides gain in the first hundreds of steps is oneDNN's: it keeps what it made for the last 1,024 shapes of GELU
+and others, and ONEDNN_PRIMITIVE_CACHE_CAPACITY says how many.
 """
 
 import argparse
@@ -40,7 +40,8 @@ MIB = 2**20
 
 
 class RandomShapes:
-    """One epoch of batches, of 1 to 8 pairs of sequences of 1 to LONGEST - 1 symbols; `look` is called before each batch."""
+    """One epoch of batches, of 1 to 8 pairs of sequences of 1 to LONGEST - 1 symbols; `look` is called before each
+    batch."""
 
     def __init__(self, steps: int, look: Callable[[int], None]) -> None:
         self.steps, self.look = steps, look

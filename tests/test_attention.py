@@ -1,4 +1,5 @@
-"""What `attention` promises beyond values in budget: empty rows, padding, layouts, gradients on demand, dropout, determinism."""
+"""What `attention` promises beyond values in budget: empty rows, padding, layouts, gradients on demand, dropout,
+determinism."""
 
 import math
 import sys

@@ -1,4 +1,5 @@
-"""The forward loop that works one tile ahead, through tensor descriptors: its values and gradients, who gets it, and the memory it borrows."""
+"""The forward loop that works one tile ahead, through tensor descriptors: its values and gradients, who gets it, and
+the memory it borrows."""
 
 import sys
 from collections.abc import Callable, Iterator

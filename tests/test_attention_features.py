@@ -1,4 +1,5 @@
-"""What attention promises beyond single calls: features in pairs, memory saved, work done, compilations, exported dropout bits, refusals."""
+"""What attention promises beyond single calls: features in pairs, memory saved, work done, compilations, exported
+dropout bits, refusals."""
 
 import itertools
 import subprocess

@@ -1,4 +1,5 @@
-"""The torch backend's attention: torch's fused operator where that is faster, by the same rules, with every derivative, in no more memory."""
+"""The torch backend's attention: torch's fused operator where that is faster, by the same rules, with every derivative,
+in no more memory."""
 
 import itertools
 import sys

@@ -1,6 +1,8 @@
-"""attention with windows, lengths, packed sequences, biases, ALiBi, soft cap, other value sizes and weights, against the reference.
+"""attention with windows, lengths, packed sequences, biases, ALiBi, soft cap, other value sizes and weights, against
+the reference.
 
-Tiles are small and neither square nor equal, so that every bound of a loop falls inside one, between two and at an edge of one.
+Tiles are small and neither square nor equal, so that every bound of a loop falls inside one, between two and at an edge
+of one.
 """
 
 import importlib
@@ -379,7 +381,8 @@ def test_torch_backend_packed(starts: str) -> None:
 
 
 def test_second_derivatives(one_tile: None) -> None:
-    """Through the fused backward: windows, lengths, a bias, slopes and a soft cap reach the reference that it differentiates."""
+    """Through the fused backward: windows, lengths, a bias, slopes and a soft cap reach the reference that it
+    differentiates."""
     options = dict(
         window=(3, 2),
         align="bottom_right",

@@ -1,4 +1,5 @@
-"""How the ops meet PyTorch's machinery: opcheck, gradcheck, func transforms, second derivatives, compile, export, fake CUDA tensors."""
+"""How the ops meet PyTorch's machinery: opcheck, gradcheck, func transforms, second derivatives, compile, export, fake
+CUDA tensors."""
 
 import dataclasses
 import sys
@@ -290,7 +291,8 @@ def test_exports_as_one_program(op: Op, name: str) -> None:
 @pytest.mark.interprets
 @every_op
 def test_no_device_value_is_read_on_the_host(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fake CUDA tensors `.item()` raises: the public op, the fakes and the launchers up to the launch itself must do without."""
+    """On fake CUDA tensors `.item()` raises: the public op, the fakes and the launchers up to the launch itself must do
+    without."""
 
     def fake(x: Any) -> Any:
         if not isinstance(x, Tensor):

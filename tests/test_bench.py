@@ -1,4 +1,5 @@
-"""The benchmarks: FLOPs and bytes against counting, providers against the reference, no speed over a red result, dry runs."""
+"""The benchmarks: FLOPs and bytes against counting, providers against the reference, no speed over a red result, dry
+runs."""
 
 import collections
 import contextlib

@@ -21,7 +21,8 @@ PLAIN = describe("softmax", "planted", "", 6, 10)
 
 
 class _Softmax(torch.autograd.Function):
-    """A right softmax, in memory of its own, but for what `fault(result, x, whether backward)` does, and for `unwritten` last elements."""
+    """A right softmax, in memory of its own, but for what `fault(result, x, whether backward)` does, and for
+    `unwritten` last elements."""
 
     fault = staticmethod(lambda y, x, backward: None)
     unwritten = (0, 0)

@@ -1,4 +1,5 @@
-"""Two processes on one machine (gloo): DDP and FSDP2 train our layers, and the g2p recipe, as one process does; ops on sharded tensors."""
+"""Two processes on one machine (gloo): DDP and FSDP2 train our layers, and the g2p recipe, as one process does; ops on
+sharded tensors."""
 
 import dataclasses
 import importlib.util
@@ -97,7 +98,8 @@ def shard(net: nn.Module) -> nn.Module:
 
 
 def check_shards() -> None:
-    """Sharded tensors give what whole ones give, values and gradients, on the kernels as on the CPU's backend; what cannot is refused."""
+    """Sharded tensors give what whole ones give, values and gradients, on the kernels as on the CPU's backend; what
+    cannot is refused."""
     mesh = init_device_mesh("cpu", (2,))
     whole = Replicate()
     x, weight = torch.randn(3, 5, 8), torch.randn(8)

@@ -1,7 +1,9 @@
-"""Every op on arguments that nobody chose: forward and every gradient, through the interpreted kernels, within the error budget.
+"""Every op on arguments that nobody chose: forward and every gradient, through the interpreted kernels, within the
+error budget.
 
-A plain run takes the same few examples each time. `make fuzz` (`pytest tests/test_fuzz.py --fuzz N`) takes N new ones for each op and prints
-the seed that repeats them. A failing example is printed as it was drawn: shrinking one takes minutes of interpretation, so that is left to you.
+A plain run takes the same few examples each time. `make fuzz` (`pytest tests/test_fuzz.py --fuzz N`) takes N new ones
+for each op and prints the seed that repeats them. A failing example is printed as it was drawn: shrinking one takes
+minutes of interpretation, so that is left to you.
 """
 
 import contextlib
@@ -67,7 +69,8 @@ def tiles(op, limit):
 
 
 def hold(op, build, dtype, size):
-    """`size(truth, grads of outputs, tensors, options)`: for each result the sum of the absolute values that are added up (check/budget.py)."""
+    """`size(truth, grads of outputs, tensors, options)`: for each result the sum of the absolute values that are added
+    up (check/budget.py)."""
     call, dtype = Call(op, "fuzz", build=lambda generator, sizes: build(generator)), DTYPES[dtype]
     truth, grads = results_of(kernels.reference, call, torch.float64, CPU, dtype)
     eager, _ = results_of(kernels.reference, call, dtype, CPU, dtype)
@@ -105,7 +108,8 @@ def broadcast_masks(draw, shape, kinds=("boolean", "additive")):
 
 @st.composite
 def attention_calls(draw):
-    """A plain dictionary: what is drawn is what a failure prints. At most three features beside masks, so that each meets each other one."""
+    """A plain dictionary: what is drawn is what a failure prints. At most three features beside masks, so that each
+    meets each other one."""
     b, h_kv, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     tile = draw(st.sampled_from([(16, 16, 16), (32, 16, 16), (16, 32, 16), (32, 32, 32), (64, 16, 16), (16, 64, 32)]))
     most = 3 if b * h_kv * group <= 4 else 2  # tiles along an axis: interpretation is slow
@@ -212,7 +216,8 @@ def key_mask_of(kind, b, t_k, generator):
 
 
 def attention_size(truth, grads, tensors, options):
-    """bench/check/budget.py's, and that of a bias: of the scores' gradient, summed over what the bias broadcasts over."""
+    """bench/check/budget.py's, and that of a bias: of the scores' gradient, summed over what the bias broadcasts
+    over."""
     given = dict(out=truth["out"], dout=grads["out"], dlse=grads.get("lse"))
     sizes = attention_sizes(**tensors, **given, **options)
     sizes = {name: size for name, size in sizes.items() if name in truth}

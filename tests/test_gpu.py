@@ -1,4 +1,5 @@
-"""What only a GPU can show: other devices, streams, threads and CUDA graphs. Skipped, with the reason, where there is none."""
+"""What only a GPU can show: other devices, streams, threads and CUDA graphs. Skipped, with the reason, where there is
+none."""
 
 import importlib.util
 import os
@@ -24,7 +25,8 @@ def _usual(op: str) -> Call:
 
 
 def _step(op: str, device: str) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
-    """A forward and backward of an op on leaves that live on `device`, and the leaves; tests/test_values.py has compiled them in bfloat16."""
+    """A forward and backward of an op on leaves that live on `device`, and the leaves; tests/test_values.py has
+    compiled them in bfloat16."""
     tensors, options = _usual(op).inputs()
     place = lambda x: x.to(device, torch.bfloat16 if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x  # noqa: E731
     leaves = {name: place(x).requires_grad_() for name, x in tensors.items()}

@@ -1,4 +1,5 @@
-"""The short ways to a launch: the same launches as Triton's own, for tensors at any place; nothing that torch wants to see is hidden from it.
+"""The short ways to a launch: the same launches as Triton's own, for tensors at any place; nothing that torch wants to
+see is hidden from it.
 
 Triton is patched here, so each check runs this file in a process of its own.
 """
@@ -60,7 +61,8 @@ def _placed(*shape: int, dtype: torch.dtype, skip: int = 0, gap: int = 0) -> tor
 
 
 def _calls() -> list[Any]:
-    """Calls that differ in what Triton specialises on: dtypes, alignment, strides and sizes of 1, 16 and others, features, widths."""
+    """Calls that differ in what Triton specialises on: dtypes, alignment, strides and sizes of 1, 16 and others,
+    features, widths."""
     calls: list[Any] = []
     dtypes = (torch.bfloat16, torch.float32)
     for n, r, dtype, (skip, gap) in itertools.product((1, 16, 65, 20000), (1, 3), dtypes, ((0, 0), (1, 0), (0, 8))):

@@ -1,4 +1,5 @@
-"""Triton's real C launcher on a libcuda that launches nothing: what a GPU's driver would be handed, by Triton's own way and by the short one.
+"""Triton's real C launcher on a libcuda that launches nothing: what a GPU's driver would be handed, by Triton's own way
+and by the short one.
 
 Kernels are compiled ahead first (bench/ahead.py), so this also shows that a real launch finds them in Triton's cache.
 """

@@ -221,7 +221,8 @@ def _file_of(module: str) -> Path | None:
 
 
 def _needs(source: str) -> set[Path]:
-    """The files of ours that a file imports, at once or in a function. A package's own file counts where a name is taken that it defines."""
+    """The files of ours that a file imports, at once or in a function. A package's own file counts where a name is
+    taken that it defines."""
     needed: set[Path | None] = set()
     for found in imports_of(source):
         names = [f"{found.module}.{name}" for name in found.names] if found.text.startswith("from") else []

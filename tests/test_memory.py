@@ -1,7 +1,8 @@
 """Where kernels read and write: nothing outside their tensors, and the right place beyond 2**31 elements.
 
-Interpreted kernels use real addresses, so the operating system can tell: inputs and outputs lie directly before a page that may not be touched
-(an access past the end ends the process), and views with enormous strides lie in memory that is reserved and hardly used.
+Interpreted kernels use real addresses, so the operating system can tell: inputs and outputs lie directly before a page
+    that may not be touched (an access past the end ends the process), and views with enormous strides lie in memory
+    that is reserved and hardly used.
 """
 
 import mmap

@@ -1,4 +1,5 @@
-"""rms_norm: values and gradients against the reference by error budget, its interface, the module, and the norms of transformers."""
+"""rms_norm: values and gradients against the reference by error budget, its interface, the module, and the norms of
+transformers."""
 
 import copy
 import importlib

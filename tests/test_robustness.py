@@ -1,4 +1,5 @@
-"""Calls at the edges: what torch computes, or the better-defined value that docs/drop-in.md names, or an error at least as clear.
+"""Calls at the edges: what torch computes, or the better-defined value that docs/drop-in.md names, or an error at least
+as clear.
 
 A case is one function, called with torch's names and with ours, on the torch backend and through the interpreter.
 """
@@ -36,7 +37,8 @@ OURS.sdpa = scaled_dot_product_attention
 
 
 class Case(NamedTuple):
-    """expected: None: torch's value; a value: ours, where torch has NaN, another number or an error; str: both refuse, ours with these words.
+    """expected: None: torch's value; a value: ours, where torch has NaN, another number or an error; str: both refuse,
+    ours with these words.
 
     alone: ours refuses what torch takes, for this reason.
     """

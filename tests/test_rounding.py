@@ -1,8 +1,8 @@
 """Everything between the inputs and a result is float32: a result in half precision is float64's, rounded once.
 
-The error budget (bench/check/budget.py) forgives what eager PyTorch loses, and eager rounds sums, statistics and wide side
-tensors in the same places as a careless kernel would. Here float64 alone is the measure: sums of one sign, large means,
-gradients that follow what they meet.
+The error budget (bench/check/budget.py) forgives what eager PyTorch loses, and eager rounds sums, statistics and wide
+side tensors in the same places as a careless kernel would. Here float64 alone is the measure: sums of one sign, large
+means, gradients that follow what they meet.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ MASKED = {
 @pytest.mark.parametrize("dtype", [H, B])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_torch_backend_errs_no_more_than_torch(dtype, fused, monkeypatch):
-    """Root-mean-square errors against float64, of scores that spread as 1, 2 and 4 times the usual; forward and every gradient."""
+    """Root-mean-square errors against float64, of scores that spread as 1, 2 and 4 times the usual; forward and every
+    gradient."""
     for name in ("FUSED_FROM", "FUSED_GRADIENTS_FROM"):
         monkeypatch.setattr(torch_backend, name, 1 if fused else 10**9)
     for std, (name, options) in itertools.product((1, 2, 4), MASKED.items()):

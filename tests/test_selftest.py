@@ -1,4 +1,5 @@
-"""The self-test on a GPU's first use: it sees a wrong kernel, runs once, and never where it would do harm. No GPU is needed to show it."""
+"""The self-test on a GPU's first use: it sees a wrong kernel, runs once, and never where it would do harm. No GPU is
+needed to show it."""
 
 import os
 import pathlib

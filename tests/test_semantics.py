@@ -1,4 +1,5 @@
-"""docs/semantics.md, row by row: what each mask means, on every backend, and what torch makes of it where the page says so."""
+"""docs/semantics.md, row by row: what each mask means, on every backend, and what torch makes of it where the page says
+so."""
 
 import contextlib
 import importlib

@@ -1,4 +1,5 @@
-"""What is kept from call to call has a bound, whatever shapes come; and tests/soak.py tells a process that grows from one that does not."""
+"""What is kept from call to call has a bound, whatever shapes come; and tests/soak.py tells a process that grows from
+one that does not."""
 
 import importlib
 import importlib.util

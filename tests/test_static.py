@@ -1,4 +1,5 @@
-"""Static figures: control words, loops, pipes and spills of small listings; traffic and FLOPs of a launch; goals; the same bytes twice."""
+"""Static figures: control words, loops, pipes and spills of small listings; traffic and FLOPs of a launch; goals; the
+same bytes twice."""
 
 import json
 import math
@@ -43,7 +44,8 @@ def test_control_words_are_decoded() -> None:
 
 
 def test_loops_are_found_by_dominators_not_by_position() -> None:
-    """A block that waits for a barrier stands behind the exit and jumps back into the loop: it is no loop around the epilogue."""
+    """A block that waits for a barrier stands behind the exit and jumps back into the loop: it is no loop around the
+    epilogue."""
     code, paths = _paths(
         "MOV R0, RZ", ".L_x_0:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR6], R8", "@!P1 BRA `(.L_x_2)", ".L_x_1:", "FFMA R1, R2, R3, R1",
         "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA `(.L_x_0)", "STG.E [R4], R1", "EXIT", ".L_x_2:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR6], R8",
@@ -80,7 +82,8 @@ def test_pipes_are_counted_at_each_architecture_s_rate() -> None:
             "FFMA R0, R1, R2, R3", "FMNMX R0, R1, R2, !PT", "LDS.128 R0, [R4]", "SHFL.BFLY PT, R0, R0, 0x1, 0x1f", "LDSM.16.M88.4 R0, [R4]", "NOP",
         )
     ).instructions  # fmt: skip
-    # wgmma of 64 x N holds the pipe N / 2 cycles; with A in shared memory too, a narrow one waits for its operands: 32 / 4 + 16.
+    # wgmma of 64 x N holds the pipe N / 2 cycles; with A in shared memory too, a narrow one waits for its operands: 32
+    # / 4 + 16.
     assert cycles(path, RATES[90]) == dict(tensor=64 + 24, xu=8, fma=1, alu=2, mio=16 + 4 + 16, issue=9)
     assert cycles(path, RATES[80])["fma"] == 2
     hmma = Code.parse(_listing("HMMA.16816.F32.BF16 R4, R8, R12, R4")).instructions
@@ -123,7 +126,8 @@ def test_replay_overlaps_warps_and_waits_for_scoreboards() -> None:
         texts = ("LDGSTS.E.BYPASS.128 [R0], [R2.64]", "LDGDEPBAR", f"DEPBAR.LE SB0, {keep:#x}")
         copy = Code.parse(_listing(*texts, control=(1 << 41) | (7 << 46) | (7 << 49))).instructions
         assert least <= model.replay(copy, RATES[90], 1, 4, memory=1e9) < most
-    # A descriptor's tile is awaited stages - 1 iterations after it is asked for; its size is that of the products' right operands.
+    # A descriptor's tile is awaited stages - 1 iterations after it is asked for; its size is that of the products'
+    # right operands.
     texts = (
         "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R0",
         "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24",
@@ -210,12 +214,14 @@ def _run(*command: str, stdin: str = "", **variables: str) -> str:
 
 @pytest.mark.compat
 def test_traffic_and_flops_of_our_launches() -> None:
-    """Softmax and layer norm move each byte once; attention crosses DRAM once, reads keys for each query tile, and skips hidden tiles."""
+    """Softmax and layer norm move each byte once; attention crosses DRAM once, reads keys for each query tile, and
+    skips hidden tiles."""
     for found in json.loads(_run("-c", _COUNT)):
         assert found["distinct"] == found["least"], found
         if found["op"] == "attention":
             assert found["total"] > found["least"], found  # keys again for every query tile
-            # Tiles on the diagonal are half hidden, those above it are skipped; the backward computes two of its five products twice.
+            # Tiles on the diagonal are half hidden, those above it are skipped; the backward computes two of its five
+            # products twice.
             assert 1.0 < found["flops"] / found["useful"] < (2.0 if found["mode"] == "forward" else 2.8), found
         else:
             assert found["total"] == found["least"] and found["flops"] == 0, found
@@ -223,7 +229,8 @@ def test_traffic_and_flops_of_our_launches() -> None:
 
 @pytest.mark.aot
 def test_the_same_figures_twice(tmp_path: Path) -> None:
-    """From the command line with an empty cache and a full one the JSON is the same to the byte, and so are the rows of another process."""
+    """From the command line with an empty cache and a full one the JSON is the same to the byte, and so are the rows of
+    another process."""
     written = []
     for n in range(2):
         output = tmp_path / f"{n}.json"

@@ -1,4 +1,5 @@
-"""The inputs that torch tests its own modules and functions with, from the installed wheel: ours give what torch gives."""
+"""The inputs that torch tests its own modules and functions with, from the installed wheel: ours give what torch
+gives."""
 
 import pytest
 import torch

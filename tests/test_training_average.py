@@ -49,8 +49,8 @@ def test_the_mean_of_three_and_tied_weights_stay_tied(tmp_path):
 
 
 def test_half_precision_is_averaged_in_float32(tmp_path):
-    # 1 + 2**-7 is the bfloat16 behind 1. The mean of one 1 and three of it lies nearer to it; in bfloat16 the mean of the
-    # first two would round to 1, and no later one would move it.
+    # 1 + 2**-7 is the bfloat16 behind 1. The mean of one 1 and three of it lies nearer to it; in bfloat16 the mean of
+    # the first two would round to 1, and no later one would move it.
     for step in range(1, 5):
         model = Tied()
         nn.init.constant_(model.embedding.weight, 1 if step == 1 else 1 + 2**-7)

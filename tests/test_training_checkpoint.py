@@ -225,7 +225,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_what_is_written_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
-    """Each file, then the hidden folder's names, then the run folder's, in which the checkpoint has its name by then."""
+    """Each file, then the hidden folder's names, then the run folder's, in which the checkpoint has its name by
+    then."""
     flushed, fsync = [], os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda number: flushed.append(os.readlink(f"/proc/self/fd/{number}")) or fsync(number)

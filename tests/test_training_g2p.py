@@ -141,7 +141,8 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture
 def say(untrained, monkeypatch, capsys):
-    """(status, lines of output, lines of errors) of `tileformer generate` for words, or for the bytes of its standard input."""
+    """(status, lines of output, lines of errors) of `tileformer generate` for words, or for the bytes of its standard
+    input."""
 
     def run(*words, typed=b""):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))

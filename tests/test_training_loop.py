@@ -1,4 +1,5 @@
-"""The step loop: precision, accumulation, learning, validation that steers, what it writes down, and what it refuses."""
+"""The step loop: precision, accumulation, learning, validation that steers, what it writes down, and what it
+refuses."""
 
 import itertools
 import json

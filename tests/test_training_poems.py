@@ -1,4 +1,5 @@
-"""The poems recipe: what a regular poem is, a split without a shared line, the form check, and both verbs on few poems."""
+"""The poems recipe: what a regular poem is, a split without a shared line, the form check, and both verbs on few
+poems."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,5 @@
-"""Stopped anywhere, a run ends with the same bits: kill -9 at random moments, a full disk, every optimiser and schedule.
+"""Stopped anywhere, a run ends with the same bits: kill -9 at random moments, a full disk, every optimiser and
+schedule.
 
     python tests/test_training_resume.py FOLDER SEED MOMENTS
 
@@ -27,8 +28,8 @@ import tileformer
 from tileformer.training import Batches, CheckpointError, Settings, checkpoint, fit, loop, process, sequence_loss
 
 PAIRS = [([3 + i % 5, 4, 3 + i % 3], [3 + i % 4] * (1 + i % 3)) for i in range(60)]
-# Everything that has a state of its own, in one run: 27 steps, seven epochs, a cut of the rate, two kept checkpoints. The
-# learning rate is far too high, so that the valid loss goes up and down.
+# Everything that has a state of its own, in one run: 27 steps, seven epochs, a cut of the rate, two kept checkpoints.
+# The learning rate is far too high, so that the valid loss goes up and down.
 SETTINGS = Settings(
     2_400, lr=1.0, schedule="plateau", plateau_wait=1, precision="fp32", log_every=2, save_every=3, accumulate=2,
     valid_every="epoch", patience=9, keep_best=True, l1=1e-3,

@@ -1,4 +1,5 @@
-"""What a checkpoint can hold: odd names, kinds and layouts come back as they were, and what it cannot hold is refused before any work."""
+"""What a checkpoint can hold: odd names, kinds and layouts come back as they were, and what it cannot hold is refused
+before any work."""
 
 import itertools
 import math

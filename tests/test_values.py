@@ -1,4 +1,5 @@
-"""Every call of bench/calls/cases.py, forward and every gradient, within its error budget against float64 and within its memory; every dropout."""
+"""Every call of bench/calls/cases.py, forward and every gradient, within its error budget against float64 and within
+its memory; every dropout."""
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from tileformer.bench.check.run import examine, examine_draws
 
 
 def _dtypes(item: Call) -> tuple[str, ...]:
-    """Few enough to compile in minutes beside a GPU, and to interpret in a minute elsewhere; `tileformer check` takes all of them."""
+    """Few enough to compile in minutes beside a GPU, and to interpret in a minute elsewhere; `tileformer check` takes
+    all of them."""
     if not torch.cuda.is_available():
         return () if not item.interpret else item.dtypes if item.suite else item.dtypes[:1]
     if not item.suite:

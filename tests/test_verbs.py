@@ -1,6 +1,8 @@
-"""Every option of every verb with a bad path and a bad value: one line, exit 2, nothing printed before it, nothing made.
+"""Every option of every verb with a bad path and a bad value: one line, exit 2, nothing printed before it, nothing
+made.
 
-The parsers are walked, so that a new option is tried without being named here. `make verbs` tries all, a plain run a few.
+The parsers are walked, so that a new option is tried without being named here. `make verbs` tries all, a plain run a
+few.
 """
 
 import argparse

@@ -2,12 +2,13 @@
 
     python tests/mutation [--sample N | --only TEXT] [--likely] [--judge check] [--jobs J]
 
-A mutant counts as killed when a test fails that passes on the copy without it. The selection of `make test` is not changed; the test
-files most likely to notice come first, so that a kill takes seconds, and a survivor has run the whole selection. Prints the score; the exit
-status is 1 when a mutant survives, and 2 when a patch does not apply exactly once or a kill cannot be told from a broken tree.
+A mutant counts as killed when a test fails that passes on the copy without it. The selection of `make test` is not
+changed; the test files most likely to notice come first, so that a kill takes seconds, and a survivor has run the whole
+selection. Prints the score; the exit status is 1 when a mutant survives, and 2 when a patch does not apply exactly once
+or a kill cannot be told from a broken tree.
 
-With `--judge check`, `tileformer check` of the op in question judges instead of the tests: where kernel and definition need one rule, a fault
-in either must show as a difference.
+With `--judge check`, `tileformer check` of the op in question judges instead of the tests: where kernel and definition
+need one rule, a fault in either must show as a difference.
 """
 
 # ruff: noqa: E402, F401
@@ -121,7 +122,8 @@ class Mutant:
 
 
 def listed() -> list[Mutant]:
-    """Every mutant of mutants.py; ValueError for one that is malformed or of a class that the taxonomy does not list."""
+    """Every mutant of mutants.py; ValueError for one that is malformed or of a class that the taxonomy does not
+    list."""
     found = [Mutant(path, *fields) for path, rows in mutants.MUTANTS.items() for fields in rows]
     for mutant in found:
         if mutant.kind not in mutants.TAXONOMY:
@@ -193,7 +195,8 @@ class Run:
         os._exit(status)
 
     def ended(self) -> bool:
-        """Whether it has; then `status` is pytest's, or negative where it was killed or took too long, and `failed` the tests that did."""
+        """Whether it has; then `status` is pytest's, or negative where it was killed or took too long, and `failed` the
+        tests that did."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid and time.monotonic() - self.began > LONGEST:
             os.killpg(self.pid, signal.SIGKILL)

@@ -1,5 +1,4 @@
 # fmt: off
-# ruff: noqa: E501
 """The faults that the tests must notice: text patches on the shipped code, by file. `python tests/mutation` plants them one by one.
 
 A row is (class, what is wrong, old text, new text[, function]): the old text must occur exactly once, in the file or in the function named.

@@ -1,6 +1,8 @@
-"""Our ops as a GPU would run them: each launch is compiled to Triton's IR for sm_90 and executed by ttsem, which checks every address.
+"""Our ops as a GPU would run them: each launch is compiled to Triton's IR for sm_90 and executed by ttsem, which checks
+every address.
 
-Run by `make sanitize`. Sizes are ragged, so that a missing mask shows; two or more programs share each output, so that a race shows.
+Run by `make sanitize`. Sizes are ragged, so that a missing mask shows; two or more programs share each output, so that
+a race shows.
 """
 
 import pytest

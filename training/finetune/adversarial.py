@@ -75,7 +75,8 @@ class Gan(nn.Module):
 
 
 def gan_backward(model: Any, batch: Any, loss_fn: LossFunction, scale: Tensor) -> Tensor:
-    """One step of both players by `Gan.loss`: the generator's weights see its loss alone, all others the discriminator's alone."""
+    """One step of both players by `Gan.loss`: the generator's weights see its loss alone, all others the
+    discriminator's alone."""
     discriminator, generator = loss_fn(model, batch) * scale
     makers = list(model.generator.parameters())
     # First, because the other backward frees what the two losses share.
