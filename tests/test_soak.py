@@ -16,12 +16,7 @@ from torch.nn import functional as F
 from tileformer import decoder, kernels, training
 from tileformer.kernels import attention, cross_entropy, dropout, layer_norm, softmax, use_backend
 
-FEW = {
-    "wider",
-    "_in_one",
-    "_without_tangents",
-    "_interpreted",
-}  # kept for ever, but by dtypes and by functions of ours: there are few
+FEW = {"wider", "_interpreted"}  # kept for ever, but by dtypes and by functions of ours: there are few
 MOST = 1024  # entries of any other cache
 
 
