@@ -72,7 +72,7 @@ def use(model: Any) -> Report:
     Example:
         >>> from transformers import LlamaConfig, LlamaModel
         >>> model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2))
+        ...                                num_attention_heads=2))
         >>> use(model).swapped["attention"]
         "transformers' sdpa -> tileformer's"
     """
