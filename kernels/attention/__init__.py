@@ -264,8 +264,9 @@ def attention(
         scale = checks.number("attention", "scale", scale, "multiply q by it, and pass scale=1.0")
     softcap = checks.number("attention", "softcap", softcap)
     dropout_p = checks.number("attention", "dropout_p", dropout_p)
-    seed = checks.seeded("attention", seed, q.device)
-    scores = (*q.shape[:-1], k.shape[-2]) if q.dim() == k.dim() == 4 else ()
+    if seed is not None:
+        seed = checks.seeded("attention", seed, q.device)
+    scores = (*q.shape[:-1], k.shape[-2]) if mask is not None and q.dim() == k.dim() == 4 else ()
     if scores and (variant := checks.causal_variant("attention", mask, scores)):
         others = (window, align, alibi_slopes, *lens)  # which have a diagonal of their own
         alone = not causal and all(x is None for x in others)
@@ -280,8 +281,9 @@ def attention(
     if dropout_p > 0.0 and seed is None:
         seed = random.new_seed(q.device)
     left, right, bottom_right = limits(causal, window, align)
-    max_q, max_k = (x.shape[2] if most is None else int(most) for x, most in ((q, max_seqlen_q), (k, max_seqlen_k)))
-    left, right = (NO_LIMIT if side is None else side for side in (left, right))
+    left, right = NO_LIMIT if left is None else left, NO_LIMIT if right is None else right
+    max_q = q.shape[2] if max_seqlen_q is None else int(max_seqlen_q)
+    max_k = k.shape[2] if max_seqlen_k is None else int(max_seqlen_k)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     flags = int(bottom_right), int(packed)
     params = AttentionParams(left, right, *flags, max_q, max_k, int(bias_grad), scale, softcap, dropout_p)

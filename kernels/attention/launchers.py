@@ -7,6 +7,7 @@ What follows from shapes, strides, dtypes and options alone is worked out once f
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,10 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
+def _near_columns(x: Tensor | None) -> Tensor | None:
+    return x if x is None or max(x.stride()[-2:], default=0) < MAX_ROW_STRIDE else x.contiguous()
+
+
 def _tma_compatible(x: Tensor) -> bool:
     """Whether a tensor descriptor can reach each head's rows (CUDA Driver API, cuTensorMapEncodeTiled)."""
     d = x.shape[-1]
@@ -63,8 +68,8 @@ class _Layout(NamedTuple):
     dtype: torch.dtype
 
 
-def _layout(x: Tensor | None) -> _Layout | None:
-    return None if x is None else _Layout(x.shape, x.stride(), x.dtype)
+def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return x.shape, x.stride(), x.dtype  # a key: a plain tuple is made in half of the time
 
 
 def _broadcast_strides(x: _Layout | None) -> tuple[int, ...]:
@@ -77,6 +82,7 @@ class _Plan:
     """The launches of a kind of call: all but the tensors.
 
     Args:
+        layouts: of q, k, v, the mask and the bias: the fields of `_Layout`, or False.
         others: whether there are a key mask, a bounds table and slopes of ALiBi.
         sequences: as many as the bounds table has rows, or the batch.
         do_strides: of the output's gradient, for a backward.
@@ -86,10 +92,11 @@ class _Plan:
     """
 
     def __init__(
-        self, q: _Layout, k: _Layout, v: _Layout, mask: _Layout | None, bias: _Layout | None,
-        others: tuple[bool, bool, bool], sequences: int, params: AttentionParams, do_strides: tuple[int, ...],
-        variant: bool, tma: bool, settings: tuple[int, str, Any, int],
+        self, layouts: Sequence[Any], others: tuple[bool, bool, bool], sequences: int, params: AttentionParams,
+        do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int],
     ) -> None:  # fmt: skip
+        q, k, v = map(_Layout._make, layouts[:3])
+        mask, bias = (_Layout._make(x) if x else None for x in layouts[3:])
         (_, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
         self.params, self.q, self.bias, self.variant = params, q, bias, variant
         self.arch, precision, self.tiles_for, section_bytes = settings
@@ -120,12 +127,14 @@ class _Plan:
     ) -> Launch:  # fmt: skip
         """Of a kernel that takes so many Matrix, the masks, other tensors, `scalars`, threshold and scaling."""
         f, p = self.features, self.params
+        positions = itertools.count(matrices)  # where there is no mask, q stands in: it is never read as one
+        at = [next(positions) if there else 0 for there in self.present]
+        rest, strides, (mask_strides, bias_strides) = next(positions), self.strides[:matrices], self.mask_strides
 
         def arrange(*tensors: Tensor) -> tuple[Any, ...]:
-            rest = iter(tensors[matrices:])  # where there is no mask, q stands in: it is never read as one
-            mask, bias, *others = [next(rest) if there else tensors[0] for there in self.present]
-            masks = Masks(Matrix(mask, self.mask_strides[0]), Matrix(bias, self.mask_strides[1]), *others)
-            return (*map(Matrix, tensors, self.strides[:matrices]), masks, *rest)
+            mask, bias, *others = [tensors[i] for i in at]
+            masks = Masks(Matrix(mask, mask_strides), Matrix(bias, bias_strides), *others)
+            return (*map(Matrix, tensors, strides), masks, *tensors[rest:])
 
         rows = self.tiles_for(table, self.arch, max(f.D, f.DV), self.q.dtype, self.feature)
         scalars += random.threshold(p.dropout_p), Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
@@ -177,27 +186,30 @@ def _planned(
 ) -> tuple[_Plan, list[Tensor]]:  # fmt: skip
     """The plan of a call, and the masks that it has, as the kernels read them."""
     mask, bias, key_mask, _, _, slopes, seed = masks
-    mask, bias = (
-        x if x is None or max(x.stride()[-2:], default=0) < MAX_ROW_STRIDE else x.contiguous() for x in (mask, bias)
-    )
+    mask, bias = _near_columns(mask), _near_columns(bias)
     n = bounds.shape[0]
     sequences = n or q.shape[0]
     long = k.shape[2] >= OVERLAP_LEAST_KEYS and params.left == NO_LIMIT and not n
     plan = _plan(
-        _layout(q), _layout(k), _layout(v), _layout(mask), _layout(bias),
+        (_layout(q), _layout(k), _layout(v), mask is not None and _layout(mask), bias is not None and _layout(bias)),
         (key_mask is not None, n > 0, slopes is not None), sequences, params, () if dout is None else dout.stride(),
         variant, long and _tma_compatible(k) and _tma_compatible(v),
         (arch_of(q), dot_precision(q), tiles_for, SECTION_BYTES),
     )  # fmt: skip
-    tensors = (
-        None if mask is None else _bytes(mask),
-        bias,
-        None if key_mask is None else _bytes(key_mask.contiguous()),
-        bounds if n else None,
-        None if slopes is None else slopes.to(torch.float32).expand(sequences, q.shape[1]).contiguous(),
-        seed if params.dropout_p > 0.0 else None,
-    )
-    return plan, [x for x in tensors if x is not None]
+    present: list[Tensor] = []
+    if mask is not None:
+        present.append(_bytes(mask))
+    if bias is not None:
+        present.append(bias)
+    if key_mask is not None:
+        present.append(_bytes(key_mask.contiguous()))
+    if n:
+        present.append(bounds)
+    if slopes is not None:
+        present.append(slopes.to(torch.float32).expand(sequences, q.shape[1]).contiguous())
+    if seed is not None and params.dropout_p > 0.0:
+        present.append(seed)
+    return plan, present
 
 
 @functools.lru_cache(maxsize=1024)

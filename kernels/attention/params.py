@@ -50,13 +50,7 @@ class AttentionParams(NamedTuple):
         return cls(*ints, *floats)
 
 
-def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
-    lengths: dict[str, Tensor | None], packed: dict[str, Tensor | None], longest: dict[str, int | None],
-    causal: bool | str, window: Any, align: str | None, alibi_slopes: Tensor | None,
-    softcap: float, dropout_p: float, seed: Tensor | None, return_weights: bool | str,
-) -> None:  # fmt: skip
-    """Raise ValueError, TypeError or NotImplementedError for arguments of `attention` that do not fit together."""
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     checks.floating("attention", q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -65,9 +59,23 @@ def check_attention(
             raise ValueError(f"attention: {name} must be (B, H, T, D), got shape {tuple(x.shape)}: {hint}")
         if x.dtype != q.dtype:
             raise TypeError(f"attention: {name} is {name_of(x.dtype)}, q is {name_of(q.dtype)}: cast them to one dtype")
-    sides = dict(key_mask=key_mask, bias=bias, alibi_slopes=alibi_slopes, **lengths, **packed)
-    checks.tensors("attention", **sides)
-    checks.same_device("attention", q, k=k, v=v, **sides)
+
+
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
+    lengths: dict[str, Tensor | None], packed: dict[str, Tensor | None], longest: dict[str, int | None],
+    causal: bool | str, window: Any, align: str | None, alibi_slopes: Tensor | None,
+    softcap: float, dropout_p: float, seed: Tensor | None, return_weights: bool | str,
+) -> None:  # fmt: skip
+    """Raise ValueError, TypeError or NotImplementedError for arguments of `attention` that do not fit together."""
+    usual = q.dtype == k.dtype == v.dtype and q.dtype in checks.FLOATING and q.dim() == k.dim() == v.dim() == 4
+    if not usual or k.is_nested or v.is_nested:
+        _check_tensors(q, k, v)
+    others = dict(key_mask=key_mask, bias=bias, alibi_slopes=alibi_slopes, **lengths, **packed)
+    others = {name: x for name, x in others.items() if x is not None}
+    if others:  # each check that has nothing to look at costs the host a microsecond
+        checks.tensors("attention", **others)
+    checks.same_device("attention", q, k=k, v=v, **others)
     (b, h, t_q, d), (h_kv, t_k) = q.shape, k.shape[1:3]
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
@@ -82,7 +90,8 @@ def check_attention(
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"attention: {name} {size} is outside 1 to {MAX_HEAD_DIM}")
     checks.causal("attention", causal)
-    _check_window(causal, window, align)
+    if window is not None or align is not None:
+        _check_window(causal, window, align)
     checks.rate("attention", dropout_p, seed, q)
     if not (softcap >= 0.0 and softcap < float("inf")):
         raise ValueError(f"attention: softcap is {softcap}: it must be positive, or 0 for none")
@@ -93,7 +102,9 @@ def check_attention(
             f"attention: key_mask must be boolean {(b, t_k)}, True = a real key, "
             f"got {name_of(key_mask.dtype)} {tuple(key_mask.shape)}{_TIME_FIRST if key_mask.shape == (b, h_kv) else ''}"
         )
-    n = _check_sequences(b, lengths, packed, longest, key_mask, return_weights)
+    n = b
+    if others or longest["max_seqlen_q"] is not None or longest["max_seqlen_k"] is not None:
+        n = _check_sequences(b, lengths, packed, longest, key_mask, return_weights)
     if alibi_slopes is not None and (not alibi_slopes.is_floating_point() or alibi_slopes.shape not in ((h,), (n, h))):
         raise ValueError(
             f"attention: alibi_slopes must be floating {(h,)} or {(n, h)}, "
@@ -101,6 +112,8 @@ def check_attention(
         )
     if alibi_slopes is not None and checks.differentiated(alibi_slopes):
         raise NotImplementedError("attention: alibi_slopes get no gradient: detach, or pass bias= for a learned one")
+    if mask is bias is None:
+        return
     checks.tensors("attention", mask=mask)
     for added in (mask, bias):
         # As many columns as k has heads: `broadcastable` would find the fault in the mask.
