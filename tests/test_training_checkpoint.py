@@ -294,7 +294,7 @@ def put(where, name, value):
         (put("settings", "keep_best", "false"), "expected keep_best as bool, found 'false'"),
         (put("settings", "speed" * 1000, 1), "no field 'speedspeed"),
         (put(None, "meta", None), "expected meta as an object, found None"),
-        (put("meta", "recipe", "x" * 5000), "meta recipe='xxx"),
+        (put("meta", "recipe", "z" * 5000), "meta recipe='zzz"),
         (put(None, "data", None), "expected data as dict"),
         (put("data", "index", "0"), "expected index from 0 on, found '0'"),
         (lambda state: state["data"].pop("seed"), "seed was None, is 0"),
