@@ -218,10 +218,10 @@ class Decoding:
             logits = logits[rows]
         return logits, state
 
-    def step(self, tokens: Tensor, state: KVCache | TokenState) -> Tensor:
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
         """See `Decodable.step`."""
         new = tokens if tokens.dim() == 2 else tokens[:, None]
-        if isinstance(state, KVCache):
+        if not isinstance(state, TokenState):
             logits = self.read(new, *state.inputs, cache=state)
         else:
             state.append(new)
