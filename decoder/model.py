@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.blocks import Block, Stack, check_heads
-from tileformer.decoder.generation.cache import Decoding, KVCache
-from tileformer.decoder.nn.layer import TransformerEncoderLayer
+from tileformer.decoder.blocks import Attention, Block, Stack, check_heads
+from tileformer.decoder.generation.cache import KVCache
+from tileformer.decoder.generation.step import Decoding, Parts
+from tileformer.decoder.nn.attention import MultiheadAttention
+from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.nn.modules import Dropout, LayerNorm
 from tileformer.decoder.nn.transformer import TransformerDecoder
 
@@ -98,6 +100,13 @@ def _check_config(config: Any, counts: tuple[str, ...], **vocabularies: int) -> 
         )
 
 
+_OUT_PROJECTION = nn.modules.linear.NonDynamicallyQuantizableLinear
+_KNOWN = frozenset(
+    (Attention, Block, MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer, LayerNorm, Dropout)
+    + (nn.LayerNorm, nn.Dropout, nn.Linear, nn.Embedding, _OUT_PROJECTION)
+)
+
+
 class Model(Decoding, nn.Module):
     """What both models share: their ids and sizes, and how tokens enter.
 
@@ -108,6 +117,7 @@ class Model(Decoding, nn.Module):
 
     dropout: Dropout
     conditioned = False  # whether `generate` is handed a source
+    known_modules = _KNOWN
 
     def __init__(self, config: DecoderLMConfig | Seq2SeqConfig) -> None:
         super().__init__()
@@ -219,6 +229,11 @@ class DecoderLM(Model):
 
     def read(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         return self(tokens, cache=cache)
+
+    def parts(self) -> Parts:
+        layers = [self.layers[i if len(self.layers) > 1 else 0] for i in range(self.num_layers)]
+        scale = self.config.d_model**0.5
+        return Parts(self.embedding, self.position, layers, self.norm, scale, (self.dropout,))
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is not None:
@@ -354,6 +369,11 @@ class Seq2Seq(Model):
 
     def read(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.decode(tgt, memory, src_padding, cache)
+
+    def parts(self) -> Parts:
+        decoder = self.transformer.decoder
+        shape = (list(decoder.layers), decoder.norm, self.config.d_model**0.5, (self.dropout,))
+        return Parts(self.tgt_embedding, self.tgt_position, *shape)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tileformer.decoder.generation.state import RowState, align_prompts
+from tileformer.decoder.generation.state import RowState
 
 
 class AttentionCache:
@@ -178,57 +178,3 @@ class TokenState(RowState):
 
     def assign(self, growing: list[Tensor], fixed: list[Tensor]) -> None:
         (self.tokens,), self.inputs = growing, tuple(fixed)
-
-
-class Decoding:
-    """``start`` and ``step`` of our own models, which are `Decodable` by it.
-
-    A model says what it reads at every step beside its tokens (``inputs_of`` a source) and gives the logits of tokens
-    (``read``, as its forward).
-    """
-
-    pad_id: int
-    max_length: int
-    num_layers: int
-    read: Any
-    inputs_of: Any
-
-    def start(
-        self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1, use_cache: bool = True
-    ) -> tuple[Tensor, KVCache | TokenState]:
-        """See `Decodable.start`; without ``use_cache`` every step reads all tokens again: the same logits, for
-        comparison."""
-        tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id)
-        if not longest <= capacity <= self.max_length:
-            raise ValueError(
-                f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
-                f"got {capacity}"
-            )
-        inputs = self.inputs_of(source)
-        state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)
-        logits = self.read(tokens, *inputs, cache=state if use_cache else None)
-        if shortest < longest:
-            state.row_lengths = lengths.to(torch.int32)
-            logits = logits[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-        else:
-            logits = logits[:, -1]
-        if beams > 1:
-            rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(beams)
-            state.select(rows)
-            logits = logits[rows]
-        return logits, state
-
-    def step(self, tokens: Tensor, state: Any) -> Tensor:
-        """See `Decodable.step`."""
-        new = tokens if tokens.dim() == 2 else tokens[:, None]
-        if not isinstance(state, TokenState):
-            logits = self.read(new, *state.inputs, cache=state)
-        else:
-            state.append(new)
-            logits = self.read(state.tokens[:, : state.length], *state.inputs, cache=None)
-            if state.row_lengths is None:
-                logits = logits[:, -new.shape[1] :]
-            else:
-                last = state.row_lengths.long()[:, None] + torch.arange(-new.shape[1], 0, device=tokens.device)
-                logits = logits.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, logits.shape[2]))
-        return logits if tokens.dim() == 2 else logits[:, 0]

@@ -151,6 +151,7 @@ class RowState:
         lengths, live = self.lengths, self.live
         growing, fixed = self.growing(), []
         for mine, theirs in zip(growing, other.growing(), strict=True):
+            mine[slots] = 0  # behind its length a row's tokens are read, and multiplied by zero: no NaN may stay
             mine.narrow(_time(mine), 0, other.length)[slots] = theirs.narrow(_time(theirs), 0, other.length)
         for mine, theirs in zip(self.fixed(), other.fixed(), strict=True):
             width = max(mine.shape[_time(mine)], theirs.shape[_time(theirs)])
@@ -170,8 +171,6 @@ class RowState:
     def release(self, rows: Tensor) -> None:
         self.live = (torch.ones_like(self.lengths) if self.live is None else self.live).index_fill(0, rows, 0)
         self.row_lengths = self.lengths * self.live
-        for x in self.growing():  # what comes next must not meet a NaN behind its mask
-            x[rows] = 0
         if rows.device.type == "cpu" and len(self.live):
             self.length = int(self.row_lengths.max())
 
@@ -208,8 +207,8 @@ class JoinedState:
 
 
 def _time(x: Tensor) -> int:
-    """The axis of the tokens: keys and values are (R, H, T, D), all else is (R, T, ...)."""
-    return 2 if x.dim() == 4 else 1
+    """The axis of the tokens: keys and values are (R, ..., H, T, D), all else is (R, T, ...)."""
+    return x.dim() - 2 if x.dim() >= 4 else 1
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

@@ -1,0 +1,225 @@
+"""StaticCache: the keys and values of all layers in one buffer, for a step that reads and writes it in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tileformer.decoder.generation.state import RowState
+from tileformer.kernels import attention
+
+SHORT = 16  # new tokens from which scores are worth a kernel that never stores them
+STEPS_BETWEEN_COMPACTIONS = 16
+
+
+class StaticCache(RowState):
+    """Keys and values of R rows, or of R / ``beams`` sources whose beams share them; `PackedStep`'s state.
+
+    Beams move nothing. What they read of a source stands in slots: the prompt's, then ``beams`` a step. ``sees`` (R,
+    slots) is 0 where a beam descends from what stands in a slot, else -inf; choosing other beams chooses other rows of
+    it. Slots from which no beam descends are given up every few steps.
+
+    Args: ``shape`` (layers, heads, head size); ``rows``; ``capacity`` in tokens; ``like``, a tensor of the dtype and on
+    the device of the model; ``source``, keys and values (B, T, 2, H, D) of each layer with ``padding`` (B, T), True = no
+    key.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        rows: int,
+        capacity: int,
+        like: Tensor,
+        source: list[Tensor] | None = None,
+        padding: Tensor | None = None,
+    ) -> None:
+        layers, self.heads, self.head_dim = shape
+        self.capacity, self.length, self.slots, self.beams = capacity, 0, 0, 1
+        self.scale = self.head_dim**-0.5
+        # Finite from the start: what a shorter row has not written yet is read, and multiplied by zero.
+        self.kv = like.new_zeros(layers, 2, rows, self.heads, capacity, self.head_dim)
+        self.ignored = like.new_zeros(1)
+        self.source = self.padding = self.source_sees = None
+        if source:
+            self._attend_to(torch.stack(source).permute(0, 3, 1, 4, 2, 5).contiguous(), padding)
+
+    def _attend_to(self, source: Tensor, padding: Tensor) -> None:
+        """Take keys and values (L, 2, B, H, T, D) of a source, whose padding (B, T) says what is no key."""
+        self.source, self.padding, self.source_sees = source, padding, None
+        if bool(padding.any()):
+            # NaN in padding must not reach a row; a row without any key reads zeros instead, and is zero.
+            source.masked_fill_(padding[:, None, :, None], 0.0)
+            hidden = padding & ~padding.all(1, keepdim=True)
+            self.source_sees = source.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
+        flat = source.flatten(2, 3)
+        self.source_keys, self.source_values = flat[:, 0].transpose(2, 3).unbind(0), flat[:, 1].unbind(0)
+
+    def growing(self) -> list[Tensor]:
+        return [self.kv.movedim(2, 0)]
+
+    def fixed(self) -> list[Tensor]:
+        return [] if self.source is None else [self.source.movedim(2, 0), self.padding]
+
+    def assign(self, growing: list[Tensor], fixed: list[Tensor]) -> None:
+        self.kv = growing[0].movedim(0, 2).contiguous()
+        if fixed:
+            self._attend_to(fixed[0].movedim(0, 2).contiguous(), fixed[1])
+
+    # What the step asks
+
+    def begin(self, n: int) -> int | Tensor:
+        """Make room for n tokens more; where they stand: the first one's position, or all (R, n) where rows differ."""
+        R, end = self.kv.shape[2], self.slots + n * self.beams
+        if self.row_lengths is None and self.length + n > self.capacity:
+            raise ValueError(
+                f"{self.length + n} tokens a row do not fit this cache of capacity {self.capacity}: make it larger"
+            )
+        self.n = n
+        self.at: tuple[Tensor, Tensor] | None = None
+        self.sees_now: Tensor | None = None
+        where: int | Tensor = self.length
+        if self.beams > 1:
+            if n > 1:
+                raise ValueError(f"beams read one token a step, got {n}: select the rows that go on first")
+            self.sees_now = self._own_slots(end)
+            if self.row_lengths is not None:
+                where = self.positions(1)
+        elif self.row_lengths is not None:
+            where = self.positions(n)
+            end = min(end, self.capacity)
+            self.at = (torch.arange(R, device=where.device)[:, None], where)
+            self.sees_now = self._up_to(where, end)
+        elif n > 1:
+            self.sees_now = self._up_to(torch.arange(self.length, end, device=self.kv.device)[None], end)
+        flat = self.kv.flatten(2, 3)[:, :, :, :end]
+        self.keys, self.values = flat[:, 0].transpose(2, 3).unbind(0), flat[:, 1].unbind(0)
+        self.new = self.kv[..., self.slots : end, :].unbind(0)
+        self.slots = end
+        return where
+
+    def _up_to(self, positions: Tensor, end: int) -> Tensor:
+        """0 for the keys up to each query's position (R or 1, n), else -inf: (R or 1, 1, n, end)."""
+        hidden = torch.arange(end, device=positions.device) > positions[:, None, :, None]
+        return self.kv.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """``qkv`` (R * n, 3 * H * D), projected of the new tokens: store the keys, attend what each row sees, (R * n,
+        H * D)."""
+        B, n, K = self.kv.shape[2], self.n, self.beams
+        # Beams of a source stand where its tokens do: as many queries of one row.
+        qkv = qkv.view(B, n * K, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        if self.at is None:
+            self.new[layer].copy_(qkv[1:])
+        else:
+            rows, positions = self.at
+            self.kv[layer].transpose(2, 3)[:, rows, positions] = qkv[1:].transpose(2, 3)
+        if n > SHORT and self.at is None and n == self.slots:
+            out = attention(*qkv, causal=True)
+            return out.transpose(1, 2).reshape(B * n, -1)
+        return self._attend(qkv[0], self.keys[layer], self.values[layer], self.sees_now)
+
+    def attend_source(self, layer: int, q: Tensor) -> Tensor:
+        """``q`` (R * n, H * D) against the keys of each row's source, (R * n, H * D)."""
+        q = q.view(self.kv.shape[2], -1, self.heads, self.head_dim).transpose(1, 2)
+        return self._attend(q, self.source_keys[layer], self.source_values[layer], self.source_sees)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, sees: Tensor | None) -> Tensor:
+        B, H, n, D = q.shape
+        scores = torch.baddbmm(self.ignored, q.reshape(B * H, n, D), keys, beta=0, alpha=self.scale)
+        if sees is not None:
+            scores.view(B, H, n, -1).add_(sees)
+        out = torch.bmm(torch.softmax(scores, -1), values)
+        return out.view(B * n, H * D) if n == 1 else out.view(B, H, n, D).transpose(1, 2).reshape(B * n, H * D)
+
+    def advance(self, n: int) -> None:
+        self.length = min(self.length + n, self.capacity)
+        super().advance(n)
+
+    def insert(self, slots: Tensor, other: StaticCache) -> None:
+        self._refuse_beams("takes in no rows")
+        super().insert(slots, other)
+        self.slots = self.length
+
+    def truncate(self, lengths: Tensor) -> None:
+        self._refuse_beams("forgets no tokens")
+        super().truncate(lengths)
+        if lengths.device.type == "cpu" and self.live is None and bool((self.row_lengths == self.length).all()):
+            self.row_lengths = None  # equal rows need no mask
+        self.slots = self.length
+
+    def release(self, rows: Tensor) -> None:
+        self._refuse_beams("releases no rows")
+        super().release(rows)
+        self.slots = self.length
+
+    # Beams
+
+    def branch(self, beams: int, steps: int) -> None:
+        """From here each row goes on as ``beams`` rows, for ``steps`` tokens at the most."""
+        L, two, B, H, _, D = self.kv.shape
+        kv = self.kv.new_zeros(L, two, B, H, self.length + steps * beams, D)
+        kv[..., : self.length, :] = self.kv[..., : self.length, :]
+        self.kv, self.beams, self.sees = kv, beams, kv.new_zeros(B, beams, kv.shape[4])
+        if self.row_lengths is not None:
+            hidden = torch.arange(self.length, device=kv.device) >= self.row_lengths[:, None]
+            self.sees[:, :, : self.length].masked_fill_(hidden[:, None], float("-inf"))
+            self.row_lengths = self.row_lengths.repeat_interleave(beams)
+        alone = torch.eye(beams, dtype=torch.bool, device=kv.device)
+        self.own = kv.new_zeros(beams, beams).masked_fill_(~alone, float("-inf"))
+        self.steps_to_compaction = STEPS_BETWEEN_COMPACTIONS
+
+    def reorder(self, rows: Tensor) -> None:
+        if self.beams == 1:
+            return super().reorder(rows)
+        sees = self.sees.flatten(0, 1)[:, : self.slots]
+        sees.copy_(sees.index_select(0, rows))
+        self.steps_to_compaction -= 1
+        if self.steps_to_compaction == 0:
+            self._compact()
+
+    def select(self, rows: Tensor) -> None:
+        K = self.beams
+        if K > 1:
+            groups = rows.view(-1, K) // K if len(rows) % K == 0 else rows[:0]
+            whole = groups[:, :1] * K + torch.arange(K, device=rows.device) if len(groups) else groups
+            if not len(groups) or not torch.equal(whole, rows.view(-1, K)):
+                self._separate()
+            else:
+                self.sees = self.sees.index_select(0, groups[:, 0])
+                if self.row_lengths is not None:
+                    self.row_lengths = self.row_lengths.index_select(0, rows)
+                self.assign(*([x.index_select(0, groups[:, 0]) for x in xs] for xs in (self.growing(), self.fixed())))
+                return
+        super().select(rows)
+
+    def _compact(self) -> None:
+        """Give up slots from which no beam descends."""
+        self.steps_to_compaction = STEPS_BETWEEN_COMPACTIONS
+        sees = self.sees[:, :, : self.slots]
+        live = (sees == 0).any(1)
+        kept = int(live.sum(1).max())
+        order = (~live).int().argsort(stable=True)[:, :kept]  # (B, kept)
+        for kv in self.kv:  # layer by layer: the copy stays small
+            index = order[None, :, None, :, None].expand(*kv.shape[:3], -1, kv.shape[4])
+            kv[..., :kept, :] = kv.gather(3, index)
+        self.sees[:, :, :kept] = sees.gather(2, order[:, None].expand(-1, self.beams, -1))
+        self.slots = kept
+
+    def _separate(self) -> None:
+        """Give each beam keys and values of its own."""
+        K, length = self.beams, self.length
+        order = (self.sees.flatten(0, 1)[:, : self.slots] != 0).int().argsort(stable=True)[:, :length]
+        rows = torch.arange(len(order), device=order.device)
+        kv = self.kv.new_zeros(*self.kv.shape[:2], len(rows), self.heads, self.capacity, self.head_dim)
+        kv[..., :length, :] = self.kv[:, :, rows[:, None] // K, :, order].permute(2, 3, 0, 4, 1, 5)
+        self.beams, self.slots = 1, length
+        self.assign([kv.movedim(2, 0)], [x.repeat_interleave(K, 0) for x in self.fixed()])
+
+    def _refuse_beams(self, what: str) -> None:
+        if self.beams > 1:
+            raise ValueError(f"a cache that {self.beams} beams share {what}: select the rows that go on first")
+
+    def _own_slots(self, end: int) -> Tensor:
+        """What each beam sees with its own new slot, (B, 1, K, end)."""
+        self.sees[:, :, self.slots : end] = self.own
+        return self.sees[:, None, :, :end]

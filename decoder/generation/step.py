@@ -1,0 +1,342 @@
+"""PackedStep: one decoding step of a Transformer decoder, from weights that were gathered once.
+
+A module's forward asks at every token what does not change between tokens: shapes, masks, hooks, autograd. The step asks
+once, when decoding begins, and is then matmuls, norms and what a cache does with the projections. What it does not know
+by name it leaves to the modules, and says why.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tileformer.decoder.generation.cache import KVCache, TokenState
+from tileformer.decoder.generation.state import align_prompts
+from tileformer.decoder.generation.static import StaticCache
+from tileformer.kernels.backend import current_backend
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Linear(NamedTuple):
+    """``x @ weight + bias``: the weight is (inputs, outputs), a view of the module's or a copy in that layout."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+class Norm(NamedTuple):
+    """Layer normalisation of rows (R, C)."""
+
+    shape: tuple[int]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, *self)
+
+
+class Layer(NamedTuple):
+    """What a step needs of one layer; ``source_q`` and ``source_out`` where it attends to a source."""
+
+    norms: tuple[Norm, ...]
+    qkv: Linear
+    out: Linear
+    source_q: Linear | None
+    source_kv: Linear | None
+    source_out: Linear | None
+    up: Linear
+    down: Linear
+    activation: Any
+
+
+class Parts(NamedTuple):
+    """The modules of a model that take part in a step. ``scale`` is that of the embeddings."""
+
+    embedding: nn.Embedding
+    position: nn.Embedding
+    layers: list[Any]  # a shared one several times
+    norm: nn.Module | None
+    scale: float
+    others: tuple[nn.Module, ...] = ()  # what also must be as we know it, such as a dropout
+
+
+class PackedStep:
+    """Tokens (R, n) and a cache in, logits out: see `Decodable.step`.
+
+    Of matrices that fit into ``memory`` times the model's weights it keeps copies with their inputs first, which a CPU
+    multiplies 1.3 to 2 times as fast for up to 64 rows; the others are the parameters themselves.
+    """
+
+    def __init__(self, parts: Parts, memory: int) -> None:
+        self.parts, self.copies = parts, []
+        self.memory = memory  # bytes that copies may still take
+        layers = list(dict.fromkeys(parts.layers))
+        packed = dict(zip(layers, self._gather(layers), strict=True))
+        self.layers = [packed[layer] for layer in parts.layers]
+        self.norm = None if parts.norm is None else _norm(parts.norm)
+        self.norm_first = bool(layers[0].norm_first)
+        self.words, self.scale = parts.embedding.weight.detach(), parts.scale
+        # wide, because a sum of two halves is rounded once
+        self.positions = parts.position.weight.detach().to(_wide(self.words)) * self.scale
+        self.project = Linear(self.words.t(), None)
+        first = layers[0].self_attn
+        self.shape = (len(self.layers), first.num_heads, first.head_dim)
+        self.versions = list(_versions(parts))
+
+    def is_current(self, parts: Parts) -> bool:
+        """Whether the model still has the weights that were gathered.
+
+        A parameter tells by its version what was written to it, but for what was written to its ``.data``: copies are
+        compared by one row as well."""
+        if self.versions != list(_versions(parts)):
+            return False
+        position = parts.position.weight.detach()[0].to(self.positions.dtype) * self.scale
+        return torch.equal(position, self.positions[0]) and all(torch.equal(y[:, 0], w[0]) for w, y in self.copies)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, state: Any, last: Tensor | None = None) -> Tensor:
+        """Logits (R, n, V) behind each of ``tokens`` (R, n); with ``last`` (R,) only behind that one of each, (R, V)."""
+        R, n = tokens.shape
+        at = state.begin(n)
+        rows = tokens.flatten()
+        with torch.inference_mode():
+            if isinstance(at, int):
+                x = self.positions[at : at + n]
+                x = x if n == 1 else x.expand(R, -1, -1).reshape(R * n, -1)
+            else:
+                x = F.embedding(at.flatten(), self.positions)
+            x = torch.add(x, F.embedding(rows, self.words), alpha=self.scale).to(self.words.dtype)
+            for i, layer in enumerate(self.layers):
+                x = self._layer(i, layer, x, state)
+            if last is not None:
+                x = x.view(R, n, -1)[torch.arange(R, device=x.device), last]
+            x = x if self.norm is None else self.norm(x)
+        state.advance(n)
+        logits = self.project(x)  # outside: who adjusts logits in place cannot do it to an inference tensor
+        return logits if last is not None else logits.view(R, n, -1)
+
+    def _layer(self, i: int, layer: Layer, x: Tensor, state: Any) -> Tensor:
+        norms, first = layer.norms, self.norm_first
+        x = layer.out(state.attend(i, layer.qkv(norms[0](x) if first else x))).add_(x)
+        x = x if first else norms[0](x)
+        if layer.source_q is not None and layer.source_out is not None:
+            x = layer.source_out(state.attend_source(i, layer.source_q(norms[1](x) if first else x))).add_(x)
+            x = x if first else norms[1](x)
+        x = layer.down(layer.activation(layer.up(norms[-1](x) if first else x))).add_(x)
+        return x if first else norms[-1](x)
+
+    def source(self, memory: Tensor) -> list[Tensor]:
+        """Keys and values of a source's ``memory`` (B, T, C), (B, T, 2, H, D) of each layer."""
+        rows = memory.flatten(0, 1)
+        _, H, D = self.shape
+        return [layer.source_kv(rows).view(*memory.shape[:2], 2, H, D) for layer in self.layers if layer.source_kv]
+
+    def _gather(self, layers: list[Any]) -> list[Layer]:
+        """The matrices that gain most come first into what memory there is: those with the most inputs."""
+        names = ("linear2", "linear1")
+        maps = [{name: self._linear(m.weight, m.bias) for name in names for m in [getattr(x, name)]} for x in layers]
+        for x, linears in zip(layers, maps, strict=True):
+            own, cross = x.self_attn, getattr(x, "multihead_attn", None)
+            linears["out"] = self._linear(own.out_proj.weight, own.out_proj.bias)
+            if cross is not None:
+                C = cross.embed_dim
+                bias = (None, None) if cross.in_proj_bias is None else cross.in_proj_bias.split((C, 2 * C))
+                weight = cross.in_proj_weight.split((C, 2 * C))
+                linears["source_out"] = self._linear(cross.out_proj.weight, cross.out_proj.bias)
+                linears["source_q"] = self._linear(weight[0], bias[0])
+                linears["source_kv"] = Linear(weight[1].detach().t(), _detached(bias[1]))
+            linears["qkv"] = self._linear(own.in_proj_weight, own.in_proj_bias)
+        return [
+            Layer(
+                tuple(_norm(m) for name in ("norm1", "norm2", "norm3") if (m := getattr(x, name, None)) is not None),
+                linears["qkv"], linears["out"],
+                linears.get("source_q"), linears.get("source_kv"), linears.get("source_out"),
+                linears["linear1"], linears["linear2"], x.activation,
+            )  # fmt: skip
+            for x, linears in zip(layers, maps, strict=True)
+        ]
+
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        weight = weight.detach()
+        size = weight.numel() * weight.element_size()
+        if weight.device.type != "cpu" or size > self.memory:
+            return Linear(weight.t(), _detached(bias))
+        self.memory -= size
+        copy = weight.t().contiguous()
+        self.copies.append((weight, copy))
+        return Linear(copy, _detached(bias))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _norm(norm: Any) -> Norm:
+    return Norm(tuple(norm.normalized_shape), _detached(norm.weight), _detached(norm.bias), norm.eps)
+
+
+def _modules(parts: Parts) -> Iterator[nn.Module]:
+    heads = (parts.embedding, parts.position, *parts.layers, *parts.others)
+    for head in heads if parts.norm is None else (*heads, parts.norm):
+        yield from head.modules()
+
+
+def _versions(parts: Parts) -> Iterator[tuple[int, int, int]]:
+    for module in _modules(parts):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield id(parameter), parameter._version, parameter.data_ptr()
+
+
+def why_not_packed(parts: Parts, known: Iterable[type]) -> str | None:
+    """Why these modules cannot be gathered into a step, in words; None: they can."""
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        return "a hook watches every module"
+    known = frozenset(known)
+    for module in _modules(parts):
+        kind = type(module)
+        if kind not in known:
+            return f"{kind.__module__}.{kind.__qualname__} is not a module that the step knows"
+        if module.training:
+            return "a module is in training mode"
+        if any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__:
+            return f"a {kind.__name__} has a hook, or a forward of its own"
+        if isinstance(module, nn.MultiheadAttention) and (
+            module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn
+        ):
+            return "an attention projects keys of another width, or adds keys of its own"
+    weight = parts.embedding.weight
+    if current_backend() not in ("auto", "torch"):
+        return f"the backend {current_backend()!r} was asked for"
+    if torch.is_grad_enabled() and any(p.requires_grad for m in _modules(parts) for p in m.parameters(False)):
+        return "gradients are being recorded"
+    if weight.device.type == "cpu" and weight.dtype not in (torch.float32, torch.float64):
+        return f"on the CPU {weight.dtype} is computed wider and rounded once, by the modules"
+    if any(p.dtype != weight.dtype or p.device != weight.device for m in _modules(parts) for p in m.parameters(False)):
+        return "the weights are of several dtypes or devices"
+    if torch.is_autocast_enabled(weight.device.type):
+        return "autocast chooses the dtype of each operator"
+    return None
+
+
+_steps: weakref.WeakKeyDictionary[nn.Module, PackedStep] = weakref.WeakKeyDictionary()
+
+
+def packed_step(model: Any, parts: Parts) -> PackedStep:
+    """The step of a model, gathered anew where its weights have changed."""
+    step = _steps.get(model)
+    if step is None or not step.is_current(parts):
+        _steps.pop(model, None)  # two steps' copies are never held at once
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        step = _steps[model] = PackedStep(parts, int(model.step_memory * total))
+    return step
+
+
+class Decoding:
+    """``start`` and ``step`` of our own models, which are `Decodable` by it.
+
+    A model says what it reads at every step beside its tokens (``inputs_of`` a source), gives the logits of tokens
+    (``read``, as its forward), and names its ``parts`` and the modules that a `PackedStep` may stand for.
+    """
+
+    step_memory = 0.3  # bytes of a step's copies at the most, as a share of the weights'
+
+    pad_id: int
+    max_length: int
+    num_layers: int
+    read: Any
+    inputs_of: Any
+    parts: Any
+    known_modules: frozenset[type]
+
+    def start(
+        self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1, use_cache: bool = True
+    ) -> tuple[Tensor, KVCache | TokenState | StaticCache]:
+        """See `Decodable.start`; without ``use_cache`` every step reads all tokens again: the same logits, for
+        comparison."""
+        tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id)
+        if not longest <= capacity <= self.max_length:
+            raise ValueError(
+                f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
+                f"got {capacity}"
+            )
+        inputs = self.inputs_of(source)
+        if use_cache and self._why_modules() is None:
+            return self._start_packed(tokens, lengths if shortest < longest else None, capacity, inputs, beams)
+        state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)
+        logits = self.read(tokens, *inputs, cache=state if use_cache else None)
+        if shortest < longest:
+            state.row_lengths = lengths.to(torch.int32)
+            logits = logits[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        else:
+            logits = logits[:, -1]
+        if beams > 1:
+            rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(beams)
+            state.select(rows)
+            logits = logits[rows]
+        return logits, state
+
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
+        """See `Decodable.step`."""
+        new = tokens if tokens.dim() == 2 else tokens[:, None]
+        if (packed := getattr(state, "step", None)) is not None:
+            logits = packed(new, state)
+        elif not isinstance(state, TokenState):
+            logits = self.read(new, *state.inputs, cache=state)
+        else:
+            state.append(new)
+            logits = self.read(state.tokens[:, : state.length], *state.inputs, cache=None)
+            if state.row_lengths is None:
+                logits = logits[:, -new.shape[1] :]
+            else:
+                last = state.row_lengths.long()[:, None] + torch.arange(-new.shape[1], 0, device=tokens.device)
+                logits = logits.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, logits.shape[2]))
+        return logits if tokens.dim() == 2 else logits[:, 0]
+
+    def explain(self) -> str:
+        """What decodes this model: a packed step, or its modules, and why."""
+        reason = self._why_modules()
+        return "a packed step, of weights gathered once" if reason is None else f"its modules: {reason}"
+
+    def _start_packed(
+        self, tokens: Tensor, lengths: Tensor | None, capacity: int, inputs: tuple[Tensor, ...], beams: int
+    ) -> tuple[Tensor, StaticCache]:
+        step = packed_step(self, self.parts())
+        source, padding = (step.source(inputs[0]), inputs[1]) if inputs else (None, None)
+        state = StaticCache(step.shape, len(tokens), capacity, step.words, source, padding)
+        state.step = step  # a state goes on with the weights that it began with
+        ends = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths
+        logits = step(tokens, state, last=ends - 1)
+        if lengths is not None:
+            state.row_lengths = lengths.to(torch.int32)
+        if beams > 1:
+            state.branch(beams, capacity - tokens.shape[1])
+            logits = logits.repeat_interleave(beams, 0)
+        return logits, state
+
+    def _why_modules(self) -> str | None:
+        for cls in type(self).__mro__:
+            if cls.__module__ == "tileformer.decoder.model":
+                break
+            if own := _READERS & vars(cls).keys():
+                return f"{cls.__qualname__} has a {min(own)} of its own"
+        if own := _READERS & self.__dict__.keys():
+            return f"the model was given a {min(own)} of its own"
+        return why_not_packed(self.parts(), self.known_modules)
+
+
+_READERS = {"forward", "decode", "read", "states", "step", "_embed"}
