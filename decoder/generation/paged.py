@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tileformer.decoder.generation.cache import AttentionCache, KVCache, LayerCache
-from tileformer.decoder.generation.state import _time, _widened
+from tileformer.decoder.generation.cache import AttentionCache, LayerCache
+from tileformer.decoder.generation.state import RowState, _time, _widened
 from tileformer.kernels import attention
 
 
@@ -41,8 +42,7 @@ class PagePool:
                 f"a pool has at least 1 page of 16, 32, 64, ... tokens, got {pages} pages of {page_size} tokens"
             )
         self.pages, self.page_size = pages, page_size
-        self.keys: list[Tensor] = []  # of each layer, (pages + 1, page_size, H_kv, D)
-        self.values: list[Tensor] = []
+        self.kv: Any = None  # (layers, 2, pages + 1, page_size, H_kv, D)
         self.reset()
 
     def reset(self) -> None:
@@ -115,39 +115,34 @@ class PagePool:
         if page in self._names:
             del self._known[self._names.pop(page)[1]]
 
-    def copy(self, pages: list[int], to: list[int]) -> None:
-        for x in (*self.keys, *self.values):
-            x[to] = x[pages]
+    def store_like(self, layers: int, keys: Tensor) -> None:
+        """Make room for keys and values of so many layers, such as ``keys`` (R, H_kv, T, D), where there is none yet.
 
-    def storage(self, layer: int, num_layers: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, made at the first call for keys such as ``like`` (R, H_kv, n, D).
-
-        The page behind the last is where rows without a sequence write.
+        The page behind the last is where rows without a sequence write. Pages are not wiped: whoever reads must not let
+        what stands behind a row's length reach it.
         """
-        if not self.keys:
-            shape = (self.pages + 1, self.page_size, like.shape[1], like.shape[3])
-            self.keys = [like.new_zeros(shape) for _ in range(num_layers)]
-            self.values = [like.new_zeros(shape) for _ in range(num_layers)]
-        return self.keys[layer], self.values[layer]
+        if self.kv is None:
+            self.kv = keys.new_zeros(layers, 2, self.pages + 1, self.page_size, keys.shape[1], keys.shape[3])
 
 
 class PagedCache:
     """A `DecodeState` of ``rows`` rows whose keys and values stand in the pages of a pool.
 
-    Rows start empty and wait for an ``insert`` of a `KVCache`'s rows, or of another PagedCache's over the same pool,
-    whose pages are then read by both. A page with several readers is copied before one of them writes to it.
+    Rows start empty and wait for an ``insert`` of rows that a model has started, or of another PagedCache's over the
+    same pool, whose pages are then read by both. A page with several readers is copied before one of them writes to it.
 
     The page table int32 (rows, pages of ``capacity`` tokens) and the lengths int32 (rows,) are on the device; the host
-    keeps its own. ``inputs``: see `KVCache`. Every verb leaves all as it was where it raises: OutOfPages, or ValueError
-    for what does not fit.
+    keeps its own. Where a verb raises OutOfPages, or ValueError for what does not fit, all is as it was.
     """
 
-    def __init__(self, pool: PagePool, num_layers: int, rows: int, capacity: int, device: Any = "cpu") -> None:
+    def __init__(self, pool: PagePool, rows: int, capacity: int, device: Any = "cpu") -> None:
         if rows < 1 or capacity < 1:
             raise ValueError(f"rows and capacity must be at least 1, got {rows} and {capacity}")
         self.pool, self.capacity = pool, capacity
+        self.step: Any = None  # the weights that rows came with
+        self.layers: list[LayerCache] = []  # as the modules know them
+        self.starts: list[Tensor] = []  # what each row has from its start, such as its source's keys
         self.inputs: tuple[Tensor, ...] = ()
-        self.layers: list[Any] = [LayerCache(_LayerPages(self, i), AttentionCache()) for i in range(num_layers)]
         self.pages: list[list[int]] = [[] for _ in range(rows)]
         self.counts = [0] * rows  # tokens read, as the host knows them
         self.is_live = [False] * rows
@@ -161,9 +156,10 @@ class PagedCache:
 
     @property
     def length(self) -> int:
+        """Tokens of the longest row."""
         return max(self.counts)
 
-    # ---- what a step asks of it
+    # What a step asks
 
     def lacking(self, n: int) -> int:
         """How many pages have to be free for n tokens more of each row."""
@@ -174,63 +170,60 @@ class PagedCache:
         if (end := self.length + n) > self.capacity:
             raise ValueError(f"{end} tokens do not fit a PagedCache of capacity {self.capacity}: make it larger")
         wanted = self._unwritable(n)
-        fresh = self.pool.allocate(len(wanted))
-        copied: list[tuple[int, int]] = []
-        for (row, i), page in zip(wanted, fresh, strict=True):
+        for (row, i), page in zip(wanted, self.pool.allocate(len(wanted)), strict=True):
             if i == len(self.pages[row]):
                 self.pages[row].append(page)
             else:
-                copied.append((self.pages[row][i], page))
-                self.pages[row][i] = page
-        if copied:
-            old, new = (list(pages) for pages in zip(*copied, strict=True))
-            self.pool.copy(old, to=new)
-            self.pool.release(old)
+                shared, self.pages[row][i] = self.pages[row][i], page
+                self.pool.kv[:, :, page] = self.pool.kv[:, :, shared]
+                self.pool.release([shared])
         for row, count in enumerate(self.counts):
-            if count % self.pool.page_size and self.is_live[row]:
-                self.pool.forget(self.pages[row][count // self.pool.page_size])
+            if count % self.pool.page_size:
+                self.pool.forget(self.pages[row][count // self.pool.page_size])  # it is written to
         self._write_table({row for row, _ in wanted})
 
     def positions(self, n: int) -> Tensor:
         """Where the next n tokens of each row stand, int64 (R, n); room for them is reserved."""
         self.reserve(n)
-        at = self.row_lengths.long()[:, None] + torch.arange(n, device=self.table.device)
-        self.write_to = (self.table.gather(1, at // self.pool.page_size).long(), at % self.pool.page_size)
+        at, size = self.row_lengths.long()[:, None] + torch.arange(n, device=self.table.device), self.pool.page_size
+        self.write_to = (self.table.gather(1, at // size).long(), at % size)
         self.seen = self.row_lengths + n * self.live
         return at
 
+    begin = positions
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """``qkv`` (R * n, 3 * H * D), projected of the new tokens: store the keys, attend what each row sees, (R * n,
+        H * D)."""
+        R, n = self.write_to[0].shape
+        q, k, v = qkv.view(R, n, 3, *self.pool.kv.shape[-2:]).unbind(2)
+        out = attention(q.transpose(1, 2), *self.store(layer, k, v), causal="bottom_right", key_lengths=self.seen)
+        return out.transpose(1, 2).reshape(R * n, -1)
+
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``k`` and ``v`` (R, H_kv, n, D) to the positions that were told last; the layer's pages."""
-        keys, values = self.pool.storage(layer, len(self.layers), k)
-        keys[self.write_to], values[self.write_to] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys, values
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values (R, H_kv, n, D) and attend from ``q`` (R, H, n, D) to what each row sees."""
-        k, v = self.store(layer, k, v)
-        k, v = self.gathered(k, v)
-        return attention(q, k, v, causal="bottom_right", key_lengths=self.seen)
-
-    def gathered(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's pages as (R, H_kv, T, D), T the keys of the longest row."""
-        pages = self.table[:, : self.pool.pages_for(self.length + self.write_to[0].shape[1])]
-        k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in (keys, values))
+        """Write ``k`` and ``v`` (R, n, H_kv, D); all that the rows read, gathered: (R, H_kv, T, D)."""
+        kv = self.pool.kv[layer]
+        kv[0][self.write_to], kv[1][self.write_to] = k, v
+        pages = self.table[:, : self.pool.pages_for(self.length + k.shape[1])]
+        k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in kv)
         return k, v
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:
-        """Attend from ``q`` (R, H, n, D) to the source's keys."""
-        padding = next((x for x in self.inputs if x.dtype == torch.bool), None)
-        return attention(q, *self.layers[layer].cross_attn.read(), key_mask=None if padding is None else ~padding)
+        """``q`` (R * n, H * D) against the keys of each row's source, (R * n, H * D)."""
+        source, padding = self.starts
+        k, v = source[:, layer].unbind(1)
+        q = q.view(len(k), -1, k.shape[1], k.shape[3]).transpose(1, 2)
+        return attention(q, k, v, key_mask=~padding).transpose(1, 2).reshape(-1, k.shape[1] * k.shape[3])
 
     def advance(self, n: int) -> None:
         self.row_lengths += n * self.live
         self.counts = [count + n * live for count, live in zip(self.counts, self.is_live, strict=True)]
 
-    # ---- rows that move
+    # Rows that move
 
     def select(self, rows: Tensor) -> None:
         self.reorder(rows)
-        self._assign([x.index_select(0, rows) for x in self.fixed()], len(self.inputs))
+        self._begin_with([x.index_select(0, rows) for x in self.starts])
 
     def reorder(self, rows: Tensor) -> None:
         """As `select`, but what a row has from its start stays: rows go on with one of their own source's."""
@@ -244,44 +237,46 @@ class PagedCache:
         self.is_live = [self.is_live[row] for row in chosen]
         self.row_lengths, self.live, self.table = (x[rows] for x in (self.row_lengths, self.live, self.table))
 
-    def adopt(self, row: int, pages: list[int]) -> None:
-        """Let an empty row begin with whole ``pages`` that are known, and read by others too."""
-        self.pool.share(pages)
-        self._place([row], [pages], [len(pages) * self.pool.page_size])
-
-    def insert(self, slots: Tensor, other: KVCache | PagedCache) -> None:
-        rows, counts = slots.tolist(), other.lengths.tolist()
-        if max(counts) > self.capacity:
+    def insert(self, slots: Tensor, other: RowState | PagedCache) -> None:
+        counts = other.lengths.tolist()
+        if max(counts, default=0) > self.capacity:
             raise ValueError(f"rows of {max(counts)} tokens do not fit a state of capacity {self.capacity}")
         if isinstance(other, PagedCache):
             if other.pool is not self.pool:
-                raise ValueError("pages of another pool are not read: insert rows of a KVCache, or of the same pool's")
-            theirs = [list(pages) for pages in other.pages]
-            for pages in theirs:
-                self.pool.share(pages)
+                raise ValueError("pages of another pool cannot be read here: insert rows that a model has started")
+            pages, starts, inputs = [list(own) for own in other.pages], other.starts, other.inputs
+            for own in pages:
+                self.pool.share(own)
         else:
-            sizes = [self.pool.pages_for(count) for count in counts]
-            fresh = iter(self.pool.allocate(sum(sizes)))
-            theirs = [[next(fresh) for _ in range(size)] for size in sizes]
-            self._copy_in(theirs, counts, other)
+            fresh = iter(self.pool.allocate(sum(map(self.pool.pages_for, counts))))
+            pages = [list(itertools.islice(fresh, self.pool.pages_for(count))) for count in counts]
+            starts, inputs = other.fixed(), getattr(other, "inputs", ())
+            self._copy_in(pages, counts, other)
         self.release(slots)
-        self._place(rows, theirs, counts)
-        fixed = self.fixed() or [
-            x.new_full((len(self.counts), *x.shape[1:]), x.dtype == torch.bool) for x in other.fixed()
-        ]
-        for i, (mine, x) in enumerate(zip(fixed, other.fixed(), strict=True)):
-            width = max(mine.shape[_time(mine)], x.shape[_time(x)])
-            fixed[i] = _widened(mine, width)
-            fixed[i][slots] = _widened(x, width)
-        self._assign(fixed, len(other.inputs))
+        self.step = getattr(other, "step", None)
+        self._place(slots.tolist(), pages, counts)
+        mine = self.starts or [x.new_full((len(self.counts), *x.shape[1:]), x.dtype == torch.bool) for x in starts]
+        for i, (own, new) in enumerate(zip(mine, starts, strict=True)):
+            width = max(own.shape[_time(own)], new.shape[_time(new)])
+            mine[i] = _widened(own, width)
+            mine[i][slots] = _widened(new, width)
+        self.inputs = inputs
+        self._begin_with(mine)
+
+    def adopt(self, like: PagedCache, pages: list[int]) -> None:
+        """Let the first row, which is empty, begin with whole pages that are known; weights are those of ``like``."""
+        self.pool.share(pages)
+        self.step = like.step
+        self._place([0], [list(pages)], [len(pages) * self.pool.page_size])
+        self._begin_with([])
 
     def truncate(self, lengths: Tensor) -> None:
-        self.row_lengths.copy_(torch.minimum(self.row_lengths, lengths))
+        self.row_lengths = torch.minimum(self.row_lengths, lengths.to(torch.int32))
         self.counts = [min(pair) for pair in zip(self.counts, lengths.tolist(), strict=True)]
-        for row, count in enumerate(self.counts):
+        for pages, count in zip(self.pages, self.counts, strict=True):
             kept = self.pool.pages_for(count)
-            self.pool.release(self.pages[row][kept:])
-            del self.pages[row][kept:]
+            self.pool.release(pages[kept:])
+            del pages[kept:]
         self._write_table(range(len(self.counts)))
 
     def release(self, rows: Tensor) -> None:
@@ -290,10 +285,10 @@ class PagedCache:
             self.pages[row], self.counts[row], self.is_live[row] = [], 0, False
         self.row_lengths[rows], self.live[rows], self.table[rows] = 0, 0, self.pool.pages
 
-    # ---- inside
+    # Inside
 
     def _unwritable(self, n: int) -> list[tuple[int, int]]:
-        """Which pages, (row, index), n tokens more of each row would be written to and cannot: not there, or shared."""
+        """Which pages, (row, index), n tokens more of each row are written to and cannot be: not there, or shared."""
         size, wanted = self.pool.page_size, []
         readers: dict[int, int] = {}
         for row, count in enumerate(self.counts):
@@ -306,38 +301,37 @@ class PagedCache:
         return wanted
 
     def _place(self, rows: list[int], pages: list[list[int]], counts: list[int]) -> None:
-        for row, mine, count in zip(rows, pages, counts, strict=True):
-            self.pages[row], self.counts[row], self.is_live[row] = mine, count, True
+        for row, own, count in zip(rows, pages, counts, strict=True):
+            self.pages[row], self.counts[row], self.is_live[row] = own, count, True
         self.row_lengths[rows] = self.row_lengths.new_tensor(counts)
         self.live[rows] = 1
         self._write_table(rows)
 
     def _write_table(self, rows: Iterable[int]) -> None:
-        rows = list(rows)
-        if rows:
-            width = self.table.shape[1]
-            lines = [self.pages[row] + [self.pool.pages] * (width - len(self.pages[row])) for row in rows]
+        if rows := list(rows):
+            lines = [self.pages[row] + [self.pool.pages] * (self.table.shape[1] - len(self.pages[row])) for row in rows]
             self.table[rows] = self.table.new_tensor(lines)
 
-    def _copy_in(self, pages: list[list[int]], counts: list[int], other: KVCache) -> None:
-        size = self.pool.page_size
+    def _copy_in(self, pages: list[list[int]], counts: list[int], other: RowState) -> None:
+        growing = other.growing()  # keys and values by turns, (R, H, T, D); or all of them, (R, layers, 2, H, T, D)
+        parts = [x for y in growing for x in (y.flatten(1, 2).unbind(1) if y.dim() == 6 else [y])]
+        self.pool.store_like(len(parts) // 2, parts[0])
         row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        t = torch.cat([torch.arange(count) for count in counts])
-        page = torch.cat([torch.tensor(mine).repeat_interleave(size)[:count] for mine, count in zip(pages, counts, strict=True)])
-        row, t, page = (x.to(self.table.device) for x in (row, t, page))
-        for i, layer in enumerate(other.layers):
-            k, v = layer.self_attn.read()
-            keys, values = self.pool.storage(i, len(self.layers), k)
-            keys[page, t % size], values[page, t % size] = k[row, :, t], v[row, :, t]
+        at = torch.cat([torch.arange(count) for count in counts])
+        page = torch.tensor([own[t // self.pool.page_size] for own, n in zip(pages, counts, strict=True) for t in range(n)])
+        row, at, page = (x.to(self.table.device) for x in (row, at, page))
+        for mine, theirs in zip(self.pool.kv.flatten(0, 1), parts, strict=True):
+            mine[page, at % self.pool.page_size] = theirs[row, :, at]
 
-    def fixed(self) -> list[Tensor]:
-        """Tensors that each row has from its start, such as its source's keys, in the order of `KVCache.fixed`."""
-        written = [layer.cross_attn for layer in self.layers if layer.cross_attn.written]
-        return [x for cache in written for x in cache.read()] + list(self.inputs)
-
-    def _assign(self, fixed: list[Tensor], inputs: int) -> None:
-        rest = iter(fixed)
-        if len(fixed) > inputs:
+    def _begin_with(self, starts: list[Tensor]) -> None:
+        """Take what rows have from their start: a `StaticCache`'s source and padding, or a `KVCache`'s keys and inputs."""
+        self.starts, rest = starts, iter(starts)
+        if self.step is not None:
+            return
+        if not self.layers:
+            pages: Any = (_LayerPages(self, i) for i in range(len(self.pool.kv)))
+            self.layers = [LayerCache(own, AttentionCache()) for own in pages]
+        if len(starts) > len(self.inputs):
             for layer in self.layers:
                 layer.cross_attn.k, layer.cross_attn.v = next(rest), next(rest)
         self.inputs = tuple(rest)
@@ -357,7 +351,7 @@ class _LayerPages:
         return self.cache.length + T
 
     def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.gathered(*self.cache.store(self.layer, k, v))
+        return self.cache.store(self.layer, k.transpose(1, 2), v.transpose(1, 2))
 
     def reach(self, T: int, mask: Tensor | None = None) -> dict[str, Any]:
         return {"causal": "bottom_right" if T > 1 else False, "mask": mask, "key_lengths": self.cache.seen}

@@ -1,0 +1,320 @@
+"""Engine: sequences that enter and leave a running batch between its steps; over any `Decodable`."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tileformer.decoder.generation.paged import PagedCache, PagePool
+from tileformer.decoder.generation.sampling import Sampler
+from tileformer.decoder.generation.search import DecodeBatch
+from tileformer.decoder.generation.state import Decodable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How the tokens of one sequence are chosen."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class Event(NamedTuple):
+    """What happened to a sequence: a new token, its end, or both.
+
+    ``reason`` of an end: "eos"; "length", no more tokens may come; "stop", a stop string was completed; "cancelled";
+    "error", and ``error`` says which.
+    """
+
+    id: int
+    token: int | None = None
+    reason: str | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class _Sequence:
+    id: int
+    tokens: list[int]  # the prompt and what followed; all but the last were read
+    prompt: int  # how many of them are the prompt's
+    limit: int  # how many there may be
+    options: Options
+    inputs: dict[str, Tensor]  # what it is conditioned on
+    slot: int | None = None
+
+    @property
+    def chosen(self) -> int:
+        return len(self.tokens) - self.prompt
+
+
+class Engine:
+    """A running batch of ``slots`` rows, which sequences of any lengths enter and leave between two steps.
+
+    Sequences are taken in the order in which they came, as soon as there is a slot (and pages) for the first of them.
+    Each decodes to the tokens that it has alone: nothing that happens to another one reaches it.
+
+    Args:
+        model: a `Decodable`.
+        slots: how many sequences are decoded at once.
+        capacity: how many tokens a sequence may have read, its prompt's among them; default: the model's max_length.
+        pages: keep keys and values in so many pages of ``page_size`` tokens that all sequences share, instead of
+            ``capacity`` tokens a slot. Prompts that begin alike share whole pages. When pages run out, the youngest
+            sequence waits again, and later reads its tokens anew. For our own models.
+        device: where tokens live; default: the model's first parameter's device.
+
+    Whatever is raised out of `step`, a Ctrl-C too, leaves the engine whole: the sequences stand as after the step
+    before, and the next step reads their tokens anew. What belongs to one sequence alone is not raised but ends it with
+    an "error" event: prompts that the model refuses, logits that are not finite, exceptions of its options' functions.
+
+    Example:
+        >>> from tileformer.decoder import DecoderLM, DecoderLMConfig
+        >>> engine = Engine(DecoderLM(DecoderLMConfig(vocab=20, d_model=32, nhead=4)).eval(), slots=2, pages=8)
+        >>> ids = [engine.add(prompt, max_length=4) for prompt in ([1, 3], [1, 4, 5], [1, 6])]
+        >>> sorted({event.id for event in engine.run()}) == ids
+        True
+    """
+
+    def __init__(
+        self,
+        model: Decodable,
+        *,
+        slots: int,
+        capacity: int | None = None,
+        pages: int | None = None,
+        page_size: int = 16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        limit: int | None = getattr(model, "max_length", None)
+        if capacity is None and limit is None:
+            raise ValueError(f"{type(model).__name__} names no max_length, the tokens that it reads: pass capacity")
+        if capacity is not None and not 1 <= capacity <= (capacity if limit is None else limit):
+            raise ValueError(f"capacity must be between 1 and the {limit} tokens that the model reads, got {capacity}")
+        self.model, self.slots, self.capacity = model, slots, capacity or limit or 0
+        self.conditioned = getattr(model, "conditioned", False)
+        self.pool = None if pages is None else PagePool(pages, page_size)
+        if self.pool is not None:
+            self.capacity = min(self.capacity, self.pool.pages * page_size)
+        weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.device = torch.device(device or ("cpu" if weight is None else weight.device))
+        self.sequences: dict[int, _Sequence] = {}  # all that have not ended
+        self.preemptions = 0
+        self._last_id = 0
+        self._cancelled: list[int] = []
+        self._events: list[Event] = []
+        self._start_over()
+
+    def add(
+        self, prompt: Sequence[int] | Tensor, options: Options | None = None, *, max_length: int | None = None
+    ) -> int:
+        """Queue a sequence and return its id. ``prompt``: its first tokens, or its source, as `generate`'s ``src``.
+
+        Raises as `generate` for a prompt, an option or a length that makes no sense, and ValueError for more tokens
+        than the engine has room for.
+        """
+        row = torch.as_tensor(prompt, dtype=torch.int64, device=self.device)
+        bound = max_length
+        if bound is None and getattr(self.model, "max_length", None) is None:
+            bound = max(1, self.capacity + 1 - len(row))
+        batch = DecodeBatch(self.model, row[None], bound)
+        tokens: list[int] = batch.tokens[0].tolist()
+        limit = len(tokens) + batch.steps
+        if max_length is None:
+            limit = min(limit, self.capacity + 1)
+        if len(tokens) > self.capacity or limit > self.capacity + 1:
+            raise ValueError(
+                f"{len(tokens)} tokens and up to {batch.steps} new ones do not fit the engine's capacity of "
+                f"{self.capacity}: shorten them, or give it more{'' if self.pool is None else ' pages'}"
+            )
+        self._last_id += 1
+        sequence = _Sequence(self._last_id, tokens, len(tokens), limit, options or Options(), batch.options)
+        self.sequences[sequence.id] = sequence
+        heapq.heappush(self._waiting, sequence.id)
+        return sequence.id
+
+    def cancel(self, id: int) -> bool:
+        """End a sequence at the next step; False where it has ended already. May be called from any function of it."""
+        known = id in self.sequences
+        if known:
+            self._cancelled.append(id)
+        return known
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """One more token of each sequence that has a slot; what happened to which."""
+        try:
+            while self._cancelled:
+                if (sequence := self.sequences.get(self._cancelled.pop())) is not None:
+                    self._end(sequence, "cancelled")
+            rows, logits = self._read()
+            for sequence, first in self._admit():
+                rows.append(sequence)
+                logits.append(first)
+            if rows:
+                self._choose(rows, torch.cat(logits))
+        except BaseException:
+            self._start_over()
+            raise
+        events, self._events = self._events, []
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """The events of all steps until no sequence is left."""
+        while self.sequences or self._events:
+            yield from self.step()
+
+    # Where sequences stand
+
+    def _start_over(self) -> None:
+        """Every sequence waits, and no slot or page holds anything."""
+        for sequence in self.sequences.values():
+            sequence.slot = None
+        self._waiting = sorted(self.sequences)  # a heap of ids, the oldest first
+        self._free = list(range(self.slots))
+        self.state: Any = None
+        if self.pool is not None:
+            self.pool.reset()
+            self.state = PagedCache(self.pool, self.slots, self.capacity, self.device)
+
+    def _running(self) -> list[_Sequence]:
+        """The sequences that have a slot, the oldest first."""
+        return [sequence for sequence in self.sequences.values() if sequence.slot is not None]
+
+    def _leave(self, sequence: _Sequence, whole: bool = True) -> None:
+        """Give the slot back; pages can be found again unless their keys are not ``whole``."""
+        if (slot := sequence.slot) is None:
+            return
+        if self.pool is not None and not whole:
+            for page in self.state.pages[slot]:
+                self.pool.forget(page)
+        elif self.pool is not None:
+            self._remember(sequence)
+        self.state.release(torch.tensor([slot], device=self.device))
+        sequence.slot = None
+        self._free.append(slot)
+
+    def _end(self, sequence: _Sequence, reason: str, token: int | None = None, error: Exception | None = None) -> None:
+        self._leave(sequence, whole=reason != "error")
+        self._events.append(Event(sequence.id, token, reason, error))
+        del self.sequences[sequence.id]
+
+    def _remember(self, sequence: _Sequence) -> None:
+        if self.pool is not None and not self.conditioned:
+            self.pool.remember(sequence.tokens[: self.state.counts[sequence.slot]], self.state.pages[sequence.slot])
+
+    # A step
+
+    def _read(self) -> tuple[list[_Sequence], list[Tensor]]:
+        """The running sequences, and the logits behind the last token of each."""
+        running = self._running()
+        while self.pool is not None and self.state.lacking(1) > self.pool.available:
+            youngest = running.pop()  # the oldest alone always has pages: a sequence is no longer than the pool
+            self._leave(youngest)
+            heapq.heappush(self._waiting, youngest.id)
+            self.preemptions += 1
+        if not running:
+            return [], []
+        tokens = [self.model.pad_id] * self.slots
+        for sequence in running:
+            tokens[sequence.slot] = sequence.tokens[-1]  # type: ignore[index]
+        logits = self.model.step(torch.tensor(tokens, device=self.device), self.state)
+        return running, [logits[[sequence.slot for sequence in running]]]
+
+    def _admit(self) -> Iterator[tuple[_Sequence, Tensor]]:
+        """Let in who waits, as long as there is room: each with the logits (1, V) behind its tokens."""
+        while self._waiting and self._free:
+            sequence = self.sequences.get(self._waiting[0])
+            if sequence is None:  # it was cancelled
+                heapq.heappop(self._waiting)
+                continue
+            known = self.pool.find(sequence.tokens[:-1]) if self.pool is not None else []
+            if not self._has_pages(sequence, known):
+                return
+            heapq.heappop(self._waiting)
+            try:
+                logits, row = self._prefill(sequence, known)
+            except Exception as error:
+                self._end(sequence, "error", error=error)
+                continue
+            self._insert(sequence, row)
+            yield sequence, logits
+
+    def _has_pages(self, sequence: _Sequence, known: list[int]) -> bool:
+        """Whether its pages and one token more of everybody are free."""
+        if self.pool is None:
+            return True
+        read = min(len(sequence.tokens) + 1, sequence.limit - 1)
+        shared = sum(self.pool.readers[page] > 0 for page in known)
+        return self.pool.pages_for(read) - shared + self.state.lacking(1) <= self.pool.available
+
+    def _prefill(self, sequence: _Sequence, known: list[int]) -> tuple[Tensor, Any]:
+        tokens = torch.tensor([sequence.tokens], device=self.device)
+        if not known:
+            capacity = self.capacity if self.state is None else len(sequence.tokens)
+            return self.model.start(tokens, capacity=capacity, **sequence.inputs)
+        row = PagedCache(self.state.pool, 1, self.capacity, self.device)
+        row.adopt(self.state, known)
+        try:
+            return self.model.step(tokens[:, len(known) * row.pool.page_size :], row)[:, -1], row
+        except Exception:
+            row.release(torch.tensor([0]))
+            raise
+
+    def _insert(self, sequence: _Sequence, row: Any) -> None:
+        slot = self._free.pop()
+        if self.state is None:  # a state of all slots is the first row's, so often
+            self.state = row
+            row.select(torch.zeros(self.slots, dtype=torch.int64, device=self.device))
+            row.release(torch.tensor([i for i in range(self.slots) if i != slot], dtype=torch.int64, device=self.device))
+        else:
+            self.state.insert(torch.tensor([slot], device=self.device), row)
+        sequence.slot = slot
+        if isinstance(row, PagedCache):
+            row.release(torch.tensor([0]))
+        self._remember(sequence)
+
+    def _choose(self, rows: list[_Sequence], logits: Tensor) -> None:
+        """The next token of each of ``rows`` from its ``logits``, and who ends with it."""
+        logits = logits.index_fill(1, torch.tensor([self.model.pad_id], device=logits.device), float("-inf"))
+        finite = logits.amax(-1).isfinite().tolist()
+        greedy = logits.argmax(-1).tolist()
+        for i, sequence in enumerate(rows):
+            error: Exception | None = None
+            token = greedy[i]
+            if not finite[i]:
+                error = FloatingPointError(f"the logits behind token {len(sequence.tokens)} are not finite")
+            elif sequence.options != Options():
+                try:
+                    token = self._chosen(sequence, logits[i : i + 1])
+                except Exception as raised:
+                    error = raised
+            if error is not None:
+                self._end(sequence, "error", error=error)
+                continue
+            sequence.tokens.append(token)
+            if token == self.model.eos_id:
+                self._end(sequence, "eos", token)
+            elif len(sequence.tokens) == sequence.limit:
+                self._end(sequence, "length", token)
+            else:
+                self._events.append(Event(sequence.id, token))
+
+    def _chosen(self, sequence: _Sequence, logits: Tensor) -> int:
+        options = sequence.options
+        if options.adjust is not None:
+            logits = options.adjust(torch.tensor([sequence.tokens], device=self.device), logits)
+            if not bool(logits.amax().isfinite()):
+                raise FloatingPointError("adjust has left no token with a finite score")
+        generator = None
+        if options.seed is not None:
+            generator = torch.Generator(self.device).manual_seed(options.seed * 2**20 + sequence.chosen)
+        return int(Sampler(options.temperature, options.top_k, options.top_p, generator)(logits))
