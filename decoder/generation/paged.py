@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.generation.state import RowState, _time, _widened
-from tileformer.kernels import attention
+from tileformer.kernels import append_kv_cache, attention, decode_attention
+from tileformer.kernels.attention.decode import MAX_TOKENS
 
 
 class OutOfPages(RuntimeError):
@@ -197,7 +198,13 @@ class PagedCache:
         H * D)."""
         R, n = self.write_to[0].shape
         q, k, v = qkv.view(R, n, 3, *self.pool.kv.shape[-2:]).unbind(2)
-        out = attention(q.transpose(1, 2), *self.store(layer, k, v), causal="bottom_right", key_lengths=self.seen)
+        if n <= MAX_TOKENS:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            keys, values = self.pool.kv[layer]
+            append_kv_cache(k, v, keys, values, self.seen, page_table=self.table)
+            out = decode_attention(q, keys, values, self.seen, page_table=self.table)
+        else:
+            out = attention(q.transpose(1, 2), *self.store(layer, k, v), causal="bottom_right", key_lengths=self.seen)
         return out.transpose(1, 2).reshape(R * n, -1)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
