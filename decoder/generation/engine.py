@@ -14,6 +14,7 @@ from tileformer.decoder.generation.paged import PagedCache, PagePool
 from tileformer.decoder.generation.sampling import Sampler
 from tileformer.decoder.generation.search import DecodeBatch
 from tileformer.decoder.generation.state import Decodable
+from tileformer.decoder.generation.step import Decoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,8 @@ class Engine:
             raise ValueError(f"{type(model).__name__} names no max_length, the tokens that it reads: pass capacity")
         if capacity is not None and not 1 <= capacity <= (capacity if limit is None else limit):
             raise ValueError(f"capacity must be between 1 and the {limit} tokens that the model reads, got {capacity}")
+        if pages is not None and not isinstance(model, Decoding):
+            raise TypeError(f"{type(model).__name__} keeps its own state of each row, not in pages: leave pages out")
         self.model, self.slots, self.capacity = model, slots, capacity or limit or 0
         self.conditioned = getattr(model, "conditioned", False)
         self.pool = None if pages is None else PagePool(pages, page_size)
