@@ -20,8 +20,8 @@ class StaticCache(RowState):
     it. Slots from which no beam descends are given up every few steps.
 
     Args: ``shape`` (layers, heads, head size); ``rows``; ``capacity`` in tokens; ``like``, a tensor of the dtype and on
-    the device of the model; ``source``, keys and values (B, T, 2, H, D) of each layer with ``padding`` (B, T), True = no
-    key.
+    the device of the model; ``source``, keys and values (B, T, 2, H, D) of each layer, with ``padding`` (B, T), True
+    where there is no key.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class StaticCache(RowState):
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:
         """``q`` (R * n, H * D) against the keys of each row's source, (R * n, H * D)."""
-        q = q.view(self.kv.shape[2], -1, self.heads, self.head_dim).transpose(1, 2)
+        q = q.view(self.kv.shape[2], self.n * self.beams, self.heads, self.head_dim).transpose(1, 2)
         return self._attend(q, self.source_keys[layer], self.source_values[layer], self.source_sees)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, sees: Tensor | None) -> Tensor:
         B, H, n, D = q.shape
         scores = torch.baddbmm(self.ignored, q.reshape(B * H, n, D), keys, beta=0, alpha=self.scale)
         if sees is not None:
-            scores.view(B, H, n, -1).add_(sees)
+            scores.view(B, H, n, scores.shape[2]).add_(sees)
         out = torch.bmm(torch.softmax(scores, -1), values)
         return out.view(B * n, H * D) if n == 1 else out.view(B, H, n, D).transpose(1, 2).reshape(B * n, H * D)
 
