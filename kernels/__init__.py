@@ -6,6 +6,7 @@ CUDA tensors and plain torch operators CPU tensors. `reference` defines each op.
 
 from tileformer.kernels import launch, reference, selftest
 from tileformer.kernels.attention import attention, scaled_dot_product_attention
+from tileformer.kernels.attention.decode import append_kv_cache, decode_attention
 from tileformer.kernels.backend import use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
@@ -16,8 +17,10 @@ from tileformer.kernels.softmax import log_softmax, softmax
 launch.selftest = selftest.run_once  # before a process's first launch on a GPU
 
 __all__ = [
+    "append_kv_cache",
     "attention",
     "cross_entropy",
+    "decode_attention",
     "dropout",
     "dropout_keep",
     "layer_norm",

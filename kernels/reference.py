@@ -17,6 +17,8 @@ Decided corner cases:
 - The order of scores: scale, soft cap (cap * tanh(x / cap)), bias and linear bias (-slope * |i + shift - j|), masks.
 - Queries and keys past a sequence's length, and what belongs to no packed sequence, are padding: such a row's output
   is 0 and its log-sum-exp -inf, such a key is read as 0.
+- Decoding: a slot that no query of a row's beams can see, by length, start, window or word, is read as 0, whatever it
+  holds; a slot that one of them sees keeps IEEE rules for the others. A length past the capacity is the capacity.
 - p = 1 drops everything (the result is 0, not NaN); p = 0 draws nothing.
 - An ignored target contributes neither loss nor gradient, whatever its logits hold; "mean" over no target is NaN.
 """
@@ -206,6 +208,94 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor,
 
 def _four(x: Tensor | None) -> Tensor | None:
     return x if x is None else x[(None,) * (4 - x.dim())]
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    beams: int = 1,
+    descends: Tensor | None = None,
+    starts: Tensor | None = None,
+    causal: bool = True,
+    window: Any = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of the newest T_q tokens over a cache, with the arguments of `tileformer.kernels.decode_attention`.
+
+    A slot holds one key. Without `descends` slots are positions; with it, `beams` neighbouring slots, counted from the
+    row's end, are a position: the distance of slot s from the newest token is (length - 1 - s) // beams.
+    """
+    (rows, heads, t_q, size), dtype, device = q.shape, q.dtype, q.device
+    scale = size**-0.5 if scale is None else scale
+    if page_table is not None:
+        pages = page_table.long().clamp(0, len(k) - 1)  # what lies past a row's length may name any page
+        k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in (k, v))
+    batch, (heads_kv, capacity) = len(lengths), k.shape[1:3]
+    slot, length = torch.arange(capacity, device=device), lengths.long().clamp(0, capacity).view(-1, 1, 1, 1)
+    # seen: (B, beams, T_q, slots)
+    stored = slot < length
+    if starts is not None:
+        stored = stored & (slot >= starts.view(-1, 1, 1, 1))
+    distance = torch.div(length - 1 - slot, beams if descends is not None else 1, rounding_mode="floor")
+    later = torch.arange(t_q - 1, -1, -1, device=device)[:, None]  # tokens after this query
+    left, right, _ = _limits(causal, window, None)
+    seen = stored.expand(batch, beams, t_q, capacity)
+    if right is not None:
+        seen = seen & (distance >= later - right)
+    if left is not None:
+        seen = seen & (distance <= later + left)
+    if descends is not None:
+        beam = torch.arange(beams, device=device).view(-1, 1, 1)
+        seen = seen & ((descends.long()[:, None, None] >> beam) & 1 == 1)
+
+    read = seen.any(2).any(1)[:, None, :, None]
+    group = heads // heads_kv
+    q, k, v = _wide(q), *(torch.where(read, _wide(x), 0.0) for x in (k, v))
+    k, v = (x.repeat_interleave(group, 1).repeat_interleave(beams, 0) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.masked_fill(bias < LOWEST, -math.inf).to(scores.dtype)
+    weights, lse = _softmax(scores.masked_fill(~seen.reshape(rows, 1, t_q, capacity), -math.inf))
+    out = torch.where((lse == -math.inf)[..., None], 0.0, weights @ v).to(dtype)
+    return (out, lse) if return_lse else out
+
+
+def append_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    page_table: Tensor | None = None,
+    beams: int = 1,
+) -> None:
+    """Store the newest T tokens of every row, one after another, as `tileformer.kernels.append_kv_cache` does."""
+    page_size = k_cache.shape[1]
+    capacity = k_cache.shape[2] if page_table is None else page_table.shape[1] * page_size
+    tokens = k.shape[2]
+    for row, length in enumerate(lengths.tolist()):
+        for token in range(tokens):
+            for beam in range(beams):
+                slot = length - (tokens - token) * beams + beam
+                if not 0 <= slot < capacity:
+                    continue
+                for new, cache in ((k, k_cache), (v, v_cache)):
+                    if page_table is None:
+                        cache[row, :, slot] = new[row * beams + beam, :, token]
+                        continue
+                    page = int(page_table[row, slot // page_size])
+                    if page >= 0:
+                        cache[page, slot % page_size] = new[row * beams + beam, :, token]
 
 
 def layer_norm(

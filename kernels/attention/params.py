@@ -91,7 +91,7 @@ def check_attention(
             raise ValueError(f"attention: {name} {size} is outside 1 to {MAX_HEAD_DIM}")
     checks.causal("attention", causal)
     if window is not None or align is not None:
-        _check_window(causal, window, align)
+        check_window("attention", causal, window, align)
     checks.rate("attention", dropout_p, seed, q)
     if not (softcap >= 0.0 and softcap < float("inf")):
         raise ValueError(f"attention: softcap is {softcap}: it must be positive, or 0 for none")
@@ -139,17 +139,18 @@ def limits(causal: bool | str, window: Any, align: str | None) -> tuple[int | No
     return left, 0 if causal else right, named == "bottom_right"
 
 
-def _check_window(causal: bool | str, window: Any, align: str | None) -> None:
+def check_window(op: str, causal: bool | str, window: Any, align: str | None) -> None:
+    """Raise ValueError or TypeError for a window, or an alignment, that is none."""
     pair = (window, window) if window is None or isinstance(window, int) else window
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-        raise TypeError(f"attention: window is {window!r}: pass how many keys a query sees, (left, right)")
+        raise TypeError(f"{op}: window is {window!r}: pass how many keys a query sees, (left, right)")
     for side in pair:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int) or not 0 <= side < 2**30):
-            raise ValueError(f"attention: window is {window!r}: each side must be an integer >= 0 or None for no limit")
+            raise ValueError(f"{op}: window is {window!r}: each side must be an integer >= 0 or None for no limit")
     if align not in (None, "top_left", "bottom_right"):
-        raise ValueError(f"attention: align is {align!r}: pass 'top_left' or 'bottom_right'")
+        raise ValueError(f"{op}: align is {align!r}: pass 'top_left' or 'bottom_right'")
     if isinstance(causal, str) and align not in (None, causal):
-        raise ValueError(f"attention: causal={causal!r} and align={align!r} differ: pass one, or causal=True and align")
+        raise ValueError(f"{op}: causal={causal!r} and align={align!r} differ: pass one, or causal=True and align")
 
 
 def _check_sequences(
