@@ -70,10 +70,7 @@ class StaticCache(RowState):
     def begin(self, n: int) -> int | Tensor:
         """Make room for n tokens more; where they stand: the first one's position, or all (R, n) where rows differ."""
         R, end = self.kv.shape[2], self.slots + n * self.beams
-        if self.row_lengths is None and self.length + n > self.capacity:
-            raise ValueError(
-                f"{self.length + n} tokens a row do not fit this cache of capacity {self.capacity}: make it larger"
-            )
+        self._check_room(n)
         self.n = n
         self.at: tuple[Tensor, Tensor] | None = None
         self.sees_now: Tensor | None = None
@@ -96,6 +93,20 @@ class StaticCache(RowState):
         self.new = self.kv[..., self.slots : end, :].unbind(0)
         self.slots = end
         return where
+
+    @property
+    def equal_rows(self) -> bool:
+        return self.row_lengths is None
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Rows have read no more than ``lengths`` (R,): what stands behind is not a token."""
+        self.row_lengths = lengths.to(torch.int32)
+
+    def _check_room(self, n: int) -> None:
+        # Of unequal rows the longest may have ended: one that is full stays so.
+        if self.equal_rows and self.length + n > self.capacity:
+            reached = f"{self.length + n} tokens a row"
+            raise ValueError(f"{reached} do not fit this cache of capacity {self.capacity}: make it larger")
 
     def _up_to(self, positions: Tensor, end: int) -> Tensor:
         """0 for the keys up to each query's position (R or 1, n), else -inf: (R or 1, 1, n, end)."""
@@ -184,35 +195,40 @@ class StaticCache(RowState):
             if not len(groups) or not torch.equal(whole, rows.view(-1, K)):
                 self._separate()
             else:
-                self.sees = self.sees.index_select(0, groups[:, 0])
-                if self.row_lengths is not None:
-                    self.row_lengths = self.row_lengths.index_select(0, rows)
-                self.assign(*([x.index_select(0, groups[:, 0]) for x in xs] for xs in (self.growing(), self.fixed())))
-                return
+                return self._select_sources(groups[:, 0], rows)
         super().select(rows)
+
+    def _select_sources(self, sources: Tensor, rows: Tensor) -> None:
+        self.sees = self.sees.index_select(0, sources)
+        if self.row_lengths is not None:
+            self.row_lengths = self.row_lengths.index_select(0, rows)
+        self.assign(*([x.index_select(0, sources) for x in xs] for xs in (self.growing(), self.fixed())))
 
     def _compact(self) -> None:
         """Give up slots from which no beam descends."""
         self.steps_to_compaction = STEPS_BETWEEN_COMPACTIONS
-        sees = self.sees[:, :, : self.slots]
-        live = (sees == 0).any(1)
+        live = self._seen_by_beams().any(1)
         kept = int(live.sum(1).max())
         order = (~live).int().argsort(stable=True)[:, :kept]  # (B, kept)
         for kv in self.kv:  # layer by layer: the copy stays small
             index = order[None, :, None, :, None].expand(*kv.shape[:3], -1, kv.shape[4])
             kv[..., :kept, :] = kv.gather(3, index)
-        self.sees[:, :, :kept] = sees.gather(2, order[:, None].expand(-1, self.beams, -1))
+        self.sees[:, :, :kept] = self.sees.gather(2, order[:, None].expand(-1, self.beams, -1))
         self.slots = kept
 
     def _separate(self) -> None:
         """Give each beam keys and values of its own."""
         K, length = self.beams, self.length
-        order = (self.sees.flatten(0, 1)[:, : self.slots] != 0).int().argsort(stable=True)[:, :length]
+        order = (~self._seen_by_beams()).flatten(0, 1).int().argsort(stable=True)[:, :length]
         rows = torch.arange(len(order), device=order.device)
         kv = self.kv.new_zeros(*self.kv.shape[:2], len(rows), self.heads, self.capacity, self.head_dim)
         kv[..., :length, :] = self.kv[:, :, rows[:, None] // K, :, order].permute(2, 3, 0, 4, 1, 5)
         self.beams, self.slots = 1, length
         self.assign([kv.movedim(2, 0)], [x.repeat_interleave(K, 0) for x in self.fixed()])
+
+    def _seen_by_beams(self) -> Tensor:
+        """Whether each beam descends from each slot, (B, K, slots)."""
+        return self.sees[:, :, : self.slots] == 0
 
     def _refuse_beams(self, what: str) -> None:
         if self.beams > 1:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.generation.cache import KVCache, TokenState
+from tileformer.decoder.generation.device import DeviceCache
 from tileformer.decoder.generation.state import align_prompts
 from tileformer.decoder.generation.static import StaticCache
-from tileformer.kernels.backend import current_backend
+from tileformer.kernels import layer_norm
+from tileformer.kernels.backend import choose
 
 
 class Linear(NamedTuple):
@@ -40,7 +42,7 @@ class Norm(NamedTuple):
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, *self)
+        return layer_norm(x, *self) if x.is_cuda else F.layer_norm(x, *self)
 
 
 class Layer(NamedTuple):
@@ -227,8 +229,6 @@ def why_not_packed(parts: Parts, known: frozenset[type]) -> str | None:
         ):
             return "an attention projects keys of another width, or adds keys of its own"
     weight = parts.embedding.weight
-    if current_backend() not in ("auto", "torch"):
-        return f"the backend {current_backend()!r} was asked for"
     if weight.device.type == "cpu" and weight.dtype not in (torch.float32, torch.float64):
         return f"on the CPU {weight.dtype} is computed wider and rounded once, by the modules"
     recording = torch.is_grad_enabled()
@@ -327,11 +327,12 @@ class Decoding:
     ) -> tuple[Tensor, StaticCache]:
         step = packed_step(self, self.parts())
         source, padding = (step.source(inputs[0]), inputs[1]) if inputs else (None, None)
-        state = StaticCache(step.shape, len(tokens), capacity, step.words, source, padding)
+        host = choose("decode_attention", step.words) == "torch" and step.words.device.type == "cpu"
+        state = (StaticCache if host else DeviceCache)(step.shape, len(tokens), capacity, step.words, source, padding)
         state.step = step  # a state goes on with the weights that it began with
         logits = step(tokens, state, last=lengths - 1)
         if shortest < tokens.shape[1]:
-            state.row_lengths = lengths.to(torch.int32)
+            state.set_lengths(lengths)
         if beams > 1:
             state.branch(beams, capacity - shortest)  # a short prompt has more room behind it
             logits = logits.repeat_interleave(beams, 0)
