@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tileformer.decoder.generation.state import RowState
 from tileformer.decoder.generation.static import SHORT, StaticCache
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 
@@ -16,12 +19,13 @@ class DeviceCache(StaticCache):
     word ``descends`` (B, slots) of each slot says which of them descend from it, `decode_attention`'s.
     """
 
+    row_lengths: Any
+    descends: Any = None
     equal_rows = True  # as far as the host knows
 
     def __init__(self, shape: tuple[int, int, int], rows: int, capacity: int, like: Tensor, *source: object) -> None:
         super().__init__(shape, rows, capacity, like, *source)  # type: ignore[arg-type]
         self.row_lengths = torch.zeros(rows, dtype=torch.int32, device=like.device)
-        self.descends: Tensor | None = None
 
     def _attend_to(self, source: Tensor, padding: Tensor) -> None:
         self.source, self.padding = source, padding
@@ -71,7 +75,6 @@ class DeviceCache(StaticCache):
         return out.transpose(1, 2).reshape(R * n, -1)
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:
-        assert self.source is not None
         R, n, sees = len(self.row_lengths), self.n, self.source_sees
         q = q.view(R, n, self.heads, self.head_dim).transpose(1, 2)
         keys, values = self.source[layer].unbind(0)
@@ -80,7 +83,7 @@ class DeviceCache(StaticCache):
         else:
             if sees is not None and self.beams > 1:
                 sees = sees.repeat_interleave(self.beams, 0)
-            options = dict(beams=self.beams, starts=self.source_starts, causal=False, bias=sees)
+            options: dict[str, Any] = dict(beams=self.beams, starts=self.source_starts, causal=False, bias=sees)
             out = decode_attention(q, keys, values, self.source_lengths, **options)
         return out.transpose(1, 2).reshape(R * n, -1)
 
@@ -98,7 +101,7 @@ class DeviceCache(StaticCache):
     def set_lengths(self, lengths: Tensor) -> None:
         self.row_lengths, self.equal_rows = lengths.to(torch.int32), False
 
-    def insert(self, slots: Tensor, other: StaticCache) -> None:
+    def insert(self, slots: Tensor, other: RowState) -> None:
         super().insert(slots, other)
         self.equal_rows = False
 
@@ -128,7 +131,6 @@ class DeviceCache(StaticCache):
         self.descends.copy_((bits << self.beam_index[:, None].to(torch.int32)).sum(1))
 
     def _select_sources(self, sources: Tensor, rows: Tensor) -> None:
-        assert self.descends is not None
         self.slot_lengths = self.slot_lengths.index_select(0, sources)
         self.sees = self.descends  # selected in its place
         super()._select_sources(sources, rows)
@@ -139,5 +141,4 @@ class DeviceCache(StaticCache):
         self.descends = None
 
     def _seen_by_beams(self) -> Tensor:
-        assert self.descends is not None
         return (self.descends[:, None] >> self.beam_index[:, None].to(torch.int32)) & 1 != 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,25 @@ from tileformer.kernels import attention
 
 SHORT = 16  # new tokens from which scores are worth a kernel that never stores them
 STEPS_BETWEEN_COMPACTIONS = 16
+
+
+class SourceRows:
+    """What an encoder's layers attend to: all tokens of a row's own source but its ``padding`` (B, T)."""
+
+    def __init__(self, shape: tuple[int, int, int], padding: Tensor) -> None:
+        self.heads, self.head_dim, self.padding = *shape[1:], padding
+        self.real = ~padding if bool(padding.any()) else None
+
+    def begin(self, n: int) -> int:
+        return 0
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """``qkv`` (B * T, 3 * H * D) to (B * T, H * D)."""
+        qkv = qkv.view(*self.padding.shape, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return attention(*qkv.unbind(0), key_mask=self.real).transpose(1, 2).reshape(-1, self.heads * self.head_dim)
+
+    def advance(self, n: int) -> None:
+        pass
 
 
 class StaticCache(RowState):
@@ -33,14 +54,16 @@ class StaticCache(RowState):
         source: list[Tensor] | None = None,
         padding: Tensor | None = None,
     ) -> None:
+        self.step: Any = None  # the weights that it was begun with
         layers, self.heads, self.head_dim = shape
         self.capacity, self.length, self.slots, self.beams = capacity, 0, 0, 1
         self.scale = self.head_dim**-0.5
         # Finite from the start: what a shorter row has not written yet is read, and multiplied by zero.
         self.kv = like.new_zeros(layers, 2, rows, self.heads, capacity, self.head_dim)
         self.ignored = like.new_zeros(1)
-        self.source = self.padding = self.source_sees = None
-        if source:
+        self.source: Any = None  # (L, 2, B, H, T, D)
+        self.padding: Any = None
+        if source and padding is not None:
             self._attend_to(torch.stack(source).permute(0, 3, 1, 4, 2, 5).contiguous(), padding)
 
     def _attend_to(self, source: Tensor, padding: Tensor) -> None:
@@ -146,7 +169,7 @@ class StaticCache(RowState):
         self.length = min(self.length + n, self.capacity)
         super().advance(n)
 
-    def insert(self, slots: Tensor, other: StaticCache) -> None:
+    def insert(self, slots: Tensor, other: RowState) -> None:
         self._refuse_beams("takes in no rows")
         super().insert(slots, other)
         self.slots = self.length
@@ -154,7 +177,7 @@ class StaticCache(RowState):
     def truncate(self, lengths: Tensor) -> None:
         self._refuse_beams("forgets no tokens")
         super().truncate(lengths)
-        if lengths.device.type == "cpu" and self.live is None and bool((self.row_lengths == self.length).all()):
+        if lengths.device.type == "cpu" and self.live is None and torch.all(self.lengths == self.length):
             self.row_lengths = None  # equal rows need no mask
         self.slots = self.length
 

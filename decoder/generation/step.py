@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tileformer.decoder.generation.cache import KVCache, TokenState
 from tileformer.decoder.generation.device import DeviceCache
 from tileformer.decoder.generation.state import align_prompts
-from tileformer.decoder.generation.static import StaticCache
+from tileformer.decoder.generation.static import SourceRows, StaticCache
 from tileformer.kernels import layer_norm
 from tileformer.kernels.backend import choose
 
@@ -67,7 +67,8 @@ class Parts(NamedTuple):
     layers: list[Any]  # a shared one several times
     norm: nn.Module | None
     scale: float
-    others: tuple[nn.Module, ...] = ()  # what also must be as we know it, such as a dropout
+    modules: tuple[nn.Module, ...]  # all that take part, or hold what does
+    encoder: Parts | None = None
 
 
 class PackedStep:
@@ -107,23 +108,28 @@ class PackedStep:
     def __call__(self, tokens: Tensor, state: Any, last: Tensor | None = None) -> Tensor:
         """Logits (R, n, V) behind each of ``tokens`` (R, n); (R, V) with ``last`` (R,): behind that one of each row."""
         R, n = tokens.shape
-        at = state.begin(n)
-        rows = tokens.flatten()
         with torch.inference_mode():
-            if isinstance(at, int):
-                x = self.positions[at : at + n]
-                x = x if n == 1 else x.repeat(R, 1)
-            else:
-                x = F.embedding(at.flatten(), self.positions)
-            x = torch.add(x, F.embedding(rows, self.words), alpha=self.scale).to(self.words.dtype)
-            for i, layer in enumerate(self.layers):
-                x = self._layer(i, layer, x, state)
+            x = self.rows(tokens, state)
             if last is not None:
                 x = x.view(R, n, x.shape[1])[torch.arange(R, device=x.device), last]
             x = x if self.norm is None else self.norm(x)
-        state.advance(n)
         logits = self.project(x)  # outside: who adjusts logits in place cannot do it to an inference tensor
         return logits if last is not None else logits.view(R, n, logits.shape[1])
+
+    def rows(self, tokens: Tensor, state: Any) -> Tensor:
+        """What the last layer gives, (R * n, C), before the final norm."""
+        R, n = tokens.shape
+        at = state.begin(n)
+        if isinstance(at, int):
+            x = self.positions[at : at + n]
+            x = x if n == 1 else x.repeat(R, 1)
+        else:
+            x = F.embedding(at.flatten(), self.positions)
+        x = torch.add(x, F.embedding(tokens.flatten(), self.words), alpha=self.scale).to(self.words.dtype)
+        for i, layer in enumerate(self.layers):
+            x = self._layer(i, layer, x, state)
+        state.advance(n)
+        return x
 
     def _layer(self, i: int, layer: Layer, x: Tensor, state: Any) -> Tensor:
         norms, first = layer.norms, self.norm_first
@@ -135,11 +141,16 @@ class PackedStep:
         x = layer.down(layer.activation(layer.up(norms[-1](x) if first else x))).add_(x)
         return x if first else norms[-1](x)
 
-    def source(self, memory: Tensor) -> list[Tensor]:
-        """Keys and values of a source's ``memory`` (B, T, C), (B, T, 2, H, D) of each layer."""
-        rows = memory.flatten(0, 1)
+    @torch.no_grad()
+    def encode(self, source: Tensor, padding: Tensor) -> Tensor:
+        """Memory (B * T, C) of ``source`` (B, T), whose ``padding`` (B, T) is True where there is no token."""
+        x = self.rows(source, SourceRows(self.shape, padding))
+        return x if self.norm is None else self.norm(x)
+
+    def source(self, memory: Tensor, padding: Tensor) -> list[Tensor]:
+        """Keys and values (B, T, 2, H, D) of each layer from a source's ``memory`` (B * T, C)."""
         _, H, D = self.shape
-        return [layer.source_kv(rows).view(*memory.shape[:2], 2, H, D) for layer in self.layers if layer.source_kv]
+        return [layer.source_kv(memory).view(*padding.shape, 2, H, D) for layer in self.layers if layer.source_kv]
 
     def _gather(self, layers: list[Any]) -> list[Layer]:
         """The matrices that gain most come first into what memory there is: those with the most inputs."""
@@ -195,8 +206,7 @@ def _norm(norm: Any) -> Norm:
 
 
 def _modules(parts: Parts) -> Iterator[nn.Module]:
-    heads = (parts.embedding, parts.position, *dict.fromkeys(parts.layers), *parts.others)
-    pending: list[nn.Module | None] = [*heads, parts.norm]
+    pending: list[nn.Module | None] = [*parts.modules]
     while pending:
         if (module := pending.pop()) is not None:
             yield module
@@ -242,17 +252,18 @@ def why_not_packed(parts: Parts, known: frozenset[type]) -> str | None:
     return None
 
 
-_steps: weakref.WeakKeyDictionary[nn.Module, PackedStep] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[nn.Module, dict[str, PackedStep]] = weakref.WeakKeyDictionary()
 
 
-def packed_step(model: Any, parts: Parts) -> PackedStep:
-    """The step of a model, gathered anew where its weights have changed."""
-    step = _steps.get(model)
-    if step is None or not step.is_current(parts):
-        _steps.pop(model, None)  # two steps' copies are never held at once
+def packed_step(model: Any, parts: Parts, name: str = "decoder") -> PackedStep:
+    """The step over these parts of a model, gathered anew where their weights have changed."""
+    steps = _steps.setdefault(model, {})
+    if name not in steps or not steps[name].is_current(parts):
+        steps.pop(name, None)  # two steps' copies are never held at once
+        share = model.step_memory if name == "decoder" else 0.0  # an encoder runs once
         total = sum(p.numel() * p.element_size() for p in model.parameters())
-        step = _steps[model] = PackedStep(parts, int(model.step_memory * total))
-    return step
+        steps[name] = PackedStep(parts, int(share * total))
+    return steps[name]
 
 
 class Decoding:
@@ -270,6 +281,7 @@ class Decoding:
     read: Any
     inputs_of: Any
     parts: Any
+    _check_source: Any
     known_modules: frozenset[type]
 
     def start(
@@ -283,9 +295,9 @@ class Decoding:
                 f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
                 f"got {capacity}"
             )
-        inputs = self.inputs_of(source)
         if use_cache and self._why_modules() is None:
-            return self._start_packed(tokens, lengths, shortest, capacity, inputs, beams)
+            return self._start_packed(tokens, lengths, shortest, capacity, source, beams)
+        inputs = self.inputs_of(source)
         state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)
         logits = self.read(tokens, *inputs, cache=state if use_cache else None)
         if shortest < longest:
@@ -323,13 +335,24 @@ class Decoding:
         return "a packed step, of weights gathered once" if reason is None else f"its modules: {reason}"
 
     def _start_packed(
-        self, tokens: Tensor, lengths: Tensor, shortest: int, capacity: int, inputs: tuple[Tensor, ...], beams: int
+        self, tokens: Tensor, lengths: Tensor, shortest: int, capacity: int, source: Tensor | None, beams: int
     ) -> tuple[Tensor, StaticCache]:
-        step = packed_step(self, self.parts())
-        source, padding = (step.source(inputs[0]), inputs[1]) if inputs else (None, None)
+        parts = self.parts()
+        step = packed_step(self, parts)
+        keys, padding = None, None
+        if (
+            parts.encoder is not None
+            and source is not None
+            and why_not_packed(parts.encoder, self.known_modules) is None
+        ):
+            self._check_source(source)
+            padding = source == self.pad_id
+            keys = step.source(packed_step(self, parts.encoder, "encoder").encode(source, padding), padding)
+        elif inputs := self.inputs_of(source):
+            keys, padding = step.source(inputs[0].flatten(0, 1), inputs[1]), inputs[1]
         host = choose("decode_attention", step.words) == "torch" and step.words.device.type == "cpu"
-        state = (StaticCache if host else DeviceCache)(step.shape, len(tokens), capacity, step.words, source, padding)
-        state.step = step  # a state goes on with the weights that it began with
+        state = (StaticCache if host else DeviceCache)(step.shape, len(tokens), capacity, step.words, keys, padding)
+        state.step = step
         logits = step(tokens, state, last=lengths - 1)
         if shortest < tokens.shape[1]:
             state.set_lengths(lengths)
@@ -351,4 +374,4 @@ class Decoding:
         return why_not_packed(self.parts(), self.known_modules)
 
 
-_READERS = {"forward", "decode", "read", "states", "step", "_embed"}
+_READERS = {"forward", "encode", "decode", "read", "states", "step", "_embed", "_embed_source"}
