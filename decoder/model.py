@@ -13,7 +13,7 @@ from tileformer.decoder.generation.step import Decoding, Parts
 from tileformer.decoder.nn.attention import MultiheadAttention
 from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.nn.modules import Dropout, LayerNorm
-from tileformer.decoder.nn.transformer import TransformerDecoder
+from tileformer.decoder.nn.transformer import TransformerDecoder, TransformerEncoder
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def _check_config(config: Any, counts: tuple[str, ...], **vocabularies: int) -> 
 _OUT_PROJECTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 _KNOWN = frozenset(
     (Attention, Block, MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer, LayerNorm, Dropout)
+    + (Stack, TransformerDecoder, TransformerEncoder, nn.ModuleList)
     + (nn.LayerNorm, nn.Dropout, nn.Linear, nn.Embedding, _OUT_PROJECTION)
 )
 
@@ -232,8 +233,8 @@ class DecoderLM(Model):
 
     def parts(self) -> Parts:
         layers = [self.layers[i if len(self.layers) > 1 else 0] for i in range(self.num_layers)]
-        scale = self.config.d_model**0.5
-        return Parts(self.embedding, self.position, layers, self.norm, scale, (self.dropout,))
+        modules = (self.layers, self.norm, self.embedding, self.position, self.dropout)
+        return Parts(self.embedding, self.position, layers, self.norm, self.config.d_model**0.5, modules)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is not None:
@@ -371,17 +372,24 @@ class Seq2Seq(Model):
         return self.decode(tgt, memory, src_padding, cache)
 
     def parts(self) -> Parts:
-        decoder = self.transformer.decoder
-        shape = (list(decoder.layers), decoder.norm, self.config.d_model**0.5, (self.dropout,))
-        return Parts(self.tgt_embedding, self.tgt_position, *shape)
+        encoder = self._side(self.transformer.encoder, self.src_embedding, self.src_position)
+        return self._side(self.transformer.decoder, self.tgt_embedding, self.tgt_position, encoder)
+
+    def _side(self, stack: Any, words: nn.Embedding, positions: nn.Embedding, encoder: Parts | None = None) -> Parts:
+        modules = (stack, words, positions, self.dropout)
+        layers, norm = list(getattr(stack, "layers", ())), getattr(stack, "norm", None)
+        return Parts(words, positions, layers, norm, self.config.d_model**0.5, modules, encoder)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is None:
             raise ValueError("a Seq2Seq is conditioned on a source: start(tokens, source=...)")
         return self.encode(source)
 
-    def _embed_source(self, src: Tensor) -> Tensor:
+    def _check_source(self, src: Tensor) -> None:
         self._check(src, "src", None)
+
+    def _embed_source(self, src: Tensor) -> Tensor:
+        self._check_source(src)
         return self._embed(self.src_embedding(src), _positions(self.src_position, src.shape[1], None))
 
     def _check(self, tokens: Tensor, name: str, cache: KVCache | None) -> None:

@@ -27,17 +27,18 @@ from tileformer.bench.calls import providers as callees
 from tileformer.bench.calls.ops import MODES
 from tileformer.bench.calls.providers import OURS, providers
 from tileformer.bench.calls.workloads import TIMED_OPS, WORKLOADS
-from tileformer.bench.speed import gpu_day, host, step, tune
+from tileformer.bench.speed import generate, gpu_day, host, step, tune
 from tileformer.bench.speed.measure import DRY, Bench, Result, wanted
 from tileformer.bench.static import run as static
 from tileformer.bench.tables import Column, Growing, as_json, head, line
 from tileformer.kernels.info import require_device
 
-ELSEWHERE = {"step": step, "static": static, "host": host, "gpu-day": gpu_day}
+ELSEWHERE = {"step": step, "generate": generate, "static": static, "host": host, "gpu-day": gpu_day}
 ABOUT = {
     "all": "time every op",
     **{op: f"time {op}" for op in TIMED_OPS},
     "step": "whole training steps beside torch.nn's",
+    "generate": "new tokens beside transformers, torch.nn without a cache and CTranslate2; needs no GPU",
     "experiments": "the questions that only a GPU answers, as variants of one call each",
     "static": "registers, instructions, traffic of compiled kernels; needs no GPU",
     "host": "microseconds from Python to the launch; needs no GPU",

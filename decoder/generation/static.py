@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,25 @@ SHORT = 16  # new tokens from which scores are worth a kernel that never stores 
 STEPS_BETWEEN_COMPACTIONS = 16
 
 
+class SourceRows:
+    """What an encoder's layers attend to: all tokens of a row's own source but its ``padding`` (B, T)."""
+
+    def __init__(self, shape: tuple[int, int, int], padding: Tensor) -> None:
+        self.heads, self.head_dim, self.padding = *shape[1:], padding
+        self.real = ~padding if bool(padding.any()) else None
+
+    def begin(self, n: int) -> int:
+        return 0
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """``qkv`` (B * T, 3 * H * D) to (B * T, H * D)."""
+        qkv = qkv.view(*self.padding.shape, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return attention(*qkv.unbind(0), key_mask=self.real).transpose(1, 2).reshape(-1, self.heads * self.head_dim)
+
+    def advance(self, n: int) -> None:
+        pass
+
+
 class StaticCache(RowState):
     """Keys and values of R rows, or of R / ``beams`` sources whose beams share them; `PackedStep`'s state.
 
@@ -20,8 +41,8 @@ class StaticCache(RowState):
     it. Slots from which no beam descends are given up every few steps.
 
     Args: ``shape`` (layers, heads, head size); ``rows``; ``capacity`` in tokens; ``like``, a tensor of the dtype and on
-    the device of the model; ``source``, keys and values (B, T, 2, H, D) of each layer with ``padding`` (B, T), True = no
-    key.
+    the device of the model; ``source``, keys and values (B, T, 2, H, D) of each layer, with ``padding`` (B, T), True
+    where there is no key.
     """
 
     def __init__(
@@ -33,14 +54,16 @@ class StaticCache(RowState):
         source: list[Tensor] | None = None,
         padding: Tensor | None = None,
     ) -> None:
+        self.step: Any = None  # the weights that it was begun with
         layers, self.heads, self.head_dim = shape
         self.capacity, self.length, self.slots, self.beams = capacity, 0, 0, 1
         self.scale = self.head_dim**-0.5
         # Finite from the start: what a shorter row has not written yet is read, and multiplied by zero.
         self.kv = like.new_zeros(layers, 2, rows, self.heads, capacity, self.head_dim)
         self.ignored = like.new_zeros(1)
-        self.source = self.padding = self.source_sees = None
-        if source:
+        self.source: Any = None  # (L, 2, B, H, T, D)
+        self.padding: Any = None
+        if source and padding is not None:
             self._attend_to(torch.stack(source).permute(0, 3, 1, 4, 2, 5).contiguous(), padding)
 
     def _attend_to(self, source: Tensor, padding: Tensor) -> None:
@@ -70,10 +93,7 @@ class StaticCache(RowState):
     def begin(self, n: int) -> int | Tensor:
         """Make room for n tokens more; where they stand: the first one's position, or all (R, n) where rows differ."""
         R, end = self.kv.shape[2], self.slots + n * self.beams
-        if self.row_lengths is None and self.length + n > self.capacity:
-            raise ValueError(
-                f"{self.length + n} tokens a row do not fit this cache of capacity {self.capacity}: make it larger"
-            )
+        self._check_room(n)
         self.n = n
         self.at: tuple[Tensor, Tensor] | None = None
         self.sees_now: Tensor | None = None
@@ -96,6 +116,20 @@ class StaticCache(RowState):
         self.new = self.kv[..., self.slots : end, :].unbind(0)
         self.slots = end
         return where
+
+    @property
+    def equal_rows(self) -> bool:
+        return self.row_lengths is None
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Rows have read no more than ``lengths`` (R,): what stands behind is not a token."""
+        self.row_lengths = lengths.to(torch.int32)
+
+    def _check_room(self, n: int) -> None:
+        # Of unequal rows the longest may have ended: one that is full stays so.
+        if self.equal_rows and self.length + n > self.capacity:
+            reached = f"{self.length + n} tokens a row"
+            raise ValueError(f"{reached} do not fit this cache of capacity {self.capacity}: make it larger")
 
     def _up_to(self, positions: Tensor, end: int) -> Tensor:
         """0 for the keys up to each query's position (R or 1, n), else -inf: (R or 1, 1, n, end)."""
@@ -120,14 +154,14 @@ class StaticCache(RowState):
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:
         """``q`` (R * n, H * D) against the keys of each row's source, (R * n, H * D)."""
-        q = q.view(self.kv.shape[2], -1, self.heads, self.head_dim).transpose(1, 2)
+        q = q.view(self.kv.shape[2], self.n * self.beams, self.heads, self.head_dim).transpose(1, 2)
         return self._attend(q, self.source_keys[layer], self.source_values[layer], self.source_sees)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, sees: Tensor | None) -> Tensor:
         B, H, n, D = q.shape
         scores = torch.baddbmm(self.ignored, q.reshape(B * H, n, D), keys, beta=0, alpha=self.scale)
         if sees is not None:
-            scores.view(B, H, n, -1).add_(sees)
+            scores.view(B, H, n, scores.shape[2]).add_(sees)
         out = torch.bmm(torch.softmax(scores, -1), values)
         return out.view(B * n, H * D) if n == 1 else out.view(B, H, n, D).transpose(1, 2).reshape(B * n, H * D)
 
@@ -135,7 +169,7 @@ class StaticCache(RowState):
         self.length = min(self.length + n, self.capacity)
         super().advance(n)
 
-    def insert(self, slots: Tensor, other: StaticCache) -> None:
+    def insert(self, slots: Tensor, other: RowState) -> None:
         self._refuse_beams("takes in no rows")
         super().insert(slots, other)
         self.slots = self.length
@@ -143,7 +177,7 @@ class StaticCache(RowState):
     def truncate(self, lengths: Tensor) -> None:
         self._refuse_beams("forgets no tokens")
         super().truncate(lengths)
-        if lengths.device.type == "cpu" and self.live is None and bool((self.row_lengths == self.length).all()):
+        if lengths.device.type == "cpu" and self.live is None and torch.all(self.lengths == self.length):
             self.row_lengths = None  # equal rows need no mask
         self.slots = self.length
 
@@ -185,35 +219,40 @@ class StaticCache(RowState):
             if not len(groups) or not torch.equal(whole, rows.view(-1, K)):
                 self._separate()
             else:
-                self.sees = self.sees.index_select(0, groups[:, 0])
-                if self.row_lengths is not None:
-                    self.row_lengths = self.row_lengths.index_select(0, rows)
-                self.assign(*([x.index_select(0, groups[:, 0]) for x in xs] for xs in (self.growing(), self.fixed())))
-                return
+                return self._select_sources(groups[:, 0], rows)
         super().select(rows)
+
+    def _select_sources(self, sources: Tensor, rows: Tensor) -> None:
+        self.sees = self.sees.index_select(0, sources)
+        if self.row_lengths is not None:
+            self.row_lengths = self.row_lengths.index_select(0, rows)
+        self.assign(*([x.index_select(0, sources) for x in xs] for xs in (self.growing(), self.fixed())))
 
     def _compact(self) -> None:
         """Give up slots from which no beam descends."""
         self.steps_to_compaction = STEPS_BETWEEN_COMPACTIONS
-        sees = self.sees[:, :, : self.slots]
-        live = (sees == 0).any(1)
+        live = self._seen_by_beams().any(1)
         kept = int(live.sum(1).max())
         order = (~live).int().argsort(stable=True)[:, :kept]  # (B, kept)
         for kv in self.kv:  # layer by layer: the copy stays small
             index = order[None, :, None, :, None].expand(*kv.shape[:3], -1, kv.shape[4])
             kv[..., :kept, :] = kv.gather(3, index)
-        self.sees[:, :, :kept] = sees.gather(2, order[:, None].expand(-1, self.beams, -1))
+        self.sees[:, :, :kept] = self.sees.gather(2, order[:, None].expand(-1, self.beams, -1))
         self.slots = kept
 
     def _separate(self) -> None:
         """Give each beam keys and values of its own."""
         K, length = self.beams, self.length
-        order = (self.sees.flatten(0, 1)[:, : self.slots] != 0).int().argsort(stable=True)[:, :length]
+        order = (~self._seen_by_beams()).flatten(0, 1).int().argsort(stable=True)[:, :length]
         rows = torch.arange(len(order), device=order.device)
         kv = self.kv.new_zeros(*self.kv.shape[:2], len(rows), self.heads, self.capacity, self.head_dim)
         kv[..., :length, :] = self.kv[:, :, rows[:, None] // K, :, order].permute(2, 3, 0, 4, 1, 5)
         self.beams, self.slots = 1, length
         self.assign([kv.movedim(2, 0)], [x.repeat_interleave(K, 0) for x in self.fixed()])
+
+    def _seen_by_beams(self) -> Tensor:
+        """Whether each beam descends from each slot, (B, K, slots)."""
+        return self.sees[:, :, : self.slots] == 0
 
     def _refuse_beams(self, what: str) -> None:
         if self.beams > 1:

