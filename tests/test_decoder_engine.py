@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, generate
-from tileformer.decoder.generation.engine import Engine, Event, Options
+from tileformer.decoder.generation.engine import Engine, Event
+from tileformer.decoder.generation.options import Options
 
 V, LONGEST = 19, 96
 BROKEN = 18  # a source token whose embedding is NaN

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tileformer.decoder.generation.options import Options
 from tileformer.decoder.generation.paged import PagedCache, PagePool
 from tileformer.decoder.generation.sampling import Sampler
 from tileformer.decoder.generation.search import DecodeBatch
@@ -17,22 +18,11 @@ from tileformer.decoder.generation.state import Decodable
 from tileformer.decoder.generation.step import Decoding
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How the tokens of one sequence are chosen."""
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    adjust: Callable[[Tensor, Tensor], Tensor] | None = None
-
-
 class Event(NamedTuple):
     """What happened to a sequence: a new token, its end, or both.
 
-    ``reason`` of an end: "eos"; "length", no more tokens may come; "stop", a stop string was completed; "cancelled";
-    "error", and ``error`` says which.
+    ``reason`` of an end: "eos"; "length", no more tokens may come; "stop", a stop string was completed, or the options
+    leave no token; "cancelled"; "error", and ``error`` says which.
     """
 
     id: int
@@ -41,19 +31,41 @@ class Event(NamedTuple):
     error: Exception | None = None
 
 
-@dataclass(eq=False)
 class _Sequence:
-    id: int
-    tokens: list[int]  # the prompt and what followed; all but the last were read
-    prompt: int  # how many of them are the prompt's
-    limit: int  # how many there may be
-    options: Options
-    inputs: dict[str, Tensor]  # what it is conditioned on
-    slot: int | None = None
+    """A prompt and what followed it: ``tokens``, of which all but the last were read, or all in a step's end."""
 
-    @property
-    def chosen(self) -> int:
-        return len(self.tokens) - self.prompt
+    def __init__(self, id: int, batch: DecodeBatch, limit: int) -> None:
+        self.id, self.batch, self.limit = id, batch, limit
+        self.tokens: list[int] = batch.tokens[0].tolist()
+        self.prompt = len(self.tokens)  # with what its options force it to begin with
+        self.untold: list[int] = batch.prefix.tolist()
+        self.slot: int | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Choose as if nothing had been chosen: what was begun may have been interrupted."""
+        self.slot, self.adjuster, options = None, None, self.batch.options
+        self.sampler = Sampler(options, 1, self.batch.tokens.device) if options.samples else None
+        self.is_plain = not (options.samples or options.constrains)
+
+    def choose(self, logits: Tensor) -> tuple[int | None, str | None]:
+        """The next token by ``logits`` (1, V), and the reason if it is the last."""
+        step = len(self.tokens) - self.prompt
+        if self.adjuster is None and self.batch.options.constrains:
+            self.adjuster = self.batch.adjuster(logits)
+            for token in self.tokens[self.prompt :]:
+                self.adjuster.append(torch.tensor([token]))
+        scores = logits if self.adjuster is None else self.adjuster(logits, step)
+        best, token = scores.max(-1) if self.sampler is None else self.sampler(scores, step + len(self.batch.prefix))
+        if best.isnan() or best == float("inf"):
+            raise FloatingPointError("the options leave scores that are not finite")
+        if self.adjuster is not None:
+            if best == (float("-inf") if self.sampler is None else self.sampler.least):
+                return None, "stop"
+            self.adjuster.append(token)
+            if self.batch.options.stop_strings and self.adjuster.stopped()[0]:
+                return int(token), "stop"
+        return int(token), None
 
 
 class Engine:
@@ -124,25 +136,29 @@ class Engine:
         Raises as `generate` for a prompt, an option or a length that makes no sense, and ValueError for more tokens
         than the engine has room for.
         """
+        options = options or Options()
+        if options.searches or options.num_return_sequences or options.generator is not None:
+            raise ValueError("a sequence is greedy or drawn by its seed: pass no beams, n_best or generator")
+        if options.samples and options.seed is None:
+            options = replace(options, seed=int(torch.randint(2**31, ())))
         row = torch.as_tensor(prompt, dtype=torch.int64, device=self.device)
         bound = max_length
         if bound is None and getattr(self.model, "max_length", None) is None:
             bound = max(1, self.capacity + 1 - len(row))
-        batch = DecodeBatch(self.model, row[None], bound)
-        tokens: list[int] = batch.tokens[0].tolist()
-        limit = len(tokens) + batch.steps
+        batch = DecodeBatch(self.model, row[None], bound, options=options)
+        length = batch.tokens.shape[1]
+        limit = length + batch.steps
         if max_length is None:
             limit = min(limit, self.capacity + 1)
-        if len(tokens) > self.capacity or limit > self.capacity + 1:
+        if length > self.capacity or limit > self.capacity + 1:
             raise ValueError(
-                f"{len(tokens)} tokens and up to {batch.steps} new ones do not fit the engine's capacity of "
+                f"{length} tokens and up to {batch.steps} new ones do not fit the engine's capacity of "
                 f"{self.capacity}: shorten them, or give it more{'' if self.pool is None else ' pages'}"
             )
         self._last_id += 1
-        sequence = _Sequence(self._last_id, tokens, len(tokens), limit, options or Options(), batch.options)
-        self.sequences[sequence.id] = sequence
-        heapq.heappush(self._waiting, sequence.id)
-        return sequence.id
+        self.sequences[self._last_id] = _Sequence(self._last_id, batch, limit)
+        heapq.heappush(self._waiting, self._last_id)
+        return self._last_id
 
     def cancel(self, id: int) -> bool:
         """End a sequence at the next step; False where it has ended already. May be called from any function of it."""
@@ -180,7 +196,7 @@ class Engine:
     def _start_over(self) -> None:
         """Every sequence waits, and no slot or page holds anything."""
         for sequence in self.sequences.values():
-            sequence.slot = None
+            sequence.restart()
         self._waiting = sorted(self.sequences)  # a heap of ids, the oldest first
         self._free = list(range(self.slots))
         self.state: Any = None
@@ -263,7 +279,7 @@ class Engine:
         tokens = torch.tensor([sequence.tokens], device=self.device)
         if not known:
             capacity = self.capacity if self.state is None else len(sequence.tokens)
-            return self.model.start(tokens, capacity=capacity, **sequence.inputs)
+            return self.model.start(tokens, capacity=capacity, **sequence.batch.inputs)
         row = PagedCache(self.state.pool, 1, self.capacity, self.device)
         row.adopt(self.state, known)
         try:
@@ -288,36 +304,28 @@ class Engine:
     def _choose(self, rows: list[_Sequence], logits: Tensor) -> None:
         """The next token of each of ``rows`` from its ``logits``, and who ends with it."""
         logits = logits.index_fill(1, torch.tensor([self.model.pad_id], device=logits.device), float("-inf"))
-        finite = logits.amax(-1).isfinite().tolist()
-        greedy = logits.argmax(-1).tolist()
-        for i, sequence in enumerate(rows):
-            error: Exception | None = None
-            token = greedy[i]
-            if not finite[i]:
-                error = FloatingPointError(f"the logits behind token {len(sequence.tokens)} are not finite")
-            elif sequence.options != Options():
-                try:
-                    token = self._chosen(sequence, logits[i : i + 1])
-                except Exception as raised:
-                    error = raised
-            if error is not None:
+        best, greedy = logits.max(-1)
+        finite = best.isfinite().tolist()
+        for i, (sequence, token) in enumerate(zip(rows, greedy.tolist(), strict=True)):
+            chosen: tuple[int | None, str | None] = (token, None)
+            try:
+                if not finite[i]:
+                    raise FloatingPointError(f"the logits behind token {len(sequence.tokens)} are not finite")
+                if not sequence.is_plain:
+                    chosen = sequence.choose(logits[i : i + 1])
+            except Exception as error:
                 self._end(sequence, "error", error=error)
                 continue
-            sequence.tokens.append(token)
+            token, reason = chosen
+            if token is not None:
+                sequence.tokens.append(token)
             if token == self.model.eos_id:
-                self._end(sequence, "eos", token)
+                reason = "eos"
             elif len(sequence.tokens) == sequence.limit:
-                self._end(sequence, "length", token)
-            else:
+                reason = reason or "length"
+            while sequence.untold:
+                self._events.append(Event(sequence.id, sequence.untold.pop(0)))
+            if reason is None:
                 self._events.append(Event(sequence.id, token))
-
-    def _chosen(self, sequence: _Sequence, logits: Tensor) -> int:
-        options = sequence.options
-        if options.adjust is not None:
-            logits = options.adjust(torch.tensor([sequence.tokens], device=self.device), logits)
-            if not bool(logits.amax().isfinite()):
-                raise FloatingPointError("adjust has left no token with a finite score")
-        generator = None
-        if options.seed is not None:
-            generator = torch.Generator(self.device).manual_seed(options.seed * 2**20 + sequence.chosen)
-        return int(Sampler(options.temperature, options.top_k, options.top_p, generator)(logits))
+            else:
+                self._end(sequence, reason, token)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileformer.decoder.generation.engine import Options
+from tileformer.decoder.generation.options import Options
+from tileformer.decoder.generation.sampling import candidates, random_words
 from tileformer.decoder.generation.search import DecodeBatch
 from tileformer.decoder.generation.state import Decodable
 
@@ -27,7 +28,7 @@ class NGramDraft:
 
     def start(self, batch: DecodeBatch, capacity: int, vocab: int, choice: _Choice) -> None:
         self.pad_id, self.vocab = batch.pad_id, vocab
-        source = batch.options.get("source", batch.tokens[:, :0])
+        source = batch.inputs.get("source", batch.tokens[:, :0])
         self.before = [[x for x in row if x != self.pad_id] for row in torch.cat([source, batch.tokens], 1).tolist()]
 
     def propose(self, rows: list[list[int]], live: list[int], n: int) -> tuple[Tensor, None]:
@@ -56,7 +57,7 @@ class ModelDraft:
         self.proposed = self.accepted = 0
 
     def start(self, batch: DecodeBatch, capacity: int, vocab: int, choice: _Choice) -> None:
-        logits, self.state = self.model.start(batch.tokens, capacity=capacity, **batch.options)
+        logits, self.state = self.model.start(batch.tokens, capacity=capacity, **batch.inputs)
         if logits.shape[1] != vocab:
             raise ValueError(f"the draft chooses among {logits.shape[1]} tokens, the model among {vocab}: train it alike")
         self.choice = choice
@@ -81,34 +82,29 @@ class ModelDraft:
 class _Choice:
     """How tokens are chosen: distributions over the vocabulary, and what is drawn from them by seed and position."""
 
-    def __init__(self, options: Options, seeds: list[int], pad_id: int) -> None:
-        self.options, self.seeds, self.pad_id = options, seeds, pad_id
+    def __init__(self, options: Options, seeds: Tensor, pad_id: int) -> None:
+        self.options, self.seeds, self.pad = options, seeds, torch.tensor([pad_id], device=seeds.device)
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities (..., V) float32 of the tokens that may be chosen; one token has all of it where none is
-        drawn."""
-        options = self.options
-        logits = logits.index_fill(-1, torch.tensor([self.pad_id], device=logits.device), float("-inf"))
-        if options.temperature is None:
-            return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        ordered, ids = (logits.float() / options.temperature).sort(dim=-1, descending=True, stable=True)
-        shares = ordered[..., : options.top_k].softmax(-1)
-        if options.top_p is not None:
-            shares = shares.masked_fill(shares.cumsum(-1) - shares >= options.top_p, 0.0)
-        shares = torch.zeros_like(ordered).scatter_(-1, ids[..., : options.top_k], shares)
-        return shares / shares.sum(-1, keepdim=True)
+        """Probabilities (..., V) of the tokens that may be chosen, all of it one token's where none is drawn."""
+        scores = logits.flatten(0, -2).index_fill(1, self.pad, float("-inf"))
+        shares, ids = torch.ones_like(scores[:, :1]), scores.argmax(-1, keepdim=True)
+        if self.options.samples:
+            shares, ids = candidates(scores, self.options)
+            shares = shares / shares.sum(-1, keepdim=True)
+        if ids is not None:
+            shares = torch.zeros_like(scores, dtype=shares.dtype).scatter_(1, ids, shares)
+        return shares.view(logits.shape)
 
     def draw(self, shares: Tensor, positions: Tensor, purpose: int) -> Tensor:
         """A token (R,) of each row of ``shares`` (R, V): the first of V exponential clocks to ring."""
         return (shares / -torch.log1p(-self.uniform(positions, shares.shape[-1], purpose))).argmax(-1)
 
     def uniform(self, positions: Tensor, n: int, purpose: int) -> Tensor:
-        """(R, n) numbers between 0 and 1, a function of the row's seed, the position (R,) and the purpose alone."""
-        drawn = []
-        for seed, position in zip(self.seeds, positions.tolist(), strict=True):
-            g = torch.Generator().manual_seed((seed * 1000003 + position) * 4 + purpose)
-            drawn.append(torch.rand(n, generator=g).clamp(1e-7, 1 - 1e-7))
-        return torch.stack(drawn).to(positions.device)
+        """(R, n) numbers between 0 and 1, a function of a row's seed, its position (R,) and the purpose alone."""
+        words = torch.arange(-(-n // 4), device=positions.device)
+        drawn = random_words(self.seeds[:, None], positions[:, None], purpose, words).flatten(1)[:, :n]
+        return ((drawn.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 @torch.no_grad()
@@ -147,14 +143,15 @@ def generate_speculatively(
     """
     if num_draft_tokens < 1:
         raise ValueError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
-    options, batch = options or Options(), DecodeBatch(model, src, max_length)
-    drafter = _drafter(draft)
+    options, drafter = options or Options(), _drafter(draft)
+    if options.searches or options.num_return_sequences or options.constrains or options.forced_prefix_ids:
+        raise ValueError("tokens that are drafted are greedy or drawn: pass no beams and no constraints")
+    batch = DecodeBatch(model, src, max_length, options=options)
     B, pad = len(batch.tokens), batch.pad_id
-    seed = int(torch.randint(2**31, ())) if options.seed is None else options.seed
-    choice = _Choice(options, [seed + row for row in range(B)], pad)
+    choice = _Choice(options, _seeds(options, B).to(src.device), pad)
     capacity = min(batch.capacity + num_draft_tokens, getattr(model, "max_length", None) or 2**30)
     capacity = max(capacity, batch.tokens.shape[1])
-    logits, state = model.start(batch.tokens, capacity=capacity, **batch.options)
+    logits, state = model.start(batch.tokens, capacity=capacity, **batch.inputs)
     state.truncate(state.lengths)  # a state that cannot forget says so here
     drafter.start(batch, capacity, logits.shape[1], choice)
     limits = [batch.steps] * B if batch.limits is None else batch.limits.tolist()
@@ -194,6 +191,16 @@ def _drafter(draft: Any) -> NGramDraft | ModelDraft:
     if isinstance(draft, str):
         raise ValueError(f"draft must be 'ngram', a model or a draft, got {draft!r}")
     return draft if isinstance(draft, NGramDraft | ModelDraft) else ModelDraft(draft)
+
+
+def _seeds(options: Options, rows: int) -> Tensor:
+    seed = options.seed
+    if seed is None:
+        seed = int(torch.randint(2**31, (), generator=options.generator))
+    seeds = seed + torch.arange(rows) if isinstance(seed, int) else torch.tensor(seed, dtype=torch.int64)
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows: pass one each, or a single one")
+    return seeds
 
 
 def _has_ended(tokens: Sequence[int], limit: int, eos_id: int) -> bool:
