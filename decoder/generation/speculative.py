@@ -208,7 +208,7 @@ def _has_ended(tokens: Sequence[int], limit: int, eos_id: int) -> bool:
 
 
 def _drawn(choice: _Choice, logits: Tensor, positions: list[int]) -> Tensor:
-    return choice.draw(choice.distribution(logits), torch.tensor(positions, device=logits.device), purpose=0)
+    return choice.draw(choice.distribution(logits), torch.tensor(positions, dtype=torch.int64, device=logits.device), purpose=0)
 
 
 def _verified(
@@ -217,7 +217,7 @@ def _verified(
     """How many of ``drafted`` (R, n) each row keeps, by the ``logits`` (R, n + 1, V) behind them, and the token that
     follows those."""
     R, n = drafted.shape
-    position = torch.tensor(positions, device=logits.device)
+    position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
     p = choice.distribution(logits)
     q = torch.zeros_like(p[:, :n])
     q = q.scatter_(-1, drafted[..., None], 1.0) if shares is None else shares
