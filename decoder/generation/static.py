@@ -226,8 +226,7 @@ class StaticCache(RowState):
 
     def _select_sources(self, sources: Tensor, rows: Tensor) -> None:
         self.sees = self.sees.index_select(0, sources)
-        if self.row_lengths is not None:
-            self.row_lengths = self.row_lengths.index_select(0, rows)
+        self.select_lengths(rows)
         self.assign(*([x.index_select(0, sources) for x in xs] for xs in (self.growing(), self.fixed())))
 
     def _compact(self) -> None:

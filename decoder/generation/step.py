@@ -80,7 +80,8 @@ class PackedStep:
     multiplies 1.3 to 2 times as fast for up to 64 rows; the others are the parameters themselves.
     """
 
-    def __init__(self, parts: Parts, memory: int) -> None:
+    def __init__(self, parts: Parts, memory: int, captures: bool = True) -> None:
+        self.captures = captures  # whether a step on a GPU becomes a CUDA graph
         self.copies: list[tuple[Tensor, Tensor]] = []  # each with the parameter that it is a copy of
         self.memory = memory  # bytes that copies may still take
         layers = list(dict.fromkeys(parts.layers))
@@ -109,6 +110,11 @@ class PackedStep:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, state: Any, last: Tensor | None = None) -> Tensor:
         """Logits (R, n, V) behind each of ``tokens`` (R, n); (R, V) with ``last`` (R,): behind that one of each row."""
+        if tokens.is_cuda and last is None and isinstance(state, DeviceCache) and self.captures:
+            return state.replayed(tokens, self._logits)
+        return self._logits(tokens, state, last)
+
+    def _logits(self, tokens: Tensor, state: Any, last: Tensor | None = None) -> Tensor:
         R, n = tokens.shape
         with torch.inference_mode():
             x = self.rows(tokens, state)
@@ -268,7 +274,7 @@ def packed_step(model: Any, parts: Parts, name: str = "decoder") -> PackedStep:
         steps.pop(name, None)  # two steps' copies are never held at once
         share = model.step_memory if name == "decoder" else 0.0  # an encoder runs once
         total = sum(p.numel() * p.element_size() for p in model.parameters())
-        steps[name] = PackedStep(parts, int(share * total))
+        steps[name] = PackedStep(parts, int(share * total), model.step_captures)
     return steps[name]
 
 
@@ -280,6 +286,7 @@ class Decoding:
     """
 
     step_memory = 0.3  # bytes of a step's copies at the most, as a share of the weights'
+    step_captures = True  # on a GPU: as a CUDA graph, from a state's second step on
 
     pad_id: int
     max_length: int
