@@ -200,7 +200,7 @@ def cross_entropy_bwd(
 
 def _definition(logits, target, weight, lse, ignore_index, label_smoothing):
     options = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-    return reference.cross_entropy(logits, target, weight=weight, **options)
+    return (reference.cross_entropy(logits, target, weight=weight, **options),)
 
 
 class _CrossEntropy(Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,17 +48,19 @@ def second_derivative(
     )
 
 
-def twice_differentiable(
-    launcher: Callable[P, R], fake: Callable[..., R], definition: Callable[..., Tensor], primals: tuple[int, ...]
-) -> KernelFunction[P, R]:
-    """A fused backward, `launcher(dy, *inputs)`, whose own derivative differentiates `definition(*inputs)` twice.
+def backward_function(
+    forward_: Any, definition: Callable[..., tuple[Tensor, ...]], primals: tuple[int, ...], cotangents: int = 1
+) -> type[Function]:
+    """The Function of a backward, `forward_(*cotangents, *inputs)`, of which the derivative is one of `definition`.
 
     Args:
-        primals: positions of the differentiable inputs among all arguments; the launcher returns a gradient for each.
+        forward_: as a static method; returns a gradient for each primal. Cotangents and primals may be None.
+        definition: of `inputs`: the tuple of outputs whose gradients the cotangents are.
+        primals: positions of the differentiable inputs among all arguments.
     """
 
     class Backward(Function):
-        forward = registered_forward(launcher, fake)
+        forward = forward_
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -70,17 +72,28 @@ def twice_differentiable(
         def backward(ctx, *tangents):
             inputs = [x if t is None else t for t, x in zip(ctx.saved_tensors, ctx.constants, strict=True)]
             given = {i: t for i, t in zip(primals, tangents, strict=True) if inputs[i] is not None}
+            dys = {i: dy for i, dy in enumerate(inputs[:cotangents]) if dy is not None}
 
             def outputs(*values):
                 args = dict(enumerate(inputs)) | dict(zip(given, values, strict=True))
-                return (definition(*list(args.values())[1:]),)
+                results = definition(*list(args.values())[cotangents:])
+                return tuple(results[i] for i in dys)
 
             values = [inputs[i] for i in given]
             # The gradient of a primal that needs none is empty, and so is its tangent.
             used = [t if t is None or t.shape == x.shape else None for t, x in zip(given.values(), values, strict=True)]
-            first, (ddy,) = second_derivative(outputs, values, inputs[:1], used)
-            grads = {0: ddy, **dict(zip(given, first, strict=True))}
+            first, second = second_derivative(outputs, values, list(dys.values()), used)
+            grads = dict(zip((*given, *dys), first + second, strict=True))
             return tuple(grads.get(i) for i in range(len(inputs)))
 
-    Backward.__name__ = launcher.__name__
-    return KernelFunction(launcher, Backward)
+    return Backward
+
+
+def twice_differentiable(
+    launcher: Callable[P, R], fake: Callable[..., R], definition: Callable[..., tuple[Tensor, ...]],
+    primals: tuple[int, ...], cotangents: int = 1,
+) -> KernelFunction[P, R]:  # fmt: skip
+    """A fused backward as a registered op: see `backward_function`."""
+    function = backward_function(registered_forward(launcher, fake), definition, primals, cotangents)
+    function.__name__ = launcher.__name__
+    return KernelFunction(launcher, function)

@@ -318,7 +318,8 @@ def _layer_norm_bwd_fake(
 
 def _definition(x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
     shape = x.shape[-axes:]
-    return reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
+    y = reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
+    return (y,)
 
 
 class _LayerNorm(Function):

@@ -22,7 +22,6 @@ from tileformer.kernels.attention.mask import Features, Masks, Matrix, Scaling, 
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
 from tileformer.kernels.attention.tiles import Table, tiles_for
 from tileformer.kernels.attention.weights import _attention_bwd_bias_kernel, _attention_weights_kernel
-from tileformer.kernels.autograd import register
 from tileformer.kernels.device import arch_of, dot_precision, wider
 from tileformer.kernels.launch import Launch, Tile, cdiv, pow2
 
@@ -290,10 +289,9 @@ def _bwd_outputs(
     dq, dk, dv = (_empty_bthd(x.shape, x, bool(params.packed)) for x in (q, k, v))
     if bias is None or not params.bias_grad:
         return dq, dk, dv, torch.empty((0,), dtype=q.dtype, device=q.device)
-    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     # Nothing launches where a dimension of the scores is 0; what is summed over it is 0.
     make = torch.empty if q.shape[2] and k.shape[2] and q.shape[0] else torch.zeros
-    return dq, dk, dv, make(shape, dtype=bias.dtype, device=q.device)
+    return dq, dk, dv, make(bias.shape, dtype=bias.dtype, device=q.device)
 
 
 def _attention_bwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -309,17 +307,12 @@ def attention_weights(
     """Weights after dropout, (B, H or 1, T_q, T_k) in q's dtype, recomputed from the base-2 log-sum-exp."""
     masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
     q, k = map(_rows_contiguous, (q, k))
-    weights = _weights_output(lse, bounds, average, q, k)
+    weights = _attention_weights_fake(lse, bounds, average, q, k)
     plan, present = _planned(q, k, v, masks, bounds, params, variant=average)
     plan.weights(q, k, *present, lse.contiguous(), weights)
     return weights
 
 
-def _weights_output(lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, *_: Any) -> Tensor:
+def _attention_weights_fake(lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, *_: Any) -> Tensor:
     (b, h, t_q), t_k = q.shape[:3], k.shape[2]
     return torch.empty((b, 1 if average else h, t_q, t_k), dtype=q.dtype, device=q.device)
-
-
-fwd = register(attention_fwd, _attention_fwd_fake)
-bwd = register(attention_bwd, _attention_bwd_fake)
-weights_of = register(attention_weights, _weights_output)
