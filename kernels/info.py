@@ -43,15 +43,8 @@ def require_device(device: str | torch.device | None = None) -> torch.device:
         DeviceError: if the device asked for does not exist, or if none was asked for and the machine has a GPU that
             torch cannot use: a run that was meant for the GPU should not crawl on the CPU unnoticed.
     """
-    if device is None:
-        usable, why = _cuda_usable()
-        if usable:
-            return torch.device("cuda", torch.cuda.current_device())
-        if driver := system_driver():
-            raise DeviceError(_invisible(driver, why))
-        return torch.device("cpu")
     try:
-        asked = torch.device(device)
+        asked = torch.device("cuda" if device is None else device)
     except RuntimeError:
         raise DeviceError(f"unknown device {str(device)!r}: ask for cpu, cuda or cuda:0") from None
     if asked.type == "cpu":
@@ -60,10 +53,11 @@ def require_device(device: str | torch.device | None = None) -> torch.device:
         raise DeviceError(f"device {asked} is not supported: ask for cpu or cuda")
     usable, why = _cuda_usable()
     if not usable:
-        driver = system_driver()
-        raise DeviceError(
-            _invisible(driver, why) if driver else f"device {asked} was asked for, but torch cannot use CUDA: {why}"
-        )
+        if driver := system_driver():
+            raise DeviceError(_invisible(driver, why))
+        if device is None:
+            return torch.device("cpu")
+        raise DeviceError(f"device {asked} was asked for, but torch cannot use CUDA: {why}")
     if asked.index is not None and asked.index >= torch.cuda.device_count():
         raise DeviceError(f"device {asked} does not exist: torch sees {torch.cuda.device_count()} CUDA device(s)")
     return torch.device("cuda", torch.cuda.current_device()) if asked.index is None else asked
@@ -178,19 +172,20 @@ def _tools() -> tuple[dict[str, str | None], list[str]]:
         ptxas: str | None = triton.knobs.nvidia.ptxas.path
     except RuntimeError:
         ptxas = None
-    tools = {
-        "compiler": compiler,
-        "headers": header if os.path.isfile(header) else None,
-        "ptxas": ptxas,
-        "cache": cache if _writable(Path(cache)) else None,
+    tools = {  # each with what is said where it is missing
+        "compiler": (compiler, f"no C compiler ({asked or 'gcc or clang'}): Triton needs one; install it or set CC"),
+        "headers": (
+            header if os.path.isfile(header) else None,
+            f"no {header}: Triton needs Python's headers; install python3-dev or what your system calls it",
+        ),
+        "ptxas": (ptxas, "no working ptxas: Triton brings its own, so reinstall triton"),
+        "cache": (
+            cache if _writable(Path(cache)) else None,
+            f"cannot write to {cache}: set TRITON_CACHE_DIR to a folder that Triton may fill",
+        ),
     }
-    remedies = {
-        "compiler": f"no C compiler ({asked or 'gcc or clang'}): Triton needs one; install it or set CC",
-        "headers": f"no {header}: Triton needs Python's headers; install python3-dev or what your system calls it",
-        "ptxas": "no working ptxas: Triton brings its own, so reinstall triton",
-        "cache": f"cannot write to {cache}: set TRITON_CACHE_DIR to a folder that Triton may fill",
-    }
-    return tools, [remedies[tool] for tool, found in tools.items() if found is None]
+    found = {name: path for name, (path, _) in tools.items()}
+    return found, [remedy for path, remedy in tools.values() if path is None]
 
 
 def _writable(folder: Path) -> bool:

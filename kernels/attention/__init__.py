@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
-from tileformer.kernels.attention.launchers import (
-    _attention_bwd_fake,
-    _attention_fwd_fake,
-    _attention_weights_fake,
-    attention_bwd,
-    attention_fwd,
-    attention_weights,
-)
+from tileformer.kernels.attention.launchers import attention_bwd, attention_fwd, attention_weights, bwd, fwd, weights_of
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams, check_attention, limits
 from tileformer.kernels.attention.torch_backend import torch_attention
-from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
+from tileformer.kernels.autograd import Function, KernelFunction
 from tileformer.kernels.backend import choose
-from tileformer.kernels.double_backward import twice_differentiable
+from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
@@ -38,7 +31,7 @@ _NO_GRADIENTS = (None,) * 7  # of key_mask, q_lens, k_lens, slopes, seed and the
 class _Attention(Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
-    forward = registered_forward(attention_fwd, _attention_fwd_fake)
+    forward = fwd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -67,7 +60,7 @@ def _definition(out, lse, bounds, q, k, v, *rest):
 class _Weights(Function):
     """The weights, recomputed; their derivative goes through the reference."""
 
-    forward = registered_forward(attention_weights, _attention_weights_fake)
+    forward = weights_of
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -92,9 +85,8 @@ class _Weights(Function):
 
 
 _attention_forward = KernelFunction(attention_fwd, _Attention)
-_attention_backward = twice_differentiable(
-    attention_bwd, _attention_bwd_fake, _definition, primals=(5, 6, 7, 9), cotangents=2
-)
+_AttentionBackward = backward_function(bwd, _definition, primals=(5, 6, 7, 9), n_cotangents=2)
+_attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
 _attention_weights = KernelFunction(attention_weights, _Weights)
 
 

@@ -948,7 +948,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
          "_bwd_launch"),
         ("host", "the scale is not used in the gradient", "ctx.scale, ctx.log = inputs[3:]", "ctx.scale, ctx.log = 1.0, inputs[4]"),
         ("backward", "the second derivative loses a term", "u * (g - along(p, g)) - g * along(p, u)", "u * (g - along(p, g))"),
-        ("host", "a mask's gradient is silently lost", "checks.no_mask_gradient(name, mask, backend)", "pass"),
+        ("host", "a mask's gradient is silently lost", "if checks.differentiated(mask):", "if False:"),
         ("causal", "bottom right is row_max left on the torch backend", 't_k - t_q + 1 if causal == "bottom_right" else 1', "1"),
         ("-inf", "a row that sees nothing is NaN on the torch backend", "scores.softmax(-1).to(x.dtype).masked_fill(empty, 0.0)", "scores.softmax(-1).to(x.dtype)"),
         ("-inf", "the logarithm of a row that sees nothing is NaN", "tl.log(tl.where(total == 0.0, 1.0, total))", "tl.log(total)"),
@@ -1173,7 +1173,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("host", "any rate is taken", "if not 0.0 <= p <= 1.0:", "if p != p:"),
     ],
     "kernels/double_backward.py": [
-        ("backward", "a missing gradient counts as one", "torch.zeros_like(o) if t is None", "torch.ones_like(o) if t is None"),
+        ("backward", "a missing gradient counts as one", "else torch.zeros_like(o)", "else torch.ones_like(o)"),
     ],
     "kernels/reference.py": [
         ("shared rule", "the definition's window drops a key on the left", "    if causal:\n        right = 0", "    left = None if left is None else max(left - 1, 0)\n    if causal:\n        right = 0", "_limits"),
