@@ -165,8 +165,8 @@ def causal_variant(op: str, mask: Any, shape: Sequence[int]) -> Align | None:
     return "bottom_right" if mask.variant.name == "LOWER_RIGHT" else "top_left"
 
 
-def triangle(variant: str, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The boolean mask (T_q, T_k) that `causal_variant` names, True = may attend."""
+def triangle(variant: Causal, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The boolean mask (T_q, T_k) that a name or `causal_variant` stands for, True = may attend."""
     t_q, t_k = shape[-2:]
     ones = torch.ones(t_q, t_k, dtype=torch.bool, device=device)
     return ones.tril(t_k - t_q if variant == "bottom_right" else 0)

@@ -54,7 +54,11 @@ def require_device(device: str | torch.device | None = None) -> torch.device:
     usable, why = _cuda_usable()
     if not usable:
         if driver := system_driver():
-            raise DeviceError(_invisible(driver, why))
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise DeviceError(
+                f"this machine has a GPU (NVIDIA driver {driver}) that torch {torch.__version__} ({built}) cannot use: "
+                f"{why}; install a torch that fits the driver, or go on without the GPU with --device cpu"
+            )
         if device is None:
             return torch.device("cpu")
         raise DeviceError(f"device {asked} was asked for, but torch cannot use CUDA: {why}")
@@ -95,14 +99,6 @@ def _cuda_usable() -> tuple[bool, str]:
         return False, f"it sees no CUDA device (CUDA_VISIBLE_DEVICES is {visible!r})"
     said = str(caught[0].message).split(" (Triggered")[0].split(". ")[0] if caught else ""
     return False, f"it sees no CUDA device ({said})" if said else "it sees no CUDA device"
-
-
-def _invisible(driver: str, why: str) -> str:
-    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    return (
-        f"this machine has a GPU (NVIDIA driver {driver}) that torch {torch.__version__} ({built}) cannot use: {why}; "
-        "install a torch that fits the driver, or go on without the GPU with --device cpu"
-    )
 
 
 def collect(device: str | None = None) -> dict[str, Any]:

@@ -356,9 +356,7 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.
     scores = x if scale == 1.0 else _widened(x) * scale  # what is still to be added must not be rounded before
     hidden = []
     if causal:
-        t_q, t_k = x.shape[-2:]
-        first_hidden = t_k - t_q + 1 if causal == "bottom_right" else 1
-        hidden.append(torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(first_hidden))
+        hidden.append(~checks.triangle(causal, x.shape, x.device))
     if mask is not None and mask.dtype == torch.bool:
         hidden.append(~mask)
     elif mask is not None:

@@ -389,7 +389,7 @@ BAD = {
     "dtypes": (dict(k=_K.half()), TypeError, "k is float16, q is float32"),
     "integers": (dict(q=_Q.long(), k=_K.long(), v=_K.long()), TypeError, "q must be floating, got int64"),
     "batches": (dict(k=_K.expand(2, 2, 6, 8), v=_K.expand(2, 2, 6, 8)), ValueError, "batch and head size must be equal"),
-    "v shape": (dict(v=_K[:, :, :5]), ValueError, r"v has shape \(1, 2, 5, 8\), k has \(1, 2, 6, 8\)"),
+    "v shape": (dict(v=_K[:, :, :5]), ValueError, r"v is \(1, 2, 5, 8\), k \(1, 2, 6, 8\)"),
     "heads": (dict(q=_Q[:, :3]), ValueError, "3 query heads and 2 key heads"),
     "no heads": (dict(k=_K[:, :0], v=_K[:, :0]), ValueError, "4 query heads and 0 key heads"),
     "head size": (dict(q=torch.zeros(1, 2, 5, 300), k=torch.zeros(1, 2, 6, 300), v=torch.zeros(1, 2, 6, 300)), ValueError, "head size 300"),

@@ -36,7 +36,7 @@ class _Attention(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ints, floats = inputs
-        ctx.params = AttentionParams.of(ints, floats)
+        ctx.params = AttentionParams(*ints, *floats)
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
@@ -52,7 +52,7 @@ class _Attention(Function):
 
 
 def _definition(out, lse, bounds, q, k, v, *rest):
-    options = _reference_options(AttentionMasks(*rest[:7]), AttentionParams.of(*rest[7:]))
+    options = _reference_options(AttentionMasks(*rest[:7]), AttentionParams(*rest[7], *rest[8]))
     out, lse = reference.attention(q, k, v, **options, return_lse=True)
     return out, lse / LN2
 
@@ -65,7 +65,7 @@ class _Weights(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, _, ctx.average, *tensors, ints, floats = inputs
-        ctx.params = AttentionParams.of(ints, floats)
+        ctx.params = AttentionParams(*ints, *floats)
         ctx.save_for_backward(*tensors)
 
     @staticmethod

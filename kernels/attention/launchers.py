@@ -225,7 +225,7 @@ def attention_fwd(
 
     The table is empty where every sequence is whole.
     """
-    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams(*ints, *floats)
     q, k, v = map(_rows_contiguous, (q, k, v))
     out, lse, bounds = _fwd_outputs(q, v, masks, params)
     if bounds.shape[0]:
@@ -246,7 +246,7 @@ def _fwd_outputs(q: Tensor, v: Tensor, masks: AttentionMasks, params: AttentionP
 
 
 def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fwd_outputs(q, v, AttentionMasks(*rest[:7]), AttentionParams.of(*rest[7:]))
+    return _fwd_outputs(q, v, AttentionMasks(*rest[:7]), AttentionParams(*rest[7], *rest[8]))
 
 
 def attention_bwd(
@@ -256,7 +256,7 @@ def attention_bwd(
     slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the bias (empty where it wants none). dlse is the gradient of the base-2 log-sum-exp."""
-    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams(*ints, *floats)
     dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
     dq, dk, dv, dbias = _bwd_outputs(q, k, v, bias, params)
     safe_lse, delta = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
@@ -282,7 +282,7 @@ def _bwd_outputs(
 
 def _attention_bwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, _, _, _, q, k, v, _, bias, *_, ints, floats = arguments
-    return _bwd_outputs(q, k, v, bias, AttentionParams.of(ints, floats))
+    return _bwd_outputs(q, k, v, bias, AttentionParams(*ints, *floats))
 
 
 def attention_weights(
@@ -291,7 +291,7 @@ def attention_weights(
     slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> Tensor:  # fmt: skip
     """Weights after dropout, (B, H or 1, T_q, T_k) in q's dtype, recomputed from the base-2 log-sum-exp."""
-    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams(*ints, *floats)
     q, k = map(_rows_contiguous, (q, k))
     weights = _attention_weights_fake(lse, bounds, average, q, k)
     plan, present = _planned(q, k, v, masks, bounds, params, variant=average)

@@ -45,10 +45,6 @@ class AttentionParams(NamedTuple):
     def flat(self) -> tuple[Sequence[int], Sequence[float]]:
         return self[:7], self[7:]
 
-    @classmethod
-    def of(cls, ints: Sequence[int], floats: Sequence[float]) -> AttentionParams:
-        return cls(*ints, *floats)
-
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     checks.floating("attention", q=q, k=k, v=v)
