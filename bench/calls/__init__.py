@@ -115,6 +115,11 @@ class Call:
         """Rate of dropout, 0.0 if there is none."""
         return max((float(self.options.get(name, 0.0)) for name in DROPOUT_NAMES), default=0.0)
 
+    @property
+    def is_far(self) -> bool:
+        """Whether a tensor of it reaches beyond 2**31 elements."""
+        return bool(FAR_AXIS.keys() & self.layouts.values())
+
     def without_dropout(self) -> Call:
         """The same call with a rate of 0: what providers with different random bits agree on."""
         return dataclasses.replace(self, options=without_dropout(self.options))

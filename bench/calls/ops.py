@@ -70,9 +70,6 @@ def _largest(x: Tensor) -> float:
     return float(torch.where(x.isfinite(), x, 0.0).abs().max()) if x.numel() else 0.0
 
 
-# attention
-
-
 def key_padding(kind: str, b: int, t_k: int, device: torch.device | str = "cpu") -> Tensor:
     """Boolean (B, T_k), True where a key is real.
 
@@ -117,8 +114,7 @@ def _build_attention(
         options["return_lse"] = True
     if mask in ("boolean", "thinned"):
         options["mask"] = _uniform(generator, t_q, t_k) > (0.3 if mask == "boolean" else 0.2)
-        if mask == "boolean":
-            options["mask"][t_q // 2] = False
+        options["mask"][t_q // 2] &= mask == "thinned"
     elif mask in ("additive", "heads"):
         options["mask"] = _normal(generator, *((b, 1) if mask == "additive" else (1, h)), t_q, t_k)
     elif mask == "columns":
@@ -223,9 +219,6 @@ def _attention_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tup
     return out.detach(), n * dv.transpose(-1, -2)
 
 
-# ops on rows: the sizes are the shape
-
-
 def _build_rows(
     generator: Generator, sizes: Sizes, *, params: tuple[str, ...] = (), mask: str = "", axes: int = 0, **options: Any
 ) -> tuple[Tensors, Options]:
@@ -281,8 +274,7 @@ def _softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, g
 
 
 def _log_softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
-    y, grad = results["out"], grads["out"].abs()
-    scale = abs(options.get("scale", 1.0))
+    y, grad, scale = results["out"], grads["out"].abs(), abs(options.get("scale", 1.0))
     largest = _largest((scale * tensors["x"]).nan_to_num(0.0, 0.0, 0.0))
     # The output is a score minus a sum of about its size; the gradient reads the output, as rounded.
     total = grad + y.exp() * grad.sum(-1, keepdim=True) * (1 + largest)
@@ -300,9 +292,6 @@ def _dropout_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tuple
     out = op(x, p, seed=seed)
     (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
     return out.detach(), dx
-
-
-# cross-entropy
 
 
 def _build_cross_entropy(
@@ -324,10 +313,8 @@ def _cross_entropy_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     return Cost((logits + targets, 2 * logits + targets), both=2 * logits + targets)
 
 
-# a decoder layer: its parameters by their names in the state_dict
-
-
 def _layer_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
+    """Of x, memory and the parameters by their names in the state_dict."""
     c, f = s["C"], s["F"]
     shapes: dict[str, tuple[int, ...]] = dict(x=(s["B"], s["T_q"], c), memory=(s["B"], s["T_k"], c))
     for block in ("self_attn", "multihead_attn"):

@@ -125,8 +125,8 @@ def _compile(function: Any) -> Any:
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
 
     def run(first: Any, *rest: Any, **options: Any) -> Any:
-        on_cpu = not (first if isinstance(first, Tensor) else next(iter(first.values()))).is_cuda
-        slow = compile_backend == "inductor" and on_cpu
+        x = first if isinstance(first, Tensor) else next(iter(first.values()))
+        slow = compile_backend == "inductor" and not x.is_cuda
         _refuse({"a compilation takes minutes on a CPU: timed on CUDA only": slow})
         return compiled(first, *rest, **options)
 
@@ -144,9 +144,6 @@ def _eager(function: Function, compiled: bool, call: Call) -> Function:
         return compute(t, o)
 
     return run
-
-
-# ---- attention: tensors q, k, v; options mask, key_mask, causal, dropout_p, seed
 
 
 def _mask_of(o: Options) -> Tensor | None:
@@ -201,10 +198,7 @@ def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
 def _sdpa(backend: SDPBackend, call: Call) -> Function:
     """One backend of torch's attention. Where it refuses, the reason is what torch says in warnings."""
     tried: list[bool] = []
-
-    def attend(t: Tensors, o: Options) -> Tensor:
-        with sdpa_kernel(backend):
-            return _sdpa_attention(t, o)
+    attend = sdpa_kernel(backend)(_sdpa_attention)
 
     def run(t: Tensors, o: Options) -> Tensor:
         if tried:
@@ -244,9 +238,8 @@ def _flex(call: Call) -> Function:
                 keep = keep & padding[b, j]
             return keep & mask[i, j] if mask is not None else keep
 
-        batches: Any = None if padding is None else q.shape[0]
-        heads: Any = None
-        return None, create_block_mask(seen, batches, heads, q.shape[2], k.shape[2], q.device)
+        batches = None if padding is None else q.shape[0]
+        return None, create_block_mask(seen, batches, None, q.shape[2], k.shape[2], q.device)
 
     def run(t: Tensors, o: Options) -> Tensor:
         q, k, v = (x if x.is_cuda else x.detach() for x in t.values())  # on a CPU it has no backward
@@ -295,9 +288,6 @@ def _flag_gems_attention(package: Any, t: Tensors, o: Options) -> Tensor:
     return package.scaled_dot_product_attention(q, k, t["v"], mask, 0.0, causal, None, gqa)
 
 
-# ---- row ops
-
-
 def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
         y, mean, rstd = package.layer_norm(x, o["normalized_shape"], weight, bias, o["eps"])
@@ -324,13 +314,6 @@ def _from_output(module: str, forward: Any, backward: Any) -> Provider:
     return _peer(module, compute, _PLAIN)
 
 
-def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
-    smoothing = o.get("label_smoothing", 0.0)
-    return package.LigerCrossEntropyFunction.apply(
-        t["logits"], o["target"], None, -100, 0.0, smoothing, "mean", None, False, False, False
-    )[0]
-
-
 def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     def forward(x: Tensor) -> Any:
         y, mask = package.dropout(x, o["p"], True)
@@ -339,11 +322,8 @@ def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     return t["residual"] + _Pair.apply(forward, lambda dy, *saved: package.dropout_backward(dy, *saved), t["x"])
 
 
-# ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict
-
-
 def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
-    """A layer class; its parameters become the workload's very tensors, so that gradients are theirs."""
+    """A layer class; its parameters become the call's very tensors (but x and memory), so that gradients are theirs."""
     sizes = (call.sizes[name] for name in ("C", "H", "F"))
     options = dict(norm_first=call.options["norm_first"], batch_first=True, device="meta")
     layer = kind(*sizes, call.options["dropout"], **options)
@@ -430,7 +410,9 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o))
     | {
-        "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),
+        "liger": _peer("liger_kernel.ops.cross_entropy", lambda p, t, o: p.LigerCrossEntropyFunction.apply(
+            t["logits"], o["target"], None, -100, 0.0, o.get("label_smoothing", 0.0), "mean", None, False, False, False
+        )[0]),
         "flag_gems": _peer(
             "flag_gems.fused.cross_entropy_loss", lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)
         ),

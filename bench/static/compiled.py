@@ -16,7 +16,7 @@ from tileformer import kernels
 from tileformer.bench.calls import DTYPES, Call, differentiate, function_of
 from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
 from tileformer.bench.static.figures import exact
-from tileformer.bench.tables import Column, Growing, as_json, head, line
+from tileformer.bench.tables import Column, Growing, as_json, head, line, printer
 
 TABLE = [
     Column("sm", "arch", "<4"),
@@ -98,17 +98,15 @@ def main(calls: Iterable[tuple[Call, str]], archs: list[int] | None, output: str
     if unknown:
         raise ValueError(f"--arch {min(unknown)}: choose from {', '.join(map(str, ARCHITECTURES))}")
     rows: list[dict[str, Any]] = []
-    printed = output != "-"
-    if printed:
-        print(head(TABLE))
-    with Growing(output if printed else None, lambda: as_json(rows)) as file:
+    say = printer(output)
+    say(head(TABLE))
+    with Growing(output, lambda: as_json(rows)) as file:
         for arch in archs or ARCHITECTURES:
             seen: set[bytes] = set()
             for row in (row for call, dtype in calls for row in rows_of(call, dtype, arch, seen)):
                 rows.append(row)
                 file.write()
-                if printed:
-                    print(line(TABLE, row), flush=True)
+                say(line(TABLE, row))
     problems = sum(bool(row["problem"]) for row in rows)
-    print(f"{len(rows)} kernels compiled, {problems} with a problem" if printed else as_json(rows).rstrip())
-    return 1 if problems else 0
+    say(f"{len(rows)} kernels compiled, {problems} with a problem")
+    return int(problems > 0)
