@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = Any  # a mapping, or an object with attributes
@@ -105,3 +106,22 @@ class Growing:
 def as_json(data: Any) -> str:
     """Data as a file of ours holds them."""
     return json.dumps(data, indent=1) + "\n"
+
+
+def earlier(path: Path, option: str, read: Callable[[Any], Any], **same: Any) -> Any:
+    """What `read` makes of a file of ours, None where there is none.
+
+    Raises:
+        ValueError: if it is damaged, or was written where one of `same` was something else: choose another `option`.
+    """
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        found, there = read(data), {name: data[name] for name in same}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): move it away, or choose another {option}") from None
+    for name, here in same.items():
+        if there[name] != here:
+            raise ValueError(f"{path} has results of {name} {there[name]}, this is {here}: choose another {option}")
+    return found

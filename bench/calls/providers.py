@@ -9,6 +9,7 @@ the inputs of every other provider. Masks in another form are made at the first 
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import warnings
@@ -31,7 +32,8 @@ from tileformer.kernels import device
 Provider = Callable[[Call], Function]
 OURS = "tileformer"
 # A shape costs these many seconds before its first result: a compilation, or the timing of dozens of configurations.
-SLOW_START = {"attention": ("torch.compile", "flex", "flag_gems", "fla"), "*": ("torch.compile",)}
+SLOW_START = collections.defaultdict(lambda: ["torch.compile"])
+SLOW_START["attention"] += ["flex", "flag_gems", "fla"]
 GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
 compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
 

@@ -114,16 +114,13 @@ class Clock:
                 self.flush.zero_()
             self.cuda._sleep(int(min(2 * self._host, 0.02) * CYCLES))
             start.record()
-            begin = time.perf_counter()
-            kept = body(prepared)  # freed after the clock has stopped
-            self._host = time.perf_counter() - begin
+        begin = time.perf_counter()
+        kept = body(prepared)  # freed after the clock has stopped
+        seconds = self._host = time.perf_counter() - begin
+        if self.cuda:
             end.record()
             self.cuda.synchronize(self.device)
             seconds = start.elapsed_time(end) / 1e3
-        else:
-            begin = time.perf_counter()
-            kept = body(prepared)
-            seconds = time.perf_counter() - begin
         del kept
         _measured += seconds
         return seconds
@@ -355,12 +352,11 @@ def _excuse(error: Exception) -> Figures:
         return dict(reason=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return dict(reason="out of memory")
-    text = " ".join(str(error).split())
-    return dict(reason=f"{type(error).__name__}: {text[:300]}", failed=True)
+    return dict(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", failed=True)
 
 
 def wanted(call: Call, name: str, asked: list[str] | None) -> bool:
     """Whether a provider is timed: those asked for, else all, but slow starters at one point of a sweep and one D."""
-    if asked or name not in SLOW_START.get(call.op, SLOW_START["*"]):
+    if asked or name not in SLOW_START[call.op]:
         return not asked or name in asked
     return call.sizes[call.axis] in (4096, 32000) if call.axis else call.sizes.get("D") != 128

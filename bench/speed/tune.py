@@ -115,7 +115,7 @@ def search(
         turns = [trial for turn in itertools.zip_longest(*lists) for trial in turn if trial]
         if turns and time.monotonic() < bench.deadline:
             call = named("attention", FEATURES[feature].format(size))
-            _compile(bench, [(call, tile(bench, name, feature, size, row)) for name, row in turns])
+            compile_ahead(bench, [(call, tile(bench, name, feature, size, row)) for name, row in turns])
             trials = {mode: Trial(bench, call, mode) for mode in dict.fromkeys(TABLES[n][2] for n, _ in turns)}
         for name, row in turns:
             if time.monotonic() > bench.deadline:
@@ -136,14 +136,15 @@ def search(
         print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
 
 
-def _compile(bench: Bench, trials: list[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
-    """Compile what the trials will launch, on all cores."""
+def compile_ahead(bench: Bench, trials: list[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
+    """Compile what our kernels will launch in the trials, calls under changes, on all cores."""
 
     def launches(call: Call, changes: contextlib.AbstractContextManager[Any]) -> None:
         with changes:
             ahead.launches_of(providers(call.op)[OURS](call), call, bench.dtype)
 
-    if not bench.clock.dry and (said := ahead.compile_here([functools.partial(launches, *trial) for trial in trials])):
+    of_trials = [functools.partial(launches, *trial) for trial in trials]
+    if bench.device.type == "cuda" and (said := ahead.compile_here(of_trials)):
         print(said, flush=True)
 
 
@@ -259,7 +260,7 @@ def experiments(bench: Bench, tried: list[dict[str, Any]], keep: Keep, every: in
     asked = {experiment.question for experiment, _ in chosen}
     tried[:] = [row for row in tried if row["question"] not in asked]  # what was stopped in the middle is asked again
     calls = [(named(*e.workload), _variant(e, label, bench)) for e, labels in chosen for label in labels if label]
-    _compile(bench, calls)
+    compile_ahead(bench, calls)
     for experiment, labels in chosen:
         row = dict(question=experiment.question, variant="", ms=None, ratio=None, problem=experiment.reason)
         print(f"{experiment.question}{': ' + experiment.reason if experiment.reason else ''}", flush=True)
