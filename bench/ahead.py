@@ -127,8 +127,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
-        return (*grads, None)[:3]
+        return (*map(torch.empty_like, ctx.saved_tensors), None)[:3]
 
 
 def launches_of(function: Function, call: Call, dtype: torch.dtype) -> None:

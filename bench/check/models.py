@@ -151,8 +151,7 @@ def _computed(model: Any, inputs: Inputs, dtype: torch.dtype, device: torch.devi
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     model.zero_grad()
     (logits * weight).sum().backward()
-    grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-    return {"logits": logits.detach()} | grads
+    return {"logits": logits.detach()} | {n: x.grad for n, x in model.named_parameters() if x.grad is not None}
 
 
 def errors_of(name: str, side: str, backend: Backend | None, device: torch.device) -> dict[str, float]:
@@ -190,8 +189,7 @@ SHOWN = [Column(TITLES[n], lambda row, n=n: row[n], f"<{26 if n == 0 else 10}") 
 
 def rows(backend: Backend | None, device: torch.device) -> Iterator[list[str]]:
     """The cells of TITLES, model by model."""
-    absent = importlib.util.find_spec("deeptab") is None
-    for name in [*TORCH, *([] if absent else DEEPTAB), *TRANSFORMERS]:
+    for name in [*TORCH, *(DEEPTAB if importlib.util.find_spec("deeptab") else ()), *TRANSFORMERS]:
         report = ours(eager(name))[1]
         errors = [errors_of(name, side, backend, device) for side in SIDES[name]]
         logits = max(x.pop("logits") for x in errors)

@@ -33,7 +33,7 @@ from tileformer.bench import ahead
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Call, differentiate, function_of, is_floating
 from tileformer.bench.calls.cases import CASES, DRAWS
 from tileformer.bench.calls.matrix import MATRIX
-from tileformer.bench.calls.ops import OPS, Tensors
+from tileformer.bench.calls.ops import OPS, Tensors, largest
 from tileformer.bench.calls.pairs import PAIRS
 from tileformer.bench.check import models
 from tileformer.bench.check.budget import over_budget
@@ -58,36 +58,31 @@ def results_of(
     def put(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        single, wide = name in call.fp32, torch.promote_types(dtype, torch.float32)
-        value = _rounded(call, name, x, rounded).to(device)
-        value = value.to(wide if single else dtype) if is_floating(x) else value
+        wide = torch.promote_types(dtype, torch.float32) if name in call.fp32 else dtype
+        value = x.to(device, wide if is_floating(x) else None)
         return value if memory is None else memory.place(value, x, FAR_AXIS.get(call.layouts.get(name, "")))
 
-    leaves, options = ({name: put(name, x) for name, x in named.items()} for named in call.inputs())
+    leaves, options = ({name: put(name, x) for name, x in named.items()} for named in call.inputs(dtype=rounded))
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     generator = torch.Generator().manual_seed(1)
 
     def grad_output(name: str, x: Tensor) -> Tensor:
-        drawn = LAYOUTS[call.layouts.get(name, "far")](torch.randn(x.shape, generator=generator))
-        grad = put(name, drawn).to(x.dtype)
-        hidden = x == -torch.inf  # the log-sum-exp of a row without a key has no gradient
-        return grad.masked_fill(hidden, 0.0) if hidden.any() else grad
+        laid_out = LAYOUTS[call.layouts.get(name, "far")]
+        drawn, hidden = torch.randn(x.shape, generator=generator).to(rounded), x == -torch.inf
+        grad = put(name, laid_out(drawn)).to(x.dtype)
+        return grad.masked_fill(hidden, 0.0) if hidden.any() else grad  # a row without a key: no gradient for its lse
 
     with memory or torch.enable_grad():
         return differentiate(function_of(ops, call.op), leaves, options, grad_output)
 
 
-def _rounded(call: Call, name: str, x: Any, dtype: torch.dtype) -> Any:
-    return x.to(torch.float32 if name in call.fp32 else dtype) if is_floating(x) else x
-
-
 def _error_sizes(call: Call, truth: Tensors, grads: Tensors, rounded: torch.dtype) -> Tensors:
     """For each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
-    exact = lambda name, x: _rounded(call, name, x, rounded).double() if is_floating(x) else x  # noqa: E731
-    tensors, options = ({name: exact(name, x) for name, x in named.items()} for named in call.inputs())
+    inputs, exact = call.inputs(dtype=rounded), lambda x: x.double() if is_floating(x) else x
+    tensors, options = ({name: exact(x) for name, x in named.items()} for named in inputs)
     truth, grads = ({name: x.cpu() for name, x in named.items()} for named in (truth, grads))
-    largest = {name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()}
-    sizes = largest | dict(OPS[call.op].error_sizes(tensors, options, truth, grads))
+    known = OPS[call.op].error_sizes(tensors, options, truth, grads)
+    sizes = {name: largest(x) for name, x in truth.items()} | dict(known)
     return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in sizes.items()}
 
 
@@ -200,8 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--op", action="append", choices=ops, help="only this op (repeatable)")
     add("--case", type=arguments.name, action="append", metavar="NAME", help="only this call (repeatable)")
     add("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
-    about = "default: triton on a GPU, interpret elsewhere"
-    add("--backend", choices=("triton", "interpret", "torch"), help=about)
+    add("--backend", choices=("triton", "interpret", "torch"), help="default: triton on a GPU, interpret elsewhere")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     about = "also write a Markdown report to FILE, call by call"
     add("--report", type=arguments.output_file, metavar="FILE", help=about)

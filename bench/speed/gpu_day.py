@@ -81,11 +81,9 @@ MINUTES = 25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench gpu-day`."""
     add, names = parser.add_argument, [part.name for part in PARTS]
-    about = "the report's folder (default: runs/gpu-day, or -dry)"
-    add("--output", type=output_folder, metavar="DIR", help=about)
+    add("--output", type=output_folder, metavar="DIR", help="the report's folder (default: runs/gpu-day, or -dry)")
     add("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
-    about = f"end within N minutes (default: {MINUTES})"
-    add("--minutes", type=_minutes, default=MINUTES, metavar="N", help=about)
+    add("--minutes", type=_minutes, default=MINUTES, metavar="N", help=f"end within N minutes (default: {MINUTES})")
     add("--only", nargs="+", choices=names, metavar="PART", help=f"only these parts: {', '.join(names)}")
     add("--again", action="store_true", help="also parts that an earlier call has done")
 

@@ -150,12 +150,11 @@ class Clock:
             return {}  # no size is large for every CPU's caches, and small enough to wait for
         numel, n = (2**22, 256) if self.dry else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
 
-        def reach(make: Callable[[], Any], body: Callable[[Any], Any]) -> float:
-            operands = make()
+        def reach(body: Callable[[Any], Any], operands: Tensor) -> float:
             return statistics.median(self.rounds(lambda: operands, body, cold=False))
 
-        copy = reach(lambda: torch.randn(2, numel, device=self.device), lambda x: x[0].copy_(x[1]))
-        product = reach(lambda: torch.randn(2, n, n, device=self.device).to(dtype), lambda x: x[0] @ x[1])
+        copy = reach(lambda x: x[0].copy_(x[1]), torch.randn(2, numel, device=self.device))
+        product = reach(lambda x: x[0] @ x[1], torch.randn(2, n, n, device=self.device).to(dtype))
         name = str(dtype).removeprefix("torch.")
         return {"copy GB/s": 8 * numel / copy / 1e9, f"matmul {name} TFLOP/s": 2 * n**3 / product / 1e12}
 
@@ -186,8 +185,7 @@ class Truth:
         self.is_part = attention and not call.dropout and s["B"] * s["H"] * s["T_q"] * s["T_k"] > LARGEST_TRUTH
         shape = () if call.op == "cross_entropy" else tuple(x.shape)
         self.grad_output = _gradient(shape, x.device, x.dtype) if "backward" in call.modes else None
-        named = dict(tensors, **options, dout=self.grad_output)
-        rounded = {name: self.part_of(name, x) for name, x in named.items()}
+        rounded = {n: self.part_of(n, x) for n, x in dict(tensors, **options, dout=self.grad_output).items()}
         exact = {name: x.double() if is_floating(x) else x for name, x in rounded.items()}
         self.truth, self.eager = (
             results_of(reference(call), {n: of[n] for n in tensors}, {n: of[n] for n in options}, rounded["dout"])
@@ -208,10 +206,8 @@ class Truth:
         """Error over budget of each result of a provider, and the largest absolute error of its output."""
         results = results_of(function, tensors, options, self.grad_output)
         got = {name: self.part_of(name, x) for name, x in results.items()}
-        over = {}
-        for name, x in got.items():
-            eager, truth = self.eager[name], self.truth[name]
-            over[name] = over_budget(x, eager, truth, float(truth.abs().max()), c=PEERS_C)
+        budgets = {name: (self.eager[name], x, float(x.abs().max())) for name, x in self.truth.items() if name in got}
+        over = {name: over_budget(got[name], *budget, c=PEERS_C) for name, budget in budgets.items()}
         return over, float((got["out"].double() - self.truth["out"]).abs().max())
 
 

@@ -77,11 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "experiments":
             continue
         add("--mode", action="append", choices=MODES, help="only this pass (repeatable)")
-        about = "only this provider (repeatable)"
-        add("--provider", type=arguments.name, action="append", metavar="NAME", help=about)
+        add("--provider", type=arguments.name, action="append", metavar="NAME", help="only this provider (repeatable)")
         add("--only", type=arguments.name, metavar="TEXT", help="only workloads with TEXT in their name")
-        about = "also write a row for every figure to FILE"
-        add("--csv", type=arguments.output_file, metavar="FILE", help=about)
+        add("--csv", type=arguments.output_file, metavar="FILE", help="also write a row for every figure to FILE")
         add("--plot", type=arguments.output_folder, metavar="DIR", help="also draw PNGs into DIR (needs matplotlib)")
         if name == "attention":
             about = "search tiles (--only TEXT: those of tables, features and head sizes like 'BACKWARD_DQ plain 64'), "
@@ -139,8 +137,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace, device: torch.device) -> list[Call]:
     """The workloads; ValueError for names that are none, and for plots that could not be drawn."""
-    known = {name for op in TIMED_OPS for name in providers(op)}
-    if unknown := set(args.provider or []) - known:
+    if unknown := set(args.provider or []) - (known := {name for op in TIMED_OPS for name in providers(op)}):
         names = ", ".join(map(repr, sorted(unknown)))
         raise ValueError(f"unknown provider {names}: there are {', '.join(sorted(known))}")
     if args.plot:

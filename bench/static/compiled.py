@@ -14,7 +14,7 @@ import triton
 
 from tileformer import kernels
 from tileformer.bench.calls import DTYPES, Call, differentiate, function_of
-from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
+from tileformer.bench.recording import ARCHITECTURES, SHARED, record
 from tileformer.bench.static.figures import exact
 from tileformer.bench.tables import Column, Growing, as_json, head, line, printer
 
@@ -53,17 +53,6 @@ SPILLS_ANYWAY = 40 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
 MUST_NOT_SPILL = {(arch, size): SPILLS_ANYWAY for arch in (80, 90, 100) for size in (64, 128)}
 
 
-def launches_of(call: Call, dtype: str, arch: int) -> list[Launch]:
-    """The launches of a call, forward and backward, compiled for sm_`arch`; nothing runs."""
-    tensors, options = call.inputs(dtype=DTYPES[dtype])
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    of_a_sum = lambda _, x: x.new_ones(()).expand(x.shape)  # noqa: E731
-    with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*does not fit this device")  # a table's first tile has to fit
-        differentiate(function_of(kernels, call.op), leaves, options, of_a_sum)
-    return launches
-
-
 def _allowed_stack(call: Call, dtype: str, arch: int, kernel: str) -> int:
     size = call.sizes.get("D", 0)
     if (arch, size) in MUST_NOT_SPILL and dtype != "fp32":
@@ -73,8 +62,17 @@ def _allowed_stack(call: Call, dtype: str, arch: int, kernel: str) -> int:
 
 
 def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel of a call that is not in `seen` yet: what it uses, and what is wrong ("" if nothing)."""
-    for launch in launches_of(call, dtype, arch):
+    """A row for each kernel of a call that is not in `seen` yet: what it uses, and what is wrong ("" if nothing).
+
+    Forward and backward are compiled for sm_`arch`; nothing runs.
+    """
+    tensors, options = call.inputs(dtype=DTYPES[dtype])
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    of_a_sum = lambda _, x: x.new_ones(()).expand(x.shape)  # noqa: E731
+    with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does not fit this device")  # a table's first tile has to fit
+        differentiate(function_of(kernels, call.op), leaves, options, of_a_sum)
+    for launch in launches:
         binary = launch.binary
         if binary.cubin in seen:
             continue

@@ -23,8 +23,7 @@ MEMORY_LATENCY = 600  # cycles until a global load's data is there, when it come
 
 def bound(path: list[Instruction], rates: Rates, blocks: int, warps: int, l2_bytes: float = 0.0) -> dict[str, float]:
     """Cycles of each pipe of a sub-partition for one iteration of all `blocks` resident blocks of `l2_bytes` each."""
-    here = blocks * warps / 4
-    of_pipe = {name: time * here for name, time in cycles(path, rates).items()}
+    of_pipe = {name: time * blocks * warps / 4 for name, time in cycles(path, rates).items()}
     return of_pipe | dict(l2=blocks * l2_bytes / (4 * rates.per_cycle(rates.l2)))
 
 
@@ -86,9 +85,8 @@ def replay(
     # The machine code does not say a tile's size: together they are the products' right operands, N x 16 elements each.
     shapes = [re.search(r"64x(\d+)x16", i.op) for i in path if TENSOR.match(i.op)]
     tile_bytes = sum(32 * int(shape[1]) for shape in shapes if shape) / max(1, len(tile_steps["tile"]))
-    tiles: dict[tuple[int, int], list[float]] = collections.defaultdict(
-        list
-    )  # of a block, a descriptor: when each is there
+    # Of a block, a descriptor: when each tile is there.
+    tiles: dict[tuple[int, int], list[float]] = collections.defaultdict(list)
     per_block = max(1, warps // 4)
     n = max(1, round(blocks * warps / 4))
     iterations = 1 if once else iterations

@@ -43,11 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--op", action="append", choices=SCORED, help="only this op (repeatable)")
     about = "only calls whose name fits, such as 'D 64 * T 4096'; the rest's goals are not run"
     add("--call", type=arguments.name, metavar="PATTERN", help=about)
-    about = f"other libraries, with commas: {','.join(PEERS)}"
-    add("--against", type=arguments.name, metavar="NAMES", help=about)
+    add("--against", type=arguments.name, metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}")
     add("--json", type=arguments.output_file, metavar="FILE", help="also write every figure to FILE")
-    about = "check bench/goals.toml; exit status 1 if an A or B goal is missed"
-    add("--goals", action="store_true", help=about)
+    add("--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed")
     about = "write the goals of docs/evidence.md into FILE, behind its words, and the tables into the folder beside it"
     add("--evidence", type=arguments.output_file, metavar="FILE", help=about)
     about = "default: tileformer/static in XDG_CACHE_HOME or ~/.cache"
