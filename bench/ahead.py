@@ -6,8 +6,6 @@ The calls go through the recording driver (bench/recording.py), where Triton say
 compile it into Triton's cache under the keys of a real launch, and with Triton 3.6 the C launchers of each signature.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import importlib

@@ -9,8 +9,6 @@ launch. Other libraries ask for a device first: under `pretend` CPU tensors say 
 `every_configuration` an autotuned kernel records its whole list.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

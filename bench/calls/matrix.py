@@ -1,7 +1,5 @@
 """What is compiled ahead: the default configurations of the tile tables, as calls that reach each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

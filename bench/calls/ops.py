@@ -6,8 +6,6 @@ once; statistics of a few bytes a row are left out. Backward of attention is 2.5
 instead of two; arXiv:2307.08691, section 3).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -7,8 +7,6 @@ What a provider cannot do raises `Unavailable`, whose text is printed. A peer is
 the inputs of every other provider. Masks in another form are made at the first call and kept, outside every timing.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import importlib

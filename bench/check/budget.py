@@ -13,8 +13,6 @@ keeps its weights, and does not have that error.
 A maximum misses an accumulator that loses a little everywhere; `rms_ratio` sees it on long sums.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

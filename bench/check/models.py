@@ -6,8 +6,6 @@ padded row in float64: it is taken only where torch's does not serve the model.)
 the eager model does in float32, plus a few roundings (bench/check/budget.py). Generated tokens are the same.
 """
 
-from __future__ import annotations
-
 import collections
 import copy
 import importlib

@@ -13,8 +13,6 @@ check` runs everything: minutes, interpreted; on a GPU mostly compilation, of so
 compiles 16. A --report can be attached to a bug.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -3,8 +3,6 @@
 `pytest bench --benchmark-only`: rounds as of `tileformer bench` (cold cache, the call alone), a sweep's first point.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -5,8 +5,6 @@ other. Results, report and archive are written after each part; a later call goe
 executes the same parts without a GPU, at small sizes and with stand-in clocks; nothing in its report is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -6,8 +6,6 @@ call. Time is the process's without garbage collection: the median of interleave
 autograd's engine costs to start is taken off the backward: each round measures it, as a tensor's gradient for itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import functools

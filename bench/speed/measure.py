@@ -4,8 +4,6 @@ A round prepares (for a backward: runs the forward), overwrites a buffer larger 
 alone: with CUDA events on a GPU, with the process's clock on a CPU. A result over its error budget gets no time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """PNGs of measured results: throughput along each sweep, and attention on the measured roofline. Needs matplotlib."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from typing import Any

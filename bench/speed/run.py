@@ -5,8 +5,6 @@ bench/calls/providers.py. A result is checked against float64 before it is timed
 should answer, in one folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv

@@ -4,8 +4,6 @@ Both sides have every dropout of torch.nn (embeddings, attention weights, residu
 Rounds alternate, so a machine that slows down slows both; the figure is the median of the rounds' ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

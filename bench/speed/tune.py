@@ -3,8 +3,6 @@
 `search` prints rows of kernels/attention/tiles.py to paste. `EXPERIMENTS` is the list of the first day on a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -3,8 +3,6 @@
 `python -m tileformer.bench.static.capture` reads a job (one provider and architecture) as JSON and writes rows as JSON.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib

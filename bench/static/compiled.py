@@ -4,8 +4,6 @@ The calls of bench/calls/matrix.py go through the public ops, so tiles are those
 no register spills (its stack is empty), its shared memory fits, and its 16-bit dots became tensor-core instructions.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """docs/evidence.md: its words are written by hand and stay; each long table is a file of docs/evidence/."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tileformer.bench.calls.cases import CASES

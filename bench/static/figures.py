@@ -1,7 +1,5 @@
 """The figures of a launch: what its machine code holds (class A), its loops' pipes (B), what the model says (C)."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

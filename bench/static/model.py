@@ -7,8 +7,6 @@ columns, up to 2 times too fast for short rows, no use for cross-entropy. Bank c
 waits are not modelled.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

@@ -4,8 +4,6 @@ A is exact for this compiler, B counts cycles at documented rates, C is a model 
 Peers are scored over their whole configuration lists. Results are cached by kernel source, versions and tools.
 """
 
-from __future__ import annotations
-
 import argparse
 import fnmatch
 import hashlib

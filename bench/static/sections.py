@@ -1,7 +1,5 @@
 """The tables of the static figures."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tileformer.bench.tables import Column

@@ -1,7 +1,5 @@
 """Bytes that a launch moves and FLOPs of its dots, counted while it is interpreted: exact for every Triton version."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import functools
