@@ -98,11 +98,6 @@ class Call:
         """Rate of dropout, 0.0 if there is none."""
         return max((float(self.options.get(name, 0.0)) for name in DROPOUT_NAMES), default=0.0)
 
-    @property
-    def is_far(self) -> bool:
-        """Whether a tensor of it reaches beyond 2**31 elements."""
-        return bool(FAR_AXIS.keys() & self.layouts.values())
-
     def without_dropout(self) -> Call:
         """The same call with a rate of 0: what providers with different random bits agree on."""
         return dataclasses.replace(self, options=without_dropout(self.options))
@@ -170,11 +165,8 @@ def differentiate(
     return results | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}, grads
 
 
-_FIELDS = {field.name for field in dataclasses.fields(Call)}
-
-
 def describe(op: str, name: str, reason: str, *shape: int, **more: Any) -> Call:
     """A call by its sizes in order (Op.axes); `more` are fields of Call, and what the op's `build` takes."""
-    fields = {key: more.pop(key) for key in _FIELDS & more.keys()}
+    fields = {key: more.pop(key) for key in Call.__dataclass_fields__.keys() & more.keys()}
     axes = next(names.split() for names in OPS[op].axes if len(names.split()) == len(shape))
     return Call(op, name, dict(zip(axes, shape, strict=True)), more, reason=reason, **fields)

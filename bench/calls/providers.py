@@ -33,6 +33,7 @@ OURS = "tileformer"
 SLOW_START = collections.defaultdict(lambda: ["torch.compile"])
 SLOW_START["attention"] += ["flex", "flag_gems", "fla"]
 GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
+_made: dict[str, tuple[Tensor, Tensor]] = {}  # of each kind, the mask it was made of last, and what was made of it
 compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
 
 
@@ -151,11 +152,8 @@ def _mask_of(o: Options) -> Tensor | None:
     return o.get("mask") if o.get("key_mask") is None else o["key_mask"][:, None, None, :]
 
 
-_made: dict[str, tuple[Tensor, Tensor]] = {}
-
-
 def _once(kind: str, o: Options, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` makes of the mask among the options; kept, the last one of each kind."""
+    """What `make` makes of the mask among the options, once."""
     source = o["mask"] if o.get("key_mask") is None else o["key_mask"]
     if kind not in _made or _made[kind][0] is not source:
         _made[kind] = (source, make())
@@ -355,8 +353,7 @@ def _torch(eager: Function) -> dict[str, Provider]:
 _NO_MASKS = "takes no mask", "takes padding only as packed sequences"
 _PLAIN = "takes no scale and no mask"
 _PROVIDERS: dict[str, dict[str, Provider]] = {
-    "attention": _torch(_eager_attention)
-    | {
+    "attention": _torch(_eager_attention) | {
         "sdpa": lambda _: _sdpa_attention,
         "sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
@@ -367,58 +364,41 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
         "flash_attn 3": _peer("flash_attn_interface", _flash_attn, *_NO_MASKS, "has no dropout", half=True),
         "xformers": _peer("xformers.ops", _xformers),
         "flag_gems": _peer("flag_gems", _flag_gems_attention, "has no dropout"),
-        "fla": _peer(
-            "fla.ops.attn", lambda package, t, o: package.parallel_attn(*_heads_last(t)).transpose(1, 2),
-            *_NO_MASKS, "has no dropout", "is causal only", heads_last=True,
-        ),
+        "fla": _peer("fla.ops.attn", lambda p, t, o: p.parallel_attn(*_heads_last(t)).transpose(1, 2),
+                     *_NO_MASKS, "has no dropout", "is causal only", heads_last=True),
     },
     "layer_norm": _torch(lambda t, o: F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"]))
     | {
-        "liger": _peer(
-            "liger_kernel.ops.layer_norm",
-            lambda package, t, o: package.LigerLayerNormFunction.apply(t["x"], t["weight"], t["bias"], o["eps"]),
-        ),
+        "liger": _peer("liger_kernel.ops.layer_norm",
+                       lambda p, t, o: p.LigerLayerNormFunction.apply(t["x"], t["weight"], t["bias"], o["eps"])),
         "flag_gems": _peer("flag_gems", _flag_gems_layer_norm),
-        "fla": _peer(
-            "fla.modules.norm.layernorm",
-            lambda package, t, o: package.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"]),
-        ),
+        "fla": _peer("fla.modules.norm.layernorm",
+                     lambda p, t, o: p.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"])),
     },
-    "rms_norm": _torch(lambda t, o: F.rms_norm(t["x"], o["normalized_shape"], t["weight"], o["eps"]))
-    | {
-        "liger": _peer(
-            "liger_kernel.ops.rms_norm",
-            lambda p, t, o: p.LigerRMSNormFunction.apply(t["x"], t["weight"], o["eps"], 0.0, "llama", False),
-        ),
+    "rms_norm": _torch(lambda t, o: F.rms_norm(t["x"], o["normalized_shape"], t["weight"], o["eps"])) | {
+        "liger": _peer("liger_kernel.ops.rms_norm", lambda p, t, o: p.LigerRMSNormFunction.apply(
+            t["x"], t["weight"], o["eps"], 0.0, "llama", False
+        )),
     },
-    "softmax": _torch(_eager_softmax)
-    | {
+    "softmax": _torch(_eager_softmax) | {
         "liger": _peer("liger_kernel.ops.softmax", lambda p, t, o: p.LigerSoftmaxFunction.apply(t["x"]), _PLAIN),
-        "flag_gems": _from_output(
-            "flag_gems", lambda p, x: p.softmax(x, -1), lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)
-        ),
-        "fla": _from_output(
-            "fla.ops.utils.softmax", lambda p, x: p.softmax_fwd(x, x.dtype),
-            lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype),
-        ),
+        "flag_gems": _from_output("flag_gems", lambda p, x: p.softmax(x, -1),
+                                  lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)),
+        "fla": _from_output("fla.ops.utils.softmax", lambda p, x: p.softmax_fwd(x, x.dtype),
+                            lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype)),
     },
-    "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1))
-    | {
-        "flag_gems": _from_output(
-            "flag_gems", lambda p, x: p.log_softmax(x, -1), lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)
-        ),
+    "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1)) | {
+        "flag_gems": _from_output("flag_gems", lambda p, x: p.log_softmax(x, -1),
+                                  lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)),
     },
-    "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o))
-    | {
+    "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o)) | {
         "liger": _peer("liger_kernel.ops.cross_entropy", lambda p, t, o: p.LigerCrossEntropyFunction.apply(
             t["logits"], o["target"], None, -100, 0.0, o.get("label_smoothing", 0.0), "mean", None, False, False, False
         )[0]),
-        "flag_gems": _peer(
-            "flag_gems.fused.cross_entropy_loss", lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)
-        ),
-        "fla": _peer(
-            "fla.modules.fused_cross_entropy", lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)[0].mean()
-        ),
+        "flag_gems": _peer("flag_gems.fused.cross_entropy_loss",
+                           lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)),
+        "fla": _peer("fla.modules.fused_cross_entropy",
+                     lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)[0].mean()),
     },
     "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"]))
     | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},

@@ -37,6 +37,7 @@ from tileformer.bench.check import models
 from tileformer.bench.check.budget import over_budget
 from tileformer.bench.check.memory import FRESH, RED, Memory
 from tileformer.bench.check.report import TABLE, Finding, collect, page, summary, surroundings
+from tileformer.bench.recording import ARCH
 from tileformer.bench.static import compiled
 from tileformer.bench.tables import Growing, as_json, head, line, printer
 from tileformer.kernels import info, interpreter, launch
@@ -166,6 +167,10 @@ def examine_draws(call: Call, dtype_name: str, backend: Backend, device: torch.d
     return finding
 
 
+def _is_far(call: Call) -> bool:
+    return not FAR_AXIS.keys().isdisjoint(call.layouts.values())
+
+
 def _finding(call: Call, dtype: str, backend: Backend, device: torch.device) -> Finding:
     """`examine` or `examine_draws`; an error becomes a problem, so that the other calls are still checked."""
     finding = Finding(call.op, call.name, dtype, call.reason, skipped=call.unfit(backend))
@@ -175,7 +180,7 @@ def _finding(call: Call, dtype: str, backend: Backend, device: torch.device) -> 
         return (examine_draws if call.draws else examine)(call, dtype, backend, device)
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if call.is_far and isinstance(error, (OSError, torch.OutOfMemoryError)):
+        if _is_far(call) and isinstance(error, (OSError, torch.OutOfMemoryError)):
             finding.skipped = f"too little memory ({text})"
         else:
             finding.problems.append(text)
@@ -202,8 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=path, metavar="FILE", help=about)
     about = "compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's "
     add("--compile-only", action="store_true", help=about + "cache for one")
-    about = "with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)"
-    add("--arch", type=arguments.architecture, nargs="+", metavar="CC", help=about)
+    add("--arch", nargs="+", help="with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)", **ARCH)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -223,7 +227,7 @@ def main(args: argparse.Namespace) -> int:
     backend: Backend = args.backend or ("triton" if device.type == "cuda" else "interpret")
     if backend in ("triton", "interpret") and (backend == "triton") != (device.type == "cuda"):
         raise ValueError(f"--backend {backend} does not serve {device.type}: triton is for cuda, interpret for cpu")
-    calls.sort(key=lambda call: call[0].is_far)  # last: a wrong offset there would take the process or the GPU down
+    calls.sort(key=lambda call: _is_far(call[0]))  # last: a wrong offset there would take the process or the GPU down
     say = printer(args.json)
     if backend == "triton" and (said := ahead.compile_here([functools.partial(_uncomputed, *call) for call in calls])):
         say(said)

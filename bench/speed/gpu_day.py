@@ -74,6 +74,20 @@ PARTS = (
     Part("tests", 215, (*_TESTS, "-m", "gpu"), (*_TESTS, "tests/test_gpu.py")),
 )  # fmt: skip
 MINUTES = 25
+DONE = [
+    Column("part", lambda row: row["part"] if row["status"] == "left" else f"[{row['part']}](logs/{row['part']}.log)"),
+    Column("status", "status"),
+    Column("seconds", "seconds", ".0f"),
+    Column("limit", "limit", ".0f"),
+    Column("last line", lambda row: row["last"][:160]),
+]
+EXPERIMENTS = [
+    Column("question", "question"),
+    Column("variant", "variant"),
+    Column("ms", lambda row: _figure(row["ms"], row["dry"], absent="")),
+    Column("of the time as shipped", lambda row: _figure(row["ratio"], row["dry"], absent="")),
+    Column("remark", lambda row: row["problem"][:160]),
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,22 +281,6 @@ def _page(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pictur
 
 def _figure(x: float | None, dry: bool, form: str = ".4f", absent: str = "-") -> str:
     return absent if x is None else "dry" if dry else format(x, form)
-
-
-DONE = [
-    Column("part", lambda row: row["part"] if row["status"] == "left" else f"[{row['part']}](logs/{row['part']}.log)"),
-    Column("status", "status"),
-    Column("seconds", "seconds", ".0f"),
-    Column("limit", "limit", ".0f"),
-    Column("last line", lambda row: row["last"][:160]),
-]
-EXPERIMENTS = [
-    Column("question", "question"),
-    Column("variant", "variant"),
-    Column("ms", lambda row: _figure(row["ms"], row["dry"], absent="")),
-    Column("of the time as shipped", lambda row: _figure(row["ratio"], row["dry"], absent="")),
-    Column("remark", lambda row: row["problem"][:160]),
-]
 
 
 def _op_table(rows: list[dict[str, Any]], dry: bool) -> str:

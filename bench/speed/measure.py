@@ -27,6 +27,7 @@ from tileformer.bench.recording import record
 
 LARGEST_TRUTH = 2**27  # scores that the float64 reference may hold at once; beyond, one group of heads is compared
 DRY, DRY_ARCH = "dry run: not measured", 90
+CYCLES = 2e9  # a second of torch.cuda._sleep, or more: no GPU's clock is faster
 Figures = dict[str, Any]
 _measured = 0.0
 
@@ -59,9 +60,6 @@ class Result:
     speedup: float | None = None  # this provider's time over ours
     reason: str = ""
     failed: bool = False  # a wrong result or an exception, not a missing feature
-
-
-CYCLES = 2e9  # a second of torch.cuda._sleep, or more: no GPU's clock is faster
 
 
 class _DryEvent:
@@ -284,7 +282,6 @@ class Bench:
         def result(mode: str, figures: Figures) -> Result:
             return Result(call.op, call.name, name, mode, dtype, dict(call.sizes), **figures)
 
-        figures: Figures = {}
         try:
             figures = self._checked(call, name, tensors, options, truths)
             function = providers(call.op)[name](call)

@@ -205,9 +205,9 @@ def table(results: list[Result], call: Call, dry: bool) -> list[str]:
     modes = {result.mode for result in results}
     for reason, untimed in reasons.items():
         names = dict.fromkeys(result.provider for result in untimed)
-        every_mode = len(untimed) == len(names) * len(modes)
-        who = names if every_mode else (f"{result.provider} {result.mode}" for result in untimed)
-        lines.append(f"no time: {', '.join(who)}: {reason}")
+        if len(untimed) < len(names) * len(modes):
+            names = dict.fromkeys(f"{result.provider} {result.mode}" for result in untimed)
+        lines.append(f"no time: {', '.join(names)}: {reason}")
     return lines
 
 

@@ -26,6 +26,13 @@ from tileformer.kernels.info import require_device
 
 Batch = tuple[Tensor, Tensor]
 DROPOUT = 0.1
+TABLE = [
+    Column("precision", "precision", "<9"),
+    Column("threads", "threads", ">7"),
+    Column("torch.nn ms", "torch_nn_ms", ">11.1f"),
+    Column("tileformer ms", "tileformer_ms", ">13.1f"),
+    Column("speed-up", lambda row: f"{row['speedup']:.2f}x", ">8"),
+]
 
 
 @dataclass(frozen=True)
@@ -122,15 +129,6 @@ def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: i
         torch_nn_ms=statistics.median(theirs_s) / len(work) * 1e3,
         speedup=statistics.median(t / o for o, t in zip(ours_s, theirs_s, strict=True)),
     )  # fmt: skip
-
-
-TABLE = [
-    Column("precision", "precision", "<9"),
-    Column("threads", "threads", ">7"),
-    Column("torch.nn ms", "torch_nn_ms", ">11.1f"),
-    Column("tileformer ms", "tileformer_ms", ">13.1f"),
-    Column("speed-up", lambda row: f"{row['speedup']:.2f}x", ">8"),
-]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

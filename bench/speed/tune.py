@@ -23,6 +23,8 @@ from tileformer.kernels import device
 from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, Row, family, tiles_for
 from tileformer.kernels.launch import Launch
 
+Keep = Callable[[dict[str, Any]], None]
+Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
 TABLES = {
     "FORWARD": (FORWARD, "_attention_fwd_kernel", "forward"),
     "BACKWARD_DQ": (BACKWARD_DQ, "_attention_bwd_dq_kernel", "backward"),
@@ -82,9 +84,6 @@ def attempt(trial: Trial, changes: contextlib.AbstractContextManager[Any]) -> tu
             raise
         problem = f"{problem}; {error}"
     return ms, problem
-
-
-Keep = Callable[[dict[str, Any]], None]
 
 
 def search(
@@ -176,9 +175,6 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
     with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
         usual = {"maxnreg": 255, "OVERLAP": 0} if table is FORWARD else {"maxnreg": 255}
         return changed(kernel, **usual | tiles_for(table, arch, size, bench.dtype, feature)[0])
-
-
-Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
 
 
 def programs(count: int) -> Context:

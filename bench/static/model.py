@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 
-from tileformer.bench.static.rates import LOADS, LOCAL, STORES, TENSOR, Rates, pipe
+from tileformer.bench.static.rates import LOADS, STORES, TENSOR, Rates, pipe
 from tileformer.bench.static.sass import Instruction, cycles
 
 SKEWS = (3, 61, 173, 307, 499)  # cycles between the starts of warps: the replay is chaotic, one start alone says little
@@ -42,23 +42,18 @@ class _Step:
 
 def _step(i: Instruction, rates: Rates) -> _Step:
     name, busy, latency = pipe(i.op, i.args, rates)
-    kind = ""
+    kinds = {"LDGDEPBAR": "commit", "UTMALDG": "tile", **dict.fromkeys(LOADS, "load"), "LDGSTS": "copy"}
+    kind = kinds.get(i.base, "")
     if TENSOR.match(i.op) and i.base != "HMMA":
         kind = "matrix"
     elif i.op.startswith("WARPGROUP.DEPBAR"):
         kind = "drain"
     elif i.base == "BAR" and "SYNC" in i.op:
         kind = "barrier"
-    elif i.base == "LDGDEPBAR":
-        kind = "commit"
     elif i.base == "DEPBAR" and i.args.startswith("SB0"):
         kind = "arrive"
-    elif i.base == "UTMALDG":
-        kind = "tile"
     elif i.op.startswith("SYNCS.PHASECHK"):
         kind = "await tile"
-    elif i.base in LOADS | LOCAL | STORES:
-        kind = "copy" if i.base == "LDGSTS" else "load" if i.base in LOADS else "store"
     groups = re.search(r",\s*0x([0-9a-f]+)", i.args) if kind in ("drain", "arrive") else None
     keep = int(groups[1], 16) if groups else 0
     moved = 32 * i.bytes if i.base in LOADS | STORES else 0
