@@ -30,7 +30,7 @@ from tileformer.kernels import device
 Provider = Callable[[Call], Function]
 OURS = "tileformer"
 # A shape costs these many seconds before its first result: a compilation, or the timing of dozens of configurations.
-SLOW_START = collections.defaultdict(lambda: ["torch.compile"])
+SLOW_START: dict[str, list[str]] = collections.defaultdict(lambda: ["torch.compile"])
 SLOW_START["attention"] += ["flex", "flag_gems", "fla"]
 GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
 _made: dict[str, tuple[Tensor, Tensor]] = {}  # of each kind, the mask it was made of last, and what was made of it

@@ -184,7 +184,8 @@ def same_tokens(name: str, beams: int, backend: Backend | None, device: torch.de
 
 def rows(backend: Backend | None, device: torch.device) -> Iterator[list[str]]:
     """The cells of TITLES, model by model."""
-    for name in [*TORCH, *(DEEPTAB if importlib.util.find_spec("deeptab") else ()), *TRANSFORMERS]:
+    absent = importlib.util.find_spec("deeptab") is None
+    for name in [*TORCH, *([] if absent else DEEPTAB), *TRANSFORMERS]:
         report = ours(eager(name))[1]
         errors = [errors_of(name, side, backend, device) for side in SIDES[name]]
         logits = max(x.pop("logits") for x in errors)

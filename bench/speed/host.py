@@ -109,6 +109,10 @@ def _functions(target: Tensor) -> dict[str, dict[str, Callable[..., Tensor]]]:
     return functions
 
 
+def _gradients(function: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> None:
+    torch.autograd.grad(function(*leaves), leaves, dout)
+
+
 def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
     """Rows of op, pass, microseconds of each provider (None where it has no such op), ours over each other's."""
     jobs: dict[tuple[str, str, str], Callable[[], Any]] = {}
@@ -123,7 +127,7 @@ def measured(arch: int, rounds: int, calls: int = 20) -> list[dict[str, Any]]:
             for name, function in functions.items():
                 dout = torch.ones_like(function(*inputs))
                 jobs[op, "forward", name] = functools.partial(function, *inputs)
-                jobs[op, "both", name] = lambda f=function, x=leaves, dy=dout: torch.autograd.grad(f(*x), x, dy)  # type: ignore[misc]
+                jobs[op, "both", name] = functools.partial(_gradients, function, leaves, dout)
         jobs["", "", "engine"] = lambda: torch.autograd.grad(leaf, leaf, leaf)
         times: dict[tuple[str, str, str], list[float]] = {key: [] for key in jobs}
         gc.disable()

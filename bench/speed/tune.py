@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tileformer.bench import ahead
@@ -133,7 +133,7 @@ def search(
         print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
 
 
-def compile_ahead(bench: Bench, trials: list[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
+def compile_ahead(bench: Bench, trials: Iterable[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
     """Compile what our kernels will launch in the trials, calls under changes, on all cores."""
 
     def launches(call: Call, changes: contextlib.AbstractContextManager[Any]) -> None:
