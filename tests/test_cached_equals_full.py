@@ -14,8 +14,34 @@ import torch
 from tileformer.bench.check.budget import over_budget
 from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, generate
 from tileformer.decoder.generation.state import align_prompts
+from tileformer.kernels import use_backend
 
-CACHES = {"KVCache": lambda model: model}
+
+
+class Under:
+    """A model that decodes under a backend."""
+
+    conditioned = property(lambda self: self.model.conditioned)
+
+    def __init__(self, model, backend):
+        self.model, self.backend = model, backend
+
+    def start(self, *args, **options):
+        with use_backend(self.backend):
+            return self.model.start(*args, **options)
+
+    def step(self, tokens, state):
+        with use_backend(self.backend):
+            return self.model.step(tokens, state)
+
+
+def by_modules(model):
+    """A hook is what a packed step leaves to the modules."""
+    (model.norm if isinstance(model, DecoderLM) else model.tgt_embedding).register_forward_hook(lambda *_: None)
+    return model
+
+
+CACHES = {"StaticCache": lambda m: m, "DeviceCache": lambda m: Under(m, "reference"), "KVCache": by_modules}
 V, STEPS, ROWS, FEW = 11, 12, 16, 16  # FEW sequences of each kind in a plain run
 LM = DecoderLMConfig(V, d_model=16, nhead=2, num_layers=2, dim_feedforward=32, max_length=24)
 PAIR = Seq2SeqConfig(
@@ -55,6 +81,7 @@ class Watched:
         self.tied, self.best = torch.zeros(len(self.rows), dtype=torch.bool), beams + 1
         self.source = () if source is None else (source.repeat_interleave(beams, 0),)
         self.compare(logits)
+        self.state = state
         return logits, Followed(state, self)
 
     def step(self, tokens, state):
@@ -132,14 +159,15 @@ def decoded(watched, source, beams):
     return torch.nn.functional.pad(tokens[:, 0], (0, STEPS - tokens.shape[2])), scores[:, 0]
 
 
-def run(make, kind, ragged, beams, sequences):
+def run(name, kind, ragged, beams, sequences):
     seen = {torch.float32: Seen(), torch.float64: Seen()}
     for seed in range(-(-sequences // ROWS)):
         single, double = models(kind, seed)
         source, prompts = batch(kind, ragged, seed)
         for model, of in zip((single, double), seen.values(), strict=True):
-            cached = Watched(make(model), model, double, prompts, of)
+            cached = Watched(CACHES[name](model), model, double, prompts, of)
             tokens, scores = decoded(cached, source, beams)
+            assert type(cached.state).__name__ == name
             plain = Watched(model, model, double, prompts, use_cache=False)
             expected, expected_scores = decoded(plain, source, beams)
             others, tied = (tokens != expected).any(1), cached.tied.view(ROWS, -1).any(1)
@@ -159,7 +187,9 @@ def run(make, kind, ragged, beams, sequences):
 )
 def test_every_step_and_every_token(cache, kind, ragged, beams, request, capsys):
     wanted = request.config.getoption("--cached") or FEW
-    seen = run(CACHES[cache], kind, ragged, beams, wanted)
+    if cache == "KVCache" and beams == 1 and not request.config.getoption("--cached"):
+        pytest.skip("the older cache: a sample of it is run with --cached alone")
+    seen = run(cache, kind, ragged, beams, wanted)
     if request.config.getoption("--cached"):
         with capsys.disabled():
             print(f"\n{cache}, {kind}, ragged {ragged}, {beams} beams:", *seen.values(), sep="\n  ")

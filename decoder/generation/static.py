@@ -78,6 +78,13 @@ class StaticCache(RowState):
         flat = source.flatten(2, 3)
         self.source_keys, self.source_values = flat[:, 0].transpose(2, 3).unbind(0), flat[:, 1].unbind(0)
 
+    @property
+    def lengths(self) -> Tensor:
+        if self.row_lengths is not None:
+            return self.row_lengths
+        rows = self.kv.shape[2] * self.beams
+        return torch.full((rows,), self.length, dtype=torch.int32, device=self.kv.device)
+
     def growing(self) -> list[Tensor]:
         return [self.kv.movedim(2, 0)]
 
