@@ -64,13 +64,22 @@ def philox_keep(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     heads, low = math.prod(lead), 2**32 - 1
     along = [torch.arange(n, device=seed.device) for n in (-(-cols // 4), heads, rows)]
     word, head, row = torch.meshgrid(*along, indexing="ij")
-    counter, key = [word, head, row, torch.zeros_like(row)], [seed & low, seed >> 32 & low]
+    counter = philox([word, head, row, torch.zeros_like(row)], [seed & low, seed >> 32 & low])
+    drawn = torch.stack(counter, -1).permute(1, 2, 0, 3).flatten(2)[..., :cols]
+    return (drawn >> 1 >= threshold(p)).view(tuple(shape))
+
+
+def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
+    """Four words of 32 random bits for each counter of four and key of two such words, all int64; they broadcast.
+
+    Source: Philox-4x32-7 (Salmon et al., SC 2011).
+    """
+    low = 2**32 - 1
     for _ in range(7):  # a product of 32-bit words wraps in int64, and keeps its bits
         even, odd = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         counter = [odd >> 32 & low ^ counter[1] ^ key[0], odd & low, even >> 32 & low ^ counter[3] ^ key[1], even & low]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
-    drawn = torch.stack(counter, -1).permute(1, 2, 0, 3).flatten(2)[..., :cols]
-    return (drawn >> 1 >= threshold(p)).view(tuple(shape))
+    return counter
 
 
 class _Generator(threading.local):

@@ -1118,8 +1118,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
     "kernels/random.py": [
         ("shared rule", "the threshold keeps too few", "return min(int(p * 2**31)", "return min(int(p * 2.2**31)", "threshold"),
         ("shared rule", "what is kept is not scaled enough", "1.0 / (1.0 - p) if", "1.0 / (1.0 - p * p) if", "keep_scale"),
-        ("shared rule", "the host's Philox stops a round early", "range(7)", "range(6)", "philox_keep"),
-        ("shared rule", "the host's Philox swaps two words", "even >> 32 & low ^ counter[3] ^ key[1], even & low]", "even & low, even >> 32 & low ^ counter[3] ^ key[1]]", "philox_keep"),
+        ("shared rule", "the host's Philox stops a round early", "range(7)", "range(6)", "philox"),
+        ("shared rule", "the host's Philox swaps two words", "even >> 32 & low ^ counter[3] ^ key[1], even & low]", "even & low, even >> 32 & low ^ counter[3] ^ key[1]]", "philox"),
         ("dropout", "rates are exact to 16 bits alone", "min(int(p * 2**31), 2**31 - 1)", "min(int(p * 2**16) << 15, 2**31 - 1)"),
         ("dropout", "the threshold is off by a bit", "min(int(p * 2**31), 2**31 - 1)", "min(int(p * 2**30), 2**31 - 1)"),
         ("dropout", "kept elements are divided by the rate", "return 1.0 / (1.0 - p) if p < 1.0 else 0.0", "return 1.0 / p if p < 1.0 else 0.0"),
