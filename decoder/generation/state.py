@@ -174,6 +174,8 @@ class RowState:
     def release(self, rows: Tensor) -> None:
         self.live = (torch.ones_like(self.lengths) if self.live is None else self.live).index_fill(0, rows, 0)
         self.row_lengths = self.lengths * self.live
+        if rows.device.type == "cpu" and len(self.live):
+            self.length = int(self.row_lengths.max())
 
 
 class JoinedState:

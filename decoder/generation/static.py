@@ -194,6 +194,7 @@ class StaticCache(RowState):
     def release(self, rows: Tensor) -> None:
         self._refuse_beams("releases no rows")
         super().release(rows)
+        self.slots = self.length
 
     # Beams
 

@@ -324,13 +324,12 @@ class Decoding:
             logits = logits[rows]
         return logits, state
 
-    def step(self, tokens: Tensor, state: KVCache | TokenState | StaticCache) -> Tensor:
+    def step(self, tokens: Tensor, state: Any) -> Tensor:
         """See `Decodable.step`."""
-        if isinstance(state, StaticCache):
-            logits = state.step(tokens if tokens.dim() == 2 else tokens[:, None], state)
-            return logits if tokens.dim() == 2 else logits[:, 0]
         new = tokens if tokens.dim() == 2 else tokens[:, None]
-        if isinstance(state, KVCache):
+        if (packed := getattr(state, "step", None)) is not None:
+            logits = packed(new, state)
+        elif not isinstance(state, TokenState):
             logits = self.read(new, *state.inputs, cache=state)
         else:
             state.append(new)

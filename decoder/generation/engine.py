@@ -1,0 +1,331 @@
+"""Engine: sequences that enter and leave a running batch between its steps; over any `Decodable`."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tileformer.decoder.generation.options import Options
+from tileformer.decoder.generation.paged import PagedCache, PagePool
+from tileformer.decoder.generation.sampling import Sampler
+from tileformer.decoder.generation.search import DecodeBatch
+from tileformer.decoder.generation.state import Decodable
+from tileformer.decoder.generation.step import Decoding
+
+
+class Event(NamedTuple):
+    """What happened to a sequence: a new token, its end, or both.
+
+    ``reason`` of an end: "eos"; "length", no more tokens may come; "stop", a stop string was completed, or the options
+    leave no token; "cancelled"; "error", and ``error`` says which.
+    """
+
+    id: int
+    token: int | None = None
+    reason: str | None = None
+    error: Exception | None = None
+
+
+class _Sequence:
+    """A prompt and what followed it: ``tokens``, of which all but the last were read, or all in a step's end."""
+
+    def __init__(self, id: int, batch: DecodeBatch, limit: int) -> None:
+        self.id, self.batch, self.limit = id, batch, limit
+        self.tokens: list[int] = batch.tokens[0].tolist()
+        self.prompt = len(self.tokens)  # with what its options force it to begin with
+        self.untold: list[int] = batch.prefix.tolist()
+        self.slot: int | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Choose as if nothing had been chosen: what was begun may have been interrupted."""
+        self.slot, self.adjuster, options = None, None, self.batch.options
+        self.sampler = Sampler(options, 1, self.batch.tokens.device) if options.samples else None
+        self.is_plain = not (options.samples or options.constrains)
+
+    def choose(self, logits: Tensor) -> tuple[int | None, str | None]:
+        """The next token by ``logits`` (1, V), and the reason if it is the last."""
+        step = len(self.tokens) - self.prompt
+        if self.adjuster is None and self.batch.options.constrains:
+            self.adjuster = self.batch.adjuster(logits)
+            for token in self.tokens[self.prompt :]:
+                self.adjuster.append(torch.tensor([token]))
+        scores = logits if self.adjuster is None else self.adjuster(logits, step)
+        best, token = scores.max(-1) if self.sampler is None else self.sampler(scores, step + len(self.batch.prefix))
+        if best.isnan() or best == float("inf"):
+            raise FloatingPointError("the options leave scores that are not finite")
+        if self.adjuster is not None:
+            if best == (float("-inf") if self.sampler is None else self.sampler.least):
+                return None, "stop"
+            self.adjuster.append(token)
+            if self.batch.options.stop_strings and self.adjuster.stopped()[0]:
+                return int(token), "stop"
+        return int(token), None
+
+
+class Engine:
+    """A running batch of ``slots`` rows, which sequences of any lengths enter and leave between two steps.
+
+    Sequences are taken in the order in which they came, as soon as there is a slot (and pages) for the first of them.
+    Each decodes to the tokens that it has alone: nothing that happens to another one reaches it.
+
+    Args:
+        model: a `Decodable`.
+        slots: how many sequences are decoded at once.
+        capacity: how many tokens a sequence may have read, its prompt's among them; default: the model's max_length.
+        pages: keep keys and values in so many pages of ``page_size`` tokens that all sequences share, instead of
+            ``capacity`` tokens a slot. Prompts that begin alike share whole pages. When pages run out, the youngest
+            sequence waits again, and later reads its tokens anew. For our own models.
+        device: where tokens live; default: the model's first parameter's device.
+
+    Whatever is raised out of `step`, a Ctrl-C too, leaves the engine whole: the sequences stand as after the step
+    before, and the next step reads their tokens anew. What belongs to one sequence alone is not raised but ends it with
+    an "error" event: prompts that the model refuses, logits that are not finite, exceptions of its options' functions.
+
+    Example:
+        >>> from tileformer.decoder import DecoderLM, DecoderLMConfig
+        >>> engine = Engine(DecoderLM(DecoderLMConfig(vocab=20, d_model=32, nhead=4)).eval(), slots=2, pages=8)
+        >>> ids = [engine.add(prompt, max_length=4) for prompt in ([1, 3], [1, 4, 5], [1, 6])]
+        >>> sorted({event.id for event in engine.run()}) == ids
+        True
+    """
+
+    def __init__(
+        self,
+        model: Decodable,
+        *,
+        slots: int,
+        capacity: int | None = None,
+        pages: int | None = None,
+        page_size: int = 16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        limit: int | None = getattr(model, "max_length", None)
+        if capacity is None and limit is None:
+            raise ValueError(f"{type(model).__name__} names no max_length, the tokens that it reads: pass capacity")
+        if capacity is not None and not 1 <= capacity <= (capacity if limit is None else limit):
+            raise ValueError(f"capacity must be between 1 and the {limit} tokens that the model reads, got {capacity}")
+        if pages is not None and not isinstance(model, Decoding):
+            raise TypeError(f"{type(model).__name__} keeps its own state of each row, not in pages: leave pages out")
+        self.model, self.slots, self.capacity = model, slots, capacity or limit or 0
+        self.conditioned = getattr(model, "conditioned", False)
+        self.pool = None if pages is None else PagePool(pages, page_size)
+        if self.pool is not None:
+            self.capacity = min(self.capacity, self.pool.pages * page_size)
+        weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.device = torch.device(device or ("cpu" if weight is None else weight.device))
+        self.sequences: dict[int, _Sequence] = {}  # all that have not ended
+        self.preemptions = 0
+        self._last_id = 0
+        self._cancelled: list[int] = []
+        self._events: list[Event] = []
+        self._start_over()
+
+    def add(
+        self, prompt: Sequence[int] | Tensor, options: Options | None = None, *, max_length: int | None = None
+    ) -> int:
+        """Queue a sequence and return its id. ``prompt``: its first tokens, or its source, as `generate`'s ``src``.
+
+        Raises as `generate` for a prompt, an option or a length that makes no sense, and ValueError for more tokens
+        than the engine has room for.
+        """
+        options = options or Options()
+        if options.searches or options.num_return_sequences or options.generator is not None:
+            raise ValueError("a sequence is greedy or drawn by its seed: pass no beams, n_best or generator")
+        if options.samples and options.seed is None:
+            options = replace(options, seed=int(torch.randint(2**31, ())))
+        row = torch.as_tensor(prompt, dtype=torch.int64, device=self.device)
+        bound = max_length
+        if bound is None and getattr(self.model, "max_length", None) is None:
+            bound = max(1, self.capacity + 1 - len(row))
+        batch = DecodeBatch(self.model, row[None], bound, options=options)
+        length = batch.tokens.shape[1]
+        limit = length + batch.steps
+        if max_length is None:
+            limit = min(limit, self.capacity + 1)
+        if length > self.capacity or limit > self.capacity + 1:
+            raise ValueError(
+                f"{length} tokens and up to {batch.steps} new ones do not fit the engine's capacity of "
+                f"{self.capacity}: shorten them, or give it more{'' if self.pool is None else ' pages'}"
+            )
+        self._last_id += 1
+        self.sequences[self._last_id] = _Sequence(self._last_id, batch, limit)
+        heapq.heappush(self._waiting, self._last_id)
+        return self._last_id
+
+    def cancel(self, id: int) -> bool:
+        """End a sequence at the next step; False where it has ended already. May be called from any function of it."""
+        known = id in self.sequences
+        if known:
+            self._cancelled.append(id)
+        return known
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """One more token of each sequence that has a slot; what happened to which."""
+        try:
+            while self._cancelled:
+                if (sequence := self.sequences.get(self._cancelled.pop())) is not None:
+                    self._end(sequence, "cancelled")
+            rows, logits = self._read()
+            for sequence, first in self._admit():
+                rows.append(sequence)
+                logits.append(first)
+            if rows:
+                self._choose(rows, torch.cat(logits))
+        except BaseException:
+            self._start_over()
+            raise
+        events, self._events = self._events, []
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """The events of all steps until no sequence is left."""
+        while self.sequences or self._events:
+            yield from self.step()
+
+    # Where sequences stand
+
+    def _start_over(self) -> None:
+        """Every sequence waits, and no slot or page holds anything."""
+        for sequence in self.sequences.values():
+            sequence.restart()
+        self._waiting = sorted(self.sequences)  # a heap of ids, the oldest first
+        self._free = list(range(self.slots))
+        self.state: Any = None
+        if self.pool is not None:
+            self.pool.reset()
+            self.state = PagedCache(self.pool, self.slots, self.capacity, self.device)
+
+    def _running(self) -> list[_Sequence]:
+        """The sequences that have a slot, the oldest first."""
+        return [sequence for sequence in self.sequences.values() if sequence.slot is not None]
+
+    def _leave(self, sequence: _Sequence, whole: bool = True) -> None:
+        """Give the slot back; pages can be found again unless their keys are not ``whole``."""
+        if (slot := sequence.slot) is None:
+            return
+        if self.pool is not None and not whole:
+            for page in self.state.pages[slot]:
+                self.pool.forget(page)
+        elif self.pool is not None:
+            self._remember(sequence)
+        self.state.release(torch.tensor([slot], device=self.device))
+        sequence.slot = None
+        self._free.append(slot)
+
+    def _end(self, sequence: _Sequence, reason: str, token: int | None = None, error: Exception | None = None) -> None:
+        self._leave(sequence, whole=reason != "error")
+        self._events.append(Event(sequence.id, token, reason, error))
+        del self.sequences[sequence.id]
+
+    def _remember(self, sequence: _Sequence) -> None:
+        if self.pool is not None and not self.conditioned:
+            self.pool.remember(sequence.tokens[: self.state.counts[sequence.slot]], self.state.pages[sequence.slot])
+
+    # A step
+
+    def _read(self) -> tuple[list[_Sequence], list[Tensor]]:
+        """The running sequences, and the logits behind the last token of each."""
+        running = self._running()
+        while self.pool is not None and self.state.lacking(1) > self.pool.available:
+            youngest = running.pop()  # the oldest alone always has pages: a sequence is no longer than the pool
+            self._leave(youngest)
+            heapq.heappush(self._waiting, youngest.id)
+            self.preemptions += 1
+        if not running:
+            return [], []
+        tokens = [self.model.pad_id] * self.slots
+        for sequence in running:
+            tokens[sequence.slot] = sequence.tokens[-1]  # type: ignore[index]
+        logits = self.model.step(torch.tensor(tokens, device=self.device), self.state)
+        return running, [logits[[sequence.slot for sequence in running]]]
+
+    def _admit(self) -> Iterator[tuple[_Sequence, Tensor]]:
+        """Let in who waits, as long as there is room: each with the logits (1, V) behind its tokens."""
+        while self._waiting and self._free:
+            sequence = self.sequences.get(self._waiting[0])
+            if sequence is None:  # it was cancelled
+                heapq.heappop(self._waiting)
+                continue
+            known = self.pool.find(sequence.tokens[:-1]) if self.pool is not None else []
+            if not self._has_pages(sequence, known):
+                return
+            heapq.heappop(self._waiting)
+            try:
+                logits, row = self._prefill(sequence, known)
+            except Exception as error:
+                self._end(sequence, "error", error=error)
+                continue
+            self._insert(sequence, row)
+            yield sequence, logits
+
+    def _has_pages(self, sequence: _Sequence, known: list[int]) -> bool:
+        """Whether its pages and one token more of everybody are free."""
+        if self.pool is None:
+            return True
+        read = min(len(sequence.tokens) + 1, sequence.limit - 1)
+        shared = sum(self.pool.readers[page] > 0 for page in known)
+        return self.pool.pages_for(read) - shared + self.state.lacking(1) <= self.pool.available
+
+    def _prefill(self, sequence: _Sequence, known: list[int]) -> tuple[Tensor, Any]:
+        tokens = torch.tensor([sequence.tokens], device=self.device)
+        if not known:
+            capacity = self.capacity if self.state is None else len(sequence.tokens)
+            return self.model.start(tokens, capacity=capacity, **sequence.batch.inputs)
+        row = PagedCache(self.state.pool, 1, self.capacity, self.device)
+        row.adopt(self.state, known)
+        try:
+            return self.model.step(tokens[:, len(known) * row.pool.page_size :], row)[:, -1], row
+        except Exception:
+            row.release(torch.tensor([0]))
+            raise
+
+    def _insert(self, sequence: _Sequence, row: Any) -> None:
+        slot = self._free.pop()
+        if self.state is None:  # a state of all slots is the first row's, so often
+            self.state = row
+            row.select(torch.zeros(self.slots, dtype=torch.int64, device=self.device))
+            row.release(torch.tensor([i for i in range(self.slots) if i != slot], dtype=torch.int64, device=self.device))
+        else:
+            self.state.insert(torch.tensor([slot], device=self.device), row)
+        sequence.slot = slot
+        if isinstance(row, PagedCache):
+            row.release(torch.tensor([0]))
+        self._remember(sequence)
+
+    def _choose(self, rows: list[_Sequence], logits: Tensor) -> None:
+        """The next token of each of ``rows`` from its ``logits``, and who ends with it."""
+        logits = logits.index_fill(1, torch.tensor([self.model.pad_id], device=logits.device), float("-inf"))
+        best, greedy = logits.max(-1)
+        finite = best.isfinite().tolist()
+        for i, (sequence, token) in enumerate(zip(rows, greedy.tolist(), strict=True)):
+            chosen: tuple[int | None, str | None] = (token, None)
+            try:
+                if not finite[i]:
+                    raise FloatingPointError(f"the logits behind token {len(sequence.tokens)} are not finite")
+                if not sequence.is_plain:
+                    chosen = sequence.choose(logits[i : i + 1])
+            except Exception as error:
+                self._end(sequence, "error", error=error)
+                continue
+            token, reason = chosen
+            if token is not None:
+                sequence.tokens.append(token)
+            if token == self.model.eos_id:
+                reason = "eos"
+            elif len(sequence.tokens) == sequence.limit:
+                reason = reason or "length"
+            while sequence.untold:
+                self._events.append(Event(sequence.id, sequence.untold.pop(0)))
+            if reason is None:
+                self._events.append(Event(sequence.id, token))
+            else:
+                self._end(sequence, reason, token)
