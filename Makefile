@@ -66,6 +66,10 @@ FUZZ ?= 2500
 fuzz: $(VENV)/.installed ## FUZZ=2500 new examples of each op against the error budget; the seed that is shown repeats them
 	$(BIN)/pytest -q tests/test_fuzz.py --fuzz $(FUZZ) --hypothesis-seed=$(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d " ")) $(ARGS)
 
+.PHONY: cached
+cached: $(VENV)/.installed ## 1,000 sequences of each kind decoded with every cache and without one: the same logits and tokens (minutes)
+	$(BIN)/pytest -q tests/test_cached_equals_full.py --cached 1000 $(ARGS)
+
 mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (hours; --sample N takes some)
 	$(BIN)/python tests/mutation $(ARGS)
 

@@ -6,11 +6,10 @@ The calls go through the recording driver (bench/recording.py), where Triton say
 compile it into Triton's cache under the keys of a real launch, and with Triton 3.6 the C launchers of each signature.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import time
@@ -66,44 +65,37 @@ def compile_for(arch: int, calls: Iterable[Callable[[], Any]], launchers: bool =
         for call in calls:
             with contextlib.suppress(Exception):
                 call()
-    cores = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(jobs))
     if not jobs:
         return "nothing to compile"
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(cores, spawn, initializer=_start, initargs=(arch, launchers))
+    cores, spawn = min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(jobs)), multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(cores, spawn, initializer=_start, initargs=(arch,))
     try:
-        problems = [problem for problem in pool.map(_compile, jobs.values()) if problem]
+        problems = [problem for problem in pool.map(_compile, jobs.values(), itertools.repeat(launchers)) if problem]
     except concurrent.futures.BrokenExecutor as error:  # each launch compiles what is left
         problems = [str(error)]
     finally:
         pool.shutdown(cancel_futures=True)
-    text = f"{len(jobs)} kernels compiled ahead on {cores} cores in {time.monotonic() - start:.0f} s"
-    return "\n".join([text, *(f"not compiled: {problem}" for problem in problems)])
+    said = f"{len(jobs)} kernels compiled ahead on {cores} cores in {time.monotonic() - start:.0f} s"
+    return "\n".join([said, *(f"not compiled: {problem}" for problem in problems)])
 
 
 def compile_here(calls: Iterable[Callable[[], Any]]) -> str:
     """`compile_for` the GPU of this machine; "" where there is none."""
     if not torch.cuda.is_available() or torch.version.hip:
         return ""
-    properties = torch.cuda.get_device_properties(0)
-    arch = 10 * properties.major + properties.minor
-    count = properties.multi_processor_count
-    with mock.patch.object(device, "multiprocessors", lambda _: count):  # a kernel is compiled for it
-        return compile_for(arch, calls, launchers=True)
+    gpu = torch.cuda.get_device_properties(0)
+    with mock.patch.object(device, "multiprocessors", lambda _: gpu.multi_processor_count):  # kernels depend on it
+        return compile_for(10 * gpu.major + gpu.minor, calls, launchers=True)
 
 
-_launchers = False
-
-
-def _start(arch: int, launchers: bool) -> None:
-    global _launchers
-    _launchers = launchers
+def _start(arch: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that compiles takes none of the GPU's memory
     torch.set_num_threads(1)
     driver.set_active(recording._RecordingDriver(arch))
 
 
-def _compile(job: Job) -> str:
+def _compile(job: Job, launchers: bool) -> str:
+    """What went wrong, or ""."""
     module, name, specialisation, signature, constants = job
     try:
         function = getattr(importlib.import_module(module), name)
@@ -113,7 +105,7 @@ def _compile(job: Job) -> str:
 
         with mock.patch.object(function, "_do_compile", compiled):
             kernel = function.preload(specialisation)
-        if _launchers:
+        if launchers:
             from triton.backends.nvidia import driver as nvidia
 
             if hasattr(nvidia, "make_launcher"):
@@ -133,8 +125,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
-        return (*grads, None)[:3]
+        return (*map(torch.empty_like, ctx.saved_tensors), None)[:3]
 
 
 def launches_of(function: Function, call: Call, dtype: torch.dtype) -> None:

@@ -9,8 +9,6 @@ launch. Other libraries ask for a device first: under `pretend` CPU tensors say 
 `every_configuration` an autotuned kernel records its whole list.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -33,9 +31,12 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from tileformer import arguments
 from tileformer.kernels import device
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# What every --arch of a command takes.
+ARCH: dict[str, Any] = dict(type=arguments.architecture, choices=ARCHITECTURES, metavar="CC")
 # Largest dynamic shared memory of one block, bytes, and number of multiprocessors of the architecture's usual part:
 # CUDA C++ Programming Guide, "Compute Capabilities"; A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = Any  # a mapping, or an object with attributes
@@ -42,6 +44,11 @@ def line(columns: Iterable[Column], row: Row) -> str:
     return "  ".join(column.padded(column.cell(row)) for column in columns).rstrip()
 
 
+def printer(path: str | None) -> Callable[..., None]:
+    """`print`, at once; nothing is said where `path` is "-" and standard output is data."""
+    return (lambda *_: None) if path == "-" else functools.partial(print, flush=True)
+
+
 def text(columns: list[Column], rows: list[Row]) -> str:
     """A whole table, each column as wide as what it holds."""
     cells = [[column.title for column in columns], *([column.cell(row) for column in columns] for row in rows)]
@@ -65,7 +72,7 @@ def markdown_cells(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 class Growing:
     """A file written again as `text()` grows, and at the end of a `with`: a run that is stopped leaves it whole.
 
-    None writes nothing. A device or a pipe is written once, at the last.
+    None writes nothing. A device, a pipe or "-", standard output, is written once, at the last.
     """
 
     def __init__(self, path: str | None, text: Callable[[], str]) -> None:
@@ -82,18 +89,39 @@ class Growing:
         began = time.monotonic()
         if self.path is None or (not last and began < self.due):
             return
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
+        if self.path == "-":
+            print(self.text() if last else "", end="")
+        elif os.path.exists(self.path) and not os.path.isfile(self.path):
             if last:
                 with open(self.path, "w", encoding="utf-8") as device:
                     device.write(self.text())
-            return
-        target = os.path.realpath(self.path)  # of a link, which stays one
-        with open(f"{target}.part", "w", encoding="utf-8", newline="") as file:
-            file.write(self.text())
-        os.replace(f"{target}.part", target)
-        self.due = time.monotonic() + 20 * (time.monotonic() - began)
+        else:
+            target = os.path.realpath(self.path)  # of a link, which stays one
+            with open(f"{target}.part", "w", encoding="utf-8", newline="") as file:
+                file.write(self.text())
+            os.replace(f"{target}.part", target)
+            self.due = time.monotonic() + 20 * (time.monotonic() - began)
 
 
 def as_json(data: Any) -> str:
     """Data as a file of ours holds them."""
     return json.dumps(data, indent=1) + "\n"
+
+
+def earlier(path: Path, option: str, read: Callable[[Any], Any], **same: Any) -> Any:
+    """What `read` makes of a file of ours, None where there is none.
+
+    Raises:
+        ValueError: if it is damaged, or was written where one of `same` was something else: choose another `option`.
+    """
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        found, there = read(data), {name: data[name] for name in same}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): move it away, or choose another {option}") from None
+    for name, here in same.items():
+        if there[name] != here:
+            raise ValueError(f"{path} has results of {name} {there[name]}, this is {here}: choose another {option}")
+    return found

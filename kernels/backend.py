@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 import threading
 import warnings
@@ -93,28 +94,14 @@ def choose(op: str, x: Tensor) -> str:
         return "triton"
     if name == "triton":
         if not (x.is_cuda or device.recording()):
-            raise ValueError(
-                f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}: "
-                "move them, or use_backend('interpret')"
-            )
+            raise ValueError(f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}: move, or 'interpret'")
         if x.dtype not in TRITON_DTYPES:
-            raise ValueError(
-                f"{op}: backend 'triton' takes float16, bfloat16 or float32, got {checks.name_of(x.dtype)}: "
-                "use_backend('torch')"
-            )
+            raise ValueError(f"{op}: backend 'triton' takes no {checks.name_of(x.dtype)}: cast it, or use 'torch'")
     if name == "interpret" and x.device.type != "cpu":
-        raise ValueError(
-            f"{op}: backend 'interpret' needs CPU tensors, got {x.device.type}: move them, or use 'triton'"
-        )
+        raise ValueError(f"{op}: backend 'interpret' needs CPU tensors, got {x.device.type}: move, or use 'triton'")
     return name
 
 
-_warned: set[int] = set()
-
-
+@functools.cache
 def _warn_old_arch(arch: int) -> None:
-    if arch not in _warned:
-        _warned.add(arch)
-        warnings.warn(
-            f"sm_{arch} is older than sm_{OLDEST_ARCH}: tileformer uses the torch backend there", stacklevel=4
-        )
+    warnings.warn(f"sm_{arch} is older than sm_{OLDEST_ARCH}: tileformer uses the torch backend there", stacklevel=4)

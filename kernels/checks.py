@@ -52,9 +52,7 @@ def tensors(op: str, **given: Any) -> None:
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}: torch.as_tensor makes one")
         if x is not None and x.is_nested:
-            raise TypeError(
-                f"{op}: {name} is a nested tensor: pad it (torch.nested.to_padded_tensor), or pass its .values()"
-            )
+            raise TypeError(f"{op}: {name} is a nested tensor: pad it, or pass {name}.values()")
 
 
 def is_sharded(x: Any) -> bool:
@@ -67,15 +65,10 @@ def plain(op: str, *tensors: Any) -> None:
     """Raise TypeError where a DTensor or a nested tensor came to code that reads plain memory."""
     for x in tensors:
         if is_sharded(x):
-            placed = ", ".join(map(str, x.placements))
-            raise TypeError(
-                f"{op}: a DTensor with placements ({placed}) stands beside plain tensors: "
-                "distribute them all, or pass x.to_local()"
-            )
+            has = f"a DTensor with placements {x.placements}"
+            raise TypeError(f"{op}: {has} stands beside plain tensors: distribute them all, or pass x.to_local()")
         if isinstance(x, Tensor) and x.is_nested:
-            raise TypeError(
-                f"{op}: nested tensors are not supported: pad them and pass a mask, or pass their values (x.values())"
-            )
+            raise TypeError(f"{op}: nested tensors are not supported: pad them and pass a mask, or pass x.values()")
 
 
 def not_traced(op: str) -> None:
@@ -118,10 +111,7 @@ def number(op: str, name: str, x: Any, instead: str = "pass float(x) for a const
         if differentiated(x):
             raise NotImplementedError(f"{op}: {name} is a tensor that requires a gradient, and gets none: {instead}")
         if x.numel() != 1 or x.device.type != "cpu":
-            raise TypeError(
-                f"{op}: {name} must be a number, got a tensor of shape {tuple(x.shape)} on {x.device}: "
-                f"pass {name}.item()"
-            )
+            raise TypeError(f"{op}: {name} is {tuple(x.shape)} on {x.device}, but must be a number: pass {name}.item()")
     elif not hasattr(x, "__float__"):
         raise TypeError(f"{op}: {name} must be a number, got {x!r:.80}")
     return float(x)
@@ -159,9 +149,7 @@ def broadcastable(op: str, shape: Sequence[int], **tensors: Tensor | None) -> No
             continue
         ends = zip(reversed(x.shape), reversed(shape), strict=False)
         if x.dim() > len(shape) or any(a != 1 and a != b for a, b in ends):
-            raise ValueError(
-                f"{op}: {name} of shape {tuple(x.shape)} does not expand to {tuple(shape)}: add or drop axes of size 1"
-            )
+            raise ValueError(f"{op}: {name} of shape {tuple(x.shape)} does not expand to {tuple(shape)}: reshape it")
 
 
 def causal_variant(op: str, mask: Any, shape: Sequence[int]) -> Align | None:
@@ -177,8 +165,8 @@ def causal_variant(op: str, mask: Any, shape: Sequence[int]) -> Align | None:
     return "bottom_right" if mask.variant.name == "LOWER_RIGHT" else "top_left"
 
 
-def triangle(variant: str, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The boolean mask (T_q, T_k) that `causal_variant` names, True = may attend."""
+def triangle(variant: Causal, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The boolean mask (T_q, T_k) that a name or `causal_variant` stands for, True = may attend."""
     t_q, t_k = shape[-2:]
     ones = torch.ones(t_q, t_k, dtype=torch.bool, device=device)
     return ones.tril(t_k - t_q if variant == "bottom_right" else 0)
@@ -190,19 +178,9 @@ def mask(op: str, shape: Sequence[int], like: Tensor, mask: Tensor | None) -> No
     if mask is not None and mask.is_floating_point():
         floating(op, mask=mask)
     elif mask is not None and mask.dtype != torch.bool:
-        raise TypeError(
-            f"{op}: mask must be boolean (True = kept) or floating (added), got {name_of(mask.dtype)}: try .bool()"
-        )
+        raise TypeError(f"{op}: mask must be boolean (True = kept) or floating, got {name_of(mask.dtype)}: try .bool()")
     same_device(op, like, mask=mask)
     broadcastable(op, shape, mask=mask)
-
-
-def no_mask_gradient(op: str, mask: Tensor | None, backend: str) -> None:
-    """Raise NotImplementedError for a mask that requires a gradient, which the kernels do not compute."""
-    if mask is not None and differentiated(mask):
-        raise NotImplementedError(
-            f"{op}: backend {backend!r} has no gradient for a floating mask: detach it, or use_backend('torch')"
-        )
 
 
 def causal(op: str, causal: bool | str) -> None:
@@ -231,9 +209,7 @@ def seeded(op: str, seed: Any, device: torch.device) -> Tensor | None:
     try:
         number = operator.index("" if isinstance(seed, bool) else seed)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(
-            f"{op}: seed must be an integer, or an int64 tensor with one element, got {seed!r:.80}"
-        ) from None
+        raise TypeError(f"{op}: seed must be an integer, or an int64 tensor of one element, got {seed!r:.80}") from None
     if not 0 <= number < 2**63:
         raise ValueError(f"{op}: seed must lie between 0 and 2**63 - 1, got {number}: try seed % 2**63")
     return torch.full((1,), number, dtype=torch.int64, device=device)

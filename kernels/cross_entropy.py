@@ -27,7 +27,7 @@ from tileformer.kernels import checks, reference
 from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.device import wider
-from tileformer.kernels.double_backward import twice_differentiable
+from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, on_shards
@@ -200,7 +200,7 @@ def cross_entropy_bwd(
 
 def _definition(logits, target, weight, lse, ignore_index, label_smoothing):
     options = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-    return reference.cross_entropy(logits, target, weight=weight, **options)
+    return (reference.cross_entropy(logits, target, weight=weight, **options),)
 
 
 class _CrossEntropy(Function):
@@ -231,9 +231,8 @@ class _CrossEntropy(Function):
 
 
 _cross_entropy_forward = KernelFunction(cross_entropy_fwd, _CrossEntropy)
-_cross_entropy_backward = twice_differentiable(
-    cross_entropy_bwd, lambda dloss, logits, *_: contiguous_like(logits), _definition, primals=(1,)
-)
+_backward = registered_forward(cross_entropy_bwd, lambda dloss, logits, *_: contiguous_like(logits))
+_cross_entropy_backward = KernelFunction(cross_entropy_bwd, backward_function(_backward, _definition, primals=(1,)))
 
 
 def cross_entropy(
@@ -330,22 +329,16 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
     if target.device != logits.device:
         checks.same_device("cross_entropy", logits, target=target)
     if target.is_floating_point():
-        raise NotImplementedError(
-            "cross_entropy: target holds class probabilities: pass class indices, or use torch's cross_entropy"
-        )
+        raise NotImplementedError("cross_entropy: target holds class probabilities: pass indices, or use torch's own")
     if target.dtype != torch.int64:
         raise TypeError(f"cross_entropy: target must be int64, got {checks.name_of(target.dtype)}: try target.long()")
     if logits.dim() not in (1, 2) or logits.shape[-1] == 0:
-        raise ValueError(
-            f"cross_entropy: logits must be (R, V) or (V,), got {tuple(logits.shape)}: try logits.flatten(0, -2)"
-        )
+        raise ValueError(f"cross_entropy: logits are (R, V) or (V,), got {tuple(logits.shape)}: try .flatten(0, -2)")
     if target.shape != logits.shape[:-1]:
         checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
     checks.fits("cross_entropy", "weight", weight, logits, logits.shape[-1:])
     if weight is not None and checks.differentiated(weight):
-        raise NotImplementedError(
-            "cross_entropy: weight requires a gradient, which is not defined here: pass weight.detach()"
-        )
+        raise NotImplementedError("cross_entropy: weight requires a gradient, and gets none: pass weight.detach()")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

@@ -10,7 +10,6 @@ from torch.compiler import is_compiling
 
 INTERPRETED = 0  # the "architecture" of CPU tensors, so that a tile table can have a row for the interpreter
 recorded_arch: int | None = None  # see record_for
-_capabilities: dict[int, int] = {}  # of each GPU
 
 
 def recording() -> bool:
@@ -31,23 +30,20 @@ def arch_of(x: Tensor) -> int:
     """Compute capability of the tensor's device as an integer (90 for sm_90), or INTERPRETED for CPU tensors."""
     if recorded_arch is not None:
         return recorded_arch
-    return _capability(x.device.index or 0) if x.is_cuda else INTERPRETED
+    if not x.is_cuda:
+        return INTERPRETED
+    # Without a cache, torch.compile folds this; get_device_capability would break the graph.
+    return (_capability if is_compiling() else _cached_capability)(x.device.index or 0)
 
 
 def _capability(index: int) -> int:
-    if is_compiling():
-        return _read_capability(index)
-    if index not in _capabilities:
-        _capabilities[index] = _read_capability(index)
-    return _capabilities[index]
-
-
-def _read_capability(index: int) -> int:
     if not torch.cuda.is_available():  # a fake CUDA tensor on a machine without a GPU: shapes only, any answer serves
         return 90
-    # torch.compile folds this; get_device_capability would break the graph
     device = torch.cuda.get_device_properties(index)
     return 10 * device.major + device.minor
+
+
+_cached_capability = functools.cache(_capability)
 
 
 @functools.lru_cache

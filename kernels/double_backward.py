@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from tileformer.kernels.autograd import Function
 
 
-def second_derivative(
-    reference: Callable[..., tuple[Tensor, ...]],
-    primals: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Pull `tangents`, which belong to the gradients of `reference` at `primals`, back to primals and cotangents.
+def backward_function(
+    fused: Any, definition: Callable[..., tuple[Tensor, ...]], primals: tuple[int, ...], n_cotangents: int = 1
+) -> type[Function]:
+    """The Function of `fused(*cotangents, *inputs)`, which is a vector-Jacobian product of the definition.
 
-    A fused backward computes g(primals, cotangents) = the vector-Jacobian product of `reference`; this is that of g.
-    `torch.func.vjp` alone makes it, so it can be differentiated again. 16-bit inputs are computed in float32.
+    Its own derivative is that of the product by `torch.func.vjp`, and can be differentiated again. 16-bit inputs are
+    computed in float32.
 
     Args:
-        reference: takes the primals, returns a tuple of outputs that match `cotangents`.
-        tangents: one per primal; None counts as zero.
-
-    Returns:
-        The gradients of the primals and of the cotangents, in their own dtypes.
-    """
-    wide = torch.promote_types(primals[0].dtype, torch.float32)
-    given = [t.to(wide) for t in primals], [t.to(wide) for t in cotangents]
-
-    def gradients(primals: list[Tensor], cotangents: list[Tensor]) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(lambda *x: reference(*x), *primals)  # type: ignore[misc]
-        return pull(tuple(cotangents))
-
-    out, pull = torch.func.vjp(gradients, *given)  # type: ignore[misc]  # its third value comes only with has_aux
-    pulled = pull(tuple(torch.zeros_like(o) if t is None else t.to(wide) for o, t in zip(out, tangents, strict=True)))
-    grads_primals, grads_cotangents = pulled
-    return (
-        tuple(g.to(t.dtype) for g, t in zip(grads_primals, primals, strict=True)),
-        tuple(g.to(t.dtype) for g, t in zip(grads_cotangents, cotangents, strict=True)),
-    )
-
-
-def twice_differentiable(
-    launcher: Callable[P, R], fake: Callable[..., R], definition: Callable[..., Tensor], primals: tuple[int, ...]
-) -> KernelFunction[P, R]:
-    """A fused backward, `launcher(dy, *inputs)`, whose own derivative differentiates `definition(*inputs)` twice.
-
-    Args:
-        primals: positions of the differentiable inputs among all arguments; the launcher returns a gradient for each.
+        fused: a static method; returns a gradient for each primal.
+        definition: of the inputs; returns the tuple of outputs whose gradients the cotangents are.
+        primals: positions of the differentiable inputs among all arguments; these and cotangents may be None.
     """
 
     class Backward(Function):
-        forward = registered_forward(launcher, fake)
+        forward = fused
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -70,17 +38,26 @@ def twice_differentiable(
         def backward(ctx, *tangents):
             inputs = [x if t is None else t for t, x in zip(ctx.saved_tensors, ctx.constants, strict=True)]
             given = {i: t for i, t in zip(primals, tangents, strict=True) if inputs[i] is not None}
+            dys = [i for i in range(n_cotangents) if inputs[i] is not None]
 
-            def outputs(*values):
-                args = dict(enumerate(inputs)) | dict(zip(given, values, strict=True))
-                return (definition(*list(args.values())[1:]),)
+            def gradients(values, cotangents):
+                def outputs(*values):
+                    args = dict(enumerate(inputs)) | dict(zip(given, values, strict=True))
+                    results = definition(*list(args.values())[n_cotangents:])
+                    return tuple(results[i] for i in dys)
 
-            values = [inputs[i] for i in given]
+                _, pull = torch.func.vjp(outputs, *values)
+                return pull(tuple(cotangents))
+
+            wide = torch.promote_types(inputs[primals[0]].dtype, torch.float32)
+            out, pull = torch.func.vjp(gradients, *([inputs[i].to(wide) for i in at] for at in (given, dys)))
             # The gradient of a primal that needs none is empty, and so is its tangent.
-            used = [t if t is None or t.shape == x.shape else None for t, x in zip(given.values(), values, strict=True)]
-            first, (ddy,) = second_derivative(outputs, values, inputs[:1], used)
-            grads = {0: ddy, **dict(zip(given, first, strict=True))}
-            return tuple(grads.get(i) for i in range(len(inputs)))
+            used = {i: t for i, t in given.items() if t is not None and t.shape == inputs[i].shape}
+            pulled = pull(
+                tuple(used[i].to(wide) if i in used else torch.zeros_like(o) for i, o in zip(given, out, strict=True))
+            )
+            grads = dict(zip((*given, *dys), pulled[0] + pulled[1], strict=True))
+            return tuple(grads[i].to(x.dtype) if i in grads else None for i, x in enumerate(inputs))
 
-    Backward.__name__ = launcher.__name__
-    return KernelFunction(launcher, Backward)
+    Backward.__name__ = fused.__name__
+    return Backward

@@ -43,15 +43,8 @@ def require_device(device: str | torch.device | None = None) -> torch.device:
         DeviceError: if the device asked for does not exist, or if none was asked for and the machine has a GPU that
             torch cannot use: a run that was meant for the GPU should not crawl on the CPU unnoticed.
     """
-    if device is None:
-        usable, why = _cuda_usable()
-        if usable:
-            return torch.device("cuda", torch.cuda.current_device())
-        if driver := system_driver():
-            raise DeviceError(_invisible(driver, why))
-        return torch.device("cpu")
     try:
-        asked = torch.device(device)
+        asked = torch.device("cuda" if device is None else device)
     except RuntimeError:
         raise DeviceError(f"unknown device {str(device)!r}: ask for cpu, cuda or cuda:0") from None
     if asked.type == "cpu":
@@ -60,10 +53,15 @@ def require_device(device: str | torch.device | None = None) -> torch.device:
         raise DeviceError(f"device {asked} is not supported: ask for cpu or cuda")
     usable, why = _cuda_usable()
     if not usable:
-        driver = system_driver()
-        raise DeviceError(
-            _invisible(driver, why) if driver else f"device {asked} was asked for, but torch cannot use CUDA: {why}"
-        )
+        if driver := system_driver():
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise DeviceError(
+                f"this machine has a GPU (NVIDIA driver {driver}) that torch {torch.__version__} ({built}) cannot use: "
+                f"{why}; install a torch that fits the driver, or go on without the GPU with --device cpu"
+            )
+        if device is None:
+            return torch.device("cpu")
+        raise DeviceError(f"device {asked} was asked for, but torch cannot use CUDA: {why}")
     if asked.index is not None and asked.index >= torch.cuda.device_count():
         raise DeviceError(f"device {asked} does not exist: torch sees {torch.cuda.device_count()} CUDA device(s)")
     return torch.device("cuda", torch.cuda.current_device()) if asked.index is None else asked
@@ -101,14 +99,6 @@ def _cuda_usable() -> tuple[bool, str]:
         return False, f"it sees no CUDA device (CUDA_VISIBLE_DEVICES is {visible!r})"
     said = str(caught[0].message).split(" (Triggered")[0].split(". ")[0] if caught else ""
     return False, f"it sees no CUDA device ({said})" if said else "it sees no CUDA device"
-
-
-def _invisible(driver: str, why: str) -> str:
-    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    return (
-        f"this machine has a GPU (NVIDIA driver {driver}) that torch {torch.__version__} ({built}) cannot use: {why}; "
-        "install a torch that fits the driver, or go on without the GPU with --device cpu"
-    )
 
 
 def collect(device: str | None = None) -> dict[str, Any]:
@@ -178,19 +168,20 @@ def _tools() -> tuple[dict[str, str | None], list[str]]:
         ptxas: str | None = triton.knobs.nvidia.ptxas.path
     except RuntimeError:
         ptxas = None
-    tools = {
-        "compiler": compiler,
-        "headers": header if os.path.isfile(header) else None,
-        "ptxas": ptxas,
-        "cache": cache if _writable(Path(cache)) else None,
+    tools = {  # each with what is said where it is missing
+        "compiler": (compiler, f"no C compiler ({asked or 'gcc or clang'}): Triton needs one; install it or set CC"),
+        "headers": (
+            header if os.path.isfile(header) else None,
+            f"no {header}: Triton needs Python's headers; install python3-dev or what your system calls it",
+        ),
+        "ptxas": (ptxas, "no working ptxas: Triton brings its own, so reinstall triton"),
+        "cache": (
+            cache if _writable(Path(cache)) else None,
+            f"cannot write to {cache}: set TRITON_CACHE_DIR to a folder that Triton may fill",
+        ),
     }
-    remedies = {
-        "compiler": f"no C compiler ({asked or 'gcc or clang'}): Triton needs one; install it or set CC",
-        "headers": f"no {header}: Triton needs Python's headers; install python3-dev or what your system calls it",
-        "ptxas": "no working ptxas: Triton brings its own, so reinstall triton",
-        "cache": f"cannot write to {cache}: set TRITON_CACHE_DIR to a folder that Triton may fill",
-    }
-    return tools, [remedies[tool] for tool, found in tools.items() if found is None]
+    found = {name: path for name, (path, _) in tools.items()}
+    return found, [remedy for path, remedy in tools.values() if path is None]
 
 
 def _writable(folder: Path) -> bool:

@@ -28,7 +28,10 @@ _lock = threading.RLock()  # the interpreter patches module globals: one launch 
 if hasattr(os, "register_at_fork"):
     # A child has no thread that would end a launch it was born in: no fork while Triton is patched.
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-_PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
+_PATCHED: tuple[Any, ...] = (
+    *(tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base),
+    *(JITFunction, Builder, stock.interpreter_builder, stock),
+)
 
 
 def run(kernel: JITFunction, programs: tuple[int, ...], args: Sequence[Any], constexprs: dict[str, Any]) -> None:
@@ -51,8 +54,6 @@ class _BothNamespaces:
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
     before = [(owner, dict(vars(owner))) for owner in _PATCHED]
-    call, options, patch = JITFunction.__call__, stock.interpreter_builder.options, stock._patch_lang_tensor
-    unrepaired = {name: getattr(Builder, name) for name in _REPAIRS if hasattr(Builder, name)}
     # A device function called by a kernel (ours, or tl.sum and its like) is a JITFunction too: run its Python directly.
     JITFunction.__call__ = lambda self, *args, **kwargs: _interpreted(self.fn).rewrite()(*args, **kwargs)
     stock._patch_lang_tensor = _patch_tensor
@@ -63,12 +64,6 @@ def _patched() -> Iterator[None]:
     try:
         yield
     finally:
-        JITFunction.__call__, stock.interpreter_builder.options, stock._patch_lang_tensor = call, options, patch
-        for name in _REPAIRS:
-            if name in unrepaired:
-                setattr(Builder, name, unrepaired[name])
-            else:
-                delattr(Builder, name)
         for owner, names in before:
             for name in set(vars(owner)) - set(names):
                 delattr(owner, name)

@@ -60,9 +60,9 @@ class Launch:
     tiles: Sequence[Tile]
     scalars: tuple[Any, ...] = ()
     arrange: Callable[..., tuple[Any, ...]] | None = None
-
-    def __post_init__(self) -> None:
-        self._ready: dict[tuple[Any, ...], tuple[_CachedKernel, tuple[int, ...], tuple[Any, ...]]] = {}
+    _ready: dict[tuple[Any, ...], tuple[_CachedKernel, tuple[int, ...], tuple[Any, ...]]] = dataclasses.field(
+        default_factory=dict, init=False
+    )
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run it under the device and current stream of the first tensor."""

@@ -33,7 +33,7 @@ from tileformer.kernels import checks, device, reference
 from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
 from tileformer.kernels.device import wider
-from tileformer.kernels.double_backward import twice_differentiable
+from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import Launch, cdiv, pow2
 from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
@@ -318,7 +318,8 @@ def _layer_norm_bwd_fake(
 
 def _definition(x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
     shape = x.shape[-axes:]
-    return reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
+    y = reference.layer_norm(x, shape, weight, bias, eps) if centre else reference.rms_norm(x, shape, weight, eps)
+    return (y,)
 
 
 class _LayerNorm(Function):
@@ -345,7 +346,8 @@ class _LayerNorm(Function):
 
 
 _layer_norm_forward = KernelFunction(layer_norm_fwd, _LayerNorm)
-_layer_norm_backward = twice_differentiable(layer_norm_bwd, _layer_norm_bwd_fake, _definition, primals=(1, 3, 4))
+_backward = registered_forward(layer_norm_bwd, _layer_norm_bwd_fake)
+_layer_norm_backward = KernelFunction(layer_norm_bwd, backward_function(_backward, _definition, primals=(1, 3, 4)))
 
 
 def layer_norm(

@@ -121,8 +121,7 @@ def _scalar(x: float, dtype: torch.dtype) -> Any:
     return (rounded.view(torch.uint16) if dtype.itemsize == 2 else rounded).numpy()[()]
 
 
-def _fast_keep_fake(seed: Tensor, shape: Sequence[int], p: float, value: float, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=seed.device)
-
-
-fast_keep = register(fast_keep, _fast_keep_fake)  # torch.compile and torch.export see one op, and numpy never
+# torch.compile and torch.export see one op, and numpy never.
+fast_keep = register(
+    fast_keep, lambda seed, shape, p, value, dtype: torch.empty(shape, dtype=dtype, device=seed.device)
+)

@@ -344,7 +344,8 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: ch
     if backend == "torch":
         return _torch_softmax(x, scale, mask, causal, log)
     if mask is not None:
-        checks.no_mask_gradient(name, mask, backend)
+        if checks.differentiated(mask):
+            raise NotImplementedError(f"{name}: backend {backend!r} has no gradient for a floating mask: detach it")
         four = (1,) * (4 - x.dim()) + tuple(x.shape) if x.dim() < 4 else (math.prod(x.shape[:-3]), *x.shape[-3:])
         mask = mask.expand(x.shape).reshape(four)
     shift = (x.shape[-1] - x.shape[-2] if causal == "bottom_right" else 0) if causal else None
@@ -355,9 +356,7 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.
     scores = x if scale == 1.0 else _widened(x) * scale  # what is still to be added must not be rounded before
     hidden = []
     if causal:
-        t_q, t_k = x.shape[-2:]
-        first_hidden = t_k - t_q + 1 if causal == "bottom_right" else 1
-        hidden.append(torch.ones(t_q, t_k, dtype=torch.bool, device=x.device).triu(first_hidden))
+        hidden.append(~checks.triangle(causal, x.shape, x.device))
     if mask is not None and mask.dtype == torch.bool:
         hidden.append(~mask)
     elif mask is not None:

@@ -101,15 +101,13 @@ def on_shards(
         wanted = places(roles)
         if not is_sharded(x):
             if x.requires_grad or any(p.is_shard() for p in wanted):
-                raise TypeError(
-                    f"{op}: a plain tensor of shape {tuple(x.shape)} stands beside a DTensor: "
-                    f"distribute it with placements {_said(wanted)}"
-                )
+                plain = f"a plain tensor of shape {tuple(x.shape)}"
+                raise TypeError(f"{op}: {plain} stands beside a DTensor: distribute it with placements {tuple(wanted)}")
             return x
         if list(x.placements) != wanted or x.device_mesh != lead.device_mesh:
             raise TypeError(
-                f"{op}: a DTensor of shape {tuple(x.shape)} has placements {_said(x.placements)} and needs "
-                f"{_said(wanted)}, as the first has {_said(lead.placements)}: call x.redistribute"
+                f"{op}: a DTensor of shape {tuple(x.shape)} has placements {x.placements} and needs "
+                f"{tuple(wanted)}, as the first has {lead.placements}: call x.redistribute"
             )
         grads = [
             Partial() if p.is_replicate() and role is not None else p for p, role in zip(wanted, split, strict=True)
@@ -175,7 +173,3 @@ def attention_on_shards(
         return attention(q, k, v, **dict(zip(sides, given, strict=True)), dropout_p=dropout_p, seed=own, **options)
 
     return on_shards("attention", call, tensors, outputs)
-
-
-def _said(placements: Sequence[Any]) -> str:
-    return "(" + ", ".join(str(p) for p in placements) + ")"

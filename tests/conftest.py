@@ -90,6 +90,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fuzz", type=int, metavar="N", help="test_fuzz.py: N new examples for each op instead of the same few"
     )
     parser.addoption(
+        "--cached",
+        type=int,
+        metavar="N",
+        help="test_cached_equals_full.py: N sequences of each kind, and what they came to",
+    )
+    parser.addoption(
         "--gpu-full", action="store_true", help="on a GPU, compile the sweeps of every op too (an hour when cold)"
     )
     parser.addoption("--all-verbs", action="store_true", help="test_verbs.py: every case, not a dozen")

@@ -358,7 +358,7 @@ def test_the_search_keeps_the_fastest_right_tile(monkeypatch, capsys):
     monkeypatch.setattr(tune, "tile", tile)
     monkeypatch.setattr(tune, "Trial", lambda bench, workload, mode: lambda: times.get(now[0], (2.0, "")))
     monkeypatch.setattr(tune.device, "arch_of", lambda x: 90)
-    bench = SimpleNamespace(clock=SimpleNamespace(dry=False, flush=None), deadline=float("inf"))
+    bench = SimpleNamespace(device=CPU, clock=SimpleNamespace(dry=False, flush=None), deadline=float("inf"))
     tried = []
     with pytest.raises(KeyboardInterrupt):
         tune.search(

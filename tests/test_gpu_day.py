@@ -101,7 +101,7 @@ def test_a_stopped_day_is_packed_and_goes_on(day, tmp_path, number):
 @pytest.mark.parametrize(
     ("kept", "said"),
     [
-        ('{"device": "NVIDIA H100", "parts": []}', "holds results of NVIDIA H100, this is dry run"),
+        ('{"device": "NVIDIA H100", "parts": []}', "has results of device NVIDIA H100, this is dry run"),
         ('{"device": 1', "parts.json is damaged"),
         ("[]", "parts.json is damaged"),
         ('{"device": "x", "parts": [{"part": "softmax", "seconds": null}]}', "parts.json is damaged"),

@@ -42,45 +42,27 @@ FAR_AXIS = {"far": 0, "far rows": -2}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """One call of an op, forward and backward.
+    """One call of an op, forward and backward."""
 
-    Args:
-        op: name of the public op, or "decoder_layer".
-        name: unique within a list and op.
-        sizes: by name, as the op's `build` wants them; of an op on rows the shape.
-        options: what the op's `build` takes: plain arguments, and kinds of tensors that are made (mask="boolean").
-        build: instead of the op's own.
-        edit: changes tensors and options in place.
-        layouts: how a tensor, an option or "out" (its gradient) lies in memory: a name of LAYOUTS.
-        reason: why it is in its list.
-        dtypes: which dtypes it is checked in; the first is the one that the tests compile beside a GPU.
-        quick: one of the few calls of `tileformer check --quick`.
-        suite: whether the tests compile it beside a GPU (they may compile 120 specialisations in all).
-        fp32: tensors and options that stay float32.
-        interpret: False for a call that would keep the interpreter busy for minutes.
-        not_torch: why the torch backend is not held to it.
-        draws: check the dropout bits of the op (rate, independence, replay) at its rate, and no values.
-        axis: the size on a plot's x-axis, if this belongs to a sweep over it; the curve's name is `name` without it.
-        modes: which passes are timed.
-    """
-
-    op: str
-    name: str
-    sizes: Sizes = dataclasses.field(default_factory=dict)
+    op: str  # name of the public op, or "decoder_layer"
+    name: str  # unique within a list and op
+    sizes: Sizes = dataclasses.field(default_factory=dict)  # as the op's `build` wants them; of an op on rows the shape
+    # What the op's `build` takes: plain arguments, and kinds of tensors that are made (mask="boolean").
     options: Options = dataclasses.field(default_factory=dict)
-    build: Build | None = None
-    edit: Callable[[Tensors, Options], Any] = lambda tensors, options: None
+    build: Build | None = None  # instead of the op's own
+    edit: Callable[[Tensors, Options], Any] = lambda tensors, options: None  # changes tensors and options in place
+    # How a tensor, an option or "out" (its gradient) lies in memory: a name of LAYOUTS.
     layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    reason: str = ""
-    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
-    quick: bool = False
-    suite: bool = True
-    fp32: tuple[str, ...] = ()
-    interpret: bool = True
-    not_torch: str = ""
-    draws: bool = False
-    axis: str = ""
-    modes: tuple[str, ...] = MODES
+    reason: str = ""  # why it is in its list
+    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")  # it is checked in; the tests compile the first beside a GPU
+    quick: bool = False  # one of the few calls of `tileformer check --quick`
+    suite: bool = True  # the tests compile it beside a GPU (they may compile 120 specialisations in all)
+    fp32: tuple[str, ...] = ()  # tensors and options that stay float32
+    interpret: bool = True  # False for a call that would keep the interpreter busy for minutes
+    not_torch: str = ""  # why the torch backend is not held to it
+    draws: bool = False  # check the dropout bits of the op (rate, independence, replay) at its rate, and no values
+    axis: str = ""  # the size on a plot's x-axis, if this belongs to a sweep over it; the curve is `name` without it
+    modes: tuple[str, ...] = MODES  # the passes that are timed
 
     def inputs(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Tensors, Options]:
         """Tensors to differentiate and other arguments, rounded to `dtype`: the same numbers in every process."""
@@ -88,9 +70,10 @@ class Call:
         tensors, options = (self.build or OPS[self.op].build)(generator, self.sizes, **self.options)
         self.edit(tensors, options)
         for named in (tensors, options):
+            for name, x in named.items():
+                if dtype and is_floating(x):
+                    named[name] = x.to(torch.float32 if name in self.fp32 else dtype)
             named.update({name: LAYOUTS[kind](named[name]) for name, kind in self.layouts.items() if name in named})
-            if dtype:
-                named.update({name: x.to(dtype) for name, x in named.items() if is_floating(x)})
         return tensors, options
 
     def untouched_inputs(self, dtype: torch.dtype) -> tuple[Tensors, Options]:
@@ -182,11 +165,8 @@ def differentiate(
     return results | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}, grads
 
 
-_FIELDS = {field.name for field in dataclasses.fields(Call)}
-
-
 def describe(op: str, name: str, reason: str, *shape: int, **more: Any) -> Call:
     """A call by its sizes in order (Op.axes); `more` are fields of Call, and what the op's `build` takes."""
-    fields = {key: more.pop(key) for key in _FIELDS & more.keys()}
+    fields = {key: more.pop(key) for key in Call.__dataclass_fields__.keys() & more.keys()}
     axes = next(names.split() for names in OPS[op].axes if len(names.split()) == len(shape))
     return Call(op, name, dict(zip(axes, shape, strict=True)), more, reason=reason, **fields)

@@ -3,8 +3,6 @@
 A new op joins everything (`tileformer check`, the tests, the ahead-of-time compiler, the GPU tests) by one entry in ops.py and its calls.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

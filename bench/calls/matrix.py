@@ -1,7 +1,5 @@
 """What is compiled ahead: the default configurations of the tile tables, as calls that reach each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +25,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     ),
     "weights": dict(causal=True, padding="right", bias=(1, 1, 256, 256), return_weights=True),
 }
-LONG: dict[str, dict[str, Any]] = {  # keys enough for the forward that works ahead
-    "long": dict(lse=False),
-    "long, causal": dict(causal=True),
-}
+# Keys enough for the forward that works ahead.
+LONG: dict[str, dict[str, Any]] = {"long": dict(lse=False), "long, causal": dict(causal=True)}
 HEAD_SIZES = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
 SAMPLED = {(64, "bf16", EVERY_SIZE), (64, "bf16", "weights"), (128, "bf16", "long, causal")}
 

@@ -6,8 +6,6 @@ once; statistics of a few bytes a row are left out. Backward of attention is 2.5
 instead of two; arXiv:2307.08691, section 3).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -37,23 +35,18 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """What is known about an op.
+    """What is known about an op."""
 
-    Args:
-        axes: the names of its sizes, for each number of them.
-        build: of (generator, sizes, **options): the tensors to differentiate, and the op's other arguments, drawn in
-            float32. Options that name a tensor (mask="boolean") are made into one, the others are passed on.
-        cost: of (sizes, options, bytes of an element).
-        error_sizes: of (tensors, options, results, grad_outputs), float64 on the CPU: for each result whose error
-            budget is not max|result|, the sum of the absolute values of what is added up (bench/check/budget.py).
-        draw: of (op, p, seed, a tensor of the dtype and device): (..., rows, columns) from the forward and from the
-            backward, 0 where an element is dropped and else what a 1 becomes. None for an op without dropout.
-    """
-
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # the names of its sizes, for each number of them
+    # Of (generator, sizes, **options): the tensors to differentiate, and the op's other arguments, drawn in float32.
+    # Options that name a tensor (mask="boolean") are made into one, the others are passed on.
     build: Build
-    cost: Callable[[Sizes, Options, int], Cost]
+    cost: Callable[[Sizes, Options, int], Cost]  # of (sizes, options, bytes of an element)
+    # Of (tensors, options, results, grad_outputs), float64 on the CPU: for each result whose error budget is not
+    # max|result|, the sum of the absolute values of what is added up (bench/check/budget.py).
     error_sizes: Callable[[Tensors, Options, Tensors, Tensors], Mapping[str, Tensor | float]] = lambda *_: {}
+    # Of (op, p, seed, a tensor of the dtype and device): (..., rows, columns) from the forward and from the backward,
+    # 0 where an element is dropped and else what a 1 becomes. None for an op without dropout.
     draw: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
@@ -65,12 +58,9 @@ def _uniform(generator: Generator, *shape: int) -> Tensor:
     return torch.rand(shape, generator=generator, device=generator.device)
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
     """Largest finite absolute value."""
     return float(torch.where(x.isfinite(), x, 0.0).abs().max()) if x.numel() else 0.0
-
-
-# attention
 
 
 def key_padding(kind: str, b: int, t_k: int, device: torch.device | str = "cpu") -> Tensor:
@@ -117,13 +107,11 @@ def _build_attention(
         options["return_lse"] = True
     if mask in ("boolean", "thinned"):
         options["mask"] = _uniform(generator, t_q, t_k) > (0.3 if mask == "boolean" else 0.2)
-        if mask == "boolean":
-            options["mask"][t_q // 2] = False
+        options["mask"][t_q // 2] &= mask == "thinned"
     elif mask in ("additive", "heads"):
         options["mask"] = _normal(generator, *((b, 1) if mask == "additive" else (1, h)), t_q, t_k)
     elif mask == "columns":
-        added = _normal(generator, h, 1, t_k)
-        options["mask"] = added.masked_fill(_uniform(generator, h, 1, t_k) < 0.2, -torch.inf)
+        options["mask"] = _normal(generator, h, 1, t_k).masked_fill(_uniform(generator, h, 1, t_k) < 0.2, -torch.inf)
     elif isinstance(mask, float):
         hidden = torch.ones(t_q, t_k, device=device).triu(1) > 0
         hidden[:2] = True
@@ -136,8 +124,7 @@ def _build_attention(
         options["query_lengths"] = torch.linspace(t_q, 0, b).int()
         options["key_lengths"] = torch.linspace(t_k, 1, b).int()
     if packed:
-        starts = (torch.tensor(part, dtype=torch.int32) for part in packed)
-        options["cu_seqlens_q"], options["cu_seqlens_k"] = starts
+        options["cu_seqlens_q"], options["cu_seqlens_k"] = (torch.tensor(part, dtype=torch.int32) for part in packed)
     if alibi:
         options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, h + 1)
     if "dropout_p" in options:
@@ -197,8 +184,7 @@ def attention_sizes(
     delta = (out * dout).abs().sum(-1, keepdim=True) + (0 if dlse is None else dlse.abs()[..., None])
     ds = dropped * (dout.abs() @ value.transpose(-1, -2)) + weights * delta
     scores = scale * (q.abs() @ key.transpose(-1, -2))
-    bias = options.get("bias")
-    for added in (options.get("mask"), bias):
+    for added in (options.get("mask"), bias := options.get("bias")):
         if added is not None and added.dtype != torch.bool:
             scores = scores + torch.where(added.isfinite(), added.abs(), 0.0)
     shared = lambda x: x.unflatten(1, (h_kv, h // h_kv)).sum(2)  # noqa: E731
@@ -221,9 +207,6 @@ def _attention_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tup
     out = op(zeros, zeros, v, dropout_p=p, seed=seed)
     (dv,) = torch.autograd.grad(out, v, identity)
     return out.detach(), n * dv.transpose(-1, -2)
-
-
-# ops on rows: the sizes are the shape
 
 
 def _build_rows(
@@ -281,12 +264,11 @@ def _softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, g
 
 
 def _log_softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
-    y, grad = results["out"], grads["out"].abs()
-    scale = abs(options.get("scale", 1.0))
-    largest = _largest((scale * tensors["x"]).nan_to_num(0.0, 0.0, 0.0))
+    y, grad, scale = results["out"], grads["out"].abs(), abs(options.get("scale", 1.0))
+    top = largest((scale * tensors["x"]).nan_to_num(0.0, 0.0, 0.0))
     # The output is a score minus a sum of about its size; the gradient reads the output, as rounded.
-    total = grad + y.exp() * grad.sum(-1, keepdim=True) * (1 + largest)
-    return dict(out=2 * largest + y.abs().nan_to_num(0.0, 0.0, 0.0), dx=scale * total)
+    total = grad + y.exp() * grad.sum(-1, keepdim=True) * (1 + top)
+    return dict(out=2 * top + y.abs().nan_to_num(0.0, 0.0, 0.0), dx=scale * total)
 
 
 def _dropout_cost(sizes: Sizes, options: Options, item: int) -> Cost:
@@ -300,9 +282,6 @@ def _dropout_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tuple
     out = op(x, p, seed=seed)
     (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
     return out.detach(), dx
-
-
-# cross-entropy
 
 
 def _build_cross_entropy(
@@ -324,10 +303,8 @@ def _cross_entropy_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     return Cost((logits + targets, 2 * logits + targets), both=2 * logits + targets)
 
 
-# a decoder layer: its parameters by their names in the state_dict
-
-
 def _layer_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
+    """Of x, memory and the parameters by their names in the state_dict."""
     c, f = s["C"], s["F"]
     shapes: dict[str, tuple[int, ...]] = dict(x=(s["B"], s["T_q"], c), memory=(s["B"], s["T_k"], c))
     for block in ("self_attn", "multihead_attn"):
@@ -375,7 +352,7 @@ OPS = {
     "log_softmax": Op(ROWS, _build_rows, _softmax_cost, _log_softmax_error_sizes),
     "cross_entropy": Op(
         ("R V",), _build_cross_entropy, _cross_entropy_cost,
-        lambda tensors, _, results, grads: dict(out=_largest(results["out"]) + _largest(tensors["logits"])),
+        lambda tensors, _, results, grads: dict(out=largest(results["out"]) + largest(tensors["logits"])),
     ),
     "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
     "decoder_layer": Op(("B T_q T_k C H F",), _build_layer, _layer_cost),

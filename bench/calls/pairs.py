@@ -3,8 +3,6 @@
 Each call takes one level of every factor: a handful covers all pairs of levels, where all combinations are thousands.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -7,8 +7,7 @@ What a provider cannot do raises `Unavailable`, whose text is printed. A peer is
 the inputs of every other provider. Masks in another form are made at the first call and kept, outside every timing.
 """
 
-from __future__ import annotations
-
+import collections
 import functools
 import importlib
 import warnings
@@ -31,8 +30,10 @@ from tileformer.kernels import device
 Provider = Callable[[Call], Function]
 OURS = "tileformer"
 # A shape costs these many seconds before its first result: a compilation, or the timing of dozens of configurations.
-SLOW_START = {"attention": ("torch.compile", "flex", "flag_gems", "fla"), "*": ("torch.compile",)}
+SLOW_START: dict[str, list[str]] = collections.defaultdict(lambda: ["torch.compile"])
+SLOW_START["attention"] += ["flex", "flag_gems", "fla"]
 GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
+_made: dict[str, tuple[Tensor, Tensor]] = {}  # of each kind, the mask it was made of last, and what was made of it
 compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
 
 
@@ -125,8 +126,8 @@ def _compile(function: Any) -> Any:
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=compile_backend)
 
     def run(first: Any, *rest: Any, **options: Any) -> Any:
-        on_cpu = not (first if isinstance(first, Tensor) else next(iter(first.values()))).is_cuda
-        slow = compile_backend == "inductor" and on_cpu
+        x = first if isinstance(first, Tensor) else next(iter(first.values()))
+        slow = compile_backend == "inductor" and not x.is_cuda
         _refuse({"a compilation takes minutes on a CPU: timed on CUDA only": slow})
         return compiled(first, *rest, **options)
 
@@ -146,19 +147,13 @@ def _eager(function: Function, compiled: bool, call: Call) -> Function:
     return run
 
 
-# ---- attention: tensors q, k, v; options mask, key_mask, causal, dropout_p, seed
-
-
 def _mask_of(o: Options) -> Tensor | None:
     """`mask`, or `key_mask` as one: broadcastable to (B, H, T_q, T_k). No workload has both."""
     return o.get("mask") if o.get("key_mask") is None else o["key_mask"][:, None, None, :]
 
 
-_made: dict[str, tuple[Tensor, Tensor]] = {}
-
-
 def _once(kind: str, o: Options, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` makes of the mask among the options; kept, the last one of each kind."""
+    """What `make` makes of the mask among the options, once."""
     source = o["mask"] if o.get("key_mask") is None else o["key_mask"]
     if kind not in _made or _made[kind][0] is not source:
         _made[kind] = (source, make())
@@ -201,10 +196,7 @@ def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
 def _sdpa(backend: SDPBackend, call: Call) -> Function:
     """One backend of torch's attention. Where it refuses, the reason is what torch says in warnings."""
     tried: list[bool] = []
-
-    def attend(t: Tensors, o: Options) -> Tensor:
-        with sdpa_kernel(backend):
-            return _sdpa_attention(t, o)
+    attend = sdpa_kernel(backend)(_sdpa_attention)
 
     def run(t: Tensors, o: Options) -> Tensor:
         if tried:
@@ -244,9 +236,8 @@ def _flex(call: Call) -> Function:
                 keep = keep & padding[b, j]
             return keep & mask[i, j] if mask is not None else keep
 
-        batches: Any = None if padding is None else q.shape[0]
-        heads: Any = None
-        return None, create_block_mask(seen, batches, heads, q.shape[2], k.shape[2], q.device)
+        batches = None if padding is None else q.shape[0]
+        return None, create_block_mask(seen, batches, None, q.shape[2], k.shape[2], q.device)
 
     def run(t: Tensors, o: Options) -> Tensor:
         q, k, v = (x if x.is_cuda else x.detach() for x in t.values())  # on a CPU it has no backward
@@ -295,9 +286,6 @@ def _flag_gems_attention(package: Any, t: Tensors, o: Options) -> Tensor:
     return package.scaled_dot_product_attention(q, k, t["v"], mask, 0.0, causal, None, gqa)
 
 
-# ---- row ops
-
-
 def _flag_gems_layer_norm(package: Any, t: Tensors, o: Options) -> Tensor:
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
         y, mean, rstd = package.layer_norm(x, o["normalized_shape"], weight, bias, o["eps"])
@@ -324,13 +312,6 @@ def _from_output(module: str, forward: Any, backward: Any) -> Provider:
     return _peer(module, compute, _PLAIN)
 
 
-def _liger_cross_entropy(package: Any, t: Tensors, o: Options) -> Tensor:
-    smoothing = o.get("label_smoothing", 0.0)
-    return package.LigerCrossEntropyFunction.apply(
-        t["logits"], o["target"], None, -100, 0.0, smoothing, "mean", None, False, False, False
-    )[0]
-
-
 def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     def forward(x: Tensor) -> Any:
         y, mask = package.dropout(x, o["p"], True)
@@ -339,11 +320,8 @@ def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     return t["residual"] + _Pair.apply(forward, lambda dy, *saved: package.dropout_backward(dy, *saved), t["x"])
 
 
-# ---- decoder layer: tensors x, memory, and the parameters by their names in the state_dict
-
-
 def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
-    """A layer class; its parameters become the workload's very tensors, so that gradients are theirs."""
+    """A layer class; its parameters become the call's very tensors (but x and memory), so that gradients are theirs."""
     sizes = (call.sizes[name] for name in ("C", "H", "F"))
     options = dict(norm_first=call.options["norm_first"], batch_first=True, device="meta")
     layer = kind(*sizes, call.options["dropout"], **options)
@@ -375,8 +353,7 @@ def _torch(eager: Function) -> dict[str, Provider]:
 _NO_MASKS = "takes no mask", "takes padding only as packed sequences"
 _PLAIN = "takes no scale and no mask"
 _PROVIDERS: dict[str, dict[str, Provider]] = {
-    "attention": _torch(_eager_attention)
-    | {
+    "attention": _torch(_eager_attention) | {
         "sdpa": lambda _: _sdpa_attention,
         "sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
@@ -387,56 +364,41 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
         "flash_attn 3": _peer("flash_attn_interface", _flash_attn, *_NO_MASKS, "has no dropout", half=True),
         "xformers": _peer("xformers.ops", _xformers),
         "flag_gems": _peer("flag_gems", _flag_gems_attention, "has no dropout"),
-        "fla": _peer(
-            "fla.ops.attn", lambda package, t, o: package.parallel_attn(*_heads_last(t)).transpose(1, 2),
-            *_NO_MASKS, "has no dropout", "is causal only", heads_last=True,
-        ),
+        "fla": _peer("fla.ops.attn", lambda p, t, o: p.parallel_attn(*_heads_last(t)).transpose(1, 2),
+                     *_NO_MASKS, "has no dropout", "is causal only", heads_last=True),
     },
     "layer_norm": _torch(lambda t, o: F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"]))
     | {
-        "liger": _peer(
-            "liger_kernel.ops.layer_norm",
-            lambda package, t, o: package.LigerLayerNormFunction.apply(t["x"], t["weight"], t["bias"], o["eps"]),
-        ),
+        "liger": _peer("liger_kernel.ops.layer_norm",
+                       lambda p, t, o: p.LigerLayerNormFunction.apply(t["x"], t["weight"], t["bias"], o["eps"])),
         "flag_gems": _peer("flag_gems", _flag_gems_layer_norm),
-        "fla": _peer(
-            "fla.modules.norm.layernorm",
-            lambda package, t, o: package.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"]),
-        ),
+        "fla": _peer("fla.modules.norm.layernorm",
+                     lambda p, t, o: p.layer_norm(t["x"], t["weight"], t["bias"], eps=o["eps"])),
     },
-    "rms_norm": _torch(lambda t, o: F.rms_norm(t["x"], o["normalized_shape"], t["weight"], o["eps"]))
-    | {
-        "liger": _peer(
-            "liger_kernel.ops.rms_norm",
-            lambda p, t, o: p.LigerRMSNormFunction.apply(t["x"], t["weight"], o["eps"], 0.0, "llama", False),
-        ),
+    "rms_norm": _torch(lambda t, o: F.rms_norm(t["x"], o["normalized_shape"], t["weight"], o["eps"])) | {
+        "liger": _peer("liger_kernel.ops.rms_norm", lambda p, t, o: p.LigerRMSNormFunction.apply(
+            t["x"], t["weight"], o["eps"], 0.0, "llama", False
+        )),
     },
-    "softmax": _torch(_eager_softmax)
-    | {
+    "softmax": _torch(_eager_softmax) | {
         "liger": _peer("liger_kernel.ops.softmax", lambda p, t, o: p.LigerSoftmaxFunction.apply(t["x"]), _PLAIN),
-        "flag_gems": _from_output(
-            "flag_gems", lambda p, x: p.softmax(x, -1), lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)
-        ),
-        "fla": _from_output(
-            "fla.ops.utils.softmax", lambda p, x: p.softmax_fwd(x, x.dtype),
-            lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype),
-        ),
+        "flag_gems": _from_output("flag_gems", lambda p, x: p.softmax(x, -1),
+                                  lambda p, dy, y: p.softmax_backward(dy, y, -1, y.dtype)),
+        "fla": _from_output("fla.ops.utils.softmax", lambda p, x: p.softmax_fwd(x, x.dtype),
+                            lambda p, dy, y: p.softmax_bwd(y, dy.contiguous(), y.dtype)),
     },
-    "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1))
-    | {
-        "flag_gems": _from_output(
-            "flag_gems", lambda p, x: p.log_softmax(x, -1), lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)
-        ),
+    "log_softmax": _torch(lambda t, o: t["x"].log_softmax(-1)) | {
+        "flag_gems": _from_output("flag_gems", lambda p, x: p.log_softmax(x, -1),
+                                  lambda p, dy, y: p.log_softmax_backward(dy, y, -1, y.dtype)),
     },
-    "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o))
-    | {
-        "liger": _peer("liger_kernel.ops.cross_entropy", _liger_cross_entropy),
-        "flag_gems": _peer(
-            "flag_gems.fused.cross_entropy_loss", lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)
-        ),
-        "fla": _peer(
-            "fla.modules.fused_cross_entropy", lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)[0].mean()
-        ),
+    "cross_entropy": _torch(lambda t, o: F.cross_entropy(t["logits"], **o)) | {
+        "liger": _peer("liger_kernel.ops.cross_entropy", lambda p, t, o: p.LigerCrossEntropyFunction.apply(
+            t["logits"], o["target"], None, -100, 0.0, o.get("label_smoothing", 0.0), "mean", None, False, False, False
+        )[0]),
+        "flag_gems": _peer("flag_gems.fused.cross_entropy_loss",
+                           lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)),
+        "fla": _peer("fla.modules.fused_cross_entropy",
+                     lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)[0].mean()),
     },
     "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"]))
     | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},

@@ -1,7 +1,5 @@
 """What is timed: one list of calls. A new op joins every benchmark by adding entries here, and its cost in ops.py."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tileformer.bench.calls import Call, describe

@@ -13,10 +13,10 @@ keeps its weights, and does not have that error.
 A maximum misses an accumulator that loses a little everywhere; `rms_ratio` sees it on long sums.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
+
+from tileformer.bench.calls.ops import largest
 
 OURS_C, PEERS_C = (1, 8), (5, 256)  # of 16-bit types, of float32
 
@@ -58,9 +58,7 @@ def over_budget(
 
 def assert_within_budget(name: str, got: Tensor, eager: Tensor, truth: Tensor, size: Size | None = None) -> None:
     """AssertionError if an error is larger than its budget. `size` is max|truth| when not given."""
-    if size is None:
-        size = float(truth[truth.isfinite()].abs().max()) if truth.isfinite().any() else 0.0
-    ratio = over_budget(got, eager, truth, size)
+    ratio = over_budget(got, eager, truth, largest(truth) if size is None else size)
     assert ratio <= 1.0, f"{name}: error is {ratio:.3g} times its budget"
 
 

@@ -65,14 +65,11 @@ class Memory:
             memory = _allocate(words, dtype=torch.int16, device=self.device)
             if not lazily:
                 memory.fill_(pattern)
-        band = BAND // 2
-        inner = memory[band : words - band].view(torch.uint8)[: count * dtype.itemsize].view(dtype)
-        return memory, inner
+        return memory, memory[BAND // 2 : words - BAND // 2].view(torch.uint8)[: count * dtype.itemsize].view(dtype)
 
     def __enter__(self) -> Memory:
         for owner, name in [*ALLOCATORS, (Tensor, "new_empty")]:
-            patch = mock.patch.object(owner, name, self._guarded(getattr(owner, name)))
-            self._patches.enter_context(patch)
+            self._patches.enter_context(mock.patch.object(owner, name, self._guarded(getattr(owner, name))))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,8 +98,7 @@ class Memory:
             if changed := int((memory != before).sum()):
                 wrong.append(f"wrote {2 * changed} bytes into or around an input of shape {tuple(x.shape)}")
         for memory, size, x in self.outputs:
-            first = BAND // 2
-            bands = torch.cat([memory[:first], memory[first + math.ceil(size / 2) :]])
+            bands = torch.cat([memory[: BAND // 2], memory[BAND // 2 + math.ceil(size / 2) :]])
             if changed := int((bands != self.fresh).sum()):
                 wrong.append(f"wrote {2 * changed} bytes outside a tensor of shape {tuple(x.shape)}")
         return wrong

@@ -6,8 +6,6 @@ padded row in float64: it is taken only where torch's does not serve the model.)
 the eager model does in float32, plus a few roundings (bench/check/budget.py). Generated tokens are the same.
 """
 
-from __future__ import annotations
-
 import collections
 import copy
 import importlib
@@ -61,10 +59,11 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 TORCH: dict[str, Any] = {"nn.Transformer": {}, "nn.Transformer, pre-norm": dict(norm_first=True, activation="gelu")}
 # Subclasses of torch's encoder layer: one overrides `forward` around torch's own, one the attention block.
-_KINDS = (("", "Custom"), ("rotary ", "Rotary"))
-DEEPTAB = {f"DeepTab's {kind}layer": f"{cls}TransformerEncoderLayer" for kind, cls in _KINDS}
+DEEPTAB = {f"DeepTab's {n}layer": f"{x}TransformerEncoderLayer" for n, x in (("", "Custom"), ("rotary ", "Rotary"))}
 EAGER = ("DETR", "Gemma 2, soft cap")  # torch's attention does not serve these
 SIDES = dict.fromkeys([*TORCH, *DEEPTAB, *TRANSFORMERS], ("left", "right")) | {"Gemma 2, soft cap": ("right",)}
+TITLES = ("model", "swapped", "left", "logits", "gradients", "worst gradient", "greedy", "beams")
+SHOWN = [Column(TITLES[n], lambda row, n=n: row[n], f"<{26 if n == 0 else 10}") for n in (0, 1, 2, 3, 4, 6, 7, 5)]  # type: ignore[misc]
 _GENERATES = ("Causal", "LMHead", "Conditional", "MTModel")
 GENERATE = [name for name, (cls, *_) in TRANSFORMERS.items() if any(word in cls for word in _GENERATES)]
 
@@ -151,8 +150,7 @@ def _computed(model: Any, inputs: Inputs, dtype: torch.dtype, device: torch.devi
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     model.zero_grad()
     (logits * weight).sum().backward()
-    grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-    return {"logits": logits.detach()} | grads
+    return {"logits": logits.detach()} | {n: x.grad for n, x in model.named_parameters() if x.grad is not None}
 
 
 def errors_of(name: str, side: str, backend: Backend | None, device: torch.device) -> dict[str, float]:
@@ -182,10 +180,6 @@ def same_tokens(name: str, beams: int, backend: Backend | None, device: torch.de
     with use_backend(backend or "auto"):
         got = ours(model)[0].generate(**arguments, **options)
     return torch.equal(got, model.generate(**arguments, **options))
-
-
-TITLES = ("model", "swapped", "left", "logits", "gradients", "worst gradient", "greedy", "beams")
-SHOWN = [Column(TITLES[n], lambda row, n=n: row[n], f"<{26 if n == 0 else 10}") for n in (0, 1, 2, 3, 4, 6, 7, 5)]  # type: ignore[misc]
 
 
 def rows(backend: Backend | None, device: torch.device) -> Iterator[list[str]]:

@@ -1,7 +1,5 @@
 """What `tileformer check` found, as lines, as data, and as Markdown that can be attached to a bug."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -13,8 +13,6 @@ check` runs everything: minutes, interpreted; on a GPU mostly compilation, of so
 compiles 16. A --report can be attached to a bug.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -33,28 +31,25 @@ from tileformer.bench import ahead
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Call, differentiate, function_of, is_floating
 from tileformer.bench.calls.cases import CASES, DRAWS
 from tileformer.bench.calls.matrix import MATRIX
-from tileformer.bench.calls.ops import OPS, Tensors
+from tileformer.bench.calls.ops import OPS, Tensors, largest
 from tileformer.bench.calls.pairs import PAIRS
 from tileformer.bench.check import models
 from tileformer.bench.check.budget import over_budget
 from tileformer.bench.check.memory import FRESH, RED, Memory
 from tileformer.bench.check.report import TABLE, Finding, collect, page, summary, surroundings
+from tileformer.bench.recording import ARCH
 from tileformer.bench.static import compiled
-from tileformer.bench.tables import Growing, as_json, head, line
+from tileformer.bench.tables import Growing, as_json, head, line, printer
 from tileformer.kernels import info, interpreter, launch
 from tileformer.kernels.backend import Backend
 
 SIGMAS = 5.0  # a check of dropout's statistics is wrong about a right kernel once in 2 million seeds; ours are fixed
 
 
-Dtype = torch.dtype
-Device = torch.device
-
-
 def results_of(
-    namespace: Any, call: Call, dtype: Dtype, device: Device, rounded: Dtype, memory: Memory | None = None
+    ops: Any, call: Call, dtype: torch.dtype, device: torch.device, rounded: torch.dtype, memory: Memory | None = None
 ) -> tuple[Tensors, Tensors]:
-    """Results of a call, its inputs rounded to `rounded`, in `dtype` by `kernels` or `kernels.reference`.
+    """Results of a call, its inputs rounded to `rounded`, in `dtype` by `ops`, `kernels` or `kernels.reference`.
 
     And the outputs' gradients that it started from. With `memory`, inputs lie there, strided as the call says.
     """
@@ -62,48 +57,32 @@ def results_of(
     def put(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        single, wide = name in call.fp32, torch.promote_types(dtype, torch.float32)
-        value = _rounded(call, name, x, rounded).to(device)
-        value = value.to(wide if single else dtype) if is_floating(x) else value
+        wide = torch.promote_types(dtype, torch.float32) if name in call.fp32 else dtype
+        value = x.to(device, wide if is_floating(x) else None)
         return value if memory is None else memory.place(value, x, FAR_AXIS.get(call.layouts.get(name, "")))
 
-    leaves, options = ({name: put(name, x) for name, x in named.items()} for named in call.inputs())
+    leaves, options = ({name: put(name, x) for name, x in named.items()} for named in call.inputs(dtype=rounded))
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     generator = torch.Generator().manual_seed(1)
 
     def grad_output(name: str, x: Tensor) -> Tensor:
-        drawn = LAYOUTS[call.layouts.get(name, "far")](torch.randn(x.shape, generator=generator))
-        grad = put(name, drawn).to(x.dtype)
-        hidden = x == -torch.inf  # the log-sum-exp of a row without a key has no gradient
-        return grad.masked_fill(hidden, 0.0) if hidden.any() else grad
+        laid_out = LAYOUTS[call.layouts.get(name, "far")]
+        drawn, hidden = torch.randn(x.shape, generator=generator).to(rounded), x == -torch.inf
+        grad = put(name, laid_out(drawn)).to(x.dtype)
+        return grad.masked_fill(hidden, 0.0) if hidden.any() else grad  # a row without a key: no gradient for its lse
 
     with memory or torch.enable_grad():
-        return differentiate(function_of(namespace, call.op), leaves, options, grad_output)
-
-
-def _rounded(call: Call, name: str, x: Any, dtype: torch.dtype) -> Any:
-    return x.to(torch.float32 if name in call.fp32 else dtype) if is_floating(x) else x
+        return differentiate(function_of(ops, call.op), leaves, options, grad_output)
 
 
 def _error_sizes(call: Call, truth: Tensors, grads: Tensors, rounded: torch.dtype) -> Tensors:
     """For each result, the sum of the absolute values of what is added up (bench/check/budget.py)."""
-    exact = lambda name, x: _rounded(call, name, x, rounded).double() if is_floating(x) else x  # noqa: E731
-    tensors, options = ({name: exact(name, x) for name, x in named.items()} for named in call.inputs())
+    inputs, exact = call.inputs(dtype=rounded), lambda x: x.double() if is_floating(x) else x
+    tensors, options = ({name: exact(x) for name, x in named.items()} for named in inputs)
     truth, grads = ({name: x.cpu() for name, x in named.items()} for named in (truth, grads))
-    largest = {name: torch.where(x.isfinite(), x, 0.0).abs().amax() if x.numel() else 0.0 for name, x in truth.items()}
-    sizes = largest | dict(OPS[call.op].error_sizes(tensors, options, truth, grads))
+    known = OPS[call.op].error_sizes(tensors, options, truth, grads)
+    sizes = {name: largest(x) for name, x in truth.items()} | dict(known)
     return {name: torch.as_tensor(x, dtype=torch.float64).nan_to_num(0.0, 0.0, 0.0) for name, x in sizes.items()}
-
-
-def errors_of(call: Call, dtype_name: str, backend: Backend, device: torch.device) -> dict[str, float]:
-    """Error over budget of each output and gradient of a call: at most 1 passes.
-
-    Raises:
-        AssertionError: for something wrong that is not an error of a value; the message says what.
-    """
-    finding = examine(call, dtype_name, backend, device, runs=1)
-    assert not finding.problems, f"{call.op}, {call.name}, {dtype_name}: {'; '.join(finding.problems)}"
-    return finding.over_budget
 
 
 def examine(call: Call, dtype_name: str, backend: Backend, device: torch.device, runs: int = 2) -> Finding:
@@ -124,14 +103,14 @@ def examine(call: Call, dtype_name: str, backend: Backend, device: torch.device,
         name: over_budget(got[name], eager[name], x, size[name], size.get(f"{name} again", 0.0))
         for name, x in truth.items()
     }
+    changed = lambda name, **patterns: not _same_bits(run(**patterns)[0][name], got[name])  # noqa: E731
     finding.problems += memory.problems()
     for name in [name for name, ratio in finding.over_budget.items() if ratio == math.inf]:
-        if not _same_bits(run(fresh=0)[0][name], got[name]):
+        if changed(name, fresh=0):
             finding.problems.append(f"{name}: some element was never written, or comes from one that was not")
-        elif not _same_bits(run(red=0)[0][name], got[name]):
+        elif changed(name, red=0):
             finding.problems.append(f"{name}: what lies outside an input reaches it")
-    for _ in range(runs - 1):
-        again = run()[0]
+    for again in (run()[0] for _ in range(runs - 1)):
         differ = [name for name in got if not _same_bits(again[name], got[name])]
         finding.problems += [f"{name}: another run gave other bits" for name in differ]
     return finding
@@ -177,22 +156,19 @@ def examine_draws(call: Call, dtype_name: str, backend: Backend, device: torch.d
     for axis, name in zip(range(-keep.dim(), 0), ("batches", "heads", "rows", "columns")[-keep.dim() :], strict=True):
         even, odd = (keep.movedim(axis, 0)[start::2][: keep.shape[axis] // 2] for start in (0, 1))
         within(name, even == odd, agree)
-    for wrong, text in (
-        (not _same_bits(first, drawn(seed)[0]), "the same seed gave other bits"),
-        (not _same_bits(unseeded, replayed), "the same state of torch's generator gave other bits"),
-        (not torch.equal(keep, backward != 0), "the backward drops other elements than the forward"),
-        (
-            backend != "torch" and not torch.equal(keep, defined),
-            "other elements are kept than reference.dropout_keep keeps",
-        ),
-        (not torch.equal(keep, looked_up), "kernels.dropout_keep names other elements than are kept"),
-    ):
-        finding.problems += [text] * wrong
+    held = {
+        "the same seed gave other bits": _same_bits(first, drawn(seed)[0]),
+        "the same state of torch's generator gave other bits": _same_bits(unseeded, replayed),
+        "the backward drops other elements than the forward": torch.equal(keep, backward != 0),
+        "other elements are kept than reference.dropout_keep keeps": backend == "torch" or torch.equal(keep, defined),
+        "kernels.dropout_keep names other elements than are kept": torch.equal(keep, looked_up),
+    }
+    finding.problems += [problem for problem, right in held.items() if not right]
     return finding
 
 
 def _is_far(call: Call) -> bool:
-    return any(kind in FAR_AXIS for kind in call.layouts.values())
+    return not FAR_AXIS.keys().isdisjoint(call.layouts.values())
 
 
 def _finding(call: Call, dtype: str, backend: Backend, device: torch.device) -> Finding:
@@ -222,8 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--op", action="append", choices=ops, help="only this op (repeatable)")
     add("--case", type=arguments.name, action="append", metavar="NAME", help="only this call (repeatable)")
     add("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
-    about = "default: triton on a GPU, interpret elsewhere"
-    add("--backend", choices=("triton", "interpret", "torch"), help=about)
+    add("--backend", choices=("triton", "interpret", "torch"), help="default: triton on a GPU, interpret elsewhere")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     about = "also write a Markdown report to FILE, call by call"
     add("--report", type=arguments.output_file, metavar="FILE", help=about)
@@ -232,8 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=path, metavar="FILE", help=about)
     about = "compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's "
     add("--compile-only", action="store_true", help=about + "cache for one")
-    about = "with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)"
-    add("--arch", type=arguments.architecture, nargs="+", metavar="CC", help=about)
+    add("--arch", nargs="+", help="with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)", **ARCH)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -254,13 +228,10 @@ def main(args: argparse.Namespace) -> int:
     if backend in ("triton", "interpret") and (backend == "triton") != (device.type == "cuda"):
         raise ValueError(f"--backend {backend} does not serve {device.type}: triton is for cuda, interpret for cpu")
     calls.sort(key=lambda call: _is_far(call[0]))  # last: a wrong offset there would take the process or the GPU down
-    printed = args.json != "-"
-    if backend == "triton":
-        said = ahead.compile_here([functools.partial(_uncomputed, call, dtype) for call, dtype in calls])
-        if printed and said:
-            print(said, flush=True)
-    if printed:
-        print(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{head(TABLE)}")
+    say = printer(args.json)
+    if backend == "triton" and (said := ahead.compile_here([functools.partial(_uncomputed, *call) for call in calls])):
+        say(said)
+    say(f"{backend} on {device}, torch {torch.__version__}: error / budget (at most 1 passes)\n{head(TABLE)}")
     start, environment = time.perf_counter(), surroundings(backend, device)
     findings: list[Finding] = []
 
@@ -269,7 +240,7 @@ def main(args: argparse.Namespace) -> int:
         return collect(findings, len(calls), environment=environment, tiles=tiles, seconds=seconds)
 
     file = Growing(args.report, lambda: page(collected()))
-    data_file = Growing(args.json if printed else None, lambda: as_json(collected()))
+    data_file = Growing(args.json, lambda: as_json(collected()))
     asked = dict(backend=args.backend, device=args.device)
     repeat = "".join(f" --{name} {value}" for name, value in asked.items() if value)
     with _tiles() as tiles, file, data_file:
@@ -277,21 +248,16 @@ def main(args: argparse.Namespace) -> int:
             if sys.stderr.isatty():
                 doing = "compiling and running" if backend == "triton" else "running"
                 print(f"\r{doing} {n}/{len(calls)}", end="\r", file=sys.stderr)
-            finding = _finding(call, dtype, backend, device)
-            finding.command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
-            findings.append(finding)
-            if printed:
-                print(line(TABLE, finding), flush=True)
+            findings.append(_finding(call, dtype, backend, device))
+            findings[-1].command = f'tileformer check --op {call.op} --case "{call.name}" --dtype {dtype}{repeat}'
+            say(line(TABLE, findings[-1]))
             file.write()
             data_file.write()
     data = collected()
-    if printed:
-        for row in data["features"]:
-            print(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
-        print(summary(data))
-    else:
-        print(as_json(data), end="")
-    return 1 if data["failed"] else 0
+    for row in data["features"]:
+        say(f"{row[0]:<34}", *(f"{cell:<14}" for cell in row[1:]))
+    say(summary(data))
+    return int(data["failed"] > 0)
 
 
 def _uncomputed(call: Call, dtype: str) -> None:

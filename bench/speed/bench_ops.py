@@ -3,8 +3,6 @@
 `pytest bench --benchmark-only`: rounds as of `tileformer bench` (cold cache, the call alone), a sweep's first point.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -24,6 +22,7 @@ CALLS = [
     for name in providers(call.op)
     if wanted(call, name, None)
 ]
+_clock = functools.lru_cache(maxsize=1)(Clock)
 
 
 @functools.lru_cache(maxsize=1)
@@ -32,11 +31,6 @@ def _prepared(call: Call, device: torch.device, dtype: torch.dtype) -> tuple[Cal
     sized = call.small() if device.type == "cpu" else call
     tensors, options = sized.inputs(device, dtype)
     return sized, tensors, options, Truth(sized.without_dropout(), tensors, without_dropout(options))
-
-
-@functools.lru_cache(maxsize=1)
-def _clock(device: torch.device) -> Clock:
-    return Clock(device)
 
 
 @pytest.mark.benchmark(timer=elapsed)

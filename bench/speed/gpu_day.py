@@ -5,20 +5,16 @@ other. Results, report and archive are written after each part; a later call goe
 executes the same parts without a GPU, at small sizes and with stand-in clocks; nothing in its report is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ from tileformer.bench.calls.ops import MODES
 from tileformer.bench.calls.providers import OURS
 from tileformer.bench.calls.workloads import TIMED_OPS
 from tileformer.bench.speed.measure import DRY
-from tileformer.bench.tables import Column, Growing, as_json, markdown, markdown_cells
+from tileformer.bench.tables import Column, Growing, as_json, earlier, markdown, markdown_cells
 from tileformer.kernels.info import require_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,16 +74,28 @@ PARTS = (
     Part("tests", 215, (*_TESTS, "-m", "gpu"), (*_TESTS, "tests/test_gpu.py")),
 )  # fmt: skip
 MINUTES = 25
+DONE = [
+    Column("part", lambda row: row["part"] if row["status"] == "left" else f"[{row['part']}](logs/{row['part']}.log)"),
+    Column("status", "status"),
+    Column("seconds", "seconds", ".0f"),
+    Column("limit", "limit", ".0f"),
+    Column("last line", lambda row: row["last"][:160]),
+]
+EXPERIMENTS = [
+    Column("question", "question"),
+    Column("variant", "variant"),
+    Column("ms", lambda row: _figure(row["ms"], row["dry"], absent="")),
+    Column("of the time as shipped", lambda row: _figure(row["ratio"], row["dry"], absent="")),
+    Column("remark", lambda row: row["problem"][:160]),
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench gpu-day`."""
     add, names = parser.add_argument, [part.name for part in PARTS]
-    about = "the report's folder (default: runs/gpu-day, or -dry)"
-    add("--output", type=output_folder, metavar="DIR", help=about)
+    add("--output", type=output_folder, metavar="DIR", help="the report's folder (default: runs/gpu-day, or -dry)")
     add("--dry", action="store_true", help="execute every part without a GPU; nothing is measured")
-    about = f"end within N minutes (default: {MINUTES})"
-    add("--minutes", type=_minutes, default=MINUTES, metavar="N", help=about)
+    add("--minutes", type=_minutes, default=MINUTES, metavar="N", help=f"end within N minutes (default: {MINUTES})")
     add("--only", nargs="+", choices=names, metavar="PART", help=f"only these parts: {', '.join(names)}")
     add("--again", action="store_true", help="also parts that an earlier call has done")
 
@@ -110,29 +118,32 @@ def main(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.minutes - ENDING
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     device_name = DRY if args.dry else _name()
-    rows = _earlier(folder / "parts.json", device_name)
+    kinds = dict(part=str, status=str, seconds=float, limit=float, last=str)
+    read = lambda kept: {row["part"]: {n: kind(row[n]) for n, kind in kinds.items()} for row in kept["parts"]}  # noqa: E731
+    rows = earlier(folder / "parts.json", "--output", read, device=device_name) or {}
     chosen = [part for part in PARTS if not args.only or part.name in args.only]
-    code = 0
-    with _terminated_as_interrupted():
-        try:
-            for part in _order(chosen, {} if args.again else rows):
-                limit = min(3 * part.seconds if args.dry else part.seconds, deadline - time.monotonic())
-                least = part.least or part.seconds
-                if limit < least:
-                    said = f"left for a later call: it takes {least} s, there are {max(limit, 0):.0f}"
-                    print(f"{part.name:<14} {said}", flush=True)
-                    rows.setdefault(part.name, dict(part=part.name, status="left", seconds=0.0, limit=0, last=said))
-                    continue
-                if args.again:
-                    _set_aside(part.name, folder)
-                rows[part.name] = row = _run(part, limit, args.dry, folder)
-                print("{part:<14} {status:<22} {seconds:>6.0f} s of {limit:.0f}".format(**row), flush=True)
-                _publish(folder, device_name, rows)
-                if row["status"] == "interrupted":
-                    raise KeyboardInterrupt
-            _draw(folder, rows)
-        except KeyboardInterrupt:
-            code = 130
+    code, before = 0, signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit on the command is a Ctrl-C
+    try:
+        for part in _order(chosen, {} if args.again else rows):
+            limit = min(3 * part.seconds if args.dry else part.seconds, deadline - time.monotonic())
+            least = part.least or part.seconds
+            if limit < least:
+                said = f"left for a later call: it takes {least} s, there are {max(limit, 0):.0f}"
+                print(f"{part.name:<14} {said}", flush=True)
+                rows.setdefault(part.name, dict(part=part.name, status="left", seconds=0.0, limit=0, last=said))
+                continue
+            if args.again:
+                _set_aside(part.name, folder)
+            rows[part.name] = row = _run(part, limit, args.dry, folder)
+            print("{part:<14} {status:<22} {seconds:>6.0f} s of {limit:.0f}".format(**row), flush=True)
+            _publish(folder, device_name, rows)
+            if row["status"] == "interrupted":
+                raise KeyboardInterrupt
+        _draw(folder, rows)
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     dropped = _publish(folder, device_name, rows)
     failed = [name for name, row in rows.items() if row["status"].startswith(("FAILED", "STOPPED"))]
     finished = sum(row["status"] == "done" for row in rows.values())
@@ -152,22 +163,6 @@ def _name() -> str:
     return asked.stdout.strip()
 
 
-def _earlier(file: Path, device: str) -> dict[str, dict[str, Any]]:
-    """What earlier calls left in this folder, by part."""
-    if not file.exists():
-        return {}
-    kinds = dict(part=str, status=str, seconds=float, limit=float, last=str)
-    try:
-        kept = json.loads(file.read_text())
-        measured_on = str(kept["device"])
-        rows = [{name: kind(row[name]) for name, kind in kinds.items()} for row in kept["parts"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): move it away, or choose another --output") from None
-    if measured_on != device:
-        raise ValueError(f"{file.parent} holds results of {measured_on}, this is {device}: choose another --output")
-    return {row["part"]: row for row in rows}
-
-
 def _order(parts: list[Part], rows: dict[str, dict[str, Any]]) -> list[Part]:
     """Those that are not done: first what has not been tried to its end, then what failed."""
     waiting = [part for part in parts if rows.get(part.name, {}).get("status") != "done"]
@@ -179,20 +174,6 @@ def _set_aside(name: str, folder: Path) -> None:
     for file in (folder / f"{name}{suffix}" for suffix in (".json", ".csv", ".md")):
         if file.exists():
             file.rename(file.with_name(f"{name}.{time.time_ns()}{file.suffix}"))
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM (a limit on the command) is a Ctrl-C."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(part: Part, limit: float, dry: bool, folder: Path) -> dict[str, Any]:
@@ -231,16 +212,9 @@ def _run(part: Part, limit: float, dry: bool, folder: Path) -> dict[str, Any]:
 
 
 def _reports(folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    reports = {}
-    for name in (*TIMED_OPS, "experiments"):
-        file = folder / f"{name}.json"
-        if name not in rows or not file.exists():
-            continue
-        try:
-            reports[name] = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}): move it away") from None
-    return reports
+    names = [name for name in (*TIMED_OPS, "experiments") if name in rows]
+    reports = {name: earlier(folder / f"{name}.json", "--output", dict) for name in names}
+    return {name: report for name, report in reports.items() if report}
 
 
 def _publish(folder: Path, device: str, rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -273,19 +247,14 @@ def _pack(folder: Path, archive: Path, most: int = ARCHIVE) -> list[str]:
 def _draw(folder: Path, rows: dict[str, dict[str, Any]]) -> None:
     """Draw what there is; a machine without matplotlib goes without."""
     try:
-        _plots(_reports(folder, rows), folder)
+        from tileformer.bench.speed.plot import plot  # with training's figures: more packages than timing needs
+
+        ops = [report for name, report in _reports(folder, rows).items() if name in TIMED_OPS]
+        if not ops:
+            raise ValueError("no part left results to draw")
+        plot(dict(ops[0], results=[row for report in ops for row in report["results"]]), str(folder / "plots"))
     except (ValueError, ImportError) as error:
         print(f"plots: none drawn: {error}")
-
-
-def _plots(reports: dict[str, Any], folder: Path) -> None:
-    from tileformer.bench.speed.plot import plot  # with training's figures, which need more packages than timing does
-
-    ops = [report for name, report in reports.items() if name in TIMED_OPS]
-    if not ops:
-        raise ValueError("no part left results to draw")
-    everything = dict(ops[0], results=[row for report in ops for row in report["results"]])
-    plot(everything, str(folder / "plots"))
 
 
 def _page(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pictures: list[str]) -> str:
@@ -310,28 +279,8 @@ def _page(dry: bool, done: list[dict[str, Any]], reports: dict[str, Any], pictur
     return "\n\n".join(parts) + "\n"
 
 
-def _link(row: dict[str, Any]) -> str:
-    return row["part"] if row["status"] == "left" else f"[{row['part']}](logs/{row['part']}.log)"
-
-
 def _figure(x: float | None, dry: bool, form: str = ".4f", absent: str = "-") -> str:
     return absent if x is None else "dry" if dry else format(x, form)
-
-
-DONE = [
-    Column("part", _link),
-    Column("status", "status"),
-    Column("seconds", "seconds", ".0f"),
-    Column("limit", "limit", ".0f"),
-    Column("last line", lambda row: row["last"][:160]),
-]
-EXPERIMENTS = [
-    Column("question", "question"),
-    Column("variant", "variant"),
-    Column("ms", lambda row: _figure(row["ms"], row["dry"], absent="")),
-    Column("of the time as shipped", lambda row: _figure(row["ratio"], row["dry"], absent="")),
-    Column("remark", lambda row: row["problem"][:160]),
-]
 
 
 def _op_table(rows: list[dict[str, Any]], dry: bool) -> str:

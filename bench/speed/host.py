@@ -6,8 +6,6 @@ call. Time is the process's without garbage collection: the median of interleave
 autograd's engine costs to start is taken off the backward: each round measures it, as a tensor's gradient for itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import functools
@@ -27,7 +25,7 @@ from tileformer import arguments
 from tileformer.bench.ahead import announced
 from tileformer.bench.calls import describe
 from tileformer.bench.calls.ops import AFFINE
-from tileformer.bench.recording import ARCHITECTURES, record
+from tileformer.bench.recording import ARCH, record
 from tileformer.bench.tables import Column, Growing, as_json, head, line
 from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import attention, cross_entropy, dropout, layer_norm, softmax, use_backend
@@ -52,7 +50,7 @@ TABLE = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench host`."""
     add, count = parser.add_argument, arguments.COUNT
-    add("--arch", type=arguments.architecture, default=90, metavar="CC", help="compile for this one (default: 90)")
+    add("--arch", default=90, help="compile for this one (default: 90)", **ARCH)
     add("--rounds", type=count, default=40, metavar="N", help="rounds whose median is printed (default: 40)")
     add("--g2p", type=count, metavar="N", help="count compilations over N batch shapes (default: all)")
     add("--json", type=arguments.output_file, metavar="FILE", help="also write every figure to FILE")
@@ -60,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the table and the compilations of a training run; 0."""
-    if args.arch not in ARCHITECTURES:
-        raise ValueError(f"--arch {args.arch}: choose from {', '.join(map(str, ARCHITECTURES))}")
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     figures = dict(arch=args.arch, torch=torch.__version__, rows=rows, compilations=collections.Counter())

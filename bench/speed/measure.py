@@ -4,8 +4,6 @@ A round prepares (for a backward: runs the forward), overwrites a buffer larger 
 alone: with CUDA events on a GPU, with the process's clock on a CPU. A result over its error budget gets no time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -29,6 +27,7 @@ from tileformer.bench.recording import record
 
 LARGEST_TRUTH = 2**27  # scores that the float64 reference may hold at once; beyond, one group of heads is compared
 DRY, DRY_ARCH = "dry run: not measured", 90
+CYCLES = 2e9  # a second of torch.cuda._sleep, or more: no GPU's clock is faster
 Figures = dict[str, Any]
 _measured = 0.0
 
@@ -61,9 +60,6 @@ class Result:
     speedup: float | None = None  # this provider's time over ours
     reason: str = ""
     failed: bool = False  # a wrong result or an exception, not a missing feature
-
-
-CYCLES = 2e9  # a second of torch.cuda._sleep, or more: no GPU's clock is faster
 
 
 class _DryEvent:
@@ -114,16 +110,13 @@ class Clock:
                 self.flush.zero_()
             self.cuda._sleep(int(min(2 * self._host, 0.02) * CYCLES))
             start.record()
-            begin = time.perf_counter()
-            kept = body(prepared)  # freed after the clock has stopped
-            self._host = time.perf_counter() - begin
+        begin = time.perf_counter()
+        kept = body(prepared)  # freed after the clock has stopped
+        seconds = self._host = time.perf_counter() - begin
+        if self.cuda:
             end.record()
             self.cuda.synchronize(self.device)
             seconds = start.elapsed_time(end) / 1e3
-        else:
-            begin = time.perf_counter()
-            kept = body(prepared)
-            seconds = time.perf_counter() - begin
         del kept
         _measured += seconds
         return seconds
@@ -153,12 +146,11 @@ class Clock:
             return {}  # no size is large for every CPU's caches, and small enough to wait for
         numel, n = (2**22, 256) if self.dry else (2**28, 4096 if dtype == torch.float32 else 8192)  # a copy of 1 GiB
 
-        def reach(make: Callable[[], Any], body: Callable[[Any], Any]) -> float:
-            operands = make()
+        def reach(body: Callable[[Any], Any], operands: Tensor) -> float:
             return statistics.median(self.rounds(lambda: operands, body, cold=False))
 
-        copy = reach(lambda: torch.randn(2, numel, device=self.device), lambda x: x[0].copy_(x[1]))
-        product = reach(lambda: torch.randn(2, n, n, device=self.device).to(dtype), lambda x: x[0] @ x[1])
+        copy = reach(lambda x: x[0].copy_(x[1]), torch.randn(2, numel, device=self.device))
+        product = reach(lambda x: x[0] @ x[1], torch.randn(2, n, n, device=self.device).to(dtype))
         name = str(dtype).removeprefix("torch.")
         return {"copy GB/s": 8 * numel / copy / 1e9, f"matmul {name} TFLOP/s": 2 * n**3 / product / 1e12}
 
@@ -189,8 +181,7 @@ class Truth:
         self.is_part = attention and not call.dropout and s["B"] * s["H"] * s["T_q"] * s["T_k"] > LARGEST_TRUTH
         shape = () if call.op == "cross_entropy" else tuple(x.shape)
         self.grad_output = _gradient(shape, x.device, x.dtype) if "backward" in call.modes else None
-        named = dict(tensors, **options, dout=self.grad_output)
-        rounded = {name: self.part_of(name, x) for name, x in named.items()}
+        rounded = {n: self.part_of(n, x) for n, x in dict(tensors, **options, dout=self.grad_output).items()}
         exact = {name: x.double() if is_floating(x) else x for name, x in rounded.items()}
         self.truth, self.eager = (
             results_of(reference(call), {n: of[n] for n in tensors}, {n: of[n] for n in options}, rounded["dout"])
@@ -211,10 +202,8 @@ class Truth:
         """Error over budget of each result of a provider, and the largest absolute error of its output."""
         results = results_of(function, tensors, options, self.grad_output)
         got = {name: self.part_of(name, x) for name, x in results.items()}
-        over = {}
-        for name, x in got.items():
-            eager, truth = self.eager[name], self.truth[name]
-            over[name] = over_budget(x, eager, truth, float(truth.abs().max()), c=PEERS_C)
+        budgets = {name: (self.eager[name], x, float(x.abs().max())) for name, x in self.truth.items() if name in got}
+        over = {name: over_budget(got[name], *budget, c=PEERS_C) for name, budget in budgets.items()}
         return over, float((got["out"].double() - self.truth["out"]).abs().max())
 
 
@@ -293,7 +282,6 @@ class Bench:
         def result(mode: str, figures: Figures) -> Result:
             return Result(call.op, call.name, name, mode, dtype, dict(call.sizes), **figures)
 
-        figures: Figures = {}
         try:
             figures = self._checked(call, name, tensors, options, truths)
             function = providers(call.op)[name](call)
@@ -355,12 +343,11 @@ def _excuse(error: Exception) -> Figures:
         return dict(reason=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         return dict(reason="out of memory")
-    text = " ".join(str(error).split())
-    return dict(reason=f"{type(error).__name__}: {text[:300]}", failed=True)
+    return dict(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", failed=True)
 
 
 def wanted(call: Call, name: str, asked: list[str] | None) -> bool:
     """Whether a provider is timed: those asked for, else all, but slow starters at one point of a sweep and one D."""
-    if asked or name not in SLOW_START.get(call.op, SLOW_START["*"]):
+    if asked or name not in SLOW_START[call.op]:
         return not asked or name in asked
     return call.sizes[call.axis] in (4096, 32000) if call.axis else call.sizes.get("D") != 128

@@ -1,7 +1,5 @@
 """PNGs of measured results: throughput along each sweep, and attention on the measured roofline. Needs matplotlib."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from typing import Any
@@ -46,17 +44,15 @@ def _curves(chosen: list[Any], title: str, style: dict[str, Any], note: str, fol
     unit = "tflops" if any(row["tflops"] for _, row in chosen) else "gbs"
     ticks = sorted({row["sizes"][call.axis] for call, row in chosen})
 
-    def draw(panel: Any, rows: dict[str, list[Any]]) -> None:
-        for name, of in rows.items():
-            line = sorted((row["sizes"][call.axis], row[unit]) for call, row in of)
-            panel.plot(*zip(*line, strict=True), label=name, zorder=3 if name == OURS else 2, **style[name])
+    def finish(panel: Any) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(x) for x in ticks], rotation=45)
         panel.minorticks_off()
         panel.set_ylim(bottom=0)
 
     labels = chosen[0][0].axis, "TFLOP/s" if unit == "tflops" else "GB/s"
-    return _panels(chosen, draw, title, labels, (4.6, 4.2), note, folder)
+    point = lambda call, row: (row["sizes"][call.axis], row[unit])  # noqa: E731
+    return _panels(chosen, point, finish, title, labels, style, (4.6, 4.2), note, folder)
 
 
 def _roofline(chosen: list[Any], ceilings: dict[str, float], style: dict[str, Any], note: str, folder: str) -> str:
@@ -65,31 +61,31 @@ def _roofline(chosen: list[Any], ceilings: dict[str, float], style: dict[str, An
     reach = [*(intensity(row) for _, row in chosen), compute / bandwidth * 1e3]
     x = numpy.geomspace(min(reach) / 2, max(reach) * 2, 100)
 
-    def draw(panel: Any, rows: dict[str, list[Any]]) -> None:
+    def finish(panel: Any) -> None:
         panel.plot(x, numpy.minimum(compute, x * bandwidth / 1e3), color="black", label="copy and matmul")
-        for name, of in rows.items():
-            dot = dict(style[name], linestyle="none", markersize=6 if name == OURS else 4, alpha=0.8)
-            points = [(intensity(row), row["tflops"]) for _, row in of]
-            panel.plot(*zip(*points, strict=True), label=name, zorder=3 if name == OURS else 2, **dot)
         panel.set_xscale("log")
         panel.set_yscale("log")
 
-    labels = "useful FLOPs per byte that must move", "TFLOP/s"
-    return _panels(chosen, draw, "roofline", labels, (5, 4.6), note, folder, sharey=True)
+    dots = {n: dict(of, linestyle="none", markersize=6 if n == OURS else 4, alpha=0.8) for n, of in style.items()}
+    labels, point = ("useful FLOPs per byte that must move", "TFLOP/s"), lambda _, row: (intensity(row), row["tflops"])
+    return _panels(chosen, point, finish, "roofline", labels, dots, (5, 4.6), note, folder, sharey=True)
 
 
 def _panels(
-    chosen: list[Any], draw: Any, title: str, labels: tuple[str, str], size: Any, note: str, folder: str, **options: Any
-) -> str:
-    """A PNG with a panel for each mode, drawn by draw(panel, points by provider); its path."""
+    chosen: list[Any], point: Any, finish: Any, title: str, labels: tuple[str, str], style: Any, size: Any, note: str,
+    folder: str, **options: Any,
+) -> str:  # fmt: skip
+    """A PNG with a panel for each mode: each provider's point(call, row), then what finish(panel) adds; its path."""
     modes = [mode for mode in MODES if any(row["mode"] == mode for _, row in chosen)]
     figure, panels = new_figure(1, len(modes), (size[0] * len(modes) + 2.4, size[1]), squeeze=False, **options)
     for panel, mode in zip(panels[0], modes, strict=True):
-        rows: dict[str, list[Any]] = {}
+        points: dict[str, list[Any]] = {}
         for call, row in chosen:
             if row["mode"] == mode:
-                rows.setdefault(row["provider"], []).append((call, row))
-        draw(panel, rows)
+                points.setdefault(row["provider"], []).append(point(call, row))
+        for name, of in points.items():
+            panel.plot(*zip(*sorted(of), strict=True), label=name, zorder=3 if name == OURS else 2, **style[name])
+        finish(panel)
         panel.set_title(mode)
         panel.grid(alpha=0.3)
         panel.set_xlabel(labels[0])

@@ -5,23 +5,20 @@ bench/calls/providers.py. A result is checked against float64 before it is timed
 should answer, in one folder.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import csv
 import dataclasses
-import functools
 import io
-import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
 from tileformer import arguments
-from tileformer.bench import ahead
 from tileformer.bench.calls import DTYPES, Call
 from tileformer.bench.calls import providers as callees
 from tileformer.bench.calls.ops import MODES
@@ -30,7 +27,7 @@ from tileformer.bench.calls.workloads import TIMED_OPS, WORKLOADS
 from tileformer.bench.speed import generate, gpu_day, host, step, tune
 from tileformer.bench.speed.measure import DRY, Bench, Result, wanted
 from tileformer.bench.static import run as static
-from tileformer.bench.tables import Column, Growing, as_json, head, line
+from tileformer.bench.tables import Column, Growing, as_json, earlier, head, line
 from tileformer.kernels.info import require_device
 
 ELSEWHERE = {"step": step, "generate": generate, "static": static, "host": host, "gpu-day": gpu_day}
@@ -44,8 +41,6 @@ ABOUT = {
     "host": "microseconds from Python to the launch; needs no GPU",
     "gpu-day": "everything for a first day on a GPU, into one folder",
 }
-
-
 TABLE = [
     Column("mode", "mode", "<8"),
     Column("provider", "provider", "<15"),
@@ -81,17 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "experiments":
             continue
         add("--mode", action="append", choices=MODES, help="only this pass (repeatable)")
-        about = "only this provider (repeatable)"
-        add("--provider", type=arguments.name, action="append", metavar="NAME", help=about)
+        add("--provider", type=arguments.name, action="append", metavar="NAME", help="only this provider (repeatable)")
         add("--only", type=arguments.name, metavar="TEXT", help="only workloads with TEXT in their name")
-        about = "also write a row for every figure to FILE"
-        add("--csv", type=arguments.output_file, metavar="FILE", help=about)
+        add("--csv", type=arguments.output_file, metavar="FILE", help="also write a row for every figure to FILE")
         add("--plot", type=arguments.output_folder, metavar="DIR", help="also draw PNGs into DIR (needs matplotlib)")
         if name == "attention":
-            about = (
-                "search tiles (--only TEXT: those of tables, features and head sizes like 'BACKWARD_DQ plain 64'), and "
-            )
-            rest = "print rows for kernels/attention/tiles.py; goes on from --json (default: runs/tune.json)"
+            about = "search tiles (--only TEXT: those of tables, features and head sizes like 'BACKWARD_DQ plain 64'), "
+            rest = "and print rows for kernels/attention/tiles.py; goes on from --json (default: runs/tune.json)"
             add("--tune", action="store_true", help=about + rest)
 
 
@@ -124,7 +115,8 @@ def main(args: argparse.Namespace) -> int:
         dtype=str(bench.dtype).removeprefix("torch."), ceilings=bench.ceilings, results=[],
     )  # fmt: skip
     if args.resume:
-        measured["results"] = _kept(args.json, measured)
+        same = {name: measured[name] for name in ("device", "dry", "torch", "triton", "dtype")}
+        measured["results"] = earlier(Path(args.json), "--json", lambda kept: kept["results"], **same) or []
     if args.dry:
         print(DRY.upper())
     if workloads:
@@ -144,8 +136,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace, device: torch.device) -> list[Call]:
     """The workloads; ValueError for names that are none, and for plots that could not be drawn."""
-    known = {name for op in TIMED_OPS for name in providers(op)}
-    if unknown := set(args.provider or []) - known:
+    if unknown := set(args.provider or []) - (known := {name for op in TIMED_OPS for name in providers(op)}):
         names = ", ".join(map(repr, sorted(unknown)))
         raise ValueError(f"unknown provider {names}: there are {', '.join(sorted(known))}")
     if args.plot:
@@ -153,24 +144,8 @@ def _asked(args: argparse.Namespace, device: torch.device) -> list[Call]:
 
         optional_import("matplotlib")
     # Those with a slow starter last: where time is short, all the others have their figures.
-    workloads = chosen(args.what, device, args.dry, args.only, args.every)
-    return sorted(workloads, key=lambda call: _starts_slowly(call, args.provider))
-
-
-def _kept(path: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of an earlier call of the same kind, to go on after; ValueError if it holds something else."""
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path, encoding="utf-8") as file:
-            earlier = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} holds no results ({error}): choose another --json") from None
-    for name in ("device", "dry", "torch", "triton", "dtype"):
-        kept = earlier.get(name) if isinstance(earlier, dict) else "no report"
-        if kept != measured[name]:
-            raise ValueError(f"{path} has results of {name} {kept}, this is {measured[name]}: choose another --json")
-    return earlier["results"]
+    slow = lambda call: any(wanted(call, name, args.provider) for name in callees.SLOW_START[call.op])  # noqa: E731
+    return sorted(chosen(args.what, device, args.dry, args.only, args.every), key=slow)
 
 
 def chosen(what: str, device: torch.device, dry: bool, only: str | None, every: int = 1) -> list[Call]:
@@ -189,24 +164,14 @@ def chosen(what: str, device: torch.device, dry: bool, only: str | None, every: 
     return workloads[::every]
 
 
-def _starts_slowly(call: Call, asked: list[str] | None) -> bool:
-    slow = callees.SLOW_START.get(call.op, callees.SLOW_START["*"])
-    return any(name in slow and wanted(call, name, asked) for name in providers(call.op))
-
-
 def _time(args: argparse.Namespace, bench: Bench, measured: dict[str, Any], workloads: list[Call]) -> int:
     ceilings = (f"{name} {x:,.1f}" for name, x in bench.ceilings.items())
     print("; ".join([f"{measured['device']}, torch {measured['torch']}", *ceilings]))
     absent: dict[str, None] = {}
     done = {(row["op"], row["workload"]) for row in measured["results"]}
     workloads = [call for call in workloads if (call.op, call.name) not in done]
-    launches = [
-        functools.partial(ahead.launches_of, providers(call.op)[OURS](call), call, bench.dtype)
-        for call in workloads
-        if wanted(call, OURS, args.provider)
-    ]
-    if bench.device.type == "cuda" and (said := ahead.compile_here(launches)):
-        print(said, flush=True)
+    ours = [(call, contextlib.nullcontext()) for call in workloads if wanted(call, OURS, args.provider)]
+    tune.compile_ahead(bench, ours)
     file = Growing(args.json, lambda: as_json(measured))
     with file, Growing(args.csv, lambda: _csv(measured["results"])) as csv_file:
         for call in workloads:
@@ -241,9 +206,9 @@ def table(results: list[Result], call: Call, dry: bool) -> list[str]:
     modes = {result.mode for result in results}
     for reason, untimed in reasons.items():
         names = dict.fromkeys(result.provider for result in untimed)
-        every_mode = len(untimed) == len(names) * len(modes)
-        who = names if every_mode else (f"{result.provider} {result.mode}" for result in untimed)
-        lines.append(f"no time: {', '.join(who)}: {reason}")
+        if len(untimed) < len(names) * len(modes):
+            names = dict.fromkeys(f"{result.provider} {result.mode}" for result in untimed)
+        lines.append(f"no time: {', '.join(names)}: {reason}")
     return lines
 
 

@@ -4,8 +4,6 @@ Both sides have every dropout of torch.nn (embeddings, attention weights, residu
 Rounds alternate, so a machine that slows down slows both; the figure is the median of the rounds' ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -28,6 +26,13 @@ from tileformer.kernels.info import require_device
 
 Batch = tuple[Tensor, Tensor]
 DROPOUT = 0.1
+TABLE = [
+    Column("precision", "precision", "<9"),
+    Column("threads", "threads", ">7"),
+    Column("torch.nn ms", "torch_nn_ms", ">11.1f"),
+    Column("tileformer ms", "tileformer_ms", ">13.1f"),
+    Column("speed-up", lambda row: f"{row['speedup']:.2f}x", ">8"),
+]
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,6 @@ def _tokens(size: int, longest: int, vocabulary: int, generator: torch.Generator
     return drawn.masked_fill(torch.arange(longest) >= lengths[:, None], 0)
 
 
-def _spelling_loss(model: nn.Module, cross_entropy: Callable[..., Tensor], batch: Batch) -> Tensor:
-    logits = model(batch[0], batch[1][:, :-1])
-    return cross_entropy(logits.flatten(0, 1), batch[1][:, 1:].flatten(), ignore_index=0)
-
-
 def _spelling_batches(draw: torch.Generator) -> list[Batch]:
     """As long as words and their phonemes are, 128 of one length in a batch."""
     longest = torch.randint(5, 14, (4,), generator=draw).tolist()
@@ -67,7 +67,9 @@ MODELS = {
     "g2p": TrainedModel(
         "encoder-decoder, width 128, 3 + 3 layers, 128 words",
         lambda: Seq2Seq(Seq2SeqConfig(32, 48, d_model=128, nhead=4, dim_feedforward=512, dropout=DROPOUT)),
-        _spelling_loss,
+        lambda model, cross_entropy, batch: cross_entropy(
+            model(batch[0], batch[1][:, :-1]).flatten(0, 1), batch[1][:, 1:].flatten(), ignore_index=0
+        ),
         _spelling_batches,
     ),
     "reviews": TrainedModel(
@@ -129,24 +131,13 @@ def compare(name: str, device: torch.device, bf16: bool, threads: int, rounds: i
     )  # fmt: skip
 
 
-TABLE = [
-    Column("precision", "precision", "<9"),
-    Column("threads", "threads", ">7"),
-    Column("torch.nn ms", "torch_nn_ms", ">11.1f"),
-    Column("tileformer ms", "tileformer_ms", ">13.1f"),
-    Column("speed-up", lambda row: f"{row['speedup']:.2f}x", ">8"),
-]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer bench step`."""
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     add("--json", type=arguments.output_file, metavar="FILE", help="also write every figure to FILE")
-    about = "on a CPU (default: 1 and 2)"
-    add("--threads", type=arguments.THREADS, nargs="+", metavar="N", help=about)
-    about = "rounds whose median is printed (default: 12)"
-    add("--rounds", type=arguments.COUNT, default=12, metavar="N", help=about)
+    add("--threads", type=arguments.THREADS, nargs="+", metavar="N", help="on a CPU (default: 1 and 2)")
+    add("--rounds", type=arguments.COUNT, default=12, metavar="N", help="rounds whose median is printed (default: 12)")
 
 
 def main(args: argparse.Namespace) -> int:

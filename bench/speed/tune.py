@@ -3,8 +3,6 @@
 `search` prints rows of kernels/attention/tiles.py to paste. `EXPERIMENTS` is the list of the first day on a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -13,7 +11,7 @@ import itertools
 import statistics
 import time
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tileformer.bench import ahead
@@ -25,6 +23,8 @@ from tileformer.kernels import device
 from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, Row, family, tiles_for
 from tileformer.kernels.launch import Launch
 
+Keep = Callable[[dict[str, Any]], None]
+Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
 TABLES = {
     "FORWARD": (FORWARD, "_attention_fwd_kernel", "forward"),
     "BACKWARD_DQ": (BACKWARD_DQ, "_attention_bwd_dq_kernel", "backward"),
@@ -86,9 +86,6 @@ def attempt(trial: Trial, changes: contextlib.AbstractContextManager[Any]) -> tu
     return ms, problem
 
 
-Keep = Callable[[dict[str, Any]], None]
-
-
 def search(
     bench: Bench, tried: list[dict[str, Any]], keep: Keep, only: str = "", sizes: tuple[int, ...] = (64, 128)
 ) -> None:
@@ -115,7 +112,7 @@ def search(
         turns = [trial for turn in itertools.zip_longest(*lists) for trial in turn if trial]
         if turns and time.monotonic() < bench.deadline:
             call = named("attention", FEATURES[feature].format(size))
-            _compile(bench, [(call, tile(bench, name, feature, size, row)) for name, row in turns])
+            compile_ahead(bench, [(call, tile(bench, name, feature, size, row)) for name, row in turns])
             trials = {mode: Trial(bench, call, mode) for mode in dict.fromkeys(TABLES[n][2] for n, _ in turns)}
         for name, row in turns:
             if time.monotonic() > bench.deadline:
@@ -136,14 +133,15 @@ def search(
         print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
 
 
-def _compile(bench: Bench, trials: list[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
-    """Compile what the trials will launch, on all cores."""
+def compile_ahead(bench: Bench, trials: Iterable[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
+    """Compile what our kernels will launch in the trials, calls under changes, on all cores."""
 
     def launches(call: Call, changes: contextlib.AbstractContextManager[Any]) -> None:
         with changes:
             ahead.launches_of(providers(call.op)[OURS](call), call, bench.dtype)
 
-    if not bench.clock.dry and (said := ahead.compile_here([functools.partial(launches, *trial) for trial in trials])):
+    of_trials = [functools.partial(launches, *trial) for trial in trials]
+    if bench.device.type == "cuda" and (said := ahead.compile_here(of_trials)):
         print(said, flush=True)
 
 
@@ -177,9 +175,6 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
     with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
         usual = {"maxnreg": 255, "OVERLAP": 0} if table is FORWARD else {"maxnreg": 255}
         return changed(kernel, **usual | tiles_for(table, arch, size, bench.dtype, feature)[0])
-
-
-Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
 
 
 def programs(count: int) -> Context:
@@ -259,7 +254,7 @@ def experiments(bench: Bench, tried: list[dict[str, Any]], keep: Keep, every: in
     asked = {experiment.question for experiment, _ in chosen}
     tried[:] = [row for row in tried if row["question"] not in asked]  # what was stopped in the middle is asked again
     calls = [(named(*e.workload), _variant(e, label, bench)) for e, labels in chosen for label in labels if label]
-    _compile(bench, calls)
+    compile_ahead(bench, calls)
     for experiment, labels in chosen:
         row = dict(question=experiment.question, variant="", ms=None, ratio=None, problem=experiment.reason)
         print(f"{experiment.question}{': ' + experiment.reason if experiment.reason else ''}", flush=True)

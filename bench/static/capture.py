@@ -3,8 +3,6 @@
 `python -m tileformer.bench.static.capture` reads a job (one provider and architecture) as JSON and writes rows as JSON.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib
@@ -71,8 +69,7 @@ def run(provider: str, call: Call, arch: int, count: traffic.Counter | None = No
         if count:
             count.phase = "backward"
         gradients = torch.autograd.grad(out, list(leaves.values()), grad_output) if "backward" in call.modes else ()
-    passes = dict(forward=launches[:forward], backward=launches[forward:])
-    return Run(passes, tensors, [out, grad_output, *gradients])
+    return Run(dict(forward=launches[:forward], backward=launches[forward:]), tensors, [out, grad_output, *gradients])
 
 
 def _attempt(provider: str, call: Call, arch: int, missing: str, *counted: Any) -> tuple[Run | None, Row]:
@@ -99,8 +96,7 @@ def rows(provider: str, arch: int, op: str, names: list[str]) -> list[Row]:
             result.append(head)
             continue
         for mode, launches in launched.passes.items():
-            groups = figures.grouped(launches)
-            for group, tried in groups:
+            for group, tried in (groups := figures.grouped(launches)):
                 choices = [figures.figures(launch, call, mode, len(groups) == 1) for launch in group]
                 result.append(head | {"pass": mode} | figures.best(choices, tried))
     return result
@@ -109,8 +105,8 @@ def rows(provider: str, arch: int, op: str, names: list[str]) -> list[Row]:
 def tables(arch: int, op: str) -> list[Row]:
     """One row for each kernel of each default configuration of ours (bench/calls/matrix.py)."""
     seen: set[bytes] = set()
-    calls = ((call, dtype) for call in MATRIX if call.op == op for dtype in call.dtypes)
-    judged = (row for call, dtype in calls for row in compiled.rows_of(call, dtype, arch, seen))
+    calls = [(call, dtype, arch, seen) for call in MATRIX if call.op == op for dtype in call.dtypes]
+    judged = (row for call in calls for row in compiled.rows_of(*call))
     return [dict(row, provider=OURS, excess_stack=max(0, row["stack"] - row["allowed_stack"])) for row in judged]
 
 

@@ -4,8 +4,6 @@ The calls of bench/calls/matrix.py go through the public ops, so tiles are those
 no register spills (its stack is empty), its shared memory fits, and its 16-bit dots became tensor-core instructions.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,9 +12,9 @@ import triton
 
 from tileformer import kernels
 from tileformer.bench.calls import DTYPES, Call, differentiate, function_of
-from tileformer.bench.recording import ARCHITECTURES, SHARED, Launch, record
+from tileformer.bench.recording import ARCHITECTURES, SHARED, record
 from tileformer.bench.static.figures import exact
-from tileformer.bench.tables import Column, Growing, as_json, head, line
+from tileformer.bench.tables import Column, Growing, as_json, head, line, printer
 
 TABLE = [
     Column("sm", "arch", "<4"),
@@ -53,17 +51,6 @@ SPILLS_ANYWAY = 40 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
 MUST_NOT_SPILL = {(arch, size): SPILLS_ANYWAY for arch in (80, 90, 100) for size in (64, 128)}
 
 
-def launches_of(call: Call, dtype: str, arch: int) -> list[Launch]:
-    """The launches of a call, forward and backward, compiled for sm_`arch`; nothing runs."""
-    tensors, options = call.inputs(dtype=DTYPES[dtype])
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    of_a_sum = lambda _, x: x.new_ones(()).expand(x.shape)  # noqa: E731
-    with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*does not fit this device")  # a table's first tile has to fit
-        differentiate(function_of(kernels, call.op), leaves, options, of_a_sum)
-    return launches
-
-
 def _allowed_stack(call: Call, dtype: str, arch: int, kernel: str) -> int:
     size = call.sizes.get("D", 0)
     if (arch, size) in MUST_NOT_SPILL and dtype != "fp32":
@@ -73,8 +60,17 @@ def _allowed_stack(call: Call, dtype: str, arch: int, kernel: str) -> int:
 
 
 def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dict[str, Any]]:
-    """A row for each kernel of a call that is not in `seen` yet: what it uses, and what is wrong ("" if nothing)."""
-    for launch in launches_of(call, dtype, arch):
+    """A row for each kernel of a call that is not in `seen` yet: what it uses, and what is wrong ("" if nothing).
+
+    Forward and backward are compiled for sm_`arch`; nothing runs.
+    """
+    tensors, options = call.inputs(dtype=DTYPES[dtype])
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    of_a_sum = lambda _, x: x.new_ones(()).expand(x.shape)  # noqa: E731
+    with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does not fit this device")  # a table's first tile has to fit
+        differentiate(function_of(kernels, call.op), leaves, options, of_a_sum)
+    for launch in launches:
         binary = launch.binary
         if binary.cubin in seen:
             continue
@@ -94,21 +90,16 @@ def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dic
 
 def main(calls: Iterable[tuple[Call, str]], archs: list[int] | None, output: str | None) -> int:
     """Compile, print a table (or JSON to `output`, "-" for standard output), and return 1 if a kernel has a problem."""
-    unknown = set(archs or ()) - set(ARCHITECTURES)
-    if unknown:
-        raise ValueError(f"--arch {min(unknown)}: choose from {', '.join(map(str, ARCHITECTURES))}")
     rows: list[dict[str, Any]] = []
-    printed = output != "-"
-    if printed:
-        print(head(TABLE))
-    with Growing(output if printed else None, lambda: as_json(rows)) as file:
+    say = printer(output)
+    say(head(TABLE))
+    with Growing(output, lambda: as_json(rows)) as file:
         for arch in archs or ARCHITECTURES:
             seen: set[bytes] = set()
             for row in (row for call, dtype in calls for row in rows_of(call, dtype, arch, seen)):
                 rows.append(row)
                 file.write()
-                if printed:
-                    print(line(TABLE, row), flush=True)
+                say(line(TABLE, row))
     problems = sum(bool(row["problem"]) for row in rows)
-    print(f"{len(rows)} kernels compiled, {problems} with a problem" if printed else as_json(rows).rstrip())
-    return 1 if problems else 0
+    say(f"{len(rows)} kernels compiled, {problems} with a problem")
+    return int(problems > 0)

@@ -1,36 +1,21 @@
 """docs/evidence.md: its words are written by hand and stay; each long table is a file of docs/evidence/."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from tileformer.bench.calls import Call
 from tileformer.bench.calls.cases import CASES
 from tileformer.bench.calls.matrix import MATRIX
 from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.bench.static.sections import Row, sections
 from tileformer.bench.tables import Column, markdown
 
-
-def _sum(calls: list[Call]) -> int:
-    return sum(len(call.dtypes) for call in calls)
-
-
 OPS_HELD = [
     Column("op", "op"),
     Column("calls of `tileformer check`", lambda row: len(row["checked"])),
-    Column("with dtypes", lambda row: _sum(row["checked"])),
-    Column("default configurations compiled", lambda row: _sum(row["compiled"])),
+    Column("with dtypes", lambda row: sum(len(call.dtypes) for call in row["checked"])),
+    Column("default configurations compiled", lambda row: sum(len(call.dtypes) for call in row["compiled"])),
     Column("benchmark calls", lambda row: len(row["timed"])),
     Column("tests", lambda row: f"`tests/test_{row['op'].removeprefix('log_')}.py`"),
 ]
-
-
-def _ops() -> str:
-    lists = dict(checked=CASES, compiled=MATRIX, timed=WORKLOADS)
-    ops = dict.fromkeys(call.op for call in MATRIX)
-    rows = [{name: [c for c in calls if c.op == op] for name, calls in lists.items()} | dict(op=op) for op in ops]
-    return f"### What each op is held to\n\n{markdown(OPS_HELD, rows)}\n"
 
 
 def pages(page: Path, rows: list[Row], goals: list[Row], versions: dict[str, str]) -> dict[Path, str]:
@@ -38,7 +23,11 @@ def pages(page: Path, rows: list[Row], goals: list[Row], versions: dict[str, str
     words = page.read_text().partition("## Tables")[0] if page.exists() else ""
     archs = ", ".join(f"sm_{arch}" for arch in sorted({row["arch"] for row in rows}))
     run = f"This run: {archs}; {', '.join(f'{name} {version}' for name, version in versions.items())}.\n"
-    tables, parts, links = {}, [words + "## Tables\n\n" + run, _ops()], []
+    lists = dict(checked=CASES, compiled=MATRIX, timed=WORKLOADS)
+    ops = dict.fromkeys(call.op for call in MATRIX)
+    held = [{name: [c for c in calls if c.op == op] for name, calls in lists.items()} | dict(op=op) for op in ops]
+    parts = [f"{words}## Tables\n\n{run}", f"### What each op is held to\n\n{markdown(OPS_HELD, held)}\n"]
+    tables, links = {}, []
     for name, title, columns, of in reversed(sections(rows, goals)):
         text = markdown(columns, of) + "\n"
         if name == "goals":

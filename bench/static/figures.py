@@ -1,7 +1,5 @@
 """The figures of a launch: what its machine code holds (class A), its loops' pipes (B), what the model says (C)."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -138,8 +136,7 @@ def figures(launch: Launch, call: Call, mode: str, alone: bool) -> dict[str, Any
         if mode == "forward" and not {"mask", "padding"} & call.options.keys() and call.sizes["T_q"] >= 128:
             result |= attention_share(launch, call, rates, blocks)
     else:
-        moved = call.bytes(torch.bfloat16, mode) if alone else None
-        result |= row_figures(launch, rates, blocks, moved)
+        result |= row_figures(launch, rates, blocks, call.bytes(torch.bfloat16, mode) if alone else None)
     return result
 
 

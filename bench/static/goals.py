@@ -1,7 +1,5 @@
 """Goals as data (bench/goals.toml) and their verdicts. A and B are asserted; C, a model's figure, is only printed."""
 
-from __future__ import annotations
-
 import fnmatch
 import os
 from typing import Any

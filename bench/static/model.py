@@ -7,14 +7,12 @@ columns, up to 2 times too fast for short rows, no use for cross-entropy. Bank c
 waits are not modelled.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math
 import re
 
-from tileformer.bench.static.rates import LOADS, LOCAL, STORES, TENSOR, Rates, pipe
+from tileformer.bench.static.rates import LOADS, STORES, TENSOR, Rates, pipe
 from tileformer.bench.static.sass import Instruction, cycles
 
 SKEWS = (3, 61, 173, 307, 499)  # cycles between the starts of warps: the replay is chaotic, one start alone says little
@@ -23,8 +21,7 @@ MEMORY_LATENCY = 600  # cycles until a global load's data is there, when it come
 
 def bound(path: list[Instruction], rates: Rates, blocks: int, warps: int, l2_bytes: float = 0.0) -> dict[str, float]:
     """Cycles of each pipe of a sub-partition for one iteration of all `blocks` resident blocks of `l2_bytes` each."""
-    here = blocks * warps / 4
-    of_pipe = {name: time * here for name, time in cycles(path, rates).items()}
+    of_pipe = {name: time * blocks * warps / 4 for name, time in cycles(path, rates).items()}
     return of_pipe | dict(l2=blocks * l2_bytes / (4 * rates.per_cycle(rates.l2)))
 
 
@@ -45,23 +42,18 @@ class _Step:
 
 def _step(i: Instruction, rates: Rates) -> _Step:
     name, busy, latency = pipe(i.op, i.args, rates)
-    kind = ""
+    kinds = {"LDGDEPBAR": "commit", "UTMALDG": "tile", **dict.fromkeys(LOADS, "load"), "LDGSTS": "copy"}
+    kind = kinds.get(i.base, "")
     if TENSOR.match(i.op) and i.base != "HMMA":
         kind = "matrix"
     elif i.op.startswith("WARPGROUP.DEPBAR"):
         kind = "drain"
     elif i.base == "BAR" and "SYNC" in i.op:
         kind = "barrier"
-    elif i.base == "LDGDEPBAR":
-        kind = "commit"
     elif i.base == "DEPBAR" and i.args.startswith("SB0"):
         kind = "arrive"
-    elif i.base == "UTMALDG":
-        kind = "tile"
     elif i.op.startswith("SYNCS.PHASECHK"):
         kind = "await tile"
-    elif i.base in LOADS | LOCAL | STORES:
-        kind = "copy" if i.base == "LDGSTS" else "load" if i.base in LOADS else "store"
     groups = re.search(r",\s*0x([0-9a-f]+)", i.args) if kind in ("drain", "arrive") else None
     keep = int(groups[1], 16) if groups else 0
     moved = 32 * i.bytes if i.base in LOADS | STORES else 0
@@ -86,9 +78,8 @@ def replay(
     # The machine code does not say a tile's size: together they are the products' right operands, N x 16 elements each.
     shapes = [re.search(r"64x(\d+)x16", i.op) for i in path if TENSOR.match(i.op)]
     tile_bytes = sum(32 * int(shape[1]) for shape in shapes if shape) / max(1, len(tile_steps["tile"]))
-    tiles: dict[tuple[int, int], list[float]] = collections.defaultdict(
-        list
-    )  # of a block, a descriptor: when each is there
+    # Of a block, a descriptor: when each tile is there.
+    tiles: dict[tuple[int, int], list[float]] = collections.defaultdict(list)
     per_block = max(1, warps // 4)
     n = max(1, round(blocks * warps / 4))
     iterations = 1 if once else iterations

@@ -8,8 +8,6 @@ multiprocessor in the vendor's tables, times 32 / 4. Sources, by the letters in 
 uses them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

@@ -1,7 +1,5 @@
 """The tables of the static figures."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tileformer.bench.tables import Column
@@ -9,20 +7,12 @@ from tileformer.bench.tables import Column
 Row = dict[str, Any]
 
 
-def _share(row: Row) -> str:
-    low, high = row["share_band"]
-    return f"{row['share']:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _tile(row: Row) -> str:
-    return " x ".join(str(size) for size in row["tile"].values())
-
-
 def _loop(row: Row) -> str:
     loop = (row.get("loops") or [{}])[0]
     return " / ".join(f"{loop[pipe]:.0f}" for pipe in ("tensor", "xu", "fma", "alu", "mio", "issue")) if loop else ""
 
 
+_BAND = "{:.2f} [{:.2f}, {:.2f}]"
 WHO: list[Column] = [
     Column("sm", "arch"),
     Column("provider", "provider"),
@@ -31,7 +21,7 @@ WHO: list[Column] = [
 CODE: list[Column] = [
     *WHO,
     Column("kernel", lambda r: r["kernel"][:30]),
-    Column("tile", _tile),
+    Column("tile", lambda r: " x ".join(map(str, r["tile"].values()))),
     Column("warps", "warps"),
     Column("regs", "registers"),
     Column("spilled B", "spill_bytes"),
@@ -45,7 +35,7 @@ ATTENTION: list[Column] = [
     Column("tensor / xu / fma / alu / mio / issue", _loop),
     Column("issue / tensor", lambda r: r.get("issue_per_tensor", "")),
     Column("bound", lambda r: r.get("bound", "")),
-    Column("modelled share [band]", lambda r: _share(r) if "share" in r else ""),
+    Column("modelled share [band]", lambda r: _BAND.format(r["share"], *r["share_band"]) if "share" in r else ""),
 ]
 ROWS: list[Column] = [
     *CODE,
@@ -76,11 +66,10 @@ GOALS: list[Column] = [
 def sections(rows: list[Row], goals: list[Row]) -> list[tuple[str, str, list[Column], list[Row]]]:
     """(name, title, columns, rows) of each table that has rows."""
     launched = [row for row in rows if "configurations" in row]
-    attention = [row for row in launched if row["op"] == "attention"]
-    others = [row for row in launched if row["op"] != "attention"]
+    of = lambda kind: [row for row in launched if (row["op"] == "attention") is kind]  # noqa: E731
     every = [
-        ("attention", "Attention: machine code, main loop, model", ATTENTION, attention),
-        ("rows", "Row kernels: machine code, model", ROWS, others),
+        ("attention", "Attention: machine code, main loop, model", ATTENTION, of(True)),
+        ("rows", "Row kernels: machine code, model", ROWS, of(False)),
         ("traffic", "Traffic and FLOPs", TRAFFIC, [row for row in rows if "bytes_total" in row]),
         ("skipped", "Skipped", MISSING, [row for row in rows if "skipped" in row or "uncounted" in row]),
         ("goals", "Goals", GOALS, goals),

@@ -1,7 +1,5 @@
 """Bytes that a launch moves and FLOPs of its dots, counted while it is interpreted: exact for every Triton version."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import functools
@@ -33,16 +31,17 @@ class Counter:
 
     def launch(self, launch: Launch) -> None:
         """Interpret a launch and count."""
+        # What a Python float is on a GPU; the interpreter leaves it a float.
+        float32 = lambda x: tl.tensor(stock.TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)  # noqa: E731
         arguments = {
-            param.name: _float32(x) if type(x) is float and not param.is_constexpr else x
+            param.name: float32(x) if type(x) is float and not param.is_constexpr else x
             for param, x in zip(launch.kernel.params, launch.arguments, strict=True)
         }
         with self.counting():
             interpreter.run(launch.kernel, launch.grid, (), arguments)
 
     def _touch(self, kind: str, pointers: Any, mask: Any) -> None:
-        element = getattr(pointers.dtype, "scalar", pointers.dtype).element_ty
-        size = max(1, element.primitive_bitwidth // 8)
+        size = max(1, getattr(pointers.dtype, "scalar", pointers.dtype).element_ty.primitive_bitwidth // 8)
         at = pointers.data.reshape(-1)
         if mask is not None:
             seen = mask if isinstance(mask, np.ndarray) else mask.data  # a descriptor's is an array
@@ -68,8 +67,7 @@ class Counter:
         for (when, _, size, page), count in self.moved.items():
             low, high = max(0, start - (page << PAGE)), start + length - (page << PAGE)
             if when == phase and low < 1 << PAGE and high > 0:
-                here = count[low // size : high // size]
-                total += size * int(here.sum(dtype=np.int64))
+                total += size * int((here := count[low // size : high // size]).sum(dtype=np.int64))
                 distinct += size * int(np.count_nonzero(here))
         return total, distinct
 
@@ -94,11 +92,6 @@ class Counter:
                 stack.enter_context(mock.patch.object(stock.InterpreterBuilder, name, hook))
             stack.enter_context(mock.patch.object(TritonSemantic, "dot", dot))
             yield
-
-
-def _float32(x: float) -> tl.tensor:
-    """What a Python float is on a GPU; the interpreter leaves it a float."""
-    return tl.tensor(stock.TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)
 
 
 # Kind, and which arguments are pointers and mask. Blocks and tensor descriptors end in these too.

@@ -42,7 +42,9 @@ class Adjuster:
                     f"and never pad_id {pad_id}"
                 )
         if options.min_new_tokens > steps + prefix:
-            raise ValueError(f"min_new_tokens {options.min_new_tokens} is more than the room of {steps + prefix} tokens")
+            raise ValueError(
+                f"min_new_tokens {options.min_new_tokens} is more than the room of {steps + prefix} tokens"
+            )
         by_length: dict[int, list[tuple[int, ...]]] = {}
         for word in words:
             by_length.setdefault(len(word) - 1, []).append(word)
@@ -67,7 +69,7 @@ class Adjuster:
         return torch.tensor(held, device=self.tokens.device)
 
     def __call__(self, scores: Tensor, step: int) -> Tensor:
-        """Scores (R, V) after every constraint; those of ``pad_id`` are -inf."""
+        """Scores (R, V) after every constraint; ``pad_id`` has -inf, and 0 where no other token is left."""
         options, index = self.options, self.end - self.first
         if options.repetition_penalty != 1.0:
             held = self.tokens[:, : self.end]
@@ -99,7 +101,11 @@ class Adjuster:
         if options.bitmask is not None:
             scores = self._allowed(scores, options.bitmask(self.tokens[:, self.first : self.end]))
         if options.adjust is not None:
-            scores = self._checked(options.adjust(self.tokens[:, : self.end], scores), scores)
+            wanted, scores = scores.shape, options.adjust(self.tokens[:, : self.end], scores)
+            if scores.shape != wanted:
+                raise ValueError(f"adjust must give scores {tuple(wanted)}, got {tuple(scores.shape)}")
+        scores = self._with(scores, self.pad_id, float("-inf"))
+        scores[:, self.pad_id].masked_fill_(scores.amax(-1) == float("-inf"), 0.0)
         return scores
 
     def _without_repeated(self, scores: Tensor, n: int) -> Tensor:
@@ -117,11 +123,6 @@ class Adjuster:
             raise ValueError(f"bitmask must give int32 {wanted}, got {mask.dtype} {tuple(mask.shape)}")
         bits = mask.to(scores.device)[:, :, None] >> torch.arange(32, dtype=torch.int32, device=scores.device) & 1
         return scores.masked_fill(bits.flatten(1)[:, : self.vocab] == 0, float("-inf"))
-
-    def _checked(self, adjusted: Tensor, scores: Tensor) -> Tensor:
-        if adjusted.shape != scores.shape:
-            raise ValueError(f"adjust must give scores {tuple(scores.shape)}, got {tuple(adjusted.shape)}")
-        return self._with(adjusted, self.pad_id, float("-inf"))
 
     def _only(self, scores: Tensor, token: int) -> Tensor:
         return self._with(torch.full_like(scores, float("-inf")), token, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,27 @@ from tileformer.decoder.generation.static import SHORT, StaticCache
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 
 
+class CapturedStep:
+    """One step of a cache as a CUDA graph: captured once, replayed while what it reads stays where it is."""
+
+    def __init__(self, run: Callable[..., Tensor], tokens: Tensor, state: DeviceCache, places: tuple[int, ...]) -> None:
+        self.tokens, self.places, self.graph = tokens.clone(), places, torch.cuda.CUDAGraph()
+        current, stream = torch.cuda.current_stream(tokens.device), torch.cuda.Stream(tokens.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self.graph.capture_begin(capture_error_mode="thread_local")  # another thread may use the GPU meanwhile
+            try:
+                self.logits = run(self.tokens, state)
+            finally:
+                self.graph.capture_end()
+        current.wait_stream(stream)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits.clone()  # the next replay writes there again
+
+
 class DeviceCache(StaticCache):
     """As `StaticCache`, read and written by `decode_attention` and `append_kv_cache` at ``row_lengths`` int32 (R,).
 
@@ -20,12 +42,36 @@ class DeviceCache(StaticCache):
     """
 
     row_lengths: Any
+    live: Any
     descends: Any = None
     equal_rows = True  # as far as the host knows
 
     def __init__(self, shape: tuple[int, int, int], rows: int, capacity: int, like: Tensor, *source: object) -> None:
         super().__init__(shape, rows, capacity, like, *source)  # type: ignore[arg-type]
         self.row_lengths = torch.zeros(rows, dtype=torch.int32, device=like.device)
+        self.live = torch.ones_like(self.row_lengths)
+        self.captured: CapturedStep | None = None
+        self.last_places: tuple[int, ...] = ()
+
+    def places(self) -> tuple[int, ...]:
+        """Addresses of what a step reads and writes."""
+        tensors = [self.kv, self.row_lengths, self.live]
+        tensors += [] if self.source is None else [self.source, self.source_lengths, self.source_starts]
+        tensors += [] if self.descends is None else [self.descends, self.slot_lengths]
+        return tuple(x.data_ptr() for x in tensors)
+
+    def replayed(self, tokens: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """``run(tokens, self)``: the first time as it is, which compiles kernels, then as a graph."""
+        n, places = tokens.shape[1], (*tokens.shape, *self.places())
+        if self.captured is None or self.captured.places != places:
+            if self.last_places != places:
+                self.last_places = places
+                return run(tokens, self)
+            self.captured = CapturedStep(run, tokens, self, places)  # which counts this step, and does not take it
+        else:
+            self._check_room(n)
+            self.count(n)
+        return self.captured(tokens)
 
     def _attend_to(self, source: Tensor, padding: Tensor) -> None:
         self.source, self.padding = source, padding
@@ -45,8 +91,7 @@ class DeviceCache(StaticCache):
         self._check_room(n)
         self.n = n
         lengths = self.row_lengths
-        reached = (lengths + n).clamp(max=self.capacity)
-        self.reached = reached if self.live is None else reached * self.live
+        self.reached = (lengths + n).clamp(max=self.capacity) * self.live
         self.filled = self.reached
         if self.descends is not None:
             if n > 1:
@@ -99,10 +144,18 @@ class DeviceCache(StaticCache):
         self.slots = self.length
 
     def set_lengths(self, lengths: Tensor) -> None:
-        self.row_lengths, self.equal_rows = lengths.to(torch.int32), False
+        self.row_lengths.copy_(lengths)  # in place, here and below: a graph knows tensors by their addresses
+        self.equal_rows = False
 
     def insert(self, slots: Tensor, other: RowState) -> None:
+        lengths, live = self.row_lengths, self.live
         super().insert(slots, other)
+        self.row_lengths, self.live, self.equal_rows = lengths.copy_(self.row_lengths), live.copy_(self.live), False
+
+    def release(self, rows: Tensor) -> None:
+        self._refuse_beams("releases no rows")
+        self.live.index_fill_(0, rows, 0)
+        self.row_lengths.mul_(self.live)
         self.equal_rows = False
 
     def truncate(self, lengths: Tensor) -> None:
@@ -116,7 +169,7 @@ class DeviceCache(StaticCache):
         kv = self.kv.new_zeros(L, two, B, H, self.length + steps * beams, D)
         kv[..., : self.length, :] = self.kv[..., : self.length, :]
         self.kv, self.beams, self.slot_lengths = kv, beams, self.row_lengths
-        self.row_lengths = self.row_lengths.repeat_interleave(beams)
+        self.row_lengths, self.live = (x.repeat_interleave(beams) for x in (self.row_lengths, self.live))
         self.beam_index = torch.arange(beams, device=kv.device)
         self.own_bits = (1 << self.beam_index).to(torch.int32).expand(B, beams)
         self.descends = torch.zeros(B, kv.shape[4], dtype=torch.int32, device=kv.device)

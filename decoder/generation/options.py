@@ -116,7 +116,9 @@ class Constraints:
         if not all(plain["bad_words_ids"]) or not all(strings):
             raise ValueError("bad_words_ids and stop_strings must not hold an empty one, which is everywhere")
         if bool(strings) != (self.decode is not None):
-            raise ValueError("stop_strings and decode belong together: decode(ids) gives the text they are looked for in")
+            raise ValueError(
+                "stop_strings and decode belong together: decode(ids) gives the text they are looked for in"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

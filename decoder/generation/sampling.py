@@ -42,8 +42,9 @@ class Sampler:
             self.clocks.select(rows)
 
     def __call__(self, scores: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """(R,) int64 tokens from ``scores`` (R, V), and before it how good each is: NaN where a row's scores are,
-        `least` where no token has one above -inf. position: how many new tokens stand before."""
+        """How good each token is, NaN where its row's scores are, and the tokens: (R,) each from ``scores`` (R, V).
+
+        position: how many new tokens stand before."""
         if not self.options.samples:
             best, tokens = scores.max(dim=-1)
             return best, tokens
@@ -55,10 +56,6 @@ class Sampler:
             clocks = clocks if self.index is None else clocks[self.index]
         best, place = exponential_race(shares, clocks)
         return best, place if ids is None else ids.gather(1, place[:, None])[:, 0]
-
-    @property
-    def least(self) -> float:
-        return 0.0 if self.options.samples else float("-inf")
 
 
 def candidates(scores: Tensor, options: Sampling) -> tuple[Tensor, Tensor | None]:

@@ -225,14 +225,12 @@ def decode_loop(
             masks = True
             best, tokens = sampler(batch.without_padding(logits), step + offset)
             ids = tokens.tolist()
-        also = None
-        if adjuster is not None:
-            also = best == sampler.least
-            tokens = tokens.masked_fill(also, pad)
         if ends.ended is not None:
             tokens = tokens.masked_fill(ends.ended, pad)
+        also = None
         if adjuster is not None:
             adjuster.append(tokens)
+            also = tokens == pad  # no token is left to them
             if options.stop_strings:
                 also = also | adjuster.stopped()
         logp = None
@@ -278,7 +276,7 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         logp = logp.view(len(index), K, logits.shape[1])
         if ended is not None:
             if adjuster is not None:
-                ended = ended | (logp.amax(-1) == float("-inf"))  # no token is left to them
+                ended = ended | (logp[..., pad] == 0.0)  # no token is left to them
             divisor = torch.where(ended, divisor, by_length[step])
         total, parent, token = _continuations(logp, total, ended, divisors[step] if ended is None else divisor, batch)
         rows = (first + parent).flatten()
@@ -315,7 +313,13 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
             rows = (left[:, None] * K + torch.arange(K)).flatten()
             state.select(rows)
             tokens, token = tokens[rows], token[rows]
-            total, divisor, ended, index, first = total[left], divisor[left], ended[left], index[left], first[: len(left)]
+            total, divisor, ended, index, first = (
+                total[left],
+                divisor[left],
+                ended[left],
+                index[left],
+                first[: len(left)],
+            )
             if adjuster is not None:
                 adjuster.select(rows)
         logits = batch.model.step(token, state)

@@ -140,6 +140,9 @@ class RowState:
         """As `select`, but what a row has from its start stays: rows go on with one of their own source's, as beams
         do."""
         self.assign([x.index_select(0, rows) for x in self.growing()], self.fixed())
+        self.select_lengths(rows)
+
+    def select_lengths(self, rows: Tensor) -> None:
         if self.row_lengths is not None:
             self.row_lengths = self.row_lengths.index_select(0, rows)
         if self.live is not None:

@@ -60,6 +60,7 @@ class StaticCache(RowState):
         self.scale = self.head_dim**-0.5
         # Finite from the start: what a shorter row has not written yet is read, and multiplied by zero.
         self.kv = like.new_zeros(layers, 2, rows, self.heads, capacity, self.head_dim)
+        self.of: Any = None  # the buffer that `all_keys` and `all_values` are views of
         self.ignored = like.new_zeros(1)
         self.source: Any = None  # (L, 2, B, H, T, D)
         self.padding: Any = None
@@ -76,6 +77,13 @@ class StaticCache(RowState):
             self.source_sees = source.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
         flat = source.flatten(2, 3)
         self.source_keys, self.source_values = flat[:, 0].transpose(2, 3).unbind(0), flat[:, 1].unbind(0)
+
+    @property
+    def lengths(self) -> Tensor:
+        if self.row_lengths is not None:
+            return self.row_lengths
+        rows = self.kv.shape[2] * self.beams
+        return torch.full((rows,), self.length, dtype=torch.int32, device=self.kv.device)
 
     def growing(self) -> list[Tensor]:
         return [self.kv.movedim(2, 0)]
@@ -111,9 +119,11 @@ class StaticCache(RowState):
             self.sees_now = self._up_to(where, end)
         elif n > 1:
             self.sees_now = self._up_to(torch.arange(self.length, end, device=self.kv.device)[None], end)
-        flat = self.kv.flatten(2, 3)[:, :, :, :end]
-        self.keys, self.values = flat[:, 0].transpose(2, 3).unbind(0), flat[:, 1].unbind(0)
-        self.new = self.kv[..., self.slots : end, :].unbind(0)
+        if self.of is not self.kv:
+            self.of, flat = self.kv, self.kv.flatten(2, 3)
+            self.all_keys, self.all_values = flat[:, 0].transpose(2, 3), flat[:, 1]
+        self.keys, self.values = self.all_keys[..., :end].unbind(0), self.all_values[:, :, :end].unbind(0)
+        self.new = self.kv.narrow(4, self.slots, end - self.slots).unbind(0)
         self.slots = end
         return where
 
@@ -224,8 +234,7 @@ class StaticCache(RowState):
 
     def _select_sources(self, sources: Tensor, rows: Tensor) -> None:
         self.sees = self.sees.index_select(0, sources)
-        if self.row_lengths is not None:
-            self.row_lengths = self.row_lengths.index_select(0, rows)
+        self.select_lengths(rows)
         self.assign(*([x.index_select(0, sources) for x in xs] for xs in (self.growing(), self.fixed())))
 
     def _compact(self) -> None:

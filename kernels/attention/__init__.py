@@ -16,33 +16,27 @@ from tileformer.kernels import checks, random, reference
 from tileformer.kernels.attention.launchers import attention_bwd, attention_fwd, attention_weights, bwd, fwd, weights_of
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams, check_attention, limits
 from tileformer.kernels.attention.torch_backend import torch_attention
-from tileformer.kernels.autograd import KernelFunction
+from tileformer.kernels.autograd import Function, KernelFunction
 from tileformer.kernels.backend import choose
-from tileformer.kernels.double_backward import second_derivative
+from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11; nothing at run time needs it
 
-Align = Literal["top_left", "bottom_right"]
-Causal = bool | Align
 _NO_GRADIENTS = (None,) * 7  # of key_mask, q_lens, k_lens, slopes, seed and the two lists of numbers
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """(out, lse2, bounds); differentiable in q, k, v and the bias through out and lse2."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats):
-        return fwd(q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats)
+    forward = fwd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ints, floats = inputs
-        ctx.params = AttentionParams.of(ints, floats)
+        ctx.params = AttentionParams(*ints, *floats)
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
@@ -54,73 +48,33 @@ class _Attention(torch.autograd.Function):
             return (None,) * 5 + _NO_GRADIENTS
         dout = torch.zeros_like(out) if dout is None else dout
         *grads, dbias = _attention_backward(dout, dlse, out, lse, bounds, *tensors, *ctx.params.flat())
-        dbias = dbias.view(tensors[4].shape) if ctx.params.bias_grad else None
-        return *grads, None, dbias, *_NO_GRADIENTS
+        return *grads, None, dbias if ctx.params.bias_grad else None, *_NO_GRADIENTS
 
 
-class _AttentionBackward(torch.autograd.Function):
-    """The fused backward; its own derivative differentiates the reference twice, which needs T_q x T_k memory."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        dout, dlse, out, lse, bounds, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats
-    ):  # torch.compile does not trace a forward with *args
-        own, masks = (dout, dlse, out, lse, bounds), (mask, bias, key_mask, q_lens, k_lens, slopes, seed)
-        return bwd(*own, q, k, v, *masks, ints, floats)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dout, dlse, _, _, _, *tensors, ints, floats = inputs
-        ctx.params = AttentionParams.of(ints, floats)
-        ctx.save_for_backward(dout, dlse, *tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *tangents):
-        dout, dlse, q, k, v, *tensors = ctx.saved_tensors
-        masks, bias_grad = AttentionMasks(*tensors), ctx.params.bias_grad
-        bias = masks.bias
-        primals = (q, k, v, bias) if bias_grad else (q, k, v)
-
-        def outputs(q, k, v, bias=bias):
-            options = _reference_options(masks._replace(bias=bias), ctx.params)
-            out, lse = reference.attention(q, k, v, **options, return_lse=True)
-            return (out,) if dlse is None else (out, lse / LN2)
-
-        cotangents = (dout,) if dlse is None else (dout, dlse)
-        tangents = (*tangents[:3], tangents[3].view(bias.shape) if bias_grad and tangents[3] is not None else None)
-        first, second = second_derivative(outputs, primals, cotangents, tangents[: len(primals)])
-        dbias = first[3] if bias_grad else None
-        ddlse = None if dlse is None else second[1]
-        return second[0], ddlse, None, None, None, *first[:3], None, dbias, *_NO_GRADIENTS
+def _definition(out, lse, bounds, q, k, v, *rest):
+    options = _reference_options(AttentionMasks(*rest[:7]), AttentionParams(*rest[7], *rest[8]))
+    out, lse = reference.attention(q, k, v, **options, return_lse=True)
+    return out, lse / LN2
 
 
-class _Weights(torch.autograd.Function):
+class _Weights(Function):
     """The weights, recomputed; their derivative goes through the reference."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(lse, bounds, average, q, k, v, mask, bias, key_mask, q_lens, k_lens, slopes, seed, ints, floats):
-        masks = (mask, bias, key_mask, q_lens, k_lens, slopes, seed)
-        return weights_of(lse, bounds, average, q, k, v, *masks, ints, floats)
+    forward = weights_of
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, _, ctx.average, *tensors, ints, floats = inputs
-        ctx.params = AttentionParams.of(ints, floats)
+        ctx.params = AttentionParams(*ints, *floats)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, dweights):
         q, k, v, *tensors = ctx.saved_tensors
         masks = AttentionMasks(*tensors)
-        bias = masks.bias
-        primals = (q, k) if bias is None else (q, k, bias)
+        primals = (q, k) if masks.bias is None else (q, k, masks.bias)
 
-        def weights(q, k, bias=bias):
+        def weights(q, k, bias=None):
             options = _reference_options(masks._replace(bias=bias), ctx.params)
             all_heads = reference.attention(q, k, v.detach(), **options, return_weights=True)[1]
             return all_heads.mean(1, keepdim=True) if ctx.average else all_heads
@@ -131,6 +85,7 @@ class _Weights(torch.autograd.Function):
 
 
 _attention_forward = KernelFunction(attention_fwd, _Attention)
+_AttentionBackward = backward_function(bwd, _definition, primals=(5, 6, 7, 9), n_cotangents=2)
 _attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
 _attention_weights = KernelFunction(attention_weights, _Weights)
 
@@ -147,9 +102,9 @@ class _Options(TypedDict, total=False):
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k: int | None
-    causal: Causal
+    causal: checks.Causal
     window: int | tuple[int | None, int | None] | None
-    align: Align | None
+    align: checks.Align | None
     alibi_slopes: Tensor | None
     softcap: float
     scale: float | None
@@ -182,8 +137,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
     key_mask: Tensor | None = None, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: Causal = False,
-    window: int | tuple[int | None, int | None] | None = None, align: Align | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: checks.Causal = False,
+    window: int | tuple[int | None, int | None] | None = None, align: checks.Align | None = None,
     alibi_slopes: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
     dropout_p: float = 0.0, seed: Tensor | int | None = None,
     return_lse: bool = False, return_weights: bool | Literal["average"] = False, **wrong: NoReturn,

@@ -17,24 +17,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.mask import (
-    LOG2E,
-    SIZES,
-    Matrix,
-    apply_mask_and_bias,
-    block_scores,
-    key_tiles,
-    load_rows,
-    mask_of_head,
-    masked_tile,
-    of_head,
-    query_block,
-    query_tiles,
-    schedule,
-    sequence,
-    softcap_and_alibi,
-    valid_keys,
-)  # fmt: skip
+from tileformer.kernels.attention import mask
+from tileformer.kernels.attention.mask import LOG2E, SIZES, Matrix
 from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
@@ -47,12 +31,12 @@ def _dq_tile(dq, block, do, lse, delta, k, v, start, keep_scale,
     cols = start + near
     valid = cols < block.last
     if MASKED:
-        valid = valid_keys(cols, block.first, block.last, block.key_mask, F)
+        valid = mask.valid_keys(cols, block.first, block.last, block.key_mask, F)
     # [BLOCK_N, BLOCK_D]
     k_tile = load_tile(k.ptr, near, k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(block.q, tl.trans(k_tile), input_precision=F.PRECISION, out_dtype=ACC) * block.scale_log2
-    s, t = block_scores(s, block, cols, start, valid, MASKED, F)
+    s, t = mask.block_scores(s, block, cols, start, valid, MASKED, F)
     p = tl.exp2(s - lse[:, None])
     # [BLOCK_N, BLOCK_DV]
     v_tile = load_tile(v.ptr, near, v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED)
@@ -75,13 +59,13 @@ def _attention_bwd_dq_kernel(
     F: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, H, D)."""
-    head, pid_m = schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
-    bounds = sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
+    head, pid_m = mask.schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
+    bounds = mask.sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
     row_start = pid_m * BLOCK_M
     if F.PACKED:  # noqa: SIM102
         if row_start >= bounds.q_len:
             return
-    block = query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k,
+    block = mask.query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k,
                         low, high, threshold, scaling, F, BLOCK_M)  # fmt: skip
     near_m = tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, F.BLOCK_DV)
@@ -90,7 +74,7 @@ def _attention_bwd_dq_kernel(
 
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     # [BLOCK_M, BLOCK_DV]
-    do_tile = load_rows(do, block.batch, block.h, block.q_row, in_q, F.DV, F.BLOCK_DV)
+    do_tile = mask.load_rows(do, block.batch, block.h, block.q_row, in_q, F.DV, F.BLOCK_DV)
     # [BLOCK_M, BLOCK_DV]
     out_row = block.batch * T_q + block.q_row
     out_at = out_ptr + out_row * (H * F.DV) + block.h * F.DV
@@ -105,7 +89,7 @@ def _attention_bwd_dq_kernel(
     tl.store(safe_lse_ptr + at_row, lse, mask=in_out)
     tl.store(delta_ptr + at_row, delta, mask=in_out)
 
-    start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = key_tiles(
+    start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = mask.key_tiles(
         block, BLOCK_M, BLOCK_N, BLOCK_MASKED, F
     )
     BLOCK_D: tl.constexpr = F.BLOCK_D
@@ -114,7 +98,7 @@ def _attention_bwd_dq_kernel(
     for part in tl.static_range(2):  # first the tiles that hold fewer registers: the masked ones of a dense mask
         if (part == 0) == DENSE:
             for i in range(n_masked_left + n_masked_right):
-                at = masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
+                at = mask.masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
                 k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
                 v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
                 dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
@@ -183,7 +167,7 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
     delta = tl.load(queries.delta_ptr + near_row)
     # [BLOCK_N, BLOCK_M]
     s = tl.dot(keys.k, tl.trans(q), input_precision=F.PRECISION, out_dtype=ACC) * (keys.scaling.scale * LOG2E)
-    s, t = softcap_and_alibi(s, rows[None, :], cols, keys.shift, queries.slope, keys.scaling.softcap, F)
+    s, t = mask.softcap_and_alibi(s, rows[None, :], cols, keys.shift, queries.slope, keys.scaling.softcap, F)
     seen = in_q[None, :]  # padded keys need no mask: their dK and dV rows are zeroed at the store
     if MASKED:
         if F.HIGH:
@@ -192,7 +176,8 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
             seen = seen & (cols >= (rows + keys.low)[None, :])
         if F.MASK or F.BIAS:  # which hold nothing for them
             seen = seen & keys.valid[:, None]
-    s = apply_mask_and_bias(s, rows[None, :], cols, seen, queries.mask, queries.bias, start, keys.col_start, MASKED, F)
+    s = mask.apply_mask_and_bias(s, rows[None, :], cols, seen, queries.mask, queries.bias,
+                                 start, keys.col_start, MASKED, F)  # fmt: skip
     p = tl.exp2(s - lse[None, :])
     # [BLOCK_M, BLOCK_DV]
     do_at = queries.do.ptr + start.to(tl.int64) * do_stride
@@ -222,11 +207,11 @@ def _attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head. dk: (B, T_k, H_kv, D), dv: DV."""
     H_kv = H // group
-    kv_head, pid_n = schedule(tl.cdiv(max_k, BLOCK_N), n_heads, section, False)
+    kv_head, pid_n = mask.schedule(tl.cdiv(max_k, BLOCK_N), n_heads, section, False)
     col_start = pid_n * BLOCK_N
     b = (kv_head // H_kv).to(tl.int64)
     h_kv = (kv_head % H_kv).to(tl.int64)
-    bounds = sequence(masks.bounds, b, T_q, T_k, shift, F.BOUNDS)
+    bounds = mask.sequence(masks.bounds, b, T_q, T_k, shift, F.BOUNDS)
     if F.PACKED:  # noqa: SIM102
         if col_start >= bounds.last:
             return
@@ -234,17 +219,17 @@ def _attention_bwd_dkdv_kernel(
     near_n = tl.arange(0, BLOCK_N)
     cols = col_start + near_n
     in_k = cols < (bounds.last if F.PACKED else T_k)
-    valid = valid_keys(cols, bounds.first, bounds.last, masks.key_mask + b * T_k, F)
+    valid = mask.valid_keys(cols, bounds.first, bounds.last, masks.key_mask + b * T_k, F)
     k_row = (bounds.k_start + col_start).to(tl.int64)
     low += bounds.shift
     high += bounds.shift
     keys = Keys(
-        load_rows(k, batch, h_kv, k_row, valid, F.D, F.BLOCK_D),
-        load_rows(v, batch, h_kv, k_row, valid, F.DV, F.BLOCK_DV), cols, col_start, valid, bounds.q_len, bounds.shift,
-        low, high, tl.load(masks.seed) if F.DROPOUT else 0, threshold, scaling,
+        mask.load_rows(k, batch, h_kv, k_row, valid, F.D, F.BLOCK_D),
+        mask.load_rows(v, batch, h_kv, k_row, valid, F.DV, F.BLOCK_DV), cols, col_start, valid, bounds.q_len,
+        bounds.shift, low, high, tl.load(masks.seed) if F.DROPOUT else 0, threshold, scaling,
     )  # fmt: skip
 
-    start, unmasked_start, unmasked_end, n_unmasked, n_masked_left, n_masked = query_tiles(
+    start, unmasked_start, unmasked_end, n_unmasked, n_masked_left, n_masked = mask.query_tiles(
         bounds, col_start, low, high, BLOCK_M, BLOCK_N, BLOCK_MASKED, F
     )
     ACC: tl.constexpr = safe_lse_ptr.dtype.element_ty
@@ -252,10 +237,10 @@ def _attention_bwd_dkdv_kernel(
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
-    q_batch = of_head(q, batch, 0, bounds.q_start, F)
-    do_batch = of_head(do, batch, 0, bounds.q_start, F)
-    mask_batch = mask_of_head(masks.mask, batch, 0, bounds, F)
-    bias_batch = mask_of_head(masks.bias, batch, 0, bounds, F)
+    q_batch = mask.of_head(q, batch, 0, bounds.q_start, F)
+    do_batch = mask.of_head(do, batch, 0, bounds.q_start, F)
+    mask_batch = mask.mask_of_head(masks.mask, batch, 0, bounds, F)
+    bias_batch = mask.mask_of_head(masks.bias, batch, 0, bounds, F)
     first_row = batch * H * T_q
     if F.PACKED:
         first_row += bounds.q_start
@@ -268,7 +253,7 @@ def _attention_bwd_dkdv_kernel(
             if unmasked:
                 at = unmasked_start + step * BLOCK_M
             else:
-                at = masked_tile(step, start, unmasked_end, n_masked_left, BLOCK_MASKED)
+                at = mask.masked_tile(step, start, unmasked_end, n_masked_left, BLOCK_MASKED)
             queries = Queries(
                 Matrix(q_batch.ptr + h * q.strides[1], q.strides), Matrix(do_batch.ptr + h * do.strides[1], do.strides),
                 safe_lse_ptr + first_row + h * T_q, delta_ptr + first_row + h * T_q,

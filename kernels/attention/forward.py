@@ -20,17 +20,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.mask import (
-    SIZES,
-    Matrix,
-    block_scores,
-    key_tiles,
-    masked_tile,
-    query_block,
-    schedule,
-    sequence,
-    valid_keys,
-)  # fmt: skip
+from tileformer.kernels.attention import mask
+from tileformer.kernels.attention.mask import SIZES, Matrix
 from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
@@ -57,13 +48,13 @@ def _fwd_tile(state, block, k, v, start, MASKED: tl.constexpr, BLOCK_N: tl.const
     cols = start + near
     valid = cols < block.last
     if MASKED:
-        valid = valid_keys(cols, block.first, block.last, block.key_mask, F)
+        valid = mask.valid_keys(cols, block.first, block.last, block.key_mask, F)
     # [BLOCK_N, BLOCK_D]
     k_tile = load_tile(k.ptr, near, k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(block.q, tl.trans(k_tile), input_precision=F.PRECISION, out_dtype=ACC)
     if MASKED or F.MASK or F.BIAS or F.ALIBI or F.SOFTCAP:
-        s, _ = block_scores(s * block.scale_log2, block, cols, start, valid, MASKED, F)
+        s, _ = mask.block_scores(s * block.scale_log2, block, cols, start, valid, MASKED, F)
         new_max = tl.maximum(state.running_max, tl.max(s, 1))
         # A row that has seen no key yet: 2^(-inf - 0) = 0, not NaN.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -124,15 +115,15 @@ def _attention_fwd_kernel(
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. out is (B, T_q, H, DV), lse (B, H, T_q) base 2."""
-    head, pid_m = schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
-    bounds = sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
+    head, pid_m = mask.schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
+    bounds = mask.sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
     row_start = pid_m * BLOCK_M
     if F.PACKED:  # noqa: SIM102
         if row_start >= bounds.q_len:
             return
-    block = query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k,
+    block = mask.query_block(q, k, v, masks, bounds, head, row_start, H, group, T_k,
                         low, high, threshold, scaling, F, BLOCK_M)  # fmt: skip
-    start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = key_tiles(
+    start, unmasked_start, unmasked_end, n_masked_left, n_masked_right = mask.key_tiles(
         block, BLOCK_M, BLOCK_N, BLOCK_MASKED, F
     )
 
@@ -144,7 +135,7 @@ def _attention_fwd_kernel(
     for part in tl.static_range(2):  # unmasked tiles first: the fewest registers; with OVERLAP last, see there
         if part != OVERLAP:
             for i in range(n_masked_left + n_masked_right):
-                at = masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
+                at = mask.masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
                 k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
                 v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
                 state = _fwd_tile(state, block, k_at, v_at, at, True, BLOCK_MASKED, F)

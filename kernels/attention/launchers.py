@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from tileformer.kernels.attention.mask import Features, Masks, Matrix, Scaling, 
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
 from tileformer.kernels.attention.tiles import Table, tiles_for
 from tileformer.kernels.attention.weights import _attention_bwd_bias_kernel, _attention_weights_kernel
-from tileformer.kernels.autograd import register
+from tileformer.kernels.autograd import registered_forward
 from tileformer.kernels.device import arch_of, dot_precision, wider
 from tileformer.kernels.launch import Launch, Tile, cdiv, pow2
 
@@ -60,21 +60,13 @@ def _tma_compatible(x: Tensor) -> bool:
     return steps and d >= 16 and d & (d - 1) == 0 and x.stride(-1) == 1
 
 
-class _Layout(NamedTuple):
-    """What a plan knows of a tensor."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    return x.shape, x.stride(), x.dtype  # a key: a plain tuple is made in half of the time
+    return x.shape, x.stride(), x.dtype
 
 
-def _broadcast_strides(x: _Layout | None) -> tuple[int, ...]:
+def _broadcast_strides(layout: Any) -> tuple[int, ...]:
     """Of a mask as (B, H, T_q, T_k)."""
-    own = () if x is None else tuple(step if n > 1 else 0 for n, step in zip(x.shape, x.strides, strict=True))
+    own = tuple(step if n > 1 else 0 for n, step in zip(*layout[:2], strict=True)) if layout else ()
     return (0,) * (4 - len(own)) + own
 
 
@@ -82,7 +74,7 @@ class _Plan:
     """The launches of a kind of call: all but the tensors.
 
     Args:
-        layouts: of q, k, v, the mask and the bias: the fields of `_Layout`, or False.
+        layouts: of q, k, v, the mask and the bias: shape, strides and dtype, or False.
         others: whether there are a key mask, a bounds table and slopes of ALiBi.
         sequences: as many as the bounds table has rows, or the batch.
         do_strides: of the output's gradient, for a backward.
@@ -95,14 +87,13 @@ class _Plan:
         self, layouts: Sequence[Any], others: tuple[bool, bool, bool], sequences: int, params: AttentionParams,
         do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int],
     ) -> None:  # fmt: skip
-        q, k, v = map(_Layout._make, layouts[:3])
-        mask, bias = (_Layout._make(x) if x else None for x in layouts[3:])
-        (_, h, t_q, d), (h_kv, t_k, dv) = q.shape, v.shape[1:]
-        self.params, self.q, self.bias, self.variant = params, q, bias, variant
+        (q_shape, q_strides, self.dtype), (_, k_strides, _), (v_shape, v_strides, _), mask, bias = layouts
+        (self.batch, h, t_q, d), (h_kv, t_k, dv) = q_shape, v_shape[1:]
+        self.params, self.bias_shape, self.variant = params, bias and tuple(bias[0]), variant
         self.arch, precision, self.tiles_for, section_bytes = settings
         key_mask, bounds, alibi = others
         self.features = f = Features(
-            LOW=params.left != NO_LIMIT, HIGH=params.right != NO_LIMIT, MASK=mask is not None, BIAS=bias is not None,
+            LOW=params.left != NO_LIMIT, HIGH=params.right != NO_LIMIT, MASK=bool(mask), BIAS=bool(bias),
             KEY_MASK=key_mask, BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0,
             DROPOUT=params.dropout_p > 0.0, D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
         )  # fmt: skip
@@ -112,12 +103,12 @@ class _Plan:
         else:
             self.feature = "mask" if dense or bent else "packed" if f.PACKED else "overlap" if tma else "plain"
         self.heads, self.heads_kv, self.group = sequences * h, sequences * h_kv, h // h_kv
-        size = t_k * (d + dv) * q.dtype.itemsize
+        size = t_k * (d + dv) * self.dtype.itemsize
         fit = max(1, section_bytes // size) if size and (f.LOW or f.HIGH) else 1
         self.section_kv = min(fit, self.heads_kv)
         shift = t_k - t_q if params.align and not f.BOUNDS else 0
         self.sizes, self.limits = (h, self.group, t_q, t_k), (shift, -params.left, params.right)
-        self.strides = (q.strides, k.strides, v.strides, do_strides)
+        self.strides = (q_strides, k_strides, v_strides, do_strides)
         self.mask_strides = _broadcast_strides(mask), _broadcast_strides(bias)
         self.present = (f.MASK, f.BIAS, f.KEY_MASK, f.BOUNDS, f.ALIBI, f.DROPOUT)
 
@@ -136,7 +127,7 @@ class _Plan:
             masks = Masks(Matrix(mask, mask_strides), Matrix(bias, bias_strides), *others)
             return (*map(Matrix, tensors, strides), masks, *tensors[rest:])
 
-        rows = self.tiles_for(table, self.arch, max(f.D, f.DV), self.q.dtype, self.feature)
+        rows = self.tiles_for(table, self.arch, max(f.D, f.DV), self.dtype, self.feature)
         scalars += random.threshold(p.dropout_p), Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
         return Launch(kernel, lambda tile: (grid(tile),), dict(F=f, **flags), rows, scalars, arrange)
 
@@ -161,17 +152,16 @@ class _Plan:
 
     @functools.cached_property
     def bias_gradient(self) -> Launch:
-        assert self.bias is not None
-        n_b, n_h, n_q, n_k = (1,) * (4 - len(self.bias.shape)) + tuple(self.bias.shape)
+        n_b, n_h, n_q, n_k = (1,) * (4 - len(self.bias_shape)) + self.bias_shape
         one = dict(B_ONE=n_b == 1, H_ONE=n_h == 1, Q_ONE=n_q == 1, K_ONE=n_k == 1)
         grid = lambda tile: n_b * n_h * cdiv(n_q, tile["BLOCK_M"]) * cdiv(n_k, tile["BLOCK_N"])  # noqa: E731
-        scalars = (self.q.shape[0], *self.sizes, *self.limits)
+        scalars = (self.batch, *self.sizes, *self.limits)
         return self._launch(_attention_bwd_bias_kernel, 4, tiles.BACKWARD_BIAS, grid, scalars, **one)
 
     @functools.cached_property
     def weights(self) -> Launch:
         h, _, t_q, t_k = self.sizes
-        n = self.q.shape[0] * (1 if self.variant else h)
+        n = self.batch * (1 if self.variant else h)
         grid = lambda tile: n * cdiv(t_q, tile["BLOCK_M"]) * cdiv(t_k, tile["BLOCK_N"])  # noqa: E731
         scalars = (*self.sizes, *self.limits)
         return self._launch(_attention_weights_kernel, 2, tiles.WEIGHTS, grid, scalars, AVERAGE=self.variant)
@@ -217,24 +207,13 @@ def _bounds_launch(sequences: int, longest: tuple[int, int], **flags: bool) -> L
     return Launch(_attention_bounds_kernel, lambda _: (sequences,), flags, [dict(BLOCK=1024, num_warps=4)], longest)
 
 
-def _bounds(masks: AttentionMasks, params: AttentionParams, q: Tensor, t_k: int) -> Tensor:
-    """The bounds table of mask.py, (sequences, 8) int32; empty where every sequence is whole."""
-    table = _empty_bounds(masks, params, q)
-    if table.shape[0]:
-        _, _, key_mask, q_lens, k_lens, _, _ = masks
-        present = dict(KEY_MASK=key_mask is not None, Q_LENS=q_lens is not None, K_LENS=k_lens is not None)
-        longest = (params.max_q, params.max_k) if params.packed else (q.shape[2], t_k)
-        run = _bounds_launch(table.shape[0], longest, **present, PACKED=bool(params.packed), ALIGN=bool(params.align))
-        lens = [table if x is None else x.contiguous() for x in (q_lens, k_lens)]
-        run(table if key_mask is None else _bytes(key_mask.contiguous()), *lens, table)
-    return table
-
-
-def _empty_bounds(masks: AttentionMasks, params: AttentionParams, q: Tensor) -> Tensor:
-    n = 0
-    if masks.key_mask is not None or masks.q_lens is not None or masks.k_lens is not None:
-        n = masks.q_lens.shape[0] - 1 if params.packed and masks.q_lens is not None else q.shape[0]
-    return torch.empty((n, 8), dtype=torch.int32, device=q.device)
+def _fill_bounds(table: Tensor, masks: AttentionMasks, params: AttentionParams, t_q: int, t_k: int) -> None:
+    _, _, key_mask, q_lens, k_lens, _, _ = masks
+    present = dict(KEY_MASK=key_mask is not None, Q_LENS=q_lens is not None, K_LENS=k_lens is not None)
+    longest = (params.max_q, params.max_k) if params.packed else (t_q, t_k)
+    run = _bounds_launch(table.shape[0], longest, **present, PACKED=bool(params.packed), ALIGN=bool(params.align))
+    lens = [table if x is None else x.contiguous() for x in (q_lens, k_lens)]
+    run(table if key_mask is None else _bytes(key_mask.contiguous()), *lens, table)
 
 
 def attention_fwd(
@@ -242,26 +221,32 @@ def attention_fwd(
     mask: Tensor | None, bias: Tensor | None, key_mask: Tensor | None, q_lens: Tensor | None, k_lens: Tensor | None,
     slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output (B, H, T_q, DV), base-2 log-sum-exp (B, H, T_q) and the bounds table (mask.py)."""
-    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+    """Output (B, H, T_q, DV), base-2 log-sum-exp (B, H, T_q), and the bounds table of mask.py, (sequences, 8) int32.
+
+    The table is empty where every sequence is whole.
+    """
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams(*ints, *floats)
     q, k, v = map(_rows_contiguous, (q, k, v))
-    out, lse = _fwd_outputs(q, v, params)
-    bounds = _bounds(masks, params, q, k.shape[2])
+    out, lse, bounds = _fwd_outputs(q, v, masks, params)
+    if bounds.shape[0]:
+        _fill_bounds(bounds, masks, params, q.shape[2], k.shape[2])
     plan, present = _planned(q, k, v, masks, bounds, params)
     plan.forward(q, k, v, *present, out, lse)
     return out, lse, bounds
 
 
-def _fwd_outputs(q: Tensor, v: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    (b, h, t_q, _), packed = q.shape, bool(params.packed)
+def _fwd_outputs(q: Tensor, v: Tensor, masks: AttentionMasks, params: AttentionParams) -> tuple[Tensor, Tensor, Tensor]:
+    (b, h, t_q, _), packed, n = q.shape, bool(params.packed), 0
+    if masks.key_mask is not None or masks.q_lens is not None or masks.k_lens is not None:
+        n = masks.q_lens.shape[0] - 1 if packed and masks.q_lens is not None else b
     out = _empty_bthd((b, h, t_q, v.shape[3]), q, packed)  # rows that belong to no packed sequence stay 0
     lse = torch.empty((b, h, t_q), dtype=wider(q.dtype), device=q.device)
-    return out, lse.fill_(-torch.inf) if packed else lse
+    bounds = torch.empty((n, 8), dtype=torch.int32, device=q.device)
+    return out, lse.fill_(-torch.inf) if packed else lse, bounds
 
 
 def _attention_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    masks, params = AttentionMasks(*rest[:7]), AttentionParams.of(*rest[7:])
-    return *_fwd_outputs(q, v, params), _empty_bounds(masks, params, q)
+    return _fwd_outputs(q, v, AttentionMasks(*rest[:7]), AttentionParams(*rest[7], *rest[8]))
 
 
 def attention_bwd(
@@ -271,7 +256,7 @@ def attention_bwd(
     slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the bias (empty where it wants none). dlse is the gradient of the base-2 log-sum-exp."""
-    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams(*ints, *floats)
     dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
     dq, dk, dv, dbias = _bwd_outputs(q, k, v, bias, params)
     safe_lse, delta = (torch.empty(lse.shape, dtype=lse.dtype, device=lse.device) for _ in range(2))
@@ -290,15 +275,14 @@ def _bwd_outputs(
     dq, dk, dv = (_empty_bthd(x.shape, x, bool(params.packed)) for x in (q, k, v))
     if bias is None or not params.bias_grad:
         return dq, dk, dv, torch.empty((0,), dtype=q.dtype, device=q.device)
-    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
     # Nothing launches where a dimension of the scores is 0; what is summed over it is 0.
     make = torch.empty if q.shape[2] and k.shape[2] and q.shape[0] else torch.zeros
-    return dq, dk, dv, make(shape, dtype=bias.dtype, device=q.device)
+    return dq, dk, dv, make(bias.shape, dtype=bias.dtype, device=q.device)
 
 
 def _attention_bwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, _, _, _, q, k, v, _, bias, *_, ints, floats = arguments
-    return _bwd_outputs(q, k, v, bias, AttentionParams.of(ints, floats))
+    return _bwd_outputs(q, k, v, bias, AttentionParams(*ints, *floats))
 
 
 def attention_weights(
@@ -307,19 +291,19 @@ def attention_weights(
     slopes: Tensor | None, seed: Tensor | None, ints: Sequence[int], floats: Sequence[float],
 ) -> Tensor:  # fmt: skip
     """Weights after dropout, (B, H or 1, T_q, T_k) in q's dtype, recomputed from the base-2 log-sum-exp."""
-    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams.of(ints, floats)
+    masks, params = AttentionMasks(mask, bias, key_mask, q_lens, k_lens, slopes, seed), AttentionParams(*ints, *floats)
     q, k = map(_rows_contiguous, (q, k))
-    weights = _weights_output(lse, bounds, average, q, k)
+    weights = _attention_weights_fake(lse, bounds, average, q, k)
     plan, present = _planned(q, k, v, masks, bounds, params, variant=average)
     plan.weights(q, k, *present, lse.contiguous(), weights)
     return weights
 
 
-def _weights_output(lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, *_: Any) -> Tensor:
+def _attention_weights_fake(lse: Tensor, bounds: Tensor, average: bool, q: Tensor, k: Tensor, *_: Any) -> Tensor:
     (b, h, t_q), t_k = q.shape[:3], k.shape[2]
     return torch.empty((b, 1 if average else h, t_q, t_k), dtype=q.dtype, device=q.device)
 
 
-fwd = register(attention_fwd, _attention_fwd_fake)
-bwd = register(attention_bwd, _attention_bwd_fake)
-weights_of = register(attention_weights, _weights_output)
+fwd = registered_forward(attention_fwd, _attention_fwd_fake)
+bwd = registered_forward(attention_bwd, _attention_bwd_fake)
+weights_of = registered_forward(attention_weights, _attention_weights_fake)

@@ -45,10 +45,6 @@ class AttentionParams(NamedTuple):
     def flat(self) -> tuple[Sequence[int], Sequence[float]]:
         return self[:7], self[7:]
 
-    @classmethod
-    def of(cls, ints: Sequence[int], floats: Sequence[float]) -> AttentionParams:
-        return cls(*ints, *floats)
-
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     checks.floating("attention", q=q, k=k, v=v)
@@ -78,9 +74,7 @@ def check_attention(
     checks.same_device("attention", q, k=k, v=v, **others)
     (b, h, t_q, d), (h_kv, t_k) = q.shape, k.shape[1:3]
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"attention: v has shape {tuple(v.shape)}, k has {tuple(k.shape)}: all but the last axis must be equal"
-        )
+        raise ValueError(f"attention: v is {tuple(v.shape)}, k {tuple(k.shape)}: all but the last axis must be equal")
     if k.shape[0] != b or k.shape[3] != d:
         raise ValueError(f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}: batch and head size must be equal")
     if h_kv == 0 or h % h_kv:
@@ -106,10 +100,8 @@ def check_attention(
     if others or longest["max_seqlen_q"] is not None or longest["max_seqlen_k"] is not None:
         n = _check_sequences(b, lengths, packed, longest, key_mask, return_weights)
     if alibi_slopes is not None and (not alibi_slopes.is_floating_point() or alibi_slopes.shape not in ((h,), (n, h))):
-        raise ValueError(
-            f"attention: alibi_slopes must be floating {(h,)} or {(n, h)}, "
-            f"got {name_of(alibi_slopes.dtype)} {tuple(alibi_slopes.shape)}"
-        )
+        got = f"{name_of(alibi_slopes.dtype)} {tuple(alibi_slopes.shape)}"
+        raise ValueError(f"attention: alibi_slopes must be floating {(h,)} or {(n, h)}, got {got}")
     if alibi_slopes is not None and checks.differentiated(alibi_slopes):
         raise NotImplementedError("attention: alibi_slopes get no gradient: detach, or pass bias= for a learned one")
     if mask is bias is None:
@@ -167,19 +159,13 @@ def _check_sequences(
     starts_q, starts_k = packed.values()
     if starts_q is None and starts_k is None:
         if any(n is not None for n in longest.values()):
-            raise ValueError(
-                "attention: max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and cu_seqlens_k, which are None"
-            )
+            raise ValueError("attention: max_seqlen_q and max_seqlen_k belong to cu_seqlens_q and _k: pass those too")
         return b
     if starts_q is None or starts_k is None:
-        raise ValueError(
-            "attention: cu_seqlens_q and cu_seqlens_k go together (the same tensor for self-attention), one is None"
-        )
+        raise ValueError("attention: one of cu_seqlens_q and cu_seqlens_k is None: they go together, or are the same")
     if starts_q.dim() != 1 or starts_q.shape != starts_k.shape or len(starts_q) < 2:
-        raise ValueError(
-            f"attention: cu_seqlens_q {tuple(starts_q.shape)} and cu_seqlens_k {tuple(starts_k.shape)} "
-            "must both be (sequences + 1,)"
-        )
+        both = f"cu_seqlens_q {tuple(starts_q.shape)} and cu_seqlens_k {tuple(starts_k.shape)}"
+        raise ValueError(f"attention: {both} must both be (sequences + 1,)")
     if b != 1:
         raise ValueError(f"attention: packed sequences lie one after another in a batch of 1, q has a batch of {b}")
     for name, x in (("key_mask", key_mask), *lengths.items()):

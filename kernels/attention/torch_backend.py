@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from tileformer.kernels import random
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
-from tileformer.kernels.double_backward import second_derivative
+from tileformer.kernels.autograd import Function
+from tileformer.kernels.double_backward import backward_function
 
 LOWEST = -2.3e38  # what is added below it excludes: the kernels' scores, times log2(e), are beyond float32
 FUSED_FROM = 32  # keys from which torch's fused attention beats three plain operators on a CPU
@@ -244,10 +245,8 @@ def _row_sum(x: Tensor) -> Tensor:
     return x @ x.new_ones(x.shape[-1], 1)
 
 
-class _Plain(torch.autograd.Function):
+class _Plain(Function):
     """(out, softmax weights before dropout); differentiable in q, k, v through out."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(q, k, v, key_mask, bias, empty, keep, scale):
@@ -272,35 +271,21 @@ class _Plain(torch.autograd.Function):
         return *_PlainBackward.apply(dout, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
 
 
-class _PlainBackward(torch.autograd.Function):
-    """Gradients of q, k, v; their own derivative differentiates `_definition` twice."""
+def _plain_bwd(dout, weights, q, k, v, key_mask, bias, empty, keep, scale):
+    dtype = q.dtype
+    k, v, q, dout = _wide_operands(key_mask, k, v, q, dout)
+    if empty is not None:
+        dout = dout.masked_fill(empty, 0.0)
+    dv = (weights if keep is None else weights * keep).transpose(-1, -2) @ dout
+    dp = dout @ v.transpose(-1, -2)
+    dp = dp if keep is None else dp.mul_(keep)
+    ds = dp.sub_(_row_sum(dp * weights)).mul_(weights).mul_(scale)
+    return tuple(x.to(dtype) for x in (ds @ k, ds.transpose(-1, -2) @ q, dv))
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(dout, weights, q, k, v, key_mask, bias, empty, keep, scale):
-        dtype = q.dtype
-        k, v, q, dout = _wide_operands(key_mask, k, v, q, dout)
-        if empty is not None:
-            dout = dout.masked_fill(empty, 0.0)
-        dv = (weights if keep is None else weights * keep).transpose(-1, -2) @ dout
-        dp = dout @ v.transpose(-1, -2)
-        dp = dp if keep is None else dp.mul_(keep)
-        ds = dp.sub_(_row_sum(dp * weights)).mul_(weights).mul_(scale)
-        return tuple(x.to(dtype) for x in (ds @ k, ds.transpose(-1, -2) @ q, dv))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dout, _, *tensors, ctx.scale = inputs
-        ctx.save_for_backward(dout, *tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *tangents):
-        dout, q, k, v, *fixed = ctx.saved_tensors
-        again = lambda q, k, v: _definition(q, k, v, *fixed, ctx.scale)[:1]  # noqa: E731
-        first, (ddout,) = second_derivative(again, (q, k, v), (dout,), tangents)
-        return ddout, None, *first, None, None, None, None, None
+_PlainBackward = backward_function(
+    staticmethod(_plain_bwd), lambda weights, *inputs: _definition(*inputs)[:1], primals=(2, 3, 4)
+)
 
 
 def _transformed() -> bool:
@@ -316,10 +301,8 @@ def _serves_fused(q: Tensor, k: Tensor, v: Tensor, graph: bool) -> bool:
     return k.shape[2] >= (FUSED_GRADIENTS_FROM if graph else FUSED_FROM)
 
 
-class _ZeroPadding(torch.autograd.Function):
+class _ZeroPadding(Function):
     """`_zero_padding` of keys and values whose gradients are 0 in padded rows already: nothing attends to them."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, key_mask):
@@ -334,10 +317,8 @@ class _ZeroPadding(torch.autograd.Function):
         return dx, None
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(Function):
     """(out, log-sum-exp of what torch scaled) of torch's fused attention; differentiable in q, k, v through out."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(q, k, v, bias, padded_q, causal, scale):
@@ -358,32 +339,20 @@ class _Fused(torch.autograd.Function):
         return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None
 
 
-class _FusedBackward(torch.autograd.Function):
-    """Gradients of q, k, v; their own derivative differentiates `_definition` twice, and needs T_q x T_k memory."""
+def _fused_bwd(dout, out, lse, q, k, v, bias, padded_q, causal, scale):
+    if padded_q is not None:
+        dout = dout.masked_fill(padded_q, 0.0)
+    q, k, v, bias = _fused_operands(q, k, v, bias)
+    return _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(dout, out, lse, q, k, v, bias, padded_q, causal, scale):
-        if padded_q is not None:
-            dout = dout.masked_fill(padded_q, 0.0)
-        q, k, v, bias = _fused_operands(q, k, v, bias)
-        return _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+def _fused_definition(out, lse, q, k, v, bias, padded_q, causal, scale):
+    seen = [torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()] if causal else []
+    bias, empty = _bias(seen, None, bias, True, _wide(q))
+    return _definition(q, k, v, None, bias, empty, None, scale)[:1]
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        dout, _, _, *tensors, ctx.causal, ctx.scale = inputs
-        ctx.save_for_backward(dout, *tensors)
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx, *tangents):
-        dout, q, k, v, bias, _ = ctx.saved_tensors
-        seen = [torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()] if ctx.causal else []
-        bias, empty = _bias(seen, None, bias, True, _wide(q))
-        again = lambda q, k, v: _definition(q, k, v, None, bias, empty, None, ctx.scale)[:1]  # noqa: E731
-        first, (ddout,) = second_derivative(again, (q, k, v), (dout,), tangents)
-        return ddout, None, None, *first, None, None, None, None
+_FusedBackward = backward_function(staticmethod(_fused_bwd), _fused_definition, primals=(3, 4, 5))
 
 
 def _fused_operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
