@@ -274,7 +274,9 @@ def test_what_cannot_be_served_is_refused_at_once() -> None:
     engine = Engine(m, slots=2, pages=3)
     with pytest.raises(ValueError, match="a prompt of 97 tokens leaves no room: the model reads 96"):
         engine.add([3] * 97)
-    with pytest.raises(ValueError, match="40 tokens and up to 10 new ones do not fit the engine's capacity of 48.*pages"):
+    with pytest.raises(
+        ValueError, match="40 tokens and up to 10 new ones do not fit the engine's capacity of 48.*pages"
+    ):
         engine.add([3] * 40, max_length=10)
     with pytest.raises(ValueError, match="49 tokens and .*capacity of 48"):
         engine.add([3] * 49)

@@ -146,7 +146,7 @@ def expected_shares(m: Table, options: Options, last: int, steps: int) -> dict[t
                 continue
             for token, q in enumerate(p[line[-1] if line else last].tolist()):
                 if q > 0:
-                    longer[*line, token] = share * q
+                    longer[(*line, token)] = share * q
         found = longer
     return found
 

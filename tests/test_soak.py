@@ -66,13 +66,17 @@ def test_new_shapes_leave_nothing_in_a_module(served: str) -> None:
     assert _sizes() == before
 
 
-@pytest.fixture
-def soak() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", pathlib.Path(__file__).with_name("soak.py"))
+def _program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def soak() -> ModuleType:
+    return _program("soak")
 
 
 @pytest.mark.parametrize("side", ["tileformer", "torch"])
@@ -92,3 +96,19 @@ def test_growth_beyond_torchs_is_told(soak: ModuleType, ours: float, theirs: flo
 
     assert soak.slope(points(ours), "resident") == pytest.approx(ours, rel=1e-3)
     assert soak.verdict(ours, theirs)[1] == status
+
+
+def test_an_engine_loses_nothing_of_a_hundred_sequences() -> None:
+    """What `make soak` does with 10,000, and what it would say of one that is lost or of a page that is held."""
+    program = _program("soak_engine")
+    traffic = program.Traffic(100)
+    traffic.interrupt_in = 20
+    while traffic.run():
+        pass
+    assert traffic.verdict() == [] and sum(traffic.ends.values()) == 100
+    assert traffic.engine.preemptions and traffic.interrupted and traffic.compared
+    assert min(traffic.ends[kind] for kind in ("eos", "length", "cancelled", "error")) > 0
+    traffic.note(program.Event(7, 3))
+    traffic.engine.pool.allocate(1)
+    traffic.open[5] = ([], None, 0, [])
+    assert [line.split()[0] for line in traffic.verdict()] == ["Event(id=7,", "1", "1"]

@@ -293,7 +293,9 @@ class Engine:
         if self.state is None:  # a state of all slots is the first row's, so often
             self.state = row
             row.select(torch.zeros(self.slots, dtype=torch.int64, device=self.device))
-            row.release(torch.tensor([i for i in range(self.slots) if i != slot], dtype=torch.int64, device=self.device))
+            row.release(
+                torch.tensor([i for i in range(self.slots) if i != slot], dtype=torch.int64, device=self.device)
+            )
         else:
             self.state.insert(torch.tensor([slot], device=self.device), row)
         sequence.slot = slot

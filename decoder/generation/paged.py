@@ -325,13 +325,14 @@ class PagedCache:
         self.pool.store_like(len(parts) // 2, parts[0])
         row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         at = torch.cat([torch.arange(count) for count in counts])
-        page = torch.tensor([own[t // self.pool.page_size] for own, n in zip(pages, counts, strict=True) for t in range(n)])
+        size = self.pool.page_size
+        page = torch.tensor([own[t // size] for own, n in zip(pages, counts, strict=True) for t in range(n)])
         row, at, page = (x.to(self.table.device) for x in (row, at, page))
         for mine, theirs in zip(self.pool.kv.flatten(0, 1), parts, strict=True):
-            mine[page, at % self.pool.page_size] = theirs[row, :, at]
+            mine[page, at % size] = theirs[row, :, at]
 
     def _begin_with(self, starts: list[Tensor]) -> None:
-        """Take what rows have from their start: a `StaticCache`'s source and padding, or a `KVCache`'s keys and inputs."""
+        """Take what rows have from their start: a `StaticCache`'s source and padding, or a `KVCache`'s `fixed`."""
         self.starts, rest = starts, iter(starts)
         if self.step is not None:
             return
@@ -353,7 +354,7 @@ class _LayerPages:
         self.cache, self.layer = cache, layer
 
     def keys_after(self, B: int, T: int) -> int:
-        if B != len(self.cache.counts):
+        if len(self.cache.counts) != B:
             raise ValueError(f"the cache has {len(self.cache.counts)} rows, not {B}")
         return self.cache.length + T
 

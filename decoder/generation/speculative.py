@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tileformer.decoder.generation.options import Options
 from tileformer.decoder.generation.sampling import candidates, random_words
@@ -50,7 +50,7 @@ class NGramDraft:
 
 
 class ModelDraft:
-    """Proposes what a smaller `Decodable` of the same vocabulary says. ``proposed`` and ``accepted``: see `NGramDraft`."""
+    """Proposes what a smaller `Decodable` of the same vocabulary says. Counts as `NGramDraft`."""
 
     def __init__(self, model: Decodable) -> None:
         self.model = model
@@ -59,7 +59,9 @@ class ModelDraft:
     def start(self, batch: DecodeBatch, capacity: int, vocab: int, choice: _Choice) -> None:
         logits, self.state = self.model.start(batch.tokens, capacity=capacity, **batch.inputs)
         if logits.shape[1] != vocab:
-            raise ValueError(f"the draft chooses among {logits.shape[1]} tokens, the model among {vocab}: train it alike")
+            raise ValueError(
+                f"the draft chooses among {logits.shape[1]} tokens, the model among {vocab}: train it alike"
+            )
         self.choice = choice
 
     def propose(self, rows: list[list[int]], live: list[int], n: int) -> tuple[Tensor, Tensor | None]:
@@ -155,30 +157,28 @@ def generate_speculatively(
     state.truncate(state.lengths)  # a state that cannot forget says so here
     drafter.start(batch, capacity, logits.shape[1], choice)
     limits = [batch.steps] * B if batch.limits is None else batch.limits.tolist()
-    rows: list[list[int]] = [[token] for token in _drawn(choice, logits, [0] * B).tolist()]
+    first = choice.draw(choice.distribution(logits), torch.zeros(B, dtype=torch.int64, device=logits.device), purpose=0)
+    rows: list[list[int]] = [[token] for token in first.tolist()]
     read = (batch.tokens != pad).sum(1).tolist()
-    live = [row for row in range(B) if not _has_ended(rows[row], limits[row], batch.eos_id)]
-    while live:
+    while live := [row for row in range(B) if len(rows[row]) < limits[row] and rows[row][-1] != batch.eos_id]:
         n = min(num_draft_tokens, capacity - 1 - max(read[row] for row in live))
-        pending = torch.tensor([row[-1:] for row in rows], device=batch.tokens.device)
-        drafted, shares = pending[:, :0], None
-        if n > 0:
-            drafted, shares = drafter.propose(rows, live, n)
-        tokens = torch.cat([pending, drafted.to(pending.device)], 1)
-        logits = model.step(tokens, state)
-        kept, last = _verified(choice, logits, tokens[:, 1:], shares, [len(row) for row in rows])
-        for row, (count, proposed, token) in enumerate(zip(kept.tolist(), drafted.tolist(), last.tolist(), strict=True)):
-            if row not in live:
-                continue
-            read[row] += 1 + count
-            drafter.proposed += len(proposed) - proposed.count(pad)
-            drafter.accepted += count
-            for new in (*proposed[:count], token):
-                rows[row].append(new)
-                if _has_ended(rows[row], limits[row], batch.eos_id):
-                    break
-        live = [row for row in live if not _has_ended(rows[row], limits[row], batch.eos_id)]
-        lengths = torch.tensor([read[row] if row in live else 0 for row in range(B)], device=pending.device)
+        pending = torch.tensor([row[-1:] for row in rows], device=src.device)
+        drafted, shares = drafter.propose(rows, live, n) if n else (pending[:, :0], None)
+        drafted = drafted.to(src.device)
+        logits = model.step(torch.cat([pending, drafted], 1), state)
+        counts, last = _verified(
+            choice, logits, drafted, shares, torch.tensor([len(row) for row in rows]).to(src.device)
+        )
+        for row, (count, proposed, token) in enumerate(zip(counts, drafted.tolist(), last, strict=True)):
+            if row in live:
+                read[row] += 1 + count
+                drafter.proposed += len(proposed) - proposed.count(pad)
+                drafter.accepted += count
+                new = [*proposed[:count], token][: limits[row] - len(rows[row])]
+                rows[row] += new[: new.index(batch.eos_id) + 1] if batch.eos_id in new else new
+            else:
+                read[row] = 0
+        lengths = torch.tensor(read, device=src.device)
         state.truncate(lengths)
         drafter.keep(lengths)
     width = max(map(len, rows), default=0)
@@ -203,31 +203,20 @@ def _seeds(options: Options, rows: int) -> Tensor:
     return seeds
 
 
-def _has_ended(tokens: Sequence[int], limit: int, eos_id: int) -> bool:
-    return len(tokens) >= limit or tokens[-1] == eos_id
-
-
-def _drawn(choice: _Choice, logits: Tensor, positions: list[int]) -> Tensor:
-    return choice.draw(choice.distribution(logits), torch.tensor(positions, dtype=torch.int64, device=logits.device), purpose=0)
-
-
 def _verified(
-    choice: _Choice, logits: Tensor, drafted: Tensor, shares: Tensor | None, positions: list[int]
-) -> tuple[Tensor, Tensor]:
-    """How many of ``drafted`` (R, n) each row keeps, by the ``logits`` (R, n + 1, V) behind them, and the token that
-    follows those."""
-    R, n = drafted.shape
-    position = torch.tensor(positions, dtype=torch.int64, device=logits.device)
-    p = choice.distribution(logits)
-    q = torch.zeros_like(p[:, :n])
-    q = q.scatter_(-1, drafted[..., None], 1.0) if shares is None else shares
-    index, kept = drafted[..., None], torch.zeros_like(position)
-    if n:
-        u = torch.cat([choice.uniform(position + i, 1, purpose=2) for i in range(n)], 1)
-        agrees = u * q.gather(-1, index)[..., 0] < p[:, :n].gather(-1, index)[..., 0]
-        kept = agrees.int().cumprod(1).sum(1)
-    row = torch.arange(R, device=kept.device)
+    choice: _Choice, logits: Tensor, drafted: Tensor, q: Tensor | None, positions: Tensor
+) -> tuple[list[int], list[int]]:
+    """How many of ``drafted`` (R, n), which were drawn from ``q`` (R, n, V) or were certain, each row keeps by the
+    ``logits`` (R, n + 1, V) behind them, and the token that follows those. ``positions`` (R,): new tokens before."""
+    p, (rows, n) = choice.distribution(logits), drafted.shape
+    if q is None:
+        q = torch.zeros_like(p[:, :n]).scatter_(-1, drafted[..., None], 1.0)
+    u = [choice.uniform(positions + i, 1, purpose=2) for i in range(n)]
+    u = torch.cat(u, 1) if n else q.new_empty(rows, 0)
+    agrees = u * q.gather(-1, drafted[..., None])[..., 0] < p[:, :n].gather(-1, drafted[..., None])[..., 0]
+    kept = agrees.int().cumprod(1).sum(1)
+    row = torch.arange(rows, device=kept.device)
     own = p[row, kept]
-    rest = (own - torch.cat([q, torch.zeros_like(p[:, :1])], 1)[row, kept]).clamp(min=0.0)
+    rest = (own - F.pad(q, (0, 0, 0, 1))[row, kept]).clamp(min=0.0)  # where all were kept there is no q
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, own)  # rounding can leave nothing of equal distributions
-    return kept, choice.draw(rest, position + kept, purpose=0)
+    return kept.tolist(), choice.draw(rest, positions + kept, purpose=0).tolist()
