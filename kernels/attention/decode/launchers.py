@@ -99,7 +99,7 @@ class _Plan:
             PRECISION=precision, ALIGN=math.gcd(8, *strides[1], *strides[2]),
         )  # fmt: skip
         table_strides, word_strides = ((0,) if x is None else x[1][:1] for x in (table, descends))
-        bias_strides = (0, 0, 0, 0)
+        bias_strides: tuple[int, ...] = (0, 0, 0, 0)
         if bias is not None:
             own = [stride if size > 1 else 0 for size, stride in zip(bias[0], bias[1], strict=True)]
             bias_strides = tuple([0] * (4 - len(own)) + own)

@@ -58,9 +58,9 @@ class Slots(NamedTuple):
 def _tile_place(slots, table_ptr, b, at, near, in_tile, F: tl.constexpr, BLOCK_N: tl.constexpr):
     """(place along the first axis of the caches, first slot there, further slots) of the slots at + near."""
     if F.PAGE == 0:
-        return b, at.to(tl.int64), near
+        return b, at.to(tl.int64), near.to(tl.int64)
     elif F.PAGE % BLOCK_N == 0:  # the tile lies inside of a page: one look-up
-        return tl.load(table_ptr + at // F.PAGE).to(tl.int64), (at % F.PAGE).to(tl.int64), near
+        return tl.load(table_ptr + at // F.PAGE).to(tl.int64), (at % F.PAGE).to(tl.int64), near.to(tl.int64)
     else:
         pages = tl.load(table_ptr + slots // F.PAGE, mask=in_tile, other=0)
         return pages.to(tl.int64), at.to(tl.int64) * 0, (slots % F.PAGE).to(tl.int64)
