@@ -227,7 +227,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("padding", "keys before the first real one are seen", "valid = valid & (cols >= first)", "valid = valid & (cols >= 0)"),
         ("padding", "padded keys inside the range are seen", "    if F.KEY_MASK:\n        seen", "    if False:\n        seen"),
         ("scale", "the soft cap is in base e", "x = s / (softcap * LOG2E)", "x = s / softcap"),
-        ("scale", "capped scores are not scaled back", "s = t * (softcap * LOG2E)", "s = t * softcap"),
+        ("scale", "capped scores are not scaled back", "return t * (softcap * LOG2E), t", "return t * softcap, t"),
         ("scale", "tanh near 0 loses its cube", "1 + y * (-1 / 3 + y *", "1 + y * (0.0 + y *"),
         ("scale", "tanh has half its argument", "tl.exp2(x * (-2 * LOG2E))", "tl.exp2(x * (-1 * LOG2E))"),
         ("causal", "the linear bias ignores the alignment", "tl.abs((rows + shift - cols)", "tl.abs((rows - cols)"),
