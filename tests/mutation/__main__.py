@@ -68,7 +68,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/generation/device": "test_decoder_step test_cached_equals_full",
     "decoder/generation/cache": "test_decoder_decodable test_decoder_seq2seq test_decoder_modules test_decoder_generation",
     "decoder/generation/state": "test_decoder_decodable test_decoder_generation",
-    "decoder/generation/": "test_decoder_generation test_decoder_decodable test_decoder_seq2seq",
+    "decoder/generation/": "test_decoder_search test_decoder_options test_decoder_generation test_decoder_decodable test_decoder_seq2seq",
     "decoder/nn/transformer": "test_decoder_parity test_decoder_modules test_decoder_seq2seq test_convert",
     "decoder/loading": "test_decoder_loading",
     "decoder/nn/convert": "test_convert",
