@@ -215,7 +215,7 @@ VARIOUS: list[dict[str, Any]] = [
     dict(temperature=1.5, top_p=0.9, seed=3),
     dict(repetition_penalty=1.3, no_repeat_ngram_size=2),
     dict(forced_prefix_ids=[7, 8], temperature=2.0, seed=4),
-    dict(stop_strings="13", decode=lambda ids: " ".join(map(str, ids)), temperature=2.0, seed=5),
+    dict(stop_strings="1", decode=lambda ids: " ".join(map(str, ids)), temperature=2.0, seed=5),
     dict(forced_eos_token_id=2, bad_words_ids=[[2]], presence_penalty=0.5),
     dict(min_new_tokens=6, temperature=2.0, seed=1),
     dict(adjust=lambda tokens, scores: scores.masked_fill(torch.arange(V) % 2 == tokens[:, -1:] % 2, -torch.inf)),

@@ -259,7 +259,8 @@ def test_every_bit_of_a_mask_is_read():
     assert allowed == [[*range(1, 32)], [31, 32], [69]]
     for wrong in (mask[:, :2], mask.long(), mask[:2]):
         with pytest.raises(ValueError, match=r"bitmask must give int32 \(3, 3\), got torch"):
-            Adjuster(Options(bitmask=lambda new: wrong), PROMPTS, 1, eos_id=EOS, pad_id=PAD, vocab=70)(scores, 0)
+            adjuster = Adjuster(Options(bitmask=lambda new, w=wrong: w), PROMPTS, 1, eos_id=EOS, pad_id=PAD, vocab=70)
+            adjuster(scores, 0)
 
 
 def test_masks_of_outlines_core():

@@ -33,7 +33,7 @@ class Adjuster:
         self.end = prompts.shape[1]
         self.tokens = torch.cat([prompts, prompts.new_full((len(prompts), steps), pad_id)], 1)
         self.forced = dict(options.forced_tokens)
-        words = [word for word in options.bad_words_ids if word != (eos_id,)]
+        words = [tuple(word) for word in options.bad_words_ids if tuple(word) != (eos_id,)]
         last = () if options.forced_eos_token_id is None else (options.forced_eos_token_id,)
         for token in (*(i for word in words for i in word), *self.forced.values(), *last):
             if not 0 <= token < vocab or token == pad_id:

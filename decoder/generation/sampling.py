@@ -62,7 +62,7 @@ def candidates(scores: Tensor, options: Sampling) -> tuple[Tensor, Tensor | None
     """Probabilities (R, n) of the tokens that may be drawn, up to a factor a row, and which these are: int64 (R, n),
     or None for all V in their order."""
     ids: Tensor | None = None
-    scores = scores.float() / options.temperature
+    scores = scores.float() / (options.temperature or 1.0)
     top_p = options.top_p if options.top_p != 1 else None
     if options.top_k is not None and options.top_k < scores.shape[1]:
         scores, ids = scores.topk(options.top_k)

@@ -261,8 +261,7 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
     tokens = torch.full((B * K, batch.steps), pad, device=device)
     total = torch.full((B, K), float("-inf"), device=device)  # sums of log-probabilities
     total[:, :: K // options.num_beam_groups] = 0.0  # a group's others are copies, to be filled by its continuations
-    by_length = torch.arange(1.0, batch.steps + 1, device=device) ** options.length_penalty
-    divisors = by_length.tolist() if on_host else by_length
+    divisors = (torch.arange(1.0, batch.steps + 1) ** options.length_penalty).tolist()  # by length
     # The host sees when the first row ends; before that, nothing is computed of ends. What total is divided by: (B, K).
     ended = None if on_host and adjuster is None else torch.zeros_like(total, dtype=torch.bool)
     divisor = torch.ones_like(total)
@@ -277,7 +276,7 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         if ended is not None:
             if adjuster is not None:
                 ended = ended | (logp[..., pad] == 0.0)  # no token is left to them
-            divisor = torch.where(ended, divisor, by_length[step])
+            divisor = torch.where(ended, divisor, divisors[step])
         total, parent, token = _continuations(logp, total, ended, divisors[step] if ended is None else divisor, batch)
         rows = (first + parent).flatten()
         if ended is not None:
@@ -299,7 +298,7 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
             ended, divisor = last, torch.full_like(total, divisors[step])
         goes_on = [True]  # which sources, where that was asked
         if ended is not None and (on_host or step % STEPS_BETWEEN_CHECKS == STEPS_BETWEEN_CHECKS - 1):
-            goes_on = (~ended.all(1)).tolist()
+            goes_on = (~ended & (total > float("-inf"))).any(1).tolist()
         if step + 1 == batch.steps or not any(goes_on):
             if ended is None:
                 divisor = torch.full_like(total, divisors[step])
@@ -309,17 +308,13 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         token = token.flatten()
         if not stays and _leave(goes_on.count(False) * K, len(token)):
             found[index], scores[index] = tokens.view_as(found[index]), total / divisor
+            assert ended is not None
             left = torch.tensor(goes_on).nonzero()[:, 0]
             rows = (left[:, None] * K + torch.arange(K)).flatten()
             state.select(rows)
             tokens, token = tokens[rows], token[rows]
-            total, divisor, ended, index, first = (
-                total[left],
-                divisor[left],
-                ended[left],
-                index[left],
-                first[: len(left)],
-            )
+            total, divisor, ended = total[left], divisor[left], ended[left]
+            index, first = index[left], first[: len(left)]
             if adjuster is not None:
                 adjuster.select(rows)
         logits = batch.model.step(token, state)
@@ -345,7 +340,7 @@ def _continuations(
     counts = torch.zeros_like(logp[:, 0])  # how often each token was chosen in this step
     for begin in range(0, options.num_beams, size):
         group = slice(begin, begin + size)
-        own, by = (x[:, group] if isinstance(x, Tensor) and x.dim() else x for x in (ended, divisor))
+        own, by = (x[:, group] if isinstance(x, Tensor) else x for x in (ended, divisor))
         penalised = logp[:, group] - options.diversity_penalty * counts[:, None]
         sums, parent, token = _best(penalised, total[:, group], own, by, batch.pad_id, leads=not begin)
         counts.scatter_add_(1, token, torch.ones_like(sums))

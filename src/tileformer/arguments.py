@@ -131,6 +131,21 @@ TOKENS = whole(1, 10**15)
 COUNT = whole(1, 10**6)
 
 
+def number(high: float) -> Callable[[str], float]:
+    """A number above 0 and up to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= high:
+            raise ArgumentError(f"a number above 0 and up to {high:g} is needed, got {text!r}")
+        return value
+
+    return read
+
+
 def seconds(text: str) -> float:
     """A time above 0, of at most thirty years."""
     try:

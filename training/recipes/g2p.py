@@ -17,7 +17,7 @@ import hashlib
 import importlib.metadata
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -32,7 +32,7 @@ from tileformer.training.data.batches import Batches, Pair, pad
 from tileformer.training.files import quote
 from tileformer.training.loop import Report
 from tileformer.training.losses import sequence_loss
-from tileformer.training.recipes.recipe import Data, Recipe, Scale
+from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale
 from tileformer.training.settings import Settings
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
@@ -145,7 +145,7 @@ def transcribe(model: Seq2Seq, words: Iterable[str], batch_size: int = 256, num_
         chosen = ordered[start : start + batch_size]
         source = pad([encode(word) for word in chosen]).to(device)
         for word, ids in zip(chosen, generate(model, source, num_beams=num_beams).tolist(), strict=True):
-            result[word] = tuple(PHONES[index - RESERVED] for index in ids if index >= RESERVED)
+            result[word] = said(ids)
     return result
 
 
@@ -176,10 +176,9 @@ def parse(vocabulary: None, word: str) -> tuple[str, str]:
     return word, spelled(word)
 
 
-def show(model: Seq2Seq, vocabulary: None, words: Sequence[tuple[str, str]]) -> list[str]:
-    """`word  P H ONES` for each word."""
-    spoken = transcribe(model, {letters for _, letters in words})
-    return [f"{word}  {' '.join(spoken[letters])}" for word, letters in words]
+def said(ids: Iterable[int]) -> Phones:
+    """The phones among ``ids``."""
+    return tuple(PHONES[index - RESERVED] for index in ids if index >= RESERVED)
 
 
 def check_symbols(path: Path, meta: Mapping[str, Any], config: Seq2SeqConfig) -> None:
@@ -248,6 +247,10 @@ RECIPE = Recipe(
     arguments=add_arguments,
     vocabulary=check_symbols,
     parse=parse,
-    show=show,
+    decoding=Decoding(
+        prompt=lambda vocabulary, word: encode(word[1]),
+        text=lambda vocabulary, word, ids: " ".join(said(ids)),
+        line=lambda word, text: f"{word[0]}  {text}",
+    ),
     example="hello tileformer",
 )

@@ -28,6 +28,7 @@ import torch
 
 from tileformer import arguments
 from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
+from tileformer.decoder.generation import Options
 from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
@@ -35,7 +36,7 @@ from tileformer.training.data.batches import BOS, PackedBatches, pad
 from tileformer.training.files import quote
 from tileformer.training.loop import Report
 from tileformer.training.losses import language_loss
-from tileformer.training.recipes.recipe import Data, Recipe, Scale
+from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale
 from tileformer.training.settings import Settings
 
 FORMS = {"4x5": (4, 5), "4x7": (4, 7), "8x5": (8, 5), "8x7": (8, 7)}  # lines x characters
@@ -172,12 +173,6 @@ def parse(vocabulary: Vocabulary, word: str) -> tuple[str, str, str]:
     return word, form, beginning
 
 
-def show(model: DecoderLM, vocabulary: Vocabulary, requests: Sequence[tuple[str, str, str]]) -> list[str]:
-    """`word  poem` for each request."""
-    poems = write(model, vocabulary, [(form, beginning) for _, form, beginning in requests])
-    return [f"{word}  {poem}" for (word, _, _), poem in zip(requests, poems, strict=True)]
-
-
 def read(args: argparse.Namespace) -> Data:
     """Regular poems, split, as rows of ids."""
     archive = corpora.poetry_archive(args.data)
@@ -244,6 +239,11 @@ RECIPE = Recipe(
     arguments=add_arguments,
     vocabulary=read_vocabulary,
     parse=parse,
-    show=show,
+    decoding=Decoding(
+        prompt=lambda vocabulary, request: [BOS, *vocabulary.row(*request[1:])],
+        text=lambda vocabulary, request, ids: request[2] + vocabulary.decode(ids),
+        line=lambda request, text: f"{request[0]}  {text}",
+        options=Options(temperature=1.0, top_p=TOP_P, seed=0),
+    ),
     example="4x7 8x5:明月",
 )

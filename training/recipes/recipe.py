@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tileformer import arguments
+from tileformer.decoder.generation import Options
 from tileformer.kernels.info import require_device
 from tileformer.training import checkpoint, process
 from tileformer.training.data.text import Labelled
@@ -50,6 +51,21 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How `tileformer generate` lets a model that is decoded write.
+
+    prompt(vocabulary, input): the ids that `decoder.generate` reads. text(vocabulary, input, ids): what the new ones
+    say. line(input, text): what is printed. options, max_length (of new tokens): unless the user asks for others.
+    """
+
+    prompt: Callable[[Any, Any], list[int]]
+    text: Callable[[Any, Any, list[int]], str]
+    line: Callable[[Any, str], str]
+    options: Options = field(default_factory=Options)
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One task from its data to its scores.
 
@@ -59,8 +75,9 @@ class Recipe:
     say how good the model is.
 
     For `tileformer generate`: vocabulary(path, meta, config) is what a checkpoint's ids mean, CheckpointError if they
-    do not fit the model; parse(vocabulary, text) is an input or a ValueError; show(model, vocabulary, inputs) a line
-    for each. For `tileformer finetune`: labelled() are the texts to classify. about: its first line is shown by --list.
+    do not fit the model; parse(vocabulary, text) is an input or a ValueError; decoding says how its answer is written,
+    or show(model, vocabulary, inputs) gives a line for each. For `tileformer finetune`: labelled() are the texts to
+    classify. about: its first line is shown by --list.
     """
 
     name: str
@@ -76,6 +93,7 @@ class Recipe:
     vocabulary: Callable[[Path, Mapping[str, Any], Any], Any] = lambda *_: None
     parse: Callable[[Any, str], Any] = lambda vocabulary, text: text
     show: Callable[[Any, Any, Sequence[Any]], Iterable[str]] = lambda model, vocabulary, inputs: inputs
+    decoding: Decoding | None = None
     labelled: Callable[[], Labelled] | None = None
     about: str = ""
     example: str = ""

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 
 from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
+from tileformer.decoder.generation import Options
 from tileformer.training.data import corpora
 from tileformer.training.data.batches import PackedBatches
 from tileformer.training.data.tokens import Tokenizer
@@ -26,13 +27,14 @@ from tileformer.training.finetune import texts
 from tileformer.training.finetune.metrics import perplexity
 from tileformer.training.loop import Report
 from tileformer.training.losses import language_loss
-from tileformer.training.recipes.recipe import Data, Recipe, Scale
+from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale
 from tileformer.training.settings import Settings
 
 LEARNING = Settings(2_400_000, lr=2e-3, schedule="wsd", decay=0.5, warmup=0.05, save_every=1000)
 # A short budget wants many steps, so a batch is small; nothing is seen often enough to be learned by heart: no dropout.
 QUICK = Scale(LEARNING, 1024, {"dropout": 0.0})
 FULL = replace(QUICK, settings=replace(LEARNING, tokens=12_000_000))
+NEW, WRITTEN = 40, Options(temperature=0.8, top_k=40, seed=0)  # characters behind a text, and how they are sampled
 SHOWN = "这个酒店", "书的内容", "总书记"
 
 
@@ -62,12 +64,10 @@ def parse(tokenizer: Tokenizer, start: str) -> tuple[str, list[int]]:
 
 
 def show(model: DecoderLM, tokenizer: Tokenizer, starts: Sequence[tuple[str, list[int]]]) -> Iterator[str]:
-    """Each text and up to 40 sampled characters behind it."""
-    device = next(model.parameters()).device
+    """Each text and some sampled characters behind it."""
     for start, row in starts:
-        prompt, new = torch.tensor([row], device=device), min(40, texts.LONGEST - len(row))
-        generator = torch.Generator(device).manual_seed(0)
-        (ids,) = generate(model, prompt, new, temperature=0.8, top_k=40, generator=generator).tolist()
+        prompt = torch.tensor([row], device=next(model.parameters()).device)
+        (ids,) = generate(model, prompt, min(NEW, texts.LONGEST - len(row)), options=WRITTEN).tolist()
         yield start + tokenizer.decode(ids)
 
 
@@ -93,7 +93,13 @@ RECIPE = Recipe(
     evaluate=evaluate,
     vocabulary=texts.load_tokenizer,
     parse=parse,
-    show=show,
+    decoding=Decoding(
+        prompt=lambda tokenizer, text: text[1],
+        text=lambda tokenizer, text, ids: text[0] + tokenizer.decode(ids),
+        line=lambda text, written: written,
+        options=WRITTEN,
+        max_length=NEW,
+    ),
     labelled=lambda: corpora.reviews(),
     example="这个酒店",
 )
