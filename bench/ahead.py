@@ -24,7 +24,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from tileformer.bench import recording
-from tileformer.bench.calls import Call, Function, differentiate
+from tileformer.bench.calls import Call, Function, differentiate, leaves_of
 from tileformer.kernels import device, use_backend
 
 MAX_PROCESSES = 32  # each holds some 400 MB
@@ -131,7 +131,7 @@ class _Linear(torch.autograd.Function):
 def launches_of(function: Function, call: Call, dtype: torch.dtype) -> None:
     """Forward and backward of a call at its full size, on memory that nothing touches: with its seed, and without."""
     tensors, options = call.untouched_inputs(dtype)
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    leaves = leaves_of(call, tensors)
     with mock.patch.object(F, "linear", _Linear.apply):
         for more in (options, {name: x for name, x in options.items() if name != "seed"}):
             if "backward" in call.modes:

@@ -1,5 +1,6 @@
 """Modules with torch.nn's constructors and state_dict keys on our kernels, and models built from them."""
 
+from tileformer.decoder.export import to_ctranslate2
 from tileformer.decoder.generation import generate, stream
 from tileformer.decoder.generation.cache import KVCache
 from tileformer.decoder.heads import Classifier, Tagger
@@ -37,4 +38,5 @@ __all__ = [
     "load_matching",
     "revert",
     "stream",
+    "to_ctranslate2",
 ]

@@ -35,7 +35,8 @@ def to_ctranslate2(
     with ``beam_size=1``, and with ``beam_size=K, length_penalty=0`` beside ``num_beams=K, length_penalty=0.0``; both
     with ``disable_unk=True``, since padding is never chosen, and without a least length (``min_decoding_length=0`` or
     ``min_length=0``). Under another penalty beams can be others: `generate` divides by the length at each step,
-    CTranslate2 once a beam has ended. So can they be where `generate` keeps the greedy row, which K beams would lose.
+    CTranslate2 once a beam has ended. So can they be where `generate` keeps the greedy row, which K beams would lose;
+    and behind the shorter prompts of a batch, where a Generator's beams do not end at once: ``max_batch_size=1``.
 
     Args:
         folder: where to; made, and empty if it is there.
@@ -52,14 +53,18 @@ def to_ctranslate2(
         >>> ctranslate2.Translator("runs/ct2").translate_batch([["7", "9"]], **options)  # doctest: +SKIP
     """
     specs = optional_import("ctranslate2.specs")
+    if type(model) not in (Seq2Seq, DecoderLM):
+        raise ValueError(f"a Seq2Seq or a DecoderLM is written, got a {type(model).__name__}")
     config, folder = model.config.general(), Path(folder)
     for name, module in model.named_modules():
-        _check(name or "the model", module)
+        _check(name, module)
     vocabularies = {"target_tokens": _texts("target_tokens", target_tokens, config.vocab)}
     if isinstance(model, Seq2Seq):
         vocabularies["source_tokens"] = _texts("source_tokens", source_tokens, config.src_vocab)
         encoder, decoder = model.transformer.encoder, model.transformer.decoder
         layers = [*encoder.layers, *decoder.layers]
+        if encoder.norm is None or decoder.norm is None:
+            raise ValueError("a Seq2Seq needs a final norm in its encoder and its decoder to be written")
     elif source_tokens is not None:
         raise ValueError("source_tokens were given, and a DecoderLM has no source")
     else:
@@ -101,7 +106,7 @@ def _check(name: str, module: nn.Module) -> None:
     if kind not in _MODULES:
         raise ValueError(f"{name} is a {kind.__module__}.{kind.__name__}, which CTranslate2 has no counterpart of")
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        raise ValueError(f"{name} has a hook, which CTranslate2 would not call: remove it")
+        raise ValueError(f"{name} has a hook, or a forward of its own, which CTranslate2 would not call")
 
 
 def _texts(name: str, texts: Sequence[str] | None, size: int) -> list[str]:
@@ -114,15 +119,16 @@ def _texts(name: str, texts: Sequence[str] | None, size: int) -> list[str]:
 
 def _form(model: nn.Module, layers: list[Any]) -> tuple[int, str, bool, float]:
     """Heads, activation, whether the norm comes first, and its eps, which CTranslate2 has one of for all layers."""
-    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
-    forms = {(x.self_attn.num_heads, _ACTIVATIONS.get(x.activation), x.norm_first) for x in layers}
-    epsilons = {norm.eps for norm in norms}
-    if len(forms) > 1 or len(epsilons) > 1:
-        raise ValueError(f"CTranslate2 has one form for all layers, the model (heads, activation, norm first) {forms}")
+    forms = {(x.self_attn.num_heads, x.activation, x.norm_first) for x in layers}
+    epsilons = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    if len(forms) > 1:
+        raise ValueError(f"CTranslate2 has one form for all layers, these are (heads, activation, norm first) {forms}")
+    if len(epsilons) > 1:
+        raise ValueError(f"CTranslate2 has one eps for all norms, these have {epsilons}")
     heads, activation, norm_first = forms.pop()
-    if activation is None:
-        raise ValueError(f"activation {layers[0].activation} has no counterpart: build the model with relu or gelu")
-    return heads, activation, norm_first, epsilons.pop()
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation {activation} has no counterpart: it takes relu and gelu")
+    return heads, _ACTIVATIONS[activation], norm_first, epsilons.pop()
 
 
 def _fill(spec: Any, layers: Sequence[Any], norm: nn.Module, words: nn.Embedding, positions: nn.Embedding) -> None:

@@ -8,7 +8,7 @@ The short way asks torch for that, in named questions. A torch that does not ans
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -35,14 +35,16 @@ class RegisteredOp:
 registered: dict[str, RegisteredOp] = globals().get("registered", {})
 
 
-def register(launcher: Callable[P, R], fake: Callable[..., R]) -> Callable[P, R]:
+def register(launcher: Callable[P, R], fake: Callable[..., R], mutates: Sequence[str] = ()) -> Callable[P, R]:
     """Make `tileformer::<launcher's name>` from a typed function that returns new tensors; `fake` gives their shapes.
+
+    `mutates` names the arguments that it writes to.
 
     One implementation serves all devices: compiled on CUDA tensors, interpreted on CPU tensors. `Library.define` costs
     a fraction of `torch.library.custom_op` per call. Called again (a kernel's file is reloaded), the new one serves.
     """
     name = launcher.__name__
-    schema = torch.library.infer_schema(launcher, mutates_args=())
+    schema = torch.library.infer_schema(launcher, mutates_args=mutates)
     known = name in registered
     op = registered.setdefault(name, RegisteredOp())
     if not known or op.schema != schema:

@@ -132,6 +132,11 @@ class Call:
         return self.not_torch if backend == "torch" else ""
 
 
+def leaves_of(call: Call, tensors: Tensors) -> Tensors:
+    """The tensors, asking for a gradient where the op has one."""
+    return {name: x.requires_grad_(OPS[call.op].differentiable) for name, x in tensors.items()}
+
+
 def is_floating(x: Any) -> bool:
     """Whether x is a floating tensor."""
     return isinstance(x, Tensor) and x.is_floating_point()
@@ -168,5 +173,7 @@ def differentiate(
 def describe(op: str, name: str, reason: str, *shape: int, **more: Any) -> Call:
     """A call by its sizes in order (Op.axes); `more` are fields of Call, and what the op's `build` takes."""
     fields = {key: more.pop(key) for key in Call.__dataclass_fields__.keys() & more.keys()}
+    if not OPS[op].differentiable:
+        fields.setdefault("modes", MODES[:1])
     axes = next(names.split() for names in OPS[op].axes if len(names.split()) == len(shape))
     return Call(op, name, dict(zip(axes, shape, strict=True)), more, reason=reason, **fields)

@@ -28,6 +28,15 @@ def _poison_past_lengths(tensors: Tensors, options: Options) -> None:
         x.masked_fill_(torch.arange(x.shape[2])[:, None] >= options[lengths][:, None, None, None], number)
 
 
+def _poison_before_window(tensors: Tensors, options: Options) -> None:
+    """Of a page table's rows, the pages that no query can see: their slots, and what the table says."""
+    first = options["lengths"] - tensors["q"].shape[2] - options["window"][0]
+    gone = torch.arange(options["page_table"].shape[1]) * 16 + 15 < first[:, None]
+    for name in "kv":
+        tensors[name][options["page_table"][gone].long()] = NAN
+    options["page_table"].masked_fill_(gone, -1)
+
+
 def _calls(op: str, *usual: int, **options: Any) -> Callable[..., Call]:
     """`describe` for an op; a call that names no sizes has the usual ones."""
     return lambda name, reason, *shape, **more: describe(op, name, reason, *(shape or usual), **options | more)
@@ -38,6 +47,7 @@ def _qkv(layout: str, *more: str) -> dict[str, str]:
 
 
 _attention = _calls("attention", 1, 2, 2, 50, 70, 64, lse=True)
+_decode = _calls("decode_attention", 2, 4, 2, 1, 96, 64, lse=True)
 _layer_norm = _calls("layer_norm", 37, 128, params=AFFINE, axes=1)
 _rms_norm = _calls("rms_norm", 37, 128, params=("weight",), axes=1, eps=1e-6)
 _softmax, _log_softmax = _calls("softmax", 30, 64), _calls("log_softmax", 30, 64)
@@ -204,6 +214,38 @@ CASES = [
     _log_softmax("row of -inf", "in x itself: -inf, not NaN", edit=lambda t, o: t["x"][4].fill_(-INF),
                  not_torch="it hands the gradient of -inf on, as torch does", dtypes=TWO, suite=False),
     _log_softmax("odd strides", "a slice of wider rows", layouts=dict(x="padded", out="padded"), dtypes=BF, suite=False),
+
+    _decode("one token", "ragged lengths, grouped heads", quick=True),
+    _decode("full", "the capacity is full", lengths="full", lse=False, dtypes=BF),
+    _decode("empty", "a row that has ended", 3, 2, 2, 1, 70, 64, lengths="empty", dtypes=TWO),
+    _decode("several tokens", "causal among the new ones", 2, 4, 2, 5, 96, 64),
+    _decode("many splits", "one of them empty", 2, 2, 1, 1, 1600, 64, dtypes=TWO),
+    _decode("many splits, full", "of two rows of a group", 1, 2, 1, 2, 1024, 32, lengths="full", dtypes=BF, suite=False),
+    _decode("pages", "smaller than a tile", page=16, quick=True),
+    _decode("large pages", "a tile and more", 2, 4, 2, 3, 512, 64, page=128, dtypes=TWO),
+    _decode("odd pages", "no power of two", page=24, dtypes=BF, suite=False),
+    _decode("padded left", "rows that start late", starts=True, page=16, dtypes=BF),
+    _decode("beams of a source", "all read the same keys", beams=5, causal=False, dtypes=TWO),
+    _decode("beams", "words say who descends from a slot", beams=5, words=True),
+    _decode("beams, several tokens", "positions are of beams slots", 2, 2, 2, 3, 90, 64, beams=3, words=True, page=18, starts=True, dtypes=TWO),
+    _decode("32 beams", "every bit of a word", 1, 2, 1, 1, 96, 64, beams=32, words=True, dtypes=BF),
+    _decode("window", "keys before it are not read", 2, 4, 2, 3, 96, 64, window=(20, None), page=16, edit=_poison_before_window),
+    _decode("window of beams", "in tokens, of beams slots", 2, 2, 1, 2, 90, 64, window=9, beams=3, words=True, dtypes=TWO),
+    _decode("soft cap", "the bounded scores", softcap=2.0, dtypes=TWO),
+    _decode("bias", "broadcast over B, H and T_q, with -inf", bias="columns"),
+    _decode("bias of rows", "and a token that sees less", 2, 4, 2, 4, 96, 64, bias="full", beams=2, dtypes=TWO),
+    _decode("all of these", "", 2, 4, 2, 3, 96, 40, page=16, beams=3, words=True, starts=True, window=12, softcap=3.0, bias="full", scale=-0.3),
+    _decode("head size 40", "no power of two, and 8 mod 16", 2, 4, 2, 1, 96, 40, dv=24, dtypes=TWO),
+    _decode("head size 256", "the largest", 1, 2, 1, 1, 70, 256, page=0, dtypes=TWO),
+    _decode("one column", "D = 1", 2, 2, 1, 1, 50, 1, dtypes=BF, suite=False),
+    _decode("many rows", "of a group, more than a tile", 1, 48, 1, 3, 96, 64, dtypes=BF),
+    _decode("no slot", "a cache of no capacity", 2, 2, 2, 1, 0, 64, dtypes=BF),
+    _decode("no row", "nothing to launch", 0, 2, 2, 1, 64, 64, dtypes=BF, suite=False),
+    _decode("misaligned", "no 16-byte alignment", layouts=_qkv("offset"), dtypes=TWO, suite=False),
+    _decode("odd strides", "slices of wider rows", layouts=_qkv("padded"), dtypes=BF, suite=False),
+    _decode("far", "offsets beyond 2^31 elements", layouts=_qkv("far"), dtypes=BF, suite=False),
+    _decode("far rows", "slots a stride of 2^24 apart", 2, 2, 1, 1, 70, 64, layouts=dict(k="far rows", v="far rows"), dtypes=BF, suite=False),
+    _decode("far pages", "offsets beyond 2^31 elements", page=16, layouts=dict(k="far", v="far"), dtypes=BF, suite=False),
 
     _cross_entropy("mean", "ragged, ignored rows", ignored=5, quick=True),
     _cross_entropy("all options", "smoothing, class weights", ignored=5, weighted=True, label_smoothing=0.1),

@@ -44,6 +44,29 @@ def _attention_matrix() -> Iterator[Call]:
                 yield describe("attention", f"D {size} {feature}", "tile table", *shape, **fields | options)
 
 
+DECODE: dict[str, dict[str, Any]] = {
+    "contiguous": {},
+    "pages": dict(page=16),
+    "large pages": dict(page=128),
+    "beams": dict(beams=4, words=True),
+    "everything": dict(
+        page=16, beams=4, words=True, starts=True, window=100, softcap=30.0, bias="full", lengths="ragged"
+    ),
+    "many rows": dict(beams=32, causal=False),
+}
+
+
+def _decode_matrix() -> Iterator[Call]:
+    for size in HEAD_SIZES:
+        for feature, options in DECODE.items():
+            if feature not in ("contiguous", "pages") and size not in (64, 128, 256):
+                continue
+            for dtype in ("bf16", "fp32") if feature in ("contiguous", "pages", "many rows") else ("bf16",):
+                fields = dict(dtypes=(dtype,), quick=(size, dtype, feature) == (64, "bf16", "pages"))
+                shape = (1, 4, 2, 2 if feature == "everything" else 1, 512, size)
+                yield describe("decode_attention", f"D {size} {feature}", "tile table", *shape, **fields | options)
+
+
 def _row_matrix() -> Iterator[Call]:
     bf16: dict[str, Any] = dict(dtypes=("bf16",))
     for n in (128, 1024, 3072, 4096, 8192, 16384):
@@ -60,4 +83,4 @@ def _row_matrix() -> Iterator[Call]:
         yield describe("cross_entropy", f"V {classes}", "blocks of classes", 8, classes, **options, **bf16)
 
 
-MATRIX = [*_attention_matrix(), *_row_matrix()]
+MATRIX = [*_attention_matrix(), *_decode_matrix(), *_row_matrix()]

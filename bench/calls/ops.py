@@ -48,6 +48,7 @@ class Op:
     # Of (op, p, seed, a tensor of the dtype and device): (..., rows, columns) from the forward and from the backward,
     # 0 where an element is dropped and else what a 1 becomes. None for an op without dropout.
     draw: Callable[..., tuple[Tensor, Tensor]] | None = None
+    differentiable: bool = True  # whether it has a backward
 
 
 def _normal(generator: Generator, *shape: int) -> Tensor:
@@ -209,6 +210,86 @@ def _attention_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tup
     return out.detach(), n * dv.transpose(-1, -2)
 
 
+def _filled(kind: str, b: int, t_k: int, device: torch.device) -> Tensor:
+    """int32 (B,): "full", "ragged" (T_k to a quarter of it), "empty" (ragged, and the last has no key)."""
+    lengths = torch.linspace(t_k, t_k if kind == "full" else max(1, t_k // 4), b, device=device).int()
+    if kind == "empty":
+        lengths[-1] = 0
+    return lengths
+
+
+def paged(x: Tensor, table: Tensor, page: int) -> Tensor:
+    """A cache (B, H_kv, T_k, D) as pages (pages, page, H_kv, D), where the table says; NaN elsewhere."""
+    pages = x.new_full((table.numel() + 1, page, x.shape[1], x.shape[3]), math.nan)
+    pages[table.long()] = x.transpose(1, 2).unflatten(1, (-1, page))
+    return pages
+
+
+def _build_decode(
+    generator: Generator, sizes: Sizes, *, lengths: str = "ragged", page: int = 0, beams: int = 1, words: bool = False,
+    starts: bool = False, bias: str = "", dv: int = 0, lse: bool = False, **options: Any,
+) -> tuple[Tensors, Options]:  # fmt: skip
+    """q, k and v, with NaN in every slot that no query may read.
+
+    Args:
+        lengths: a kind of `_filled`.
+        page: slots of a page, which divides T_k; 0 for contiguous caches.
+        words: which beams descend from a slot, at random; every fifth slot is dead.
+        starts: the first fifth of each row is padding.
+        bias: "columns" (and -inf in some) or "full".
+    """
+    b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
+    device = generator.device
+    options |= dict(lengths=_filled(lengths, b, t_k, device), beams=beams)
+    slot = torch.arange(t_k, device=device)
+    read = slot < options["lengths"][:, None]
+    if starts:
+        options["starts"] = options["lengths"] // 5
+        read = read & (slot >= options["starts"][:, None])
+    if words:
+        drawn = torch.randint(1 << beams, (b, t_k), generator=generator, device=device)
+        options["descends"] = drawn.masked_fill(slot % 5 == 2, 0).int()
+        read = read & (options["descends"] != 0)
+    if bias:
+        shape = (t_k,) if bias == "columns" else (b * beams, h, t_q, t_k)
+        options["bias"] = _normal(generator, *shape).masked_fill(slot % 7 == 3, -math.inf)
+    if lse:
+        options["return_lse"] = True
+    tensors = dict(q=_normal(generator, b * beams, h, t_q, d))
+    unread = ~read[:, None, :, None]
+    for name, size in (("k", d), ("v", dv or d)):
+        tensors[name] = _normal(generator, b, h_kv, t_k, size).masked_fill(unread, math.nan)
+    if page:
+        table = torch.randperm(b * t_k // page, generator=generator, device=device).view(b, t_k // page)
+        tensors |= {name: paged(tensors[name], table, page) for name in "kv"}
+        unreached = torch.arange(t_k // page, device=device) * page >= options["lengths"][:, None]
+        options["page_table"] = table.masked_fill(unreached, -1).int()
+    return tensors, options
+
+
+def _decode_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """q and the filled slots -> out; of pages no more than that."""
+    b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
+    rows, slots = (
+        b * options.get("beams", 1) * h * t_q,
+        _filled(options.get("lengths", "ragged"), b, t_k, torch.device("cpu")),
+    )
+    pairs = int(slots.sum()) * rows // b
+    return Cost((item * (2 * rows * d + 2 * h_kv * d * int(slots.sum())), 0), (4 * pairs * d, 0))
+
+
+def _decode_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
+    """The weights times |v|; a score adds up |q| |k|."""
+    q, k, v = (tensors[name] for name in "qkv")
+    weighed = reference.decode_attention(q, k, v.abs(), **(options | dict(return_lse=False)))
+    bias, scale = options.get("bias"), options.get("scale")
+    largest = options | dict(
+        return_lse=True, softcap=None, scale=None if scale is None else abs(scale),
+        bias=None if bias is None else torch.where(bias.isfinite(), bias.abs(), bias),
+    )  # fmt: skip
+    return dict(out=weighed, lse=reference.decode_attention(q.abs(), k.abs(), v, **largest)[1])
+
+
 def _build_rows(
     generator: Generator, sizes: Sizes, *, params: tuple[str, ...] = (), mask: str = "", axes: int = 0, **options: Any
 ) -> tuple[Tensors, Options]:
@@ -345,6 +426,9 @@ OPS = {
             **tensors, **options, out=results["out"], dout=grads["out"], dlse=grads.get("lse")
         ),
         _attention_draw,
+    ),
+    "decode_attention": Op(
+        ("B H H_kv T_q T_k D",), _build_decode, _decode_cost, _decode_error_sizes, differentiable=False
     ),
     "layer_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=True)),
     "rms_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=False)),

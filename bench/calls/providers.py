@@ -344,6 +344,17 @@ def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
     return run
 
 
+def _ours_decode(call: Call) -> Function:
+    return function_of(kernels, call.op)
+
+
+def _sdpa_decode(call: Call) -> Function:
+    """What torch offers for a step over a cache that is full: it has neither lengths nor pages."""
+    limits = {"has no pages": "page" in call.options, "has no beams": "beams" in call.options}
+    _refuse(limits | {"has no lengths": call.options.get("lengths") != "full"})
+    return lambda t, o: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], enable_gqa=True)
+
+
 def _torch(eager: Function) -> dict[str, Provider]:
     """The providers that every op has: ours, PyTorch's own operators, and what torch.compile makes of them."""
     ours = lambda call: function_of(kernels, call.op)  # noqa: E731
@@ -367,6 +378,7 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
         "fla": _peer("fla.ops.attn", lambda p, t, o: p.parallel_attn(*_heads_last(t)).transpose(1, 2),
                      *_NO_MASKS, "has no dropout", "is causal only", heads_last=True),
     },
+    "decode_attention": {OURS: _ours_decode, "eager": reference, "sdpa": _sdpa_decode},
     "layer_norm": _torch(lambda t, o: F.layer_norm(t["x"], o["normalized_shape"], t["weight"], t["bias"], o["eps"]))
     | {
         "liger": _peer("liger_kernel.ops.layer_norm",

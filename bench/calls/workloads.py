@@ -29,6 +29,25 @@ def _attention_workloads() -> list[Call]:
     return calls
 
 
+def _decode_workloads() -> list[Call]:
+    calls = []
+    for d in (64, 128):
+        for kind, options in (("contiguous", {}), ("pages", dict(page=16))):
+            for t in (1024, 4096, 16384):
+                shape = (16, 2048 // d, 256 // d, 1, t, d)
+                calls.append(
+                    describe(
+                        "decode_attention", f"D {d} {kind} T {t}", "", *shape, axis="T_k", lengths="full", **options
+                    )
+                )
+        calls.append(describe("decode_attention", f"D {d} one row", "", 1, 8, 8, 1, 4096, d, lengths="full"))
+        calls.append(describe("decode_attention", f"D {d} ragged pages", "", 16, 16, 2, 1, 8192, d, page=64))
+        calls.append(
+            describe("decode_attention", f"D {d} beams", "", 4, 8, 8, 1, 4096, d, beams=4, words=True, lengths="full")
+        )
+    return calls
+
+
 def _row_workloads() -> list[Call]:
     def sweep(op: str, name: str, axis: str, elements: int, *widths: int, **options: Any) -> list[Call]:
         return [describe(op, f"{name} {axis} {n}", "", elements // n // 8 * 8, n, axis=axis, **options) for n in widths]
@@ -52,6 +71,7 @@ def _layer(name: str, dropout: float = 0.0, **options: Any) -> Call:
 
 WORKLOADS = [
     *_attention_workloads(),
+    *_decode_workloads(),
     *_row_workloads(),
     _layer("C 1024"),
     _layer("C 1024 padded", padding="quarter"),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tileformer import arguments, kernels
 from tileformer.bench import ahead
-from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Call, differentiate, function_of, is_floating
+from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Call, differentiate, function_of, is_floating, leaves_of
 from tileformer.bench.calls.cases import CASES, DRAWS
 from tileformer.bench.calls.matrix import MATRIX
 from tileformer.bench.calls.ops import OPS, Tensors, largest
@@ -62,7 +62,7 @@ def results_of(
         return value if memory is None else memory.place(value, x, FAR_AXIS.get(call.layouts.get(name, "")))
 
     leaves, options = ({name: put(name, x) for name, x in named.items()} for named in call.inputs(dtype=rounded))
-    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    leaves = leaves_of(call, leaves)
     generator = torch.Generator().manual_seed(1)
 
     def grad_output(name: str, x: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from tileformer import arguments
 from tileformer.bench.tables import Column, Growing, as_json, head, line
-from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate, revert
-from tileformer.decoder.export import to_ctranslate2
+from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate, revert, to_ctranslate2
 from tileformer.extras import optional_import
 
 OURS, NEW_TOKENS, QUICK_TOKENS = "tileformer", 128, 8

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.calls import Call, Tensors
+from tileformer.bench.calls import Call, Tensors, leaves_of
 from tileformer.bench.calls.matrix import MATRIX
 from tileformer.bench.calls.providers import OURS, providers
 from tileformer.bench.calls.workloads import WORKLOADS
@@ -52,7 +52,7 @@ class Run:
 def run(provider: str, call: Call, arch: int, count: traffic.Counter | None = None, choose: Any = None) -> Run:
     """Forward and backward of a workload. With `count`, each launch is also interpreted under it, on real numbers."""
     tensors, options = call.inputs("cpu", DTYPE) if count else call.untouched_inputs(DTYPE)
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    leaves = leaves_of(call, tensors)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(warnings.catch_warnings())

@@ -4,6 +4,7 @@ The calls of bench/calls/matrix.py go through the public ops, so tiles are those
 no register spills (its stack is empty), its shared memory fits, and its 16-bit dots became tensor-core instructions.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import triton
 
 from tileformer import kernels
-from tileformer.bench.calls import DTYPES, Call, differentiate, function_of
+from tileformer.bench.calls import DTYPES, Call, differentiate, function_of, leaves_of
 from tileformer.bench.recording import ARCHITECTURES, SHARED, record
 from tileformer.bench.static.figures import exact
 from tileformer.bench.tables import Column, Growing, as_json, head, line, printer
@@ -65,7 +66,7 @@ def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dic
     Forward and backward are compiled for sm_`arch`; nothing runs.
     """
     tensors, options = call.inputs(dtype=DTYPES[dtype])
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    leaves = leaves_of(call, tensors)
     of_a_sum = lambda _, x: x.new_ones(()).expand(x.shape)  # noqa: E731
     with record(arch) as launches, kernels.use_backend("triton"), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*does not fit this device")  # a table's first tile has to fit
@@ -77,7 +78,7 @@ def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dic
         seen.add(binary.cubin)
         figures = exact(launch)
         allowed = _allowed_stack(call, dtype, arch, binary.name)
-        wants_dots = call.op == "attention" and dtype != "fp32" and "bounds" not in binary.name
+        wants_dots = "attention" in call.op and dtype != "fp32" and not re.search("bounds|merge", binary.name)
         problem = ""
         if figures["stack"] > allowed:
             problem = f"spills: {figures['stack']} bytes of stack, {allowed} allowed"

@@ -313,15 +313,21 @@ def valid_keys(cols, first, last, key_mask_ptr, F: tl.constexpr):
 
 
 @triton.jit
+def soft_cap(s, softcap):
+    """Capped base-2 scores, and the tanh."""
+    x = s / (softcap * LOG2E)
+    y = x * x
+    near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))  # where the quotient cancels
+    t = tl.where(y < 0.0625, near, 2 / (1 + tl.exp2(x * (-2 * LOG2E))) - 1)
+    return t * (softcap * LOG2E), t
+
+
+@triton.jit
 def softcap_and_alibi(s, rows, cols, shift, slope, softcap, F: tl.constexpr):
     """Scaled base-2 scores after the soft cap (t = tanh, for its derivative) and the linear bias."""
     t = s
     if F.SOFTCAP:
-        x = s / (softcap * LOG2E)
-        y = x * x
-        near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))  # where the quotient cancels
-        t = tl.where(y < 0.0625, near, 2 / (1 + tl.exp2(x * (-2 * LOG2E))) - 1)
-        s = t * (softcap * LOG2E)
+        s, t = soft_cap(s, softcap)
     if F.ALIBI:
         s -= slope * tl.abs((rows + shift - cols).to(s.dtype))
     return s, t
