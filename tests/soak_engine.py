@@ -27,7 +27,7 @@ from tileformer.decoder.generation.options import Options
 VOCABULARY, LONGEST, CHECKED, POINTS = 40, 128, 50, 20
 MARGIN = 4.0  # MiB
 SLOTS, PAGES = 24, 40  # pages for about a third of the slots' longest sequences
-KINDS = "eos length stop cancelled error".split()
+KINDS = ["eos", "length", "stop", "cancelled", "error"]
 
 
 def soak_module() -> Any:
@@ -97,7 +97,7 @@ class Traffic:
             self.wrong.append(f"{event} of a sequence that has ended, or never was")
             return
         prompt, options, length, tokens = self.open[event.id]
-        tokens += [event.token] * (event.token is not None)
+        tokens += [] if event.token is None else [event.token]
         if event.reason is None:
             return
         del self.open[event.id]
@@ -142,7 +142,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    traffic, held, points, begun = Traffic(args.sequences, args.seed), soak_module().held, [], time.process_time()
+    traffic, held, begun = Traffic(args.sequences, args.seed), soak_module().held, time.process_time()
+    points: list[dict[str, Any]] = []
     print("    ended  resident MiB  malloc MiB  Python blocks", flush=True)
     while traffic.run():
         ended = sum(traffic.ends.values())

@@ -163,9 +163,8 @@ def test_the_youngest_waits_again_when_pages_run_out() -> None:
 
     engine = Engine(model("lm"), slots=3, pages=6)
     ids = [engine.add(drawn(i, 10), options(i), max_length=70) for i in range(3)]
-    events = []
-    while engine.preemptions == 0:
-        events += engine.step()
+    events = [event for _ in range(24) for event in engine.step()]
+    assert engine.preemptions == 1
     assert [engine.sequences[number].slot is not None for number in ids] == [True, True, False]
     events += engine.run()
     assert [event.id for event in events if event.reason] == ids
@@ -210,6 +209,52 @@ def test_prompts_that_begin_alike_share_pages() -> None:
     engine.add([*SHARED, 3, 4, 7])  # whoever read it has gone
     engine.step()
     assert m.read_tokens == 43 - 32
+
+
+VARIOUS: list[dict[str, Any]] = [
+    dict(temperature=1.5, top_p=0.9, seed=3),
+    dict(repetition_penalty=1.3, no_repeat_ngram_size=2),
+    dict(forced_prefix_ids=[7, 8], temperature=2.0, seed=4),
+    dict(stop_strings="1", decode=lambda ids: " ".join(map(str, ids)), temperature=2.0, seed=5),
+    dict(forced_eos_token_id=2, bad_words_ids=[[2]], presence_penalty=0.5),
+    dict(min_new_tokens=6, temperature=2.0, seed=1),
+    dict(adjust=lambda tokens, scores: scores.masked_fill(torch.arange(V) % 2 == tokens[:, -1:] % 2, -torch.inf)),
+    dict(forced_tokens=[(0, 5), (2, 9)], temperature=1.0, min_p=0.1, seed=6),
+    dict(bad_words_ids=[[i] for i in range(V) if i != 0 and i > 4], min_new_tokens=24, bitmask=lambda new: mask(new)),
+]
+
+
+def mask(new: torch.Tensor) -> torch.Tensor:
+    """Two tokens may come, and then none."""
+    return torch.full((len(new), 1), 0b11000 if new.shape[1] < 2 else 0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("kind, how", [("lm", "slots"), ("lm", "few pages"), ("pair", "pages")])
+def test_options_are_those_of_generate(kind: str, how: str) -> None:
+    """Also when every few steps all is read anew."""
+    m, engine = model(kind), Engine(model(kind), **HOW[how])
+    ids = [engine.add(prompt, Options(**o), max_length=24) for prompt, o in zip(PROMPTS, VARIOUS, strict=False)]
+    events: list[Event] = []
+    while engine.sequences:
+        events += engine.step()
+        if len(events) % 7 == 0:
+            engine._start_over()
+    found = told(events)
+    for number, prompt, o in zip(ids, PROMPTS, VARIOUS, strict=False):
+        expected = generate(m, torch.tensor([prompt]), 24, options=Options(**o))[0].tolist()
+        assert found[number][:-1] == [x for x in expected if x], o
+        if "stop_strings" in o or "bitmask" in o:
+            assert found[number][-1] == "stop"
+    engine = Engine(m, slots=1, capacity=20)  # the last token is known to be the last
+    engine.add([3, 4, 5], Options(forced_eos_token_id=2, bad_words_ids=[[2]]))
+    assert [(event.token, event.reason) for event in engine.run()][-1] == (2, "eos")
+    with pytest.raises(ValueError, match="pass no beams, n_best or generator"):
+        engine.add([3], Options(num_beams=2))
+    torch.manual_seed(0)
+    for _ in range(2):
+        engine.add([3, 4], Options(temperature=2.0), max_length=9)
+    first, second = told(engine.run()).values()
+    assert first != second
 
 
 class Rows:
@@ -392,14 +437,15 @@ def fail() -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("kind, after", [("lm", 8), ("pair", 17), ("lm", 33), ("pair", 50)])
-@pytest.mark.parametrize("what", [interrupt, fail])
-def test_what_stops_a_step_loses_nothing(kind: str, after: int, what: Any, how: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "kind, after, what", [("lm", 8, "Ctrl-C"), ("pair", 17, "error"), ("lm", 33, "error"), ("pair", 50, "Ctrl-C")]
+)
+def test_what_stops_a_step_loses_nothing(kind: str, after: int, what: str, how: str, monkeypatch: Any) -> None:
     """Ctrl-C, or an error, in the middle of the model's layers: the next step goes on with the same tokens."""
     expected, m = alone(kind), model(kind)
     engine = Engine(m, **HOW[how])
     ids = add_all(engine)
-    tick = raise_once(after, what)
+    tick = raise_once(after, interrupt if what == "Ctrl-C" else fail)
     real = torch.nn.functional.layer_norm
 
     def layer_norm(*args: Any) -> torch.Tensor:

@@ -137,7 +137,7 @@ def expected_shares(m: Table, options: Options, last: int, steps: int) -> dict[t
     if options.top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(options.top_k).values[:, -1:], -torch.inf)
     p = logits.softmax(-1)
-    found = {(): 1.0}
+    found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(steps):
         longer: dict[tuple[int, ...], float] = {}
         for line, share in found.items():

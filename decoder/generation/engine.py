@@ -44,7 +44,8 @@ class _Sequence:
 
     def restart(self) -> None:
         """Choose as if nothing had been chosen: what was begun may have been interrupted."""
-        self.slot, self.adjuster, options = None, None, self.batch.options
+        self.adjuster: Any = None
+        self.slot, options = None, self.batch.options
         self.sampler = Sampler(options, 1, self.batch.tokens.device) if options.samples else None
         self.is_plain = not (options.samples or options.constrains)
 
@@ -53,15 +54,17 @@ class _Sequence:
         step = len(self.tokens) - self.prompt
         if self.adjuster is None and self.batch.options.constrains:
             self.adjuster = self.batch.adjuster(logits)
-            for token in self.tokens[self.prompt :]:
-                self.adjuster.append(torch.tensor([token]))
+            for chosen in self.tokens[self.prompt :]:
+                self.adjuster.append(self.batch.tokens.new_tensor([chosen]))
         scores = logits if self.adjuster is None else self.adjuster(logits, step)
-        best, token = scores.max(-1) if self.sampler is None else self.sampler(scores, step + len(self.batch.prefix))
+        best, token = scores.max(-1)
         if best.isnan() or best == float("inf"):
             raise FloatingPointError("the options leave scores that are not finite")
+        if best == float("-inf"):
+            return None, "stop"
+        if self.sampler is not None:
+            _, token = self.sampler(scores, step + len(self.batch.prefix))
         if self.adjuster is not None:
-            if best == (float("-inf") if self.sampler is None else self.sampler.least):
-                return None, "stop"
             self.adjuster.append(token)
             if self.batch.options.stop_strings and self.adjuster.stopped()[0]:
                 return int(token), "stop"
@@ -86,6 +89,7 @@ class Engine:
     Whatever is raised out of `step`, a Ctrl-C too, leaves the engine whole: the sequences stand as after the step
     before, and the next step reads their tokens anew. What belongs to one sequence alone is not raised but ends it with
     an "error" event: prompts that the model refuses, logits that are not finite, exceptions of its options' functions.
+    The model's weights must stay as they are: what was read of a prompt is kept for the next one that begins like it.
 
     Example:
         >>> from tileformer.decoder import DecoderLM, DecoderLMConfig
@@ -155,6 +159,7 @@ class Engine:
                 f"{length} tokens and up to {batch.steps} new ones do not fit the engine's capacity of "
                 f"{self.capacity}: shorten them, or give it more{'' if self.pool is None else ' pages'}"
             )
+        batch.steps = limit - length
         self._last_id += 1
         self.sequences[self._last_id] = _Sequence(self._last_id, batch, limit)
         heapq.heappush(self._waiting, self._last_id)
@@ -291,11 +296,9 @@ class Engine:
     def _insert(self, sequence: _Sequence, row: Any) -> None:
         slot = self._free.pop()
         if self.state is None:  # a state of all slots is the first row's, so often
-            self.state = row
-            row.select(torch.zeros(self.slots, dtype=torch.int64, device=self.device))
-            row.release(
-                torch.tensor([i for i in range(self.slots) if i != slot], dtype=torch.int64, device=self.device)
-            )
+            self.state, slots = row, torch.arange(self.slots, device=self.device)
+            row.select(torch.zeros_like(slots))
+            row.release(slots[slots != slot])
         else:
             self.state.insert(torch.tensor([slot], device=self.device), row)
         sequence.slot = slot

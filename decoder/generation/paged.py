@@ -263,9 +263,9 @@ class PagedCache:
         self.step = getattr(other, "step", None)
         self._place(slots.tolist(), pages, counts)
         mine = self.starts or [x.new_full((len(self.counts), *x.shape[1:]), x.dtype == torch.bool) for x in starts]
-        for i, (own, new) in enumerate(zip(mine, starts, strict=True)):
-            width = max(own.shape[_time(own)], new.shape[_time(new)])
-            mine[i] = _widened(own, width)
+        for i, (x, new) in enumerate(zip(mine, starts, strict=True)):
+            width = max(x.shape[_time(x)], new.shape[_time(new)])
+            mine[i] = _widened(x, width)
             mine[i][slots] = _widened(new, width)
         self.inputs = inputs
         self._begin_with(mine)

@@ -90,10 +90,10 @@ class _Choice:
     def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities (..., V) of the tokens that may be chosen, all of it one token's where none is drawn."""
         scores = logits.flatten(0, -2).index_fill(1, self.pad, float("-inf"))
-        shares, ids = torch.ones_like(scores[:, :1]), scores.argmax(-1, keepdim=True)
-        if self.options.samples:
-            shares, ids = candidates(scores, self.options)
-            shares = shares / shares.sum(-1, keepdim=True)
+        if not self.options.samples:
+            return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1.0).view(logits.shape)
+        shares, ids = candidates(scores, self.options)
+        shares = shares / shares.sum(-1, keepdim=True)
         if ids is not None:
             shares = torch.zeros_like(scores, dtype=shares.dtype).scatter_(1, ids, shares)
         return shares.view(logits.shape)
@@ -211,8 +211,7 @@ def _verified(
     p, (rows, n) = choice.distribution(logits), drafted.shape
     if q is None:
         q = torch.zeros_like(p[:, :n]).scatter_(-1, drafted[..., None], 1.0)
-    u = [choice.uniform(positions + i, 1, purpose=2) for i in range(n)]
-    u = torch.cat(u, 1) if n else q.new_empty(rows, 0)
+    u = torch.cat([q.new_empty(rows, 0), *(choice.uniform(positions + i, 1, purpose=2) for i in range(n))], 1)
     agrees = u * q.gather(-1, drafted[..., None])[..., 0] < p[:, :n].gather(-1, drafted[..., None])[..., 0]
     kept = agrees.int().cumprod(1).sum(1)
     row = torch.arange(rows, device=kept.device)
