@@ -1,8 +1,10 @@
 """Modules with torch.nn's constructors and state_dict keys on our kernels, and models built from them."""
 
 from tileformer.decoder.export import to_ctranslate2
-from tileformer.decoder.generation import generate, stream
+from tileformer.decoder.generation import Options, generate, stream
 from tileformer.decoder.generation.cache import KVCache
+from tileformer.decoder.generation.engine import Engine, Event
+from tileformer.decoder.generation.speculative import generate_speculatively
 from tileformer.decoder.heads import Classifier, Tagger
 from tileformer.decoder.loading import LoadReport, common_rows, load_matching
 from tileformer.decoder.model import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig
@@ -17,11 +19,14 @@ __all__ = [
     "CrossEntropyLoss",
     "DecoderLM",
     "DecoderLMConfig",
+    "Engine",
+    "Event",
     "KVCache",
     "LoadReport",
     "LayerNorm",
     "LogSoftmax",
     "MultiheadAttention",
+    "Options",
     "RMSNorm",
     "Seq2Seq",
     "Seq2SeqConfig",
@@ -35,6 +40,7 @@ __all__ = [
     "common_rows",
     "convert",
     "generate",
+    "generate_speculatively",
     "load_matching",
     "revert",
     "stream",

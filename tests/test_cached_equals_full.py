@@ -17,7 +17,6 @@ from tileformer.decoder.generation.state import align_prompts
 from tileformer.kernels import use_backend
 
 
-
 class Under:
     """A model that decodes under a backend."""
 
