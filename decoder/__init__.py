@@ -4,6 +4,7 @@ from tileformer.decoder.export import to_ctranslate2
 from tileformer.decoder.generation import Options, generate, stream
 from tileformer.decoder.generation.cache import KVCache
 from tileformer.decoder.generation.engine import Engine, Event
+from tileformer.decoder.generation.incremental import incremental
 from tileformer.decoder.generation.speculative import generate_speculatively
 from tileformer.decoder.heads import Classifier, Tagger
 from tileformer.decoder.loading import LoadReport, common_rows, load_matching
@@ -41,6 +42,7 @@ __all__ = [
     "convert",
     "generate",
     "generate_speculatively",
+    "incremental",
     "load_matching",
     "revert",
     "stream",

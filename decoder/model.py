@@ -101,7 +101,7 @@ def _check_config(config: Any, counts: tuple[str, ...], **vocabularies: int) -> 
 
 
 _OUT_PROJECTION = nn.modules.linear.NonDynamicallyQuantizableLinear
-_KNOWN = frozenset(
+KNOWN = frozenset(
     (Attention, Block, MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer, LayerNorm, Dropout)
     + (Stack, TransformerDecoder, TransformerEncoder, nn.ModuleList)
     + (nn.LayerNorm, nn.Dropout, nn.Linear, nn.Embedding, _OUT_PROJECTION)
@@ -118,7 +118,7 @@ class Model(Decoding, nn.Module):
 
     dropout: Dropout
     conditioned = False  # whether `generate` is handed a source
-    known_modules = _KNOWN
+    known_modules = KNOWN
 
     def __init__(self, config: DecoderLMConfig | Seq2SeqConfig) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class DecoderLM(Model):
     def parts(self) -> Parts:
         layers = [self.layers[i if len(self.layers) > 1 else 0] for i in range(self.num_layers)]
         modules = (self.layers, self.norm, self.embedding, self.position, self.dropout)
-        return Parts(self.embedding, self.position, layers, self.norm, self.config.d_model**0.5, modules)
+        return Parts(layers, self.norm, modules, self.embedding, self.position, self.config.d_model**0.5)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is not None:
@@ -378,7 +378,7 @@ class Seq2Seq(Model):
     def _side(self, stack: Any, words: nn.Embedding, positions: nn.Embedding, encoder: Parts | None = None) -> Parts:
         modules = (stack, words, positions, self.dropout)
         layers, norm = list(getattr(stack, "layers", ())), getattr(stack, "norm", None)
-        return Parts(words, positions, layers, norm, self.config.d_model**0.5, modules, encoder)
+        return Parts(layers, norm, modules, words, positions, self.config.d_model**0.5, encoder)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is None:

@@ -50,6 +50,7 @@ class Norm(NamedTuple):
 class Layer(NamedTuple):
     """What a step needs of one layer; ``source_q`` and ``source_out`` where it attends to a source."""
 
+    norm_first: bool
     norms: tuple[Norm, ...]
     qkv: Linear
     out: Linear
@@ -62,15 +63,18 @@ class Layer(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The modules of a model that take part in a step. ``scale`` is that of the embeddings."""
+    """The modules of a model that take part in a step. ``scale`` is that of the embeddings; or ``embed`` gives rows
+    (R, n, C) of tokens and positions (R, n), and ``project`` the logits (rows, V) of rows (rows, C)."""
 
-    embedding: nn.Embedding
-    position: nn.Embedding
     layers: list[Any]  # a shared one several times
     norm: nn.Module | None
-    scale: float
     modules: tuple[nn.Module, ...]  # all that take part, or hold what does
+    embedding: Any = None
+    position: Any = None
+    scale: float = 1.0
     encoder: Parts | None = None
+    embed: Any = None
+    project: Any = None
 
 
 class PackedStep:
@@ -88,11 +92,14 @@ class PackedStep:
         packed = dict(zip(layers, self._gather(layers), strict=True))
         self.layers = [packed[layer] for layer in parts.layers]
         self.norm = None if parts.norm is None else _norm(parts.norm)
-        self.norm_first = bool(layers[0].norm_first)
-        self.words, self.scale = parts.embedding.weight.detach(), parts.scale
-        # wide, because a sum of two halves is rounded once
-        self.positions = parts.position.weight.detach().to(_wide(self.words)) * self.scale
-        self.project = Linear(self.words.t(), None)
+        self.embed, self.project = parts.embed, parts.project
+        if self.embed is None:
+            self.embed = self._embed
+            self.words, self.scale = parts.embedding.weight.detach(), parts.scale
+            # wide, because a sum of two halves is rounded once
+            self.positions = parts.position.weight.detach().to(_wide(self.words)) * self.scale
+            self.project = Linear(self.words.t(), None)
+        self.like = layers[0].linear1.weight.detach()  # of the step's dtype, on its device
         first = layers[0].self_attn
         self.shape = (len(self.layers), first.num_heads, first.head_dim)
         self.versions = _versions(parts)
@@ -104,8 +111,11 @@ class PackedStep:
         compared by one row as well."""
         if self.versions != _versions(parts):
             return False
-        position = parts.position.weight.detach()[0].to(self.positions.dtype) * self.scale
-        return torch.equal(position, self.positions[0]) and all(torch.equal(y[:, 0], w[0]) for w, y in self.copies)
+        if parts.embed is None:
+            position = parts.position.weight.detach()[0].to(self.positions.dtype) * self.scale
+            if not torch.equal(position, self.positions[0]):
+                return False
+        return all(torch.equal(y[:, 0], w[0]) for w, y in self.copies)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, state: Any, last: Tensor | None = None) -> Tensor:
@@ -116,31 +126,32 @@ class PackedStep:
 
     def _logits(self, tokens: Tensor, state: Any, last: Tensor | None = None) -> Tensor:
         R, n = tokens.shape
+        x = self.embed(tokens, state.begin(n)).flatten(0, -2)
         with torch.inference_mode():
-            x = self.rows(tokens, state)
+            x = self._rows(x, state)
+            state.advance(n)
             if last is not None:
                 x = x.view(R, n, x.shape[1])[torch.arange(R, device=x.device), last]
             x = x if self.norm is None else self.norm(x)
         logits = self.project(x)  # outside: who adjusts logits in place cannot do it to an inference tensor
         return logits if last is not None else logits.view(R, n, logits.shape[1])
 
-    def rows(self, tokens: Tensor, state: Any) -> Tensor:
-        """What the last layer gives, (R * n, C), before the final norm."""
+    def _embed(self, tokens: Tensor, at: int | Tensor) -> Tensor:
         R, n = tokens.shape
-        at = state.begin(n)
         if isinstance(at, int):
             x = self.positions[at : at + n]
             x = x if n == 1 else x.repeat(R, 1)
         else:
             x = F.embedding(at.flatten(), self.positions)
-        x = torch.add(x, F.embedding(tokens.flatten(), self.words), alpha=self.scale).to(self.words.dtype)
+        return torch.add(x, F.embedding(tokens.flatten(), self.words), alpha=self.scale).to(self.words.dtype)
+
+    def _rows(self, x: Tensor, state: Any) -> Tensor:
         for i, layer in enumerate(self.layers):
             x = self._layer(i, layer, x, state)
-        state.advance(n)
         return x
 
     def _layer(self, i: int, layer: Layer, x: Tensor, state: Any) -> Tensor:
-        norms, first = layer.norms, self.norm_first
+        first, norms = layer.norm_first, layer.norms
         x = layer.out(state.attend(i, layer.qkv(norms[0](x) if first else x))).add_(x)
         x = x if first else norms[0](x)
         if layer.source_q is not None and layer.source_out is not None:
@@ -149,10 +160,25 @@ class PackedStep:
         x = layer.down(layer.activation(layer.up(norms[-1](x) if first else x))).add_(x)
         return x if first else norms[-1](x)
 
+    def start(
+        self, tokens: Tensor, lengths: Tensor, shortest: int, capacity: int, keys: Any, padding: Any, beams: int
+    ) -> tuple[Tensor, StaticCache]:
+        """`Decodable.start` for aligned prompts of ``lengths`` (B,), and what `source` made of a source."""
+        host = choose("decode_attention", self.like) == "torch" and self.like.device.type == "cpu"
+        state = (StaticCache if host else DeviceCache)(self.shape, len(tokens), capacity, self.like, keys, padding)
+        state.step = self
+        logits = self(tokens, state, last=lengths - 1)
+        if shortest < tokens.shape[1]:
+            state.set_lengths(lengths)
+        if beams > 1:
+            state.branch(beams, capacity - shortest)  # a short prompt has more room behind it
+            logits = logits.repeat_interleave(beams, 0)
+        return logits, state
+
     @torch.no_grad()
     def encode(self, source: Tensor, padding: Tensor) -> Tensor:
         """Memory (B * T, C) of ``source`` (B, T), whose ``padding`` (B, T) is True where there is no token."""
-        x = self.rows(source, SourceRows(self.shape, padding))
+        x = self._rows(self._embed(source, 0), SourceRows(self.shape, padding))
         return x if self.norm is None else self.norm(x)
 
     def source(self, memory: Tensor, padding: Tensor) -> list[Tensor]:
@@ -177,6 +203,7 @@ class PackedStep:
             linears["qkv"] = self._linear(own.in_proj_weight, own.in_proj_bias)
         return [
             Layer(
+                bool(x.norm_first),
                 tuple(_norm(m) for name in ("norm1", "norm2", "norm3") if (m := getattr(x, name, None)) is not None),
                 linears["qkv"],
                 linears["out"],
@@ -250,7 +277,7 @@ def why_not_packed(parts: Parts, known: frozenset[type]) -> str | None:
             module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn
         ):
             return "an attention projects keys of another width, or adds keys of its own"
-    weight = parts.embedding.weight
+    weight = parts.layers[0].linear1.weight
     if weight.device.type == "cpu" and weight.dtype not in (torch.float32, torch.float64):
         return f"on the CPU {weight.dtype} is computed wider and rounded once, by the modules"
     recording = torch.is_grad_enabled()
@@ -352,26 +379,13 @@ class Decoding:
         parts = self.parts()
         step = packed_step(self, parts)
         keys, padding = None, None
-        if (
-            parts.encoder is not None
-            and source is not None
-            and why_not_packed(parts.encoder, self.known_modules) is None
-        ):
+        if parts.encoder and source is not None and why_not_packed(parts.encoder, self.known_modules) is None:
             self._check_source(source)
             padding = source == self.pad_id
             keys = step.source(packed_step(self, parts.encoder, "encoder").encode(source, padding), padding)
         elif inputs := self.inputs_of(source):
             keys, padding = step.source(inputs[0].flatten(0, 1), inputs[1]), inputs[1]
-        host = choose("decode_attention", step.words) == "torch" and step.words.device.type == "cpu"
-        state = (StaticCache if host else DeviceCache)(step.shape, len(tokens), capacity, step.words, keys, padding)
-        state.step = step
-        logits = step(tokens, state, last=lengths - 1)
-        if shortest < tokens.shape[1]:
-            state.set_lengths(lengths)
-        if beams > 1:
-            state.branch(beams, capacity - shortest)  # a short prompt has more room behind it
-            logits = logits.repeat_interleave(beams, 0)
-        return logits, state
+        return step.start(tokens, lengths, shortest, capacity, keys, padding, beams)
 
     def _why_modules(self) -> str | None:
         for cls in type(self).__mro__:

@@ -65,6 +65,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/heads": "test_decoder_heads",
     "decoder/generation/step": "test_decoder_step test_decoder_generation test_decoder_decodable test_cached_equals_full",
     "decoder/generation/static": "test_decoder_step test_decoder_generation test_cached_equals_full",
+    "decoder/generation/incremental": "test_decoder_incremental",
     "decoder/generation/device": "test_decoder_step test_cached_equals_full",
     "decoder/generation/cache": "test_decoder_decodable test_decoder_seq2seq test_decoder_modules test_decoder_generation",
     "decoder/generation/state": "test_decoder_decodable test_decoder_generation",
