@@ -69,6 +69,17 @@ def test_bytes_are_those_of_the_tensors(workload):
         unread = 2 * item * int((~options["key_mask"]).sum()) * workload.sizes["H_kv"] * workload.sizes["D"]
     if workload.op == "softmax" and "causal" in options:
         unread = item * int((~seen(workload, options)).sum())
+    if workload.op == "decode_attention":  # of the caches, what is filled
+        slots, (b, _, _, d) = int(options["lengths"].sum()), tensors["q"].shape
+        moved = 2 * tensors["q"].numel() + 2 * slots * workload.sizes["H_kv"] * d
+        assert (workload.bytes(torch.float32, "forward"), workload.bytes(torch.float32, "backward")) == (
+            item * moved,
+            0,
+        )
+        assert out.shape == tensors["q"].shape and workload.flops("forward") == 4 * slots * d * tensors["q"].shape[
+            1
+        ] * (b // len(options["lengths"]))
+        return
     gradients = inputs
     saved = {  # what the backward reads besides the output's gradient
         "attention": inputs + out.numel() * item - unread,
@@ -136,7 +147,7 @@ def test_names_are_unique_and_every_op_is_there():
     names = [(w.op, w.name) for w in WORKLOADS]
     assert len(set(names)) == len(names)
     rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "dropout"}
-    assert set(TIMED_OPS) == {"attention", "decoder_layer"} | rows
+    assert set(TIMED_OPS) == {"attention", "decode_attention", "decoder_layer"} | rows
     assert all(next(iter(providers.providers(op))) == providers.OURS for op in TIMED_OPS)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tileformer import kernels
 from tileformer.bench.calls import DTYPES, Call
-from tileformer.bench.calls.ops import attention_sizes
+from tileformer.bench.calls.ops import OPS, attention_sizes
 from tileformer.bench.check.budget import assert_within_budget
 from tileformer.bench.check.run import results_of
 from tileformer.kernels import scaled_dot_product_attention, use_backend
@@ -260,6 +260,40 @@ def test_attention_weights(call, kind):
         got = found(kernels.attention, torch.float32)
     for g, e, t in zip(got, found(kernels.reference.attention, torch.float32), truth, strict=True):
         assert_within_budget("weights", g, e, t, 4 * top(t) + 1.0)
+
+
+@st.composite
+def decode_calls(draw):
+    """Sizes, and what `_build_decode` (bench/calls/ops.py) takes: at most four features beside lengths."""
+    beams, tokens = draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([1, 1, 2, 7, 16]))
+    page = draw(st.sampled_from([0, 0, 16, 24, 32]))
+    slots = draw(st.integers(1, 100))
+    slots = page * (1 + slots // page) if page else slots
+    h_kv, group, size = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 8, 20, 40, 64]))
+    sizes = (draw(st.integers(1, 3)), h_kv * group, h_kv, tokens, slots, size)
+    kinds = ("words", "starts", "window", "softcap", "bias", "scale", "dv", "source")
+    features = draw(st.sets(st.sampled_from(kinds), max_size=4))
+    of = lambda name, *levels: {name: draw(st.sampled_from(levels))} if name in features else {}  # noqa: E731
+    options = dict(beams=beams, page=page, lengths=draw(st.sampled_from(["full", "ragged", "empty"])))
+    options |= of("words", True) | of("starts", True) | of("window", 0, 5, (9, 3), (None, 2)) | of("softcap", 2.0)
+    options |= of("bias", "columns", "full") | of("scale", -0.4, 1.5) | of("dv", 8, 33)
+    return sizes, options | dict(causal="source" not in features, lse=True), draw(st.sampled_from([32, 256]))
+
+
+@given(decode_calls(), seeds, dtypes)
+def test_decode_attention(call, seed, dtype):
+    sizes, options, least = call
+    of_op, room = OPS["decode_attention"], importlib.import_module("tileformer.kernels.attention.decode.launchers")
+    named = dict(zip(of_op.axes[0].split(), sizes, strict=True))
+
+    def build(generator):
+        return of_op.build(generator.manual_seed(seed), named, **options)
+
+    def size(truth, grads, tensors, options):
+        return of_op.error_sizes(tensors, options, truth, grads)
+
+    with mock.patch.object(room, "LEAST_KEYS", least):
+        hold("decode_attention", build, dtype, size)
 
 
 shapes = st.lists(st.integers(1, 7), max_size=3).map(tuple)

@@ -44,12 +44,15 @@ def splits_of(programs: int, slots: int, multiprocessors: int) -> int:
     return min(wanted, 1 << (most.bit_length() - 1), MOST_SPLITS)
 
 
-def tiles_of(arch: int, head_dim: int, dtype: torch.dtype, rows: int, pages: bool, words: bool) -> list[Tile]:
+def tiles_of(
+    arch: int, head_dim: int, dtype: torch.dtype, rows: int, pages: bool, words: bool, bias: bool = False
+) -> list[Tile]:
     """Tiles to try, best first; the last fits any supported device.
 
     Args:
         pages, words: a load says where the keys lie, and whether they are read. The copies ahead of time wait for it,
             which costs two stages: with three, pages would leave one tile of keys and one of values in shared memory.
+            Words and a bias hold registers, so that more warps share them.
     """
     if arch == INTERPRETED:
         return [dict(BLOCK_M=min(pow2(rows, 16), 32), BLOCK_N=32, num_warps=4, num_stages=1)]
@@ -57,7 +60,7 @@ def tiles_of(arch: int, head_dim: int, dtype: torch.dtype, rows: int, pages: boo
     wide, tight = dtype.itemsize > 2, family(arch) == 120 and size == 256
     block_m = min(pow2(rows, 16), MOST_ROWS >> wide >> tight)
     block_n = 8192 // size >> wide
-    warps = 8 if block_m > 16 or (words and not pages and size == 64) else 4
+    warps = 8 if block_m > 16 or words or bias else 4
     return [
         dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=5 if pages or words else 3),
         dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
@@ -86,7 +89,7 @@ class _Plan:
         h_kv, capacity = (k[0][1], k[0][2]) if table is None else (k[0][2], table[0][1] * page)
         group, batch = h // max(h_kv, 1), rows // beams
         n_rows = group * beams * t_q
-        tiles = tiles_of(arch, max(d, dv), q[2], n_rows, page > 0, descends is not None)
+        tiles = tiles_of(arch, max(d, dv), q[2], n_rows, page > 0, descends is not None, bias is not None)
         tile_rows = cdiv(n_rows, tiles[0]["BLOCK_M"])
         low, high = left != NO_LIMIT, right != NO_LIMIT and t_q > 1
         left, right = min(left, capacity), min(right, capacity)

@@ -83,7 +83,7 @@ def _check_cache(
     if page_table is None:
         if len(k) != batch:
             raise ValueError(
-                f"{op}: {like} has {rows} rows of {beams} beams, {k_name} a batch of {len(k)}: {batch} fit"
+                f"{op}: {like} has {rows} rows of {beams} beams, {k_name} a batch of {len(k)}, not {batch}"
             )
         slots = k.shape[2]
     else:

@@ -116,7 +116,8 @@ def _decode_split_kernel(
     if F.LOW:
         first = tl.maximum(first, length - (left + T_q) * step)
     start = first // BLOCK_N * BLOCK_N  # tiles lie inside of pages
-    share = tl.maximum(tl.cdiv(tl.cdiv(length - start, splits), BLOCK_N) * BLOCK_N, least)
+    filled = tl.maximum(tl.minimum(splits, (length - first) // least), 1)
+    share = tl.cdiv(tl.cdiv(length - start, filled), BLOCK_N) * BLOCK_N
     start += split * share
     end = tl.minimum(start + share, length)
 
