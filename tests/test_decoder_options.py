@@ -169,6 +169,8 @@ def test_clocks_are_exponential_and_the_same_however_they_are_asked_for():
     assert table.isfinite().all() and (table > 0).all()
     assert table.mean().item() == pytest.approx(1, abs=0.01) and table.var().item() == pytest.approx(1, abs=0.02)
     assert (table < 1e-4).float().mean().item() == pytest.approx(1e-4, rel=0.2)
+    apart = [SeededClocks(torch.tensor([seed]), torch.tensor([0]))(3, 9) for seed in (7, 7 + 2**32, 7 - 2**63)]
+    assert len(set(torch.cat(apart).flatten().tolist())) == 27  # all 64 bits count
     ids = torch.tensor([[0, 1, 5, 9000], [7, 8, 3, 2], [4, 4, 4, 6]])
     assert torch.equal(SeededClocks(seeds, copies)(17, 9001, ids), table[17].gather(1, ids))  # a few of many
     small = SeededClocks(seeds, copies)

@@ -156,6 +156,14 @@ def test_a_state_without_a_select_is_decoded():
         assert torch.equal(generate(m, PROMPTS), expected)
 
 
+def test_a_state_that_only_selects_is_searched():
+    m, expected = Endless(), generate(Endless(), PROMPTS, 6, num_beams=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Pairs, "reorder")
+        assert torch.equal(generate(m, PROMPTS, 6, num_beams=3), expected)
+    assert m.asked == ["select", 24] * 5
+
+
 def test_a_step_of_beams_moves_its_state_once_and_one_row_never():
     m = Endless()
     generate(m, PROMPTS, 6, num_beams=3)

@@ -113,7 +113,7 @@ class Adjuster:
             return scores
         held = self.tokens[:, : self.end]
         newest, windows = held[:, self.end + 1 - n :], held.unfold(1, n, 1)
-        again = (windows[..., :-1] == newest[:, None]).all(-1) & (newest != self.pad_id).all(-1, keepdim=True)
+        again = (windows[..., :-1] == newest[:, None]).all(-1)
         banned = torch.where(again, windows[..., -1], self.pad_id)  # which is banned already
         return scores.scatter(1, banned, float("-inf"))
 

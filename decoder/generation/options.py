@@ -127,8 +127,8 @@ class Beams:
 
     num_beam_groups, diversity_penalty: groups of beams are searched one after the other; in each step, what an earlier
     group of the source has just chosen costs the penalty for each time it did (arXiv:1610.02424). Scores hold it.
-    num_return_sequences: so many rows for each of the source, with their scores: the best beams, or samples, which are
-    scored by the model's own log-probabilities and stand in the order in which they were drawn.
+    num_return_sequences: so many rows for each of the source, with their scores: the best beams; or samples, in the
+    order in which they were drawn, which like one greedy row are scored by the model's own log-probabilities.
 
     There is no coverage penalty: the fused attention never holds the weights that it is made of."""
 
@@ -163,7 +163,7 @@ class Options(Sampling, Constraints, Beams):
 
     @property
     def searches(self) -> bool:
-        return self.num_beams > 1 or self.num_return_sequences is not None and not self.samples
+        return self.num_beams > 1
 
     def __post_init__(self) -> None:
         for part in (Sampling, Constraints, Beams):

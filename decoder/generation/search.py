@@ -256,7 +256,7 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
     options, pad, device = batch.options, batch.pad_id, batch.tokens.device
     B, K = len(batch.tokens), options.num_beams
     logits, state = batch.start(K)
-    reorder = getattr(state, "reorder", state.select) if K > 1 else None  # beams go on within their own source
+    reorder = getattr(state, "reorder", state.select)  # beams go on within their own source
     adjuster, stays, on_host = batch.adjuster(logits), batch.keeps_rows(state), device.type == "cpu"
     tokens = torch.full((B * K, batch.steps), pad, device=device)
     total = torch.full((B, K), float("-inf"), device=device)  # sums of log-probabilities
@@ -281,8 +281,7 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         rows = (first + parent).flatten()
         if ended is not None:
             ended, divisor = ended.gather(1, parent), divisor.gather(1, parent)
-        if K > 1:
-            tokens = tokens[rows]
+        tokens = tokens[rows]
         tokens[:, step] = token.flatten()
         last = token == batch.eos_id
         if batch.limits is not None:
@@ -303,8 +302,7 @@ def beam_search(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
             if ended is None:
                 divisor = torch.full_like(total, divisors[step])
             break
-        if reorder is not None:
-            reorder(rows)
+        reorder(rows)
         token = token.flatten()
         if not stays and _leave(goes_on.count(False) * K, len(token)):
             found[index], scores[index] = tokens.view_as(found[index]), total / divisor
