@@ -44,7 +44,7 @@ GOALS = (
     ("batch (16|64) 5 beams", "transformers", 1.5, 1.8),
     ("g2p batch 1 greedy", "torch.nn", 4.5, 6.0),
     ("base batch 1 greedy", "torch.nn", 4.0, 5.0),
-    ("base batch 64 greedy", "torch.nn", 20.0, None),
+    ("batch 64 greedy", "torch.nn", 20.0, None),
     ("base .* greedy", "CTranslate2", 0.65, 0.75),
     ("batch (16|64) 5 beams", "CTranslate2", 0.8, 1.0),
     ("", "transformers|torch.nn", 1.0, None),

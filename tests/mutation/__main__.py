@@ -76,6 +76,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/generation/": "test_decoder_search test_decoder_options test_decoder_generation test_decoder_decodable test_decoder_seq2seq",
     "decoder/nn/transformer": "test_decoder_parity test_decoder_modules test_decoder_seq2seq test_convert",
     "decoder/loading": "test_decoder_loading",
+    "decoder/export": "test_decoder_export",
     "decoder/nn/convert": "test_convert",
     "decoder/nn/modules": "test_convert test_decoder_modules test_decoder_parity",
     "decoder/huggingface": "test_huggingface_attend test_huggingface",
