@@ -12,7 +12,7 @@ from torch import Tensor
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.generation.state import RowState, _time, _widened
 from tileformer.kernels import append_kv_cache, attention, decode_attention
-from tileformer.kernels.attention.decode import MAX_TOKENS
+from tileformer.kernels.attention.decode.params import MAX_TOKENS
 
 
 class OutOfPages(RuntimeError):
