@@ -3,6 +3,8 @@
 from tileformer.decoder.export import to_ctranslate2
 from tileformer.decoder.generation import generate, stream
 from tileformer.decoder.generation.cache import KVCache
+from tileformer.decoder.generation.engine import Engine
+from tileformer.decoder.generation.speculative import generate_speculatively
 from tileformer.decoder.heads import Classifier, Tagger
 from tileformer.decoder.loading import LoadReport, common_rows, load_matching
 from tileformer.decoder.model import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig
@@ -17,6 +19,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DecoderLM",
     "DecoderLMConfig",
+    "Engine",
     "KVCache",
     "LoadReport",
     "LayerNorm",
@@ -35,6 +38,7 @@ __all__ = [
     "common_rows",
     "convert",
     "generate",
+    "generate_speculatively",
     "load_matching",
     "revert",
     "stream",

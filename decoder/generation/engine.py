@@ -62,7 +62,7 @@ class _Sequence:
             raise FloatingPointError("the options leave scores that are not finite")
         if self.sampler is not None:
             _, token = self.sampler(scores, step + len(self.batch.prefix))
-        if best == float("-inf") or token == self.batch.pad_id:  # the options leave none
+        if token == self.batch.pad_id:  # the options leave no other
             return None, "stop"
         if self.adjuster is not None:
             self.adjuster.append(token)
