@@ -60,10 +60,10 @@ class _Sequence:
         best, token = scores.max(-1)
         if best.isnan() or best == float("inf"):
             raise FloatingPointError("the options leave scores that are not finite")
-        if best == float("-inf"):
-            return None, "stop"
         if self.sampler is not None:
             _, token = self.sampler(scores, step + len(self.batch.prefix))
+        if token == self.batch.pad_id:  # the options leave no other
+            return None, "stop"
         if self.adjuster is not None:
             self.adjuster.append(token)
             if self.batch.options.stop_strings and self.adjuster.stopped()[0]:
