@@ -89,8 +89,8 @@ def _attention_bwd_bias_kernel(
     for i in range(loops_b * loops_h * loops_q * loops_k):
         col_start = (own_tile_k + i % loops_k) * BLOCK_N
         row_start = (own_tile_q + i // loops_k % loops_q) * BLOCK_M
-        h = own_head + i // loops_k // loops_q % loops_h
-        b = own_batch + i // loops_k // loops_q // loops_h
+        h = (own_head + i // loops_k // loops_q % loops_h).to(tl.int64)
+        b = (own_batch + i // loops_k // loops_q // loops_h).to(tl.int64)
         p, keep, block, valid = _weights_tile(q, k, masks, safe_lse_ptr, b * H + h, row_start, col_start, H, group,
                                               T_q, T_k, shift, low, high, threshold, scaling,
                                               F, BLOCK_M, BLOCK_N)  # fmt: skip
