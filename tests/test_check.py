@@ -320,4 +320,4 @@ def test_a_gpu_compiles_few_kernels_for_the_quick_calls_and_for_the_tests():
         for item in [*CASES, *DRAWS]:
             for name in [d for d in item.dtypes if d != "fp16"] if item.quick else item.dtypes[: item.suite]:
                 check._uncomputed(item, name)
-    assert 6 <= quick <= 18 and 60 <= len(kernels_to_compile) <= 100, (quick, len(kernels_to_compile))
+    assert 6 <= quick <= 18 and 60 <= len(kernels_to_compile) <= 106, (quick, len(kernels_to_compile))
