@@ -67,6 +67,13 @@ def _decode_matrix() -> Iterator[Call]:
                 yield describe("decode_attention", f"D {size} {feature}", "tile table", *shape, **fields | options)
 
 
+def _append_matrix() -> Iterator[Call]:
+    for size in (64, 80, 256):
+        for feature in ("contiguous", "pages"):
+            shape = (2, 2, 2, 1, 512, size)
+            yield describe("append_kv_cache", f"D {size} {feature}", "", *shape, dtypes=("bf16",), **DECODE[feature])
+
+
 def _row_matrix() -> Iterator[Call]:
     bf16: dict[str, Any] = dict(dtypes=("bf16",))
     for n in (128, 1024, 3072, 4096, 8192, 16384):
@@ -83,4 +90,4 @@ def _row_matrix() -> Iterator[Call]:
         yield describe("cross_entropy", f"V {classes}", "blocks of classes", 8, classes, **options, **bf16)
 
 
-MATRIX = [*_attention_matrix(), *_decode_matrix(), *_row_matrix()]
+MATRIX = [*_attention_matrix(), *_decode_matrix(), *_append_matrix(), *_row_matrix()]

@@ -278,6 +278,21 @@ def _decode_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     return Cost((item * (2 * rows * d + 2 * h_kv * d * int(slots.sum())), 0), (4 * pairs * d, 0))
 
 
+def _build_append(generator: Generator, sizes: Sizes, **options: Any) -> tuple[Tensors, Options]:
+    """The newest tokens, and the caches of `_build_decode`."""
+    (caches, others), (b, h_kv, t_q, d) = _build_decode(generator, sizes, **options), _decode_new(sizes)
+    new = {name: _normal(generator, b * options.get("beams", 1), h_kv, t_q, d) for name in "kv"}
+    return new, dict(k_cache=caches["k"], v_cache=caches["v"], **others)
+
+
+def _decode_new(sizes: Sizes) -> tuple[int, ...]:
+    return tuple(sizes[name] for name in ("B", "H_kv", "T_q", "D"))
+
+
+def _append_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    return Cost((4 * item * math.prod(_decode_new(sizes)) * options.get("beams", 1), 0))
+
+
 def _decode_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
     """The weights times |v|; a score adds up |q| |k|."""
     q, k, v = (tensors[name] for name in "qkv")
@@ -430,6 +445,7 @@ OPS = {
     "decode_attention": Op(
         ("B H H_kv T_q T_k D",), _build_decode, _decode_cost, _decode_error_sizes, differentiable=False
     ),
+    "append_kv_cache": Op(("B H H_kv T_q T_k D",), _build_append, _append_cost, differentiable=False),
     "layer_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=True)),
     "rms_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=False)),
     "softmax": Op(ROWS, _build_rows, _softmax_cost, _softmax_error_sizes),
