@@ -1519,7 +1519,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "padding is a token", "ids = [index for index in ids if index != pad_id]", "ids = [*ids]"),
     ],
     "decoder/generation/engine.py": [
-        ("decoding", "a later sequence overtakes one that waits", "            if not self._has_pages(sequence, known):\n                return\n", "            if not self._has_pages(sequence, known):\n                heapq.heappush(self._waiting, heapq.heappop(self._waiting) + 10**6)\n                return\n"),
         ("decoding", "sequences are let in without pages for those that run", "- shared + self.state.lacking(1) <= self.pool.available", "- shared <= self.pool.available"),
         ("decoding", "pages without readers are free twice", "shared = sum(self.pool.readers[page] > 0 for page in known)", "shared = len(known)"),
         ("decoding", "the oldest waits again when pages run out", "youngest = running.pop()", "youngest = running.pop(0)"),
