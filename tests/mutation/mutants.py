@@ -1547,7 +1547,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "decoder/generation/paged.py": [
         ("decoding", "a page of the same tokens behind others is taken", "            key = (before, tuple(tokens[i * self.page_size : (i + 1) * self.page_size]))", "            key = (0, tuple(tokens[i * self.page_size : (i + 1) * self.page_size]))", "remember"),
-        ("decoding", "a page that is not whole is known", "range(len(tokens) // self.page_size), pages", "range(-(-len(tokens) // self.page_size)), pages"),
         ("decoding", "a page that was taken is still known", "            self.forget(page)\n        self.share(pages)", "            pass\n        self.share(pages)"),
         ("decoding", "a page is free while another row reads it", "            if not self.readers[page]:", "            if True:"),
         ("decoding", "the first pages of a sequence are taken first", "for page in reversed(pages):", "for page in pages:"),
