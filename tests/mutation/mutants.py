@@ -1572,7 +1572,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "padding is a token", "ids = [index for index in ids if index != pad_id]", "ids = [*ids]"),
     ],
     "decoder/generation/engine.py": [
-        ("decoding", "a later sequence overtakes one that waits", "            if not self._has_pages(sequence, known):\n                return\n", "            if not self._has_pages(sequence, known):\n                heapq.heappush(self._waiting, heapq.heappop(self._waiting) + 10**6)\n                return\n"),
         ("decoding", "sequences are let in without pages for those that run", "- shared + self.state.lacking(1) <= self.pool.available", "- shared <= self.pool.available"),
         ("decoding", "pages without readers are free twice", "shared = sum(self.pool.readers[page] > 0 for page in known)", "shared = len(known)"),
         ("decoding", "the oldest waits again when pages run out", "youngest = running.pop()", "youngest = running.pop(0)"),
@@ -1601,7 +1600,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "decoder/generation/paged.py": [
         ("decoding", "a page of the same tokens behind others is taken", "            key = (before, tuple(tokens[i * self.page_size : (i + 1) * self.page_size]))", "            key = (0, tuple(tokens[i * self.page_size : (i + 1) * self.page_size]))", "remember"),
-        ("decoding", "a page that is not whole is known", "range(len(tokens) // self.page_size), pages", "range(-(-len(tokens) // self.page_size)), pages"),
         ("decoding", "a page that was taken is still known", "            self.forget(page)\n        self.share(pages)", "            pass\n        self.share(pages)"),
         ("decoding", "a page is free while another row reads it", "            if not self.readers[page]:", "            if True:"),
         ("decoding", "the first pages of a sequence are taken first", "for page in reversed(pages):", "for page in pages:"),
