@@ -31,7 +31,7 @@ def _weights_tile(q, k, masks, lse_ptr, head, row_start, col_start, H, group, T_
     s, _ = block_scores(s, block, cols, col_start, valid, True, F)
     keep = s == s
     if F.DROPOUT:
-        keep = dropout_keep(block.seed, head, block.rows, col_start, threshold, BLOCK_N, False)
+        keep = dropout_keep(block.seed, head.to(tl.int32), block.rows, col_start, threshold, BLOCK_N, False)
     return tl.exp2(s - lse[:, None]), keep, block, valid
 
 
