@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, generate
 from tileformer.decoder.generation.engine import Engine, Event
 from tileformer.decoder.generation.options import Options
 from tileformer.decoder.generation.paged import PagedCache
 from tileformer.decoder.generation.static import StaticCache
+from tileformer.training.average import Ensemble
 
 V, LONGEST = 19, 96
 BROKEN = 18  # a source token whose embedding is NaN
@@ -492,10 +492,7 @@ def test_ctrl_c_in_a_users_function_loses_nothing() -> None:
 
 
 def test_an_ensemble_is_served() -> None:
-    from tileformer.training.average import Ensemble
-
     m = Ensemble([model("lm"), model("lm")])
     engine = Engine(m, slots=3)
     ids = [engine.add(prompt, options, max_length=24) for prompt, options in zip(PROMPTS[:5], OPTIONS, strict=False)]
     assert told(run(engine)) == dict(zip(ids, alone("lm")[:5], strict=True))
-    assert isinstance(m, nn.Module)
