@@ -221,6 +221,7 @@ def test_what_does_not_fit_is_refused() -> None:
     pages, table = torch.zeros(8, 16, 2, 16), ints(*range(8)).view(2, 4)
     wide = torch.zeros(2, 2, 64, 257)
     words = torch.zeros(2, 64, dtype=torch.int32)
+    assert not decode_attention(q, cache, cache, lengths).any()  # the same shapes are known now
     for text, q_, k_, v_, n, options in (
         ("q must be", q[0], cache, cache, lengths, {}),
         ("k must be \\(pages", q, cache[0], cache[0], lengths, dict(page_table=table)),
