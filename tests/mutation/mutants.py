@@ -376,7 +376,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("heads", "weights: keys come from the head of the query", "load_rows(k, block.batch, block.h // group,", "load_rows(k, block.batch, block.h,"),
         ("scale", "weights: the average is a sum", "(total / (H // heads))", "total"),
         ("dropout", "weights: not scaled", "p = tl.where(keep, p * scaling.keep_scale, 0.0)", "p = tl.where(keep, p, 0.0)"),
-        ("dropout bits", "weights: all heads drop the same", "dropout_keep(block.seed, head, block.rows", "dropout_keep(block.seed, 0, block.rows"),
+        ("dropout bits", "weights: all heads drop the same", "dropout_keep(block.seed, head.to(tl.int32), block.rows", "dropout_keep(block.seed, 0, block.rows"),
         ("-inf", "weights: a row without a key is NaN", 'lse = tl.where(lse == float("-inf"), float("inf"), lse)', "lse = lse + 0.0"),
         ("tail mask", "weights: written past their end", "(col_start + near_n < T_k)[None, :]", "(col_start + near_n < T_k + 16)[None, :]"),
         ("accumulator", "dbias is rounded at every tile",
