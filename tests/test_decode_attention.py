@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 CALLS = [call for call in CASES if call.op == "decode_attention"]
 INTERPRETED = (
     "one token", "empty", "several tokens", "large pages", "odd pages", "beams of a source", "32 beams", "window",
-    "window of beams", "all of these", "head size 40", "no slot", "no row", "far rows", "misaligned",
+    "window of beams", "all of these", "bias of heads", "head size 40", "no slot", "no row", "far rows", "misaligned",
 )  # fmt: skip
 
 
