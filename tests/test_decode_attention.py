@@ -17,15 +17,13 @@ from tileformer.bench.recording import MULTIPROCESSORS
 from tileformer.bench.static.traffic import Counter
 from tileformer.kernels import append_kv_cache, attention, decode_attention, launch, reference, use_backend
 
-definition: Any = reference  # whose arguments are given as lists here
-append: Any = append_kv_cache
 DECODE = sys.modules["tileformer.kernels.attention.decode"]
 LAUNCHERS = sys.modules["tileformer.kernels.attention.decode.launchers"]
 CPU = torch.device("cpu")
 CALLS = [call for call in CASES if call.op == "decode_attention"]
 INTERPRETED = (
     "one token", "empty", "several tokens", "large pages", "odd pages", "beams of a source", "32 beams", "window",
-    "window of beams", "all of these", "head size 40", "no slot", "no row", "far rows", "misaligned",
+    "window of beams", "all of these", "bias of heads", "head size 40", "no slot", "no row", "far rows", "misaligned",
 )  # fmt: skip
 
 
@@ -78,8 +76,8 @@ def test_decoding_token_by_token_is_causal_attention(named: str, short_splits: N
     with use_backend(named):
         for tokens in (16, 16, 1, 1, 9, 16, 11):
             new, end = slice(end, end + tokens), end + tokens
-            append(k[:, :, new], v[:, :, new], *caches, ints(end, end))
-            out, lse = decode_attention(q[:, :, new], *caches, ints(end, end), window=40, return_lse=True)
+            append_kv_cache(k[:, :, new], v[:, :, new], caches[0], caches[1], ints(end, end))
+            out, lse = decode_attention(q[:, :, new], caches[0], caches[1], ints(end, end), window=40, return_lse=True)
             assert (out - full[:, :, new]).abs().max() < 1e-5 and (lse - full_lse[:, :, new]).abs().max() < 1e-5
     assert end == t and caches[:, :, :, t:].isnan().all()
 
@@ -102,9 +100,10 @@ def test_beams_that_share_slots_are_beams_with_caches_of_their_own(named: str, s
         words[:, end - beams : end] = bit
         own = torch.cat([own, new], 3)
         with use_backend(named):
-            append(*new, *cache, length, beams=beams)
-            out = decode_attention(q, *cache, length, beams=beams, descends=words)
-        lone = definition.decode_attention(q, *own, torch.full((b * beams,), own.shape[3], dtype=torch.int32))
+            append_kv_cache(new[0], new[1], cache[0], cache[1], length, beams=beams)
+            out = decode_attention(q, cache[0], cache[1], length, beams=beams, descends=words)
+        every = torch.full((b * beams,), own.shape[3], dtype=torch.int32)
+        lone = reference.decode_attention(q, own[0], own[1], every)
         assert (out - lone).abs().max() < 1e-5
         parents = torch.randint(beams, (b, beams))
         own = own.unflatten(1, (b, beams)).take_along_dim(parents[None, :, :, None, None, None], 2).flatten(1, 2)
@@ -130,10 +129,12 @@ def test_the_store_puts_tokens_where_the_definition_does(named: str, pages: bool
         shape, order = ((7, 16, 2), (0, 1, 2, 3)) if pages else ((2, 48, 2), (0, 2, 1, 3))
         caches = [torch.zeros(*shape, d).permute(order) for d in (20, 8)]
         wanted = [x.clone() for x in caches]
-        options = dict(beams=beams) | (dict(page_table=ints(3, 1, 5, 0, -1, 6).view(2, 3)) if pages else {})
-        definition.append_kv_cache(k, v, *wanted, lengths, **options)
+        options: dict[str, Any] = dict(beams=beams) | (
+            dict(page_table=ints(3, 1, 5, 0, -1, 6).view(2, 3)) if pages else {}
+        )
+        reference.append_kv_cache(k, v, wanted[0], wanted[1], lengths, **options)
         with use_backend(named):
-            append(k, v, *caches, lengths, **options)
+            append_kv_cache(k, v, caches[0], caches[1], lengths, **options)
         assert all(map(torch.equal, caches, wanted)), lengths
 
 
@@ -165,8 +166,9 @@ def test_two_steps_launch_the_same_and_read_nothing(monkeypatch: pytest.MonkeyPa
     for length in (1, 3000):
         launched.clear()
         with use_backend("interpret"), _Noted() as mode:
-            append(*torch.zeros(2, 1, 8, 1, 64, dtype=torch.bfloat16), *pages, ints(length), page_table=table)
-            decode_attention(torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16), *pages, ints(length), page_table=table)
+            new = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16)
+            append_kv_cache(new, new, pages[0], pages[1], ints(length), page_table=table)
+            decode_attention(new, pages[0], pages[1], ints(length), page_table=table)
         of_the_test = re.compile("zeros|unbind|lift_fresh|promote_types")
         steps.append(([*launched], [op.partition(".")[0] for op in mode.ops if not of_the_test.search(op)]))
     assert steps[0] == steps[1]
@@ -197,8 +199,13 @@ def test_keys_and_values_are_read_once_and_partial_results_are_few(page: int, mo
     k, v = torch.randn(*shape, dtype=torch.float16), torch.randn(*shape, dtype=torch.float16)
     table = torch.randperm(b * slots // 16).view(b, -1).int() if page else None
     parts: list[Tensor] = []
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **more: parts.append(empty(*args, **more)) or parts[-1])  # type: ignore[func-returns-value]
+    original = torch.empty
+
+    def empty(*args, **more) -> Tensor:
+        parts.append(original(*args, **more))
+        return parts[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
     counter = Counter()
     with use_backend("interpret"), counter.counting():
         q = torch.randn(b, h_kv * group, 1, d, dtype=torch.float16)

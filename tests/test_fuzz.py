@@ -276,7 +276,7 @@ def decode_calls(draw):
     of = lambda name, *levels: {name: draw(st.sampled_from(levels))} if name in features else {}  # noqa: E731
     options = dict(beams=beams, page=page, lengths=draw(st.sampled_from(["full", "ragged", "empty"])))
     options |= of("words", True) | of("starts", True) | of("window", 0, 5, (9, 3), (None, 2)) | of("softcap", 2.0)
-    options |= of("bias", "columns", "full") | of("scale", -0.4, 1.5) | of("dv", 8, 33)
+    options |= of("bias", "columns", "full", "heads") | of("scale", -0.4, 1.5) | of("dv", 8, 33)
     return sizes, options | dict(causal="source" not in features, lse=True), draw(st.sampled_from([32, 256]))
 
 

@@ -233,6 +233,7 @@ CASES = [
     _decode("window of beams", "in tokens, of beams slots", 2, 2, 1, 2, 90, 64, window=9, beams=3, words=True, dtypes=TWO, suite=False),
     _decode("soft cap", "the bounded scores", softcap=2.0, dtypes=TWO, suite=False),
     _decode("bias", "broadcast over B, H and T_q, with -inf", bias="columns", suite=False),
+    _decode("bias of heads", "broadcast over tokens and columns", 2, 4, 2, 3, 96, 64, bias="heads", dtypes=TWO, suite=False),
     _decode("bias of rows", "and a token that sees less", 2, 4, 2, 4, 96, 64, bias="full", beams=2, dtypes=TWO, suite=False),
     _decode("all of these", "", 2, 4, 2, 3, 96, 40, page=16, beams=3, words=True, starts=True, window=12, softcap=3.0, bias="full", scale=-0.3, suite=False),
     _decode("head size 40", "no power of two, and 8 mod 16", 2, 4, 2, 1, 96, 40, dv=24, dtypes=TWO, suite=False),

@@ -236,7 +236,7 @@ def _build_decode(
         page: slots of a page, which divides T_k; 0 for contiguous caches.
         words: which beams descend from a slot, at random; every fifth slot is dead.
         starts: the first fifth of each row is padding.
-        bias: "columns" (and -inf in some) or "full".
+        bias: "columns" and "full" (with -inf in some columns), or "heads".
     """
     b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
     device = generator.device
@@ -251,8 +251,10 @@ def _build_decode(
         options["descends"] = drawn.masked_fill(slot % 5 == 2, 0).int()
         read = read & (options["descends"] != 0)
     if bias:
-        shape = (t_k,) if bias == "columns" else (b * beams, h, t_q, t_k)
-        options["bias"] = _normal(generator, *shape).masked_fill(slot % 7 == 3, -math.inf)
+        shape = dict(columns=(t_k,), heads=(h, 1, 1)).get(bias, (b * beams, h, t_q, t_k))
+        options["bias"] = _normal(generator, *shape)
+        if bias != "heads":
+            options["bias"].masked_fill_(slot % 7 == 3, -math.inf)
     if lse:
         options["return_lse"] = True
     tensors = dict(q=_normal(generator, b * beams, h, t_q, d))
