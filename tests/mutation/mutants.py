@@ -1609,7 +1609,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "a page that was copied is never free", "                self.pool.release([shared])\n", ""),
         ("decoding", "a page that is written to is found by what it held", "                self.pool.forget(self.pages[row][count // self.pool.page_size])", "                pass"),
         ("decoding", "rows read past their capacity", "if (end := self.length + n) > self.capacity:", "if (end := self.length + n) > self.capacity + 16:"),
-        ("decoding", "released rows read on", "self.seen = self.row_lengths + n * self.live", "self.seen = self.row_lengths + n"),
         ("decoding", "the host counts released rows", "count + n * live for count, live", "count + n for count, live"),
         ("decoding", "long chunks see what follows them", '*self.store(layer, k, v), causal="bottom_right"', "*self.store(layer, k, v), causal=False"),
         ("decoding", "a row reads the padding of its source", "attention(q, k, v, key_mask=~padding)", "attention(q, k, v)"),
