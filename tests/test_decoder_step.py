@@ -105,6 +105,22 @@ def test_weights_that_change_between_two_runs_are_seen(change):
     assert change == "another dtype" or before.shape != after.shape or not torch.equal(before, after)
 
 
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        m = model()
+        tokens = generate(m, SOURCES, 9)
+    assert torch.equal(tokens, generate(by_modules(model()), SOURCES, 9))
+
+
+class Marked(torch.Tensor):
+    """A tensor of somebody else's: sharded, quantized."""
+
+
+def mark(m):
+    linear = m.transformer.decoder.layers[0].linear1
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Marked), requires_grad=False)
+
+
 class Adapter(nn.Linear):
     def forward(self, x):
         return super().forward(x) * 2
@@ -124,6 +140,7 @@ STRANGERS = {
     "has a decode of its own": lambda m: setattr(m, "__class__", Louder),
     "was given a read of its own": lambda m: setattr(m, "read", m.read),
     "a Linear has a hook": lambda m: m.transformer.decoder.layers[0].linear2.register_forward_hook(lambda *_: None),
+    "a weight is a Marked": mark,
     "the model has a hook": lambda m: m.register_forward_hook(lambda *_: None),
     "in training mode": lambda m: m.transformer.decoder.layers[0].dropout.train(),
     "computed wider": lambda m: m.bfloat16(),

@@ -258,7 +258,8 @@ def _parameters(parts: Parts) -> Iterator[Tensor]:
 
 
 def _versions(parts: Parts) -> list[tuple[int, int, int]]:
-    return [(id(x), x._version, x.data_ptr()) for x in _parameters(parts)]
+    # What was made in inference mode counts no versions; it cannot be trained.
+    return [(id(x), 0 if x.is_inference() else x._version, x.data_ptr()) for x in _parameters(parts)]
 
 
 def why_not_packed(parts: Parts, known: frozenset[type]) -> str | None:
@@ -282,6 +283,8 @@ def why_not_packed(parts: Parts, known: frozenset[type]) -> str | None:
         return f"on the CPU {weight.dtype} is computed wider and rounded once, by the modules"
     recording = torch.is_grad_enabled()
     for parameter in _parameters(parts):
+        if type(parameter) is not nn.Parameter:
+            return f"a weight is a {type(parameter).__name__}"
         if parameter.dtype != weight.dtype or parameter.device != weight.device:
             return "the weights are of several dtypes or devices"
         if recording and parameter.requires_grad:

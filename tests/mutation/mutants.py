@@ -1412,6 +1412,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "the step passes hooks by", "        if module._forward_hooks or module._forward_pre_hooks or", "        if"),
         ("decoding", "the step passes a model's hook by", "        if self._forward_hooks or self._forward_pre_hooks:", "        if False:"),
         ("decoding", "a method of a subclass is passed by", "if own := _READERS & vars(cls).keys():", "if own := set():"),
+        ("decoding", "the step takes any tensor for a weight", "        if type(parameter) is not nn.Parameter:", "        if False:"),
         ("decoding", "a step in training mode", "        if module.training:", "        if False:"),
         ("decoding", "the step computes halves in halves", "weight.dtype not in (torch.float32, torch.float64)", "False"),
         ("decoding", "the step records no gradient and does not say so", "        if recording and parameter.requires_grad:", "        if False:"),
