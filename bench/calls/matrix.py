@@ -61,7 +61,8 @@ def _decode_matrix() -> Iterator[Call]:
         for feature, options in DECODE.items():
             if feature not in ("contiguous", "pages") and size not in (64, 128, 256):
                 continue
-            for dtype in ("bf16", "fp32") if feature in ("contiguous", "pages", "many rows") else ("bf16",):
+            single = feature in ("contiguous", "pages", "many rows") and size in (16, 64, 128, 256)
+            for dtype in ("bf16", "fp32") if single else ("bf16",):
                 fields = dict(dtypes=(dtype,), quick=(size, dtype, feature) == (64, "bf16", "pages"))
                 shape = (1, 4, 2, 2 if feature == "everything" else 1, 512, size)
                 yield describe("decode_attention", f"D {size} {feature}", "tile table", *shape, **fields | options)

@@ -60,7 +60,8 @@ def tiles_of(
     wide, tight = dtype.itemsize > 2, family(arch) == 120 and size == 256
     block_m = min(pow2(rows, 16), MOST_ROWS >> wide >> tight)
     block_n = 8192 // size >> wide
-    warps = 8 if block_m > 16 or words or bias else 4
+    crowded = (words or bias) and (family(arch) != 80 or size == 64)  # on sm_80 four warps of larger heads hold them
+    warps = 8 if block_m > 16 or crowded else 4
     return [
         dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=5 if pages or words else 3),
         dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
