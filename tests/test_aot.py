@@ -54,7 +54,7 @@ def _without_problems(rows: list[dict]) -> bool:
 def test_sampled_kernels_compile_well(arch: int) -> None:
     rows = _compile(arch, "--quick")
     assert _without_problems(rows)
-    assert len(rows) <= 120 // len(ARCHITECTURES), "the default run compiles at most 120 kernels"
+    assert len(rows) <= 126 // len(ARCHITECTURES), "the default run compiles at most 126 kernels"
 
 
 @pytest.mark.aot_full

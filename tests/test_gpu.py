@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tileformer import kernels
-from tileformer.bench.calls import Call
+from tileformer.bench.calls import Call, leaves_of
 from tileformer.bench.calls.cases import CASES
 from tileformer.kernels import attention, use_backend
 from tileformer.kernels.backend import choose
@@ -29,13 +29,13 @@ def _step(op: str, device: str) -> tuple[Callable[[], list[Tensor]], list[Tensor
     compiled them in bfloat16."""
     tensors, options = _usual(op).inputs()
     place = lambda x: x.to(device, torch.bfloat16 if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x  # noqa: E731
-    leaves = {name: place(x).requires_grad_() for name, x in tensors.items()}
+    leaves = leaves_of(_usual(op), {name: place(x) for name, x in tensors.items()})
     options = {name: place(x) for name, x in options.items()}
 
     def run() -> list[Tensor]:
         out = getattr(kernels, op)(**leaves, **options)
         out = out[0] if isinstance(out, tuple) else out
-        grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+        grads = torch.autograd.grad(out.sum(), list(leaves.values())) if out.requires_grad else ()
         return [out.detach(), *grads]  # a graph that lives on would bring its own stream into the next run's backward
 
     return run, list(leaves.values())

@@ -21,7 +21,7 @@ GUARDED = """
     import ctypes, faulthandler, importlib, itertools, sys
     import torch
     from tileformer import kernels
-    from tileformer.bench.calls import Call, describe
+    from tileformer.bench.calls import Call, describe, leaves_of
     from tileformer.bench.calls.cases import CASES
 
     faulthandler.enable()
@@ -71,12 +71,13 @@ GUARDED = """
 
     def run(case, dtype):
         tensors, options = case.inputs()
-        leaves = {n: move(x.to(dtype)).requires_grad_() for n, x in tensors.items()}
+        leaves = leaves_of(case, {n: move(x.to(dtype)) for n, x in tensors.items()})
         options = {n: move(x) for n, x in options.items()}
         out = getattr(kernels, case.op)(**leaves, **options)
         outs = out if isinstance(out, tuple) else (out,)
         grads = [move(torch.ones_like(o)) for o in outs]
-        torch.autograd.grad(outs, list(leaves.values()), grads)
+        if outs[0].requires_grad:
+            torch.autograd.grad(outs, list(leaves.values()), grads)
 
     def options_of_attention(lengths, **options):
         def build(generator, sizes):

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tileformer import decoder, kernels, training
 from tileformer.kernels import attention, cross_entropy, dropout, layer_norm, softmax, use_backend
 
-FEW = {"wider", "_interpreted"}  # kept for ever, but by dtypes and by functions of ours: there are few
+# Kept for ever, but by dtypes, functions of ours, devices and architectures: there are few.
+FEW = {"wider", "_interpreted", "_cached_capability", "_warn_old_arch"}
 MOST = 1024  # entries of any other cache
 
 

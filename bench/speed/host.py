@@ -8,6 +8,7 @@ autograd's engine costs to start is taken off the backward: each round measures 
 
 import argparse
 import collections
+import contextlib
 import functools
 import gc
 import importlib
@@ -177,5 +178,6 @@ def compilations(arch: int, shapes: int | None = None) -> collections.Counter[st
             sequence_loss(model, batch, 0.1).backward()
         with torch.no_grad():
             sequence_loss(model.eval(), chosen[-1], 0.1)
-        g2p.transcribe(model, ["transformer", "a"])
+        with contextlib.suppress(FloatingPointError):  # nothing is computed: logits may be what memory held
+            g2p.transcribe(model, ["transformer", "a"])
     return collections.Counter(sorted(name.rpartition(".")[2] for name, _ in seen))
