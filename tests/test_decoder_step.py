@@ -16,7 +16,7 @@ from tileformer.decoder.generation.static import STEPS_BETWEEN_COMPACTIONS, Stat
 from tileformer.decoder.generation.step import packed_step
 from tileformer.kernels import use_backend
 
-SOURCES = torch.tensor([[3, 4, 5, 6, 7], [5, 3, 0, 0, 0], [0, 0, 4, 8, 3], [0, 0, 0, 0, 0]])
+SOURCES = torch.tensor([[3, 4, 5, 6, 7], [5, 3, 0, 0, 0], [0, 0, 4, 8, 3], [0, 0, 0, 0, 0], [3, 0, 5, 0, 4]])
 PROMPTS = torch.tensor([[3, 4, 5, 6], [7, 0, 0, 0], [4, 9, 8, 0]])
 
 
@@ -213,6 +213,8 @@ def test_nothing_of_a_row_before_reaches_the_one_that_takes_its_place(served):
         _, state = m.start(PROMPTS, capacity=20)
         state.kv[:, :, 1] = torch.nan
         state.release(torch.tensor([1]))
+        m.step(torch.tensor([5, 6, 7]), state)
+        assert state.lengths.tolist() == [5, 0, 4]
         logits, alone = m.start(PROMPTS[:1], capacity=20)
         state.insert(torch.tensor([1]), alone)
         new = torch.tensor([5, 6, 7])
@@ -285,6 +287,7 @@ def test_a_replayed_step_counts_as_one_that_is_taken(monkeypatch):
             state.count(tokens.shape[1])
 
         def __call__(self, tokens):
+            assert self.places == (*tokens.shape, *self.state.places())  # a graph writes where it was captured
             length = self.state.length
             logits = self.run(tokens, self.state)
             self.state.length = length
