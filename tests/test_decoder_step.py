@@ -170,6 +170,15 @@ def test_gradients_autocast_and_hooks_of_every_module():
             assert "every module" in m.explain()
 
 
+@torch.no_grad()
+def test_weights_are_gathered_once():
+    m = model()
+    start(m, capacity=9)
+    step = packed_step(m, m.parts())
+    start(m, capacity=9)
+    assert packed_step(m, m.parts()) is step
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @torch.no_grad()
 def test_copies_keep_within_their_memory(share):
