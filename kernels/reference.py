@@ -225,6 +225,8 @@ def decode_attention(
     softcap: float | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention of the newest T_q tokens over a cache, with the arguments of `tileformer.kernels.decode_attention`.
@@ -234,6 +236,8 @@ def decode_attention(
     """
     (rows, heads, t_q, size), dtype, device = q.shape, q.dtype, q.device
     scale = size**-0.5 if scale is None else scale
+    if k_scale is not None and v_scale is not None:
+        k, v = k * k_scale[..., None], v * v_scale[..., None]
     if page_table is not None:
         pages = page_table.long().clamp(0, len(k) - 1)  # what lies past a row's length may name any page
         k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in (k, v))
@@ -278,8 +282,14 @@ def append_kv_cache(
     *,
     page_table: Tensor | None = None,
     beams: int = 1,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
-    """Store the newest T tokens of every row, one after another, as `tileformer.kernels.append_kv_cache` does."""
+    """Store the newest T tokens of every row, one after another, as `tileformer.kernels.append_kv_cache` does.
+
+    In 8 bits x is n * s: s = max |x| / 127 of a token's head in float32, n the integer nearest to x / s, ties to even.
+    A head that is all 0 has n = s = 0, one with a value that is not finite n = 0 and s = NaN.
+    """
     page_size = k_cache.shape[1]
     capacity = k_cache.shape[2] if page_table is None else page_table.shape[1] * page_size
     tokens = k.shape[2]
@@ -289,13 +299,21 @@ def append_kv_cache(
                 slot = length - (tokens - token) * beams + beam
                 if not 0 <= slot < capacity:
                     continue
-                for new, cache in ((k, k_cache), (v, v_cache)):
-                    if page_table is None:
-                        cache[row, :, slot] = new[row * beams + beam, :, token]
+                if page_table is None:
+                    at: Any = (row, slice(None), slot)
+                else:
+                    at = (int(page_table[row, slot // page_size]), slot % page_size)
+                    if at[0] < 0:
                         continue
-                    page = int(page_table[row, slot // page_size])
-                    if page >= 0:
-                        cache[page, slot % page_size] = new[row * beams + beam, :, token]
+                for new, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+                    x = new[row * beams + beam, :, token]
+                    if scales is None:
+                        cache[at] = x
+                        continue
+                    x = x.float()
+                    s = torch.where(x.isfinite().all(-1), x.abs().amax(-1) / 127, math.nan)
+                    n = torch.where(s[:, None] > 0, torch.round(x / s[:, None]), 0.0)
+                    cache[at], scales[at] = n.clamp(-127, 127).to(torch.int8), s
 
 
 def layer_norm(

@@ -24,6 +24,7 @@ CALLS = [call for call in CASES if call.op == "decode_attention"]
 INTERPRETED = (
     "one token", "empty", "several tokens", "large pages", "odd pages", "beams of a source", "32 beams", "window",
     "window of beams", "all of these", "bias of heads", "head size 40", "no slot", "no row", "far rows", "misaligned",
+    "8 bits", "8 bits, all of these",
 )  # fmt: skip
 
 
@@ -123,19 +124,27 @@ def test_a_row_without_a_key_is_zero(named: str, short_splits: None) -> None:
 @BACKENDS
 @pytest.mark.parametrize("pages", [False, True])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_the_store_puts_tokens_where_the_definition_does(named: str, pages: bool, beams: int) -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_store_puts_tokens_where_the_definition_does(named: str, pages: bool, beams: int, int8: bool) -> None:
     for lengths in (ints(0, 5), ints(40, 40), ints(48, 48), ints(50, 2), ints(17, 33), ints(3, 90)):
         k, v = torch.randn(2 * beams, 2, 3, 20), torch.randn(3, 2 * beams, 2, 8).permute(1, 2, 0, 3)
+        k[0, 0], k[0, 1], k[1, 0, :, 3], v[0, 0, :, 1], v[1, 1] = 0.0, 1e-40, math.nan, -math.inf, v[1, 1] * 1e30
+        k[1, 1] = torch.arange(-20.0, 40.0).view(3, 20) * 0.5  # ties
+        k[1, 1, :, 0] = 63.5
         shape, order = ((7, 16, 2), (0, 1, 2, 3)) if pages else ((2, 48, 2), (0, 2, 1, 3))
-        caches = [torch.zeros(*shape, d).permute(order) for d in (20, 8)]
+        dtype = torch.int8 if int8 else torch.float32
+        caches = [torch.zeros(*shape, d, dtype=dtype).permute(order) for d in (20, 8)]
+        caches += [torch.zeros(shape).permute(order[:3]) for _ in range(2 * int8)]
         wanted = [x.clone() for x in caches]
+        named_scales = [dict(zip(("k_scale", "v_scale"), x[2:], strict=False)) for x in (wanted, caches)]
         options: dict[str, Any] = dict(beams=beams) | (
             dict(page_table=ints(3, 1, 5, 0, -1, 6).view(2, 3)) if pages else {}
         )
-        reference.append_kv_cache(k, v, wanted[0], wanted[1], lengths, **options)
+        reference.append_kv_cache(k, v, wanted[0], wanted[1], lengths, **options, **named_scales[0])
         with use_backend(named):
-            append_kv_cache(k, v, caches[0], caches[1], lengths, **options)
-        assert all(map(torch.equal, caches, wanted)), lengths
+            append_kv_cache(k, v, caches[0], caches[1], lengths, **options, **named_scales[1])
+        for ours, theirs in zip(caches, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 class _Noted(TorchDispatchMode):
@@ -253,6 +262,17 @@ def test_what_does_not_fit_is_refused() -> None:
         ("softcap is -1", q, cache, cache, lengths, dict(softcap=-1.0)),
         ("bias", q, cache, cache, lengths, dict(bias=torch.zeros(3))),
         ("bias must be floating", q, cache, cache, lengths, dict(bias=words)),
+        ("k is int8, v is int8, k_scale None", q, cache.to(torch.int8), cache.to(torch.int8), lengths, {}),
+        ("k is float32.*k_scale given", q, cache, cache, lengths, dict(k_scale=cache[..., 0], v_scale=cache[..., 0])),
+        ("v_scale None", q, cache.to(torch.int8), cache.to(torch.int8), lengths, dict(k_scale=cache[..., 0])),
+        (
+            "v_scale is float32 \\(2, 2, 9\\)",
+            q,
+            cache.to(torch.int8),
+            cache.to(torch.int8),
+            lengths,
+            dict(k_scale=cache[..., 0], v_scale=cache[..., :9, 0]),
+        ),
         ("lengths must be a torch.Tensor", q, cache, cache, [1, 2], {}),
         ("scale=", q, cache, cache, lengths, dict(softmax_scale=1.0)),
     ):

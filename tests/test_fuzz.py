@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tileformer import kernels
 from tileformer.bench.calls import DTYPES, Call
-from tileformer.bench.calls.ops import OPS, attention_sizes
+from tileformer.bench.calls.ops import OPS, SCALES, attention_sizes
 from tileformer.bench.check.budget import assert_within_budget
 from tileformer.bench.check.run import results_of
 from tileformer.kernels import scaled_dot_product_attention, use_backend
@@ -71,7 +71,8 @@ def tiles(op, limit):
 def hold(op, build, dtype, size):
     """`size(truth, grads of outputs, tensors, options)`: for each result the sum of the absolute values that are added
     up (check/budget.py)."""
-    call, dtype = Call(op, "fuzz", build=lambda generator, sizes: build(generator)), DTYPES[dtype]
+    call = Call(op, "fuzz", build=lambda generator, sizes: build(generator), fp32=SCALES)
+    dtype = DTYPES[dtype]
     truth, grads = results_of(kernels.reference, call, torch.float64, CPU, dtype)
     eager, _ = results_of(kernels.reference, call, dtype, CPU, dtype)
     if "lse" in eager:  # float32 for every input dtype, so its yardstick is too
@@ -271,12 +272,12 @@ def decode_calls(draw):
     slots = page * (1 + slots // page) if page else slots
     h_kv, group, size = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 8, 20, 40, 64]))
     sizes = (draw(st.integers(1, 3)), h_kv * group, h_kv, tokens, slots, size)
-    kinds = ("words", "starts", "window", "softcap", "bias", "scale", "dv", "source")
+    kinds = ("words", "starts", "window", "softcap", "bias", "scale", "dv", "source", "int8")
     features = draw(st.sets(st.sampled_from(kinds), max_size=4))
     of = lambda name, *levels: {name: draw(st.sampled_from(levels))} if name in features else {}  # noqa: E731
     options = dict(beams=beams, page=page, lengths=draw(st.sampled_from(["full", "ragged", "empty"])))
     options |= of("words", True) | of("starts", True) | of("window", 0, 5, (9, 3), (None, 2)) | of("softcap", 2.0)
-    options |= of("bias", "columns", "full", "heads") | of("scale", -0.4, 1.5) | of("dv", 8, 33)
+    options |= of("bias", "columns", "full", "heads") | of("scale", -0.4, 1.5) | of("dv", 8, 33) | of("int8", True)
     return sizes, options | dict(causal="source" not in features, lse=True), draw(st.sampled_from([32, 256]))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tileformer.bench.calls import Call, describe
-from tileformer.bench.calls.ops import AFFINE, OPS, Options, Tensors
+from tileformer.bench.calls.ops import AFFINE, OPS, SCALES, Options, Tensors
 
 NAN, INF = math.nan, math.inf
 BF, HALF, TWO, FP32 = ("bf16",), ("bf16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16")
@@ -236,6 +236,8 @@ CASES = [
     _decode("bias of heads", "broadcast over tokens and columns", 2, 4, 2, 3, 96, 64, bias="heads", dtypes=TWO, suite=False),
     _decode("bias of rows", "and a token that sees less", 2, 4, 2, 4, 96, 64, bias="full", beams=2, dtypes=TWO, suite=False),
     _decode("all of these", "", 2, 4, 2, 3, 96, 40, page=16, beams=3, words=True, starts=True, window=12, softcap=3.0, bias="full", scale=-0.3, suite=False),
+    _decode("8 bits", "scales of neighbours a hundred times apart", 2, 4, 2, 3, 96, 64, int8=True, fp32=SCALES, dtypes=("fp16", "fp32", "bf16")),
+    _decode("8 bits, all of these", "", 2, 4, 2, 3, 96, 40, page=16, beams=3, words=True, starts=True, window=12, softcap=3.0, bias="full", int8=True, fp32=SCALES, suite=False),
     _decode("head size 40", "no power of two, and 8 mod 16", 2, 4, 2, 1, 96, 40, dv=24, dtypes=TWO, suite=False),
     _decode("head size 256", "the largest", 1, 2, 1, 1, 70, 256, page=0, dtypes=TWO, suite=False),
     _decode("one column", "D = 1", 2, 2, 1, 1, 50, 1, dtypes=BF, suite=False),
@@ -245,7 +247,7 @@ CASES = [
     _decode("misaligned", "no 16-byte alignment", layouts=_qkv("offset"), dtypes=TWO, suite=False),
     _decode("odd strides", "slices of wider rows", layouts=_qkv("padded"), dtypes=BF, suite=False),
     _decode("far", "offsets beyond 2^31 elements", layouts=_qkv("far"), dtypes=BF, suite=False),
-    _decode("far rows", "slots a stride of 2^24 apart", 2, 2, 1, 1, 70, 64, layouts=dict(k="far rows", v="far rows"), dtypes=BF, suite=False),
+    _decode("far rows", "a tile that begins beyond 2^31 elements", 2, 2, 1, 1, 129, 64, lengths="full", layouts=dict(k="far rows", v="far rows"), dtypes=BF, suite=False),
     _decode("far pages", "offsets beyond 2^31 elements", page=16, layouts=dict(k="far", v="far"), dtypes=BF, suite=False),
 
     _cross_entropy("mean", "ragged, ignored rows", ignored=5, quick=True),

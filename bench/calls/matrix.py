@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tileformer.bench.calls import Call, describe
-from tileformer.bench.calls.ops import AFFINE
+from tileformer.bench.calls.ops import AFFINE, SCALES
 
 EVERY_SIZE = "causal padded"  # the features that are compiled for every head size, and in float32
 FEATURES: dict[str, dict[str, Any]] = {
@@ -48,6 +48,8 @@ DECODE: dict[str, dict[str, Any]] = {
     "contiguous": {},
     "pages": dict(page=16),
     "large pages": dict(page=128),
+    "8 bits": dict(int8=True, fp32=SCALES),
+    "8 bits in pages": dict(page=16, int8=True, fp32=SCALES),
     "beams": dict(beams=4, words=True),
     "everything": dict(
         page=16, beams=4, words=True, starts=True, window=100, softcap=30.0, bias="full", lengths="ragged"

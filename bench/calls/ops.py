@@ -23,6 +23,7 @@ Options = dict[str, Any]
 Build = Callable[..., tuple[Tensors, Options]]
 MODES = ("forward", "backward", "both")
 AFFINE = ("weight", "bias")
+SCALES = ("k_scale", "v_scale")  # of keys and values in 8 bits
 
 
 class Cost(NamedTuple):
@@ -220,14 +221,15 @@ def _filled(kind: str, b: int, t_k: int, device: torch.device) -> Tensor:
 
 def paged(x: Tensor, table: Tensor, page: int) -> Tensor:
     """A cache (B, H_kv, T_k, D) as pages (pages, page, H_kv, D), where the table says; NaN elsewhere."""
-    pages = x.new_full((table.numel() + 1, page, x.shape[1], x.shape[3]), math.nan)
+    shape = table.numel() + 1, page, x.shape[1], x.shape[3]
+    pages = x.new_full(shape, math.nan) if x.is_floating_point() else x.new_zeros(shape)
     pages[table.long()] = x.transpose(1, 2).unflatten(1, (-1, page))
     return pages
 
 
 def _build_decode(
     generator: Generator, sizes: Sizes, *, lengths: str = "ragged", page: int = 0, beams: int = 1, words: bool = False,
-    starts: bool = False, bias: str = "", dv: int = 0, lse: bool = False, **options: Any,
+    starts: bool = False, bias: str = "", dv: int = 0, int8: bool = False, lse: bool = False, **options: Any,
 ) -> tuple[Tensors, Options]:  # fmt: skip
     """q, k and v, with NaN in every slot that no query may read.
 
@@ -237,6 +239,7 @@ def _build_decode(
         words: which beams descend from a slot, at random; every fifth slot is dead.
         starts: the first fifth of each row is padding.
         bias: "columns" and "full" (with -inf in some columns), or "heads".
+        int8: k and v in 8 bits, the scales of neighbouring slots a hundred times apart, v's below float16's normal range.
     """
     b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
     device = generator.device
@@ -261,9 +264,16 @@ def _build_decode(
     unread = ~read[:, None, :, None]
     for name, size in (("k", d), ("v", dv or d)):
         tensors[name] = _normal(generator, b, h_kv, t_k, size).masked_fill(unread, math.nan)
+        if int8:
+            drawn = torch.randint(-127, 128, tensors[name].shape, generator=generator, device=device)
+            scales = _uniform(generator, b, h_kv, t_k) * 0.01 ** (slot % 2) / (2**6 if name == "k" else 2**16)
+            tensors[name] = drawn.to(torch.int8)
+            options[f"{name}_scale"] = scales.masked_fill(~read[:, None], math.nan)
     if page:
         table = torch.randperm(b * t_k // page, generator=generator, device=device).view(b, t_k // page)
         tensors |= {name: paged(tensors[name], table, page) for name in "kv"}
+        for name in SCALES if int8 else ():
+            options[name] = paged(options[name][..., None], table, page)[..., 0]
         unreached = torch.arange(t_k // page, device=device) * page >= options["lengths"][:, None]
         options["page_table"] = table.masked_fill(unreached, -1).int()
     return tensors, options
@@ -277,7 +287,8 @@ def _decode_cost(sizes: Sizes, options: Options, item: int) -> Cost:
         _filled(options.get("lengths", "ragged"), b, t_k, torch.device("cpu")),
     )
     pairs = int(slots.sum()) * rows // b
-    return Cost((item * (2 * rows * d + 2 * h_kv * d * int(slots.sum())), 0), (4 * pairs * d, 0))
+    key = d + 4 if options.get("int8") else item * d
+    return Cost((item * 2 * rows * d + 2 * h_kv * key * int(slots.sum()), 0), (4 * pairs * d, 0))
 
 
 def _build_append(generator: Generator, sizes: Sizes, **options: Any) -> tuple[Tensors, Options]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tileformer.bench.calls import Call, describe
-from tileformer.bench.calls.ops import AFFINE
+from tileformer.bench.calls.ops import AFFINE, SCALES
 
 
 def _attention_workloads() -> list[Call]:
@@ -40,6 +40,8 @@ def _decode_workloads() -> list[Call]:
                         "decode_attention", f"D {d} {kind} T {t}", "", *shape, axis="T_k", lengths="full", **options
                     )
                 )
+        eight = dict(lengths="full", int8=True, fp32=SCALES)
+        calls.append(describe("decode_attention", f"D {d} 8 bits", "", 16, 2048 // d, 256 // d, 1, 4096, d, **eight))
         calls.append(describe("decode_attention", f"D {d} one row", "", 1, 8, 8, 1, 4096, d, lengths="full"))
         calls.append(describe("decode_attention", f"D {d} ragged pages", "", 16, 16, 2, 1, 8192, d, page=64))
         calls.append(

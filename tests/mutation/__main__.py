@@ -81,6 +81,8 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/nn/modules": "test_convert test_decoder_modules test_decoder_parity",
     "decoder/huggingface": "test_huggingface_attend test_huggingface",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
+    "training/data/batches": "test_training_data test_training_stream test_training_generate",
+    "training/state": "test_training_checkpoint test_training_loop test_training_resume",
     "training/losses": "test_training_loop",
     "training/loop": "test_training_loop test_training_checkpoint",
     "training/settings": "test_training_loop test_training_optimizers",
@@ -160,8 +162,8 @@ def copy_tree(target: pathlib.Path) -> None:
 def test_files(path: str, kind: str) -> tuple[list[str], list[str]]:
     """The test files most likely to notice a fault of a kind in `path`, and all of them."""
     every = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
-    own = path.removesuffix(".py").replace("/", "_")  # where no other are likelier
-    hint = next((files for start, files in FIRST.items() if path.startswith(start)), f"test_{own}").split()
+    room, *_, stem = path.removesuffix(".py").split("/")  # its own, where no other are likelier
+    hint = next((files for start, files in FIRST.items() if path.startswith(start)), f"test_{room}_{stem}").split()
     hint = [*["test_memory"] * (kind in FAR), *hint]
     return [f"tests/{name}.py" for name in dict.fromkeys(hint) if f"tests/{name}.py" in every], every
 

@@ -44,20 +44,22 @@ def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, page_table: Tensor | None = ..., beams: int = ...,
     descends: Tensor | None = ..., starts: Tensor | None = ..., causal: bool = ...,
     window: int | tuple[int | None, int | None] | None = ..., softcap: float | None = ..., bias: Tensor | None = ...,
-    scale: float | None = ..., return_lse: Literal[False] = ...,
+    scale: float | None = ..., k_scale: Tensor | None = ..., v_scale: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, page_table: Tensor | None = ..., beams: int = ...,
     descends: Tensor | None = ..., starts: Tensor | None = ..., causal: bool = ...,
     window: int | tuple[int | None, int | None] | None = ..., softcap: float | None = ..., bias: Tensor | None = ...,
-    scale: float | None = ..., return_lse: bool,
+    scale: float | None = ..., k_scale: Tensor | None = ..., v_scale: Tensor | None = ..., return_lse: bool,
 ) -> Any: ...  # fmt: skip
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *, page_table: Tensor | None = None, beams: int = 1,
     descends: Tensor | None = None, starts: Tensor | None = None, causal: bool = True,
     window: int | tuple[int | None, int | None] | None = None, softcap: float | None = None,
-    bias: Tensor | None = None, scale: float | None = None, return_lse: bool = False, **wrong: NoReturn,
+    bias: Tensor | None = None, scale: float | None = None, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, return_lse: bool = False, **wrong: NoReturn,
 ) -> Any:  # fmt: skip
     """softmax(scale * q k^T + bias) v of each row's newest T_q tokens over its cache, without a gradient.
 
@@ -66,7 +68,7 @@ def decode_attention(
     Args:
         q: (B * beams, H, T_q, D), the beams of a row one after another, T_q from 1 to 16, D from 1 to 256; float16,
             bfloat16 or float32 (float64 on the CPU's backends). Any strides, no copy if the last is 1.
-        k: (B, H_kv, slots, D), H a multiple of H_kv, in q's dtype; any strides, the last 1. With a page table
+        k: (B, H_kv, slots, D), H a multiple of H_kv, in q's dtype or int8; any strides, the last 1. With a page table
             (pages, page_size, H_kv, D), page_size 16 or more; pages stored head by head are given transposed.
         v: as k, with D_v from 1 to 256.
         lengths: int32 (B,), how many slots of each row are filled, those of the T_q new tokens among them (see
@@ -84,6 +86,8 @@ def decode_attention(
         softcap: if positive, scaled scores become softcap * tanh(scores / softcap), before the bias.
         bias: floating, broadcastable to (B * beams, H, T_q, slots), added to the scaled scores.
         scale: 1 / sqrt(D) when None.
+        k_scale, v_scale: float32 (B, H_kv, slots), or (pages, page_size, H_kv) with a page table, where k and v are
+            int8: what their rows are multiples of, as `append_kv_cache` stores them.
         return_lse: also return the natural log-sum-exp of the scores (B * beams, H, T_q), in float32 (float64 for
             float64), with which results over parts of the keys can be merged.
 
@@ -110,7 +114,7 @@ def decode_attention(
         scale = checks.number("decode_attention", "scale", scale, "multiply q by it, and pass scale=1.0")
     softcap = 0.0 if softcap is None else checks.number("decode_attention", "softcap", softcap)
     window = tuple(window) if isinstance(window, list) else window
-    cache = Cache(k, v, lengths, page_table, descends, starts)
+    cache = Cache(k, v, lengths, page_table, descends, starts, k_scale, v_scale)
     kind = (*map(_kind, (q, *cache, bias)), beams, causal, window, softcap, scale)
     params = None if is_compiling() else _known.get(kind)
     if params is None:
@@ -120,7 +124,8 @@ def decode_attention(
     if backend == "reference":
         return reference.decode_attention(
             q, k, v, lengths, page_table=page_table, beams=beams, descends=descends, starts=starts, causal=causal,
-            window=window, softcap=softcap, bias=bias, scale=scale, return_lse=return_lse,
+            window=window, softcap=softcap, bias=bias, scale=scale, k_scale=k_scale, v_scale=v_scale,
+            return_lse=return_lse,
         )  # fmt: skip
     checks.not_traced("decode_attention")
     if backend == "torch":
@@ -131,7 +136,7 @@ def decode_attention(
 
 def append_kv_cache(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, page_table: Tensor | None = None,
-    beams: int = 1,
+    beams: int = 1, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Store each row's newest T keys and values at the end of its cache, in place.
 
@@ -140,11 +145,14 @@ def append_kv_cache(
     or past the last, or whose page is negative, is not stored: a length of 0 leaves a row as it is.
 
     Args:
-        k, v: (B * beams, H_kv, T, D) and (B * beams, H_kv, T, D_v), T from 1 to 16; any strides.
-        k_cache, v_cache: what `decode_attention` reads as k and v, (B, H_kv, slots, D) or pages, in k's dtype.
+        k, v: (B * beams, H_kv, T, D) and (B * beams, H_kv, T, D_v), a prompt's T too; any strides.
+        k_cache, v_cache: what `decode_attention` reads as k and v, (B, H_kv, slots, D) or pages, in k's dtype or int8.
         lengths: int32 (B,).
         page_table: int32 (B, max_pages). Rows that store into one page must not store into one slot.
         beams: beams of a row whose keys differ; their words, `1 << r` for beam r, are the caller's.
+        k_scale, v_scale: float32, as `decode_attention`'s, for int8 caches: the largest |x| of a token's head / 127,
+            is stored there, and in the cache the nearest multiples of it. What is read differs from x by half of it at
+            the most, |x|'s largest / 254; where a value is not finite, all of that head's are NaN.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, before anything runs.
@@ -159,19 +167,21 @@ def append_kv_cache(
         True
     """
     backend = choose("append_kv_cache", k) if isinstance(k, Tensor) else ""
-    kind = (*map(_kind, (k, v, k_cache, v_cache, lengths, page_table)), beams)
+    kind = (*map(_kind, (k, v, k_cache, v_cache, lengths, page_table, k_scale, v_scale)), beams)
     if is_compiling() or kind not in _known:
-        check_append(k, v, k_cache, v_cache, lengths, page_table, beams)
+        check_append(k, v, k_cache, v_cache, lengths, page_table, k_scale, v_scale, beams)
         _remember(kind, True)
     _no_gradient("append_kv_cache", k, v, k_cache, v_cache)
     if backend == "reference":
-        reference.append_kv_cache(k, v, k_cache, v_cache, lengths, page_table=page_table, beams=beams)
+        reference.append_kv_cache(
+            k, v, k_cache, v_cache, lengths, page_table=page_table, beams=beams, k_scale=k_scale, v_scale=v_scale
+        )
         return
     checks.not_traced("append_kv_cache")
     if backend == "torch":
-        torch_append(k, v, k_cache, v_cache, lengths, page_table, beams)
+        torch_append(k, v, k_cache, v_cache, lengths, page_table, k_scale, v_scale, beams)
     else:
-        store(k, v, k_cache, v_cache, lengths, page_table, beams)
+        store(k, v, k_cache, v_cache, lengths, page_table, k_scale, v_scale, beams)
 
 
 def _no_gradient(op: str, *tensors: Tensor | None) -> None:

@@ -72,7 +72,7 @@ class _Plan:
     """The launches of a kind of call: all but the tensors.
 
     Args:
-        layouts: of q, k, v, the page table, the words and the bias.
+        layouts: of q, k, v, the page table, the words, the bias and the scales.
         starts: whether there are any.
         settings: the architecture, the precision of float32 dots, the multiprocessors, LEAST_KEYS.
     """
@@ -80,7 +80,7 @@ class _Plan:
     def __init__(
         self, layouts: Sequence[Layout | None], starts: bool, params: DecodeParams, settings: tuple[int, str, int, int]
     ) -> None:
-        q, k, v, table, descends, bias = layouts
+        q, k, v, table, descends, bias, k_scale, v_scale = layouts
         assert q and k and v
         (rows, h, t_q, d), (dv,) = q[0], v[0][3:]
         beams, step, left, right, scale, softcap = params
@@ -99,21 +99,23 @@ class _Plan:
         self.splits = n = splits_of(batch * h_kv * tile_rows, readable, multiprocessors)
         self.features = f = DecodeFeatures(
             PAGE=page, STARTS=starts, DESCENDS=descends is not None, LOW=low, HIGH=high, BIAS=bias is not None,
-            SOFTCAP=softcap > 0.0, SPLIT=n > 1, D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16),
-            PRECISION=precision, ALIGN=math.gcd(8, *strides[1], *strides[2]),
+            INT8=k_scale is not None, SOFTCAP=softcap > 0.0, SPLIT=n > 1, D=d, DV=dv, BLOCK_D=pow2(d, 16),
+            BLOCK_DV=pow2(dv, 16), PRECISION=precision, ALIGN=math.gcd(16, *strides[1], *strides[2]),
         )  # fmt: skip
+        scale_strides = [(0,) * 3 if x is None else tuple(x[1][i] for i in order) for x in (k_scale, v_scale)]
         table_strides, word_strides = ((0,) if x is None else x[1][:1] for x in (table, descends))
         bias_strides: tuple[int, ...] = (0, 0, 0, 0)
         if bias is not None:
             own = [stride if size > 1 else 0 for size, stride in zip(bias[0], bias[1], strict=True)]
             bias_strides = tuple([0] * (4 - len(own)) + own)
-        present = [starts, f.DESCENDS, page > 0, f.BIAS]
+        present = [starts, f.DESCENDS, page > 0, f.BIAS, f.INT8, f.INT8]
 
         def arrange(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, *rest: Tensor) -> tuple[Any, ...]:
             given = iter(rest)
-            starts, words, table, bias = (next(given) if there else lengths for there in present)
+            starts, words, table, bias, *scales = (next(given) if there else lengths for there in present)
             slots = Slots(lengths, starts, Matrix(words, word_strides), Matrix(table, table_strides))
-            return (*map(Matrix, (q, k, v), strides), slots, Matrix(bias, bias_strides), *given)
+            scales = map(Matrix, scales, scale_strides)
+            return (*map(Matrix, (q, k, v), strides), slots, Matrix(bias, bias_strides), *scales, *given)
 
         heads = batch * h_kv
         self.split = Launch(
@@ -142,19 +144,20 @@ def _last_contiguous(op: str, **caches: Tensor) -> None:
 
 def decode_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, page_table: Tensor | None, descends: Tensor | None,
-    starts: Tensor | None, bias: Tensor | None, ints: Sequence[int], floats: Sequence[float],
+    starts: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, bias: Tensor | None, ints: Sequence[int],
+    floats: Sequence[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (R, H, T_q, DV) and natural log-sum-exp (R, H, T_q)."""
     _last_contiguous("decode_attention", k=k, v=v)
     q = q if q.stride(-1) == 1 or q.shape[-1] == 1 else q.contiguous()
     params = DecodeParams.of(ints, floats)
     plan = _plan_launches(
-        (_layout(q), _layout(k), _layout(v), _layout(page_table), _layout(descends), _layout(bias)),
+        tuple(map(_layout, (q, k, v, page_table, descends, bias, k_scale, v_scale))),
         starts is not None, params,
         (arch_of(q), dot_precision(q), device.multiprocessors(q.device), LEAST_KEYS),
     )  # fmt: skip
     out, lse = _decode_attention_fake(q, k, v)
-    others = [x for x in (starts, descends, page_table, bias) if x is not None]
+    others = [x for x in (starts, descends, page_table, bias, k_scale, v_scale) if x is not None]
     if plan.splits == 1:
         plan.split(q, k, v, lengths, *others, out, lse)
     else:
@@ -172,7 +175,9 @@ def _decode_attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Te
 
 
 @functools.lru_cache(maxsize=1024)
-def _append_launch(layouts: tuple[Layout, ...], table: Layout | None, beams: int) -> Launch:
+def _append_launch(
+    layouts: tuple[Layout, ...], table: Layout | None, scales: tuple[Layout | None, ...], beams: int
+) -> Launch:
     k, v, k_cache, v_cache = layouts
     (rows, h, tokens, d), (dv,) = k[0], v[0][3:]
     page = 0 if table is None else k_cache[0][1]
@@ -181,26 +186,33 @@ def _append_launch(layouts: tuple[Layout, ...], table: Layout | None, beams: int
     strides = [k[1], v[1], *(tuple(x[1][i] for i in order) for x in (k_cache, v_cache))]
     block_d, block_dv = pow2(d), pow2(dv)
     block_h = min(pow2(h), max(1, 2048 // max(block_d, block_dv)))
+    strides += [(0,) * 3 if x is None else tuple(x[1][i] for i in order) for x in scales]
     table_strides = (0,) if table is None else table[1][:1]
 
-    def arrange(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *table: Tensor) -> Any:
-        pages = Matrix(table[0] if table else lengths, table_strides)
-        return (*map(Matrix, (k, v, k_cache, v_cache), strides), lengths, pages)
+    def arrange(
+        k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, lengths: Tensor,
+        table: Tensor,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        everything = map(Matrix, (k, v, k_cache, v_cache, k_scale, v_scale), strides)
+        return (*everything, lengths, Matrix(table, table_strides))
 
-    flags = dict(PAGE=page, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_H=block_h)
+    flags = dict(PAGE=page, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_H=block_h, INT8=scales[0] is not None)
     grid = (rows * tokens * cdiv(h, block_h),)
     return Launch(_append_kv_kernel, lambda _: grid, flags, [dict(num_warps=1)], (h, tokens, beams, capacity), arrange)
 
 
 def append_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor | None, beams: int
-) -> None:
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, beams: int,
+) -> None:  # fmt: skip
     """Store the newest tokens in the caches."""
     _last_contiguous("append_kv_cache", k_cache=k_cache, v_cache=v_cache)
     k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (k, v))
     layouts = tuple((x.shape, x.stride(), x.dtype) for x in (k, v, k_cache, v_cache))
-    table = () if page_table is None else (page_table,)
-    _append_launch(layouts, _layout(page_table), beams)(k, v, k_cache, v_cache, lengths, *table)
+    launch = _append_launch(layouts, _layout(page_table), (_layout(k_scale), _layout(v_scale)), beams)
+    # Where there is none, lengths stand in and are never read.
+    k_scale, v_scale, page_table = (lengths if x is None else x for x in (k_scale, v_scale, page_table))
+    launch(k, v, k_cache, v_cache, k_scale, v_scale, lengths, page_table)
 
 
 def _append_kv_fake(*_: Any) -> None:
@@ -208,4 +220,4 @@ def _append_kv_fake(*_: Any) -> None:
 
 
 decode = register(decode_attention_fwd, _decode_attention_fake)
-store = register(append_kv, _append_kv_fake, mutates=("k_cache", "v_cache"))
+store = register(append_kv, _append_kv_fake, mutates=("k_cache", "v_cache", "k_scale", "v_scale"))

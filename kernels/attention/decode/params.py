@@ -27,6 +27,8 @@ class Cache(NamedTuple):
     page_table: Tensor | None
     descends: Tensor | None
     starts: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
 class DecodeParams(NamedTuple):
@@ -49,27 +51,30 @@ class DecodeParams(NamedTuple):
 
 def _check_cache(
     op: str, beams: int, new: dict[str, Tensor], k: Tensor, v: Tensor, lengths: Tensor, page_table: Tensor | None,
-    others: dict[str, Tensor | None], cache_names: tuple[str, str] = ("k", "v"),
+    scales: dict[str, Tensor | None], others: dict[str, Tensor | None], cache_names: tuple[str, str] = ("k", "v"),
 ) -> tuple[int, int]:  # fmt: skip
     """(batch, slots of a row); ValueError or TypeError where new tokens, caches and integers do not fit together."""
-    floating = new | dict(zip(cache_names, (k, v), strict=True))
+    caches = dict(zip(cache_names, (k, v), strict=True))
     integers: dict[str, Tensor | None] = dict(lengths=lengths, page_table=page_table, **others)
-    checks.tensors(op, **floating, **integers)
-    checks.plain(op, *floating.values(), *integers.values())
+    everything = new | caches | integers | scales
+    checks.tensors(op, **everything)
+    checks.plain(op, *everything.values())
+    quantized = _check_scales(op, caches, scales)
+    floating = new if quantized else new | caches
     checks.floating(op, **floating)
     (like, q), *_ = new.items()
-    for name, x in floating.items():
+    for name, x in (new | caches).items():
         cached = "(B, H_kv, slots, D)" if page_table is None else "(pages, page_size, H_kv, D)"
         if x.dim() != 4:
             wanted = "(B * beams, H, T, D)" if name in new else cached
             raise ValueError(f"{op}: {name} must be {wanted}, got shape {tuple(x.shape)}: reshape it")
-        if x.dtype != q.dtype:
+        if name in floating and x.dtype != q.dtype:
             raise TypeError(f"{op}: {name} is {name_of(x.dtype)}, {like} {name_of(q.dtype)}: cast them to one dtype")
-    checks.same_device(op, q, **floating, **integers)
+    checks.same_device(op, q, **everything)
     (rows, _, tokens, d), (k_name, v_name) = q.shape, cache_names
     if isinstance(beams, bool) or not isinstance(beams, int) or not 1 <= beams <= MAX_BEAMS or rows % beams:
         raise ValueError(f"{op}: beams is {beams!r}, {like} has {rows} rows: pass 1 to {MAX_BEAMS}, a divisor of them")
-    if not 1 <= tokens <= MAX_TOKENS:
+    if tokens < 1 or (tokens > MAX_TOKENS and "q" in new):
         raise ValueError(f"{op}: {like} has {tokens} new tokens a row: pass 1 to {MAX_TOKENS}, a prompt to `attention`")
     if v.shape[:3] != k.shape[:3]:
         both = f"{v_name} has shape {tuple(v.shape)}, {k_name} {tuple(k.shape)}"
@@ -101,6 +106,20 @@ def _check_cache(
     return batch, slots
 
 
+def _check_scales(op: str, caches: dict[str, Tensor], scales: dict[str, Tensor | None]) -> bool:
+    """Whether the caches are int8 with a scale each; ValueError or TypeError for one without the other."""
+    given = [x is not None for x in scales.values()]
+    if any(given) != all(given) or any((x.dtype == torch.int8) != all(given) for x in caches.values()):
+        dtypes = ", ".join(f"{name} is {name_of(x.dtype)}" for name, x in caches.items())
+        shown = ", ".join(f"{name} {'None' if x is None else 'given'}" for name, x in scales.items())
+        raise TypeError(f"{op}: {dtypes}, {shown}: int8 caches and both scales belong together")
+    for (name, scale), cache in zip(scales.items(), caches.values(), strict=True):
+        if scale is not None and (scale.dtype != torch.float32 or scale.shape != cache.shape[:3]):
+            got, wanted = f"{name_of(scale.dtype)} {tuple(scale.shape)}", tuple(cache.shape[:3])
+            raise TypeError(f"{op}: {name} is {got}: pass float32 {wanted}, one for each row of the cache")
+    return all(given)
+
+
 def check_decode(
     q: Tensor,
     cache: Cache,
@@ -113,9 +132,9 @@ def check_decode(
 ) -> DecodeParams:
     """The numbers of a call; raises for arguments of `decode_attention` that do not fit together."""
     op = "decode_attention"
-    k, v, lengths, page_table, descends, starts = cache
-    others = dict(descends=descends, starts=starts)
-    _, slots = _check_cache(op, beams, dict(q=q), k, v, lengths, page_table, others)
+    k, v, lengths, page_table, descends, starts, k_scale, v_scale = cache
+    scales, others = dict(k_scale=k_scale, v_scale=v_scale), dict(descends=descends, starts=starts)
+    _, slots = _check_cache(op, beams, dict(q=q), k, v, lengths, page_table, scales, others)
     h, h_kv = q.shape[1], k.shape[1 if page_table is None else 2]
     if h_kv == 0 or h % h_kv:
         raise ValueError(f"{op}: {h} query heads and {h_kv} key heads: the second must divide the first")
@@ -137,11 +156,13 @@ def check_decode(
 
 
 def check_append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor | None, beams: int
-) -> None:
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, beams: int,
+) -> None:  # fmt: skip
     """Raise ValueError or TypeError for arguments of `append_kv_cache` that do not fit together."""
     op, names = "append_kv_cache", ("k_cache", "v_cache")
-    _check_cache(op, beams, dict(k=k, v=v), k_cache, v_cache, lengths, page_table, {}, names)
+    scales = dict(k_scale=k_scale, v_scale=v_scale)
+    _check_cache(op, beams, dict(k=k, v=v), k_cache, v_cache, lengths, page_table, scales, {}, names)
     heads = 1 if page_table is None else 2
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         wanted = (k.shape[0], cache.shape[heads], k.shape[2], cache.shape[3])

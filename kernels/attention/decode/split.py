@@ -11,6 +11,9 @@ is -inf, and what else they would have written is not read.
 
 Beams share slots: bit r of a slot's word says that beam r descends from it. A slot that no beam descends from is not
 read, and the others' words cost one load a slot.
+
+Keys and values in 8 bits have a scale for each slot and head. Scores are multiplied by those of the keys. Those of the
+values weigh the probabilities, as shares of the tile's largest, so that none of them is lost in float16.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from tileformer.kernels.attention.mask import LOG2E, Matrix, soft_cap
 from tileformer.kernels.tile_ops import LN2 as _LN2
 
 LN2 = tl.constexpr(_LN2)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added, it leaves a float32 no bits behind the point
 
 
 class DecodeFeatures(NamedTuple):
@@ -35,6 +39,7 @@ class DecodeFeatures(NamedTuple):
     LOW: bool  # a query sees no slot before its own, less a window
     HIGH: bool  # nor one after it
     BIAS: bool
+    INT8: bool  # keys and values, each row times a scale
     SOFTCAP: bool
     SPLIT: bool
     D: int
@@ -79,10 +84,17 @@ def _load_rows(x_ptr, strides, place, first, further, real, D: tl.constexpr, BLO
     return tl.load(rows[:, None] + cols[None, :], mask=in_tile, other=0.0)
 
 
+@triton.jit
+def _load_scales(scale, place, h, first, further, real):
+    """[BLOCK_N] those of the slots' rows, 0 where a slot is not `real`."""
+    at = scale.ptr + place * scale.strides[0] + h * scale.strides[1] + (first + further) * scale.strides[2]
+    return tl.load(at, mask=real, other=0.0)
+
+
 @triton.jit(do_not_specialize=["H_kv", "group", "T_q", "beams", "step", "capacity", "splits", "least", "left", "right"])
 def _decode_split_kernel(
-    q, k, v, slots, bias, out_ptr, lse_ptr, H_kv, group, T_q, beams, step, capacity, splits, least, left, right,
-    scale, softcap, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, slots, bias, k_scale, v_scale, out_ptr, lse_ptr, H_kv, group, T_q, beams, step, capacity, splits, least,
+    left, right, scale, softcap, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one split of one key head's slots, against BLOCK_M of its rows.
 
@@ -125,11 +137,13 @@ def _decode_split_kernel(
     # [BLOCK_M, BLOCK_D]
     q_at = q.ptr + q_row * q.strides[0] + q_head * q.strides[1] + token * q.strides[2]
     q_tile = tl.load(q_at[:, None] + cols_d[None, :], mask=in_q[:, None] & (cols_d < F.D)[None, :], other=0.0)
-    k_ptr = k.ptr + h * (k.strides[1] // F.ALIGN * F.ALIGN)
-    v_ptr = v.ptr + h * (v.strides[1] // F.ALIGN * F.ALIGN)
+    far_head = h.to(tl.int64)
+    k_ptr = k.ptr + far_head * (k.strides[1] // F.ALIGN * F.ALIGN)
+    v_ptr = v.ptr + far_head * (v.strides[1] // F.ALIGN * F.ALIGN)
     table_ptr = slots.table.ptr + b * slots.table.strides[0]
     words_ptr = slots.descends.ptr + b * slots.descends.strides[0]
-    bias_at = bias.ptr + q_row * bias.strides[0] + q_head * bias.strides[1] + token * bias.strides[2]
+    bias_at = bias.ptr + q_row * bias.strides[0] + q_head.to(tl.int64) * bias.strides[1]
+    bias_at += token.to(tl.int64) * bias.strides[2]
     any_beam = tl.where(beams == 32, -1, (1 << beams) - 1)
 
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
@@ -150,7 +164,10 @@ def _decode_split_kernel(
         # [BLOCK_N, BLOCK_D]
         k_tile = _load_rows(k_ptr, k.strides, place, first_slot, further, real, F.D, F.BLOCK_D, F)
         # [BLOCK_M, BLOCK_N]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.PRECISION, out_dtype=ACC) * (scale * LOG2E)
+        k_tile = tl.trans(k_tile).to(q_tile.dtype)
+        s = tl.dot(q_tile, k_tile, input_precision=F.PRECISION, out_dtype=ACC) * (scale * LOG2E)
+        if F.INT8:
+            s *= _load_scales(k_scale, place, far_head, first_slot, further, real)[None, :]
         if F.SOFTCAP:
             s, _ = soft_cap(s, softcap)
         seen = real[None, :]
@@ -172,7 +189,15 @@ def _decode_split_kernel(
         # [BLOCK_N, BLOCK_DV]
         v_tile = _load_rows(v_ptr, v.strides, place, first_slot, further, real, F.DV, F.BLOCK_DV, F)
         # [BLOCK_M, BLOCK_DV]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.PRECISION, out_dtype=ACC)
+        if F.INT8:
+            shares = _load_scales(v_scale, place, far_head, first_slot, further, real)
+            largest = tl.max(shares, 0)
+            p *= (shares / tl.where(largest > 0.0, largest, 1.0))[None, :]
+            v_tile = v_tile.to(q_tile.dtype)
+            part = tl.dot(p.to(q_tile.dtype), v_tile, input_precision=F.PRECISION, out_dtype=ACC)
+            acc = acc * alpha[:, None] + part * largest
+        else:
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.PRECISION, out_dtype=ACC)
         running_max = new_max
 
     some = total != 0.0  # true of NaN, so that a row with a NaN stays NaN
@@ -220,8 +245,9 @@ def _decode_merge_kernel(
 
 @triton.jit(do_not_specialize=["H", "T", "beams", "capacity"])
 def _append_kv_kernel(
-    k, v, k_cache, v_cache, lengths_ptr, table, H, T, beams, capacity, PAGE: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_H: tl.constexpr,
+    k, v, k_cache, v_cache, k_scale, v_scale, lengths_ptr, table, H, T, beams, capacity, PAGE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_H: tl.constexpr,
+    INT8: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H heads of one token of one row (R, H, T, D), stored where it belongs."""
     blocks = tl.cdiv(H, BLOCK_H)
@@ -239,16 +265,29 @@ def _append_kv_kernel(
         slot = slot % PAGE
     heads = pid % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     in_heads = (heads < H) & stored
-    _copy_row(k, k_cache, row, token, place, slot, heads, in_heads, D, BLOCK_D)
-    _copy_row(v, v_cache, row, token, place, slot, heads, in_heads, DV, BLOCK_DV)
+    _copy_row(k, k_cache, k_scale, row, token, place, slot, heads, in_heads, D, BLOCK_D, INT8)
+    _copy_row(v, v_cache, v_scale, row, token, place, slot, heads, in_heads, DV, BLOCK_DV, INT8)
 
 
 @triton.jit
-def _copy_row(x, cache, row, token, place, slot, heads, in_heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _copy_row(
+    x, cache, scale, row, token, place, slot, heads, in_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    INT8: tl.constexpr,
+):  # fmt: skip
+    """`heads` of a token, to a slot; in 8 bits as multiples of the largest of a head divided by 127."""
     cols = tl.arange(0, BLOCK_D)
     inside = in_heads[:, None] & (cols < D)[None, :]
     x_at = x.ptr + row * x.strides[0] + token.to(tl.int64) * x.strides[2]
     at = cache.ptr + place * cache.strides[0] + slot.to(tl.int64) * cache.strides[2]
     far = heads.to(tl.int64)[:, None]
     value = tl.load(x_at + far * x.strides[1] + cols[None, :], mask=inside, other=0.0)
+    if INT8:
+        value = value.to(tl.float32)
+        finite = tl.sum(value * 0.0, 1) == 0.0
+        unit = tl.where(finite, tl.math.div_rn(tl.max(tl.abs(value), 1), 127.0), float("nan"))
+        scale_at = scale.ptr + place * scale.strides[0] + slot.to(tl.int64) * scale.strides[2]
+        tl.store(scale_at + heads.to(tl.int64) * scale.strides[1], unit, mask=in_heads)
+        multiples = tl.math.div_rn(value, tl.where(unit > 0.0, unit, 1.0)[:, None])
+        multiples = (tl.minimum(tl.maximum(multiples, -127.0), 127.0) + ROUND) - ROUND
+        value = tl.where((unit > 0.0)[:, None], multiples, 0.0).to(tl.int8)
     tl.store(at + far * cache.strides[1] + cols[None, :], value, mask=inside)

@@ -22,7 +22,7 @@ def torch_decode(q: Tensor, cache: Cache, bias: Tensor | None, params: DecodePar
     if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # it would round each product
         with torch.autocast(q.device.type, enabled=False):
             return torch_decode(q, cache, bias, params, return_lse)
-    k, v, lengths, page_table, _, starts = cache
+    k, v, lengths, page_table, _, starts, k_scale, v_scale = cache
     (rows, h, t_q, d), (beams, _, left, right, scale, softcap), dtype = q.shape, params, q.dtype
     last = k.shape[2] if page_table is None else page_table.shape[1] * k.shape[1]
     # Lengths that lie in the host's memory say how far to read, and whether all rows are as long.
@@ -33,8 +33,12 @@ def torch_decode(q: Tensor, cache: Cache, bias: Tensor | None, params: DecodePar
         ragged = min(counts, default=0) < last
     if page_table is not None:
         used = page_table[:, : -(-last // k.shape[1])].clamp(0, len(k) - 1)
-        k, v = (x[used].flatten(1, 2).transpose(1, 2) for x in (k, v))
+        k, v, k_scale, v_scale = (
+            x if x is None else x[used].flatten(1, 2).transpose(1, 2) for x in (k, v, k_scale, v_scale)
+        )
     k, v = k[:, :, :last], v[:, :, :last]
+    if k_scale is not None and v_scale is not None:
+        k, v = k * k_scale[:, :, :last, None], v * v_scale[:, :, :last, None]
     b, h_kv = k.shape[:2]
     group = h // h_kv
     if beams > 1:
@@ -50,8 +54,9 @@ def torch_decode(q: Tensor, cache: Cache, bias: Tensor | None, params: DecodePar
         or (t_q > 1 and right != NO_LIMIT)
     ):
         seen = _seen(cache, params, t_q, last)
-    if dtype.itemsize == 2:
-        q, k, v = q.float(), k.float(), v.float()
+    if dtype.itemsize == 2 or k_scale is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
 
     plain = seen is None and bias is None and softcap == 0.0
     if plain and not return_lse and rows * h_kv <= FEW_HEADS * beams and last > 0 and on_host:
@@ -111,9 +116,14 @@ def _seen(cache: Cache, params: DecodeParams, t_q: int, slots: int) -> Tensor:
 
 
 def torch_append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor | None, beams: int
-) -> None:
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None, beams: int,
+) -> None:  # fmt: skip
     """Store what lies inside of the caches: whole slices where all rows are as long, which the host can see."""
+    pairs = [(k, k_cache), (v, v_cache)]
+    if k_scale is not None and v_scale is not None:
+        (k8, k_unit), (v8, v_unit) = _in_eight_bits(k), _in_eight_bits(v)
+        pairs = [(k8, k_cache), (v8, v_cache), (k_unit, k_scale[..., None]), (v_unit, v_scale[..., None])]
     tokens, (page_size, slots) = k.shape[2], k_cache.shape[1:3]
     inside: Any = None
     if page_table is None and lengths.device.type == "cpu" and not is_compiling():
@@ -121,8 +131,8 @@ def torch_append(
         first, last = min(counts, default=0) - tokens * beams, max(counts, default=0)
         if first >= 0 and last <= slots:
             if beams == 1 and first + tokens == last:  # all rows are as long
-                k_cache[:, :, first:last] = k
-                v_cache[:, :, first:last] = v
+                for new, cache in pairs:
+                    cache[:, :, first:last] = new
                 return
             inside = ...  # all of them
     batch = len(lengths)
@@ -137,6 +147,15 @@ def torch_append(
         where, rows = where.view_as(at), at % page_size
     if inside is None:
         inside = ((at >= 0) & (at < slots) & (where >= 0)).nonzero(as_tuple=True)
-    for new, cache in ((k, k_cache), (v, v_cache)):
+    for new, cache in pairs:
         by_slot = cache.transpose(1, 2) if page_table is None else cache
         by_slot[where[inside], rows[inside]] = new.unflatten(0, (batch, beams)).permute(0, 3, 1, 2, 4)[inside]
+
+
+def _in_eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (..., D), and what they are multiples of, (..., 1); NaN where a value of the row is not finite."""
+    x = x.float()
+    unit = x.abs().amax(-1, keepdim=True) / 127.0
+    unit = torch.where(unit < math.inf, unit, math.nan)
+    multiples = torch.where(unit > 0.0, x / unit, 0.0)
+    return multiples.clamp_(-127.0, 127.0).round_().to(torch.int8), unit
