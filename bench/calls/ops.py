@@ -239,7 +239,7 @@ def _build_decode(
         words: which beams descend from a slot, at random; every fifth slot is dead.
         starts: the first fifth of each row is padding.
         bias: "columns" and "full" (with -inf in some columns), or "heads".
-        int8: k and v in 8 bits, the scales of neighbouring slots a hundred times apart, v's below float16's normal range.
+        int8: k and v in 8 bits, the scales of neighbours a hundred times apart, v's below float16's normal range.
     """
     b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
     device = generator.device

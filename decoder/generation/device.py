@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tileformer.decoder.generation.state import RowState
-from tileformer.decoder.generation.static import SHORT, StaticCache
+from tileformer.decoder.generation.static import SHORT, StaticCache, parts_of
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 
 
@@ -39,6 +39,9 @@ class DeviceCache(StaticCache):
 
     No step reads a value on the host or moves what it reads: a CUDA graph of one step is every later step. Beams: a
     word ``descends`` (B, slots) of each slot says which of them descend from it, `decode_attention`'s.
+
+    With ``dtype`` int8 keys and values are kept in 8 bits, see `append_kv_cache`; a prompt attends to its own as they
+    are.
     """
 
     row_lengths: Any
@@ -108,15 +111,14 @@ class DeviceCache(StaticCache):
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         R, n = len(self.row_lengths), self.n
         q, k, v = qkv.view(R, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        keys, values = self.kv[layer].unbind(0)
+        keys, values, scales = parts_of(self.kv[layer], self.head_dim)
+        if n > SHORT and self.length:
+            raise ValueError(f"{n} tokens are a prompt, and this cache has read {self.length}: start with them")
+        append_kv_cache(k, v, keys, values, self.filled, beams=self.beams, **scales)
         if n > SHORT:
-            if self.length:
-                raise ValueError(f"{n} tokens are a prompt, and this cache has read {self.length}: start with them")
-            keys[:, :, :n], values[:, :, :n] = k, v
             out = attention(q, k, v, causal=True)
         else:
-            append_kv_cache(k, v, keys, values, self.filled, beams=self.beams)
-            out = decode_attention(q, keys, values, self.filled, beams=self.beams, descends=self.descends)
+            out = decode_attention(q, keys, values, self.filled, beams=self.beams, descends=self.descends, **scales)
         return out.transpose(1, 2).reshape(R * n, -1)
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Incremental:
 
     step_memory = 0.3  # bytes of copies of matrices in a faster layout, as a share of the decoder's weights
     step_captures = True  # on a GPU: as a CUDA graph, from a state's second step on
+    cache_dtype: torch.dtype | None = None  # torch.int8: keys and values in 8 bits, a scale for each token and head
 
     def __init__(
         self, decoder: nn.Module, parts: Parts, encode: Any, eos_id: int, pad_id: int, bos_id: int, max_length: int

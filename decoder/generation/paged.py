@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.generation.state import RowState, _time, _widened
+from tileformer.decoder.generation.static import parts_of
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 from tileformer.kernels.attention.decode.params import MAX_TOKENS
 
@@ -197,23 +198,28 @@ class PagedCache:
         """``qkv`` (R * n, 3 * H * D), projected of the new tokens: store the keys, attend what each row sees, (R * n,
         H * D)."""
         R, n = self.write_to[0].shape
-        q, k, v = qkv.view(R, n, 3, *self.pool.kv.shape[-2:]).unbind(2)
+        q, k, v = qkv.view(R, n, 3, self.pool.kv.shape[4], -1).transpose(1, 3).unbind(2)
+        keys, values, scales = parts_of(self.pool.kv[layer], q.shape[3])
+        append_kv_cache(k, v, keys, values, self.seen, page_table=self.table, **scales)
         if n <= MAX_TOKENS:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            keys, values = self.pool.kv[layer]
-            append_kv_cache(k, v, keys, values, self.seen, page_table=self.table)
-            out = decode_attention(q, keys, values, self.seen, page_table=self.table)
+            out = decode_attention(q, keys, values, self.seen, page_table=self.table, **scales)
         else:
-            out = attention(q.transpose(1, 2), *self.store(layer, k, v), causal="bottom_right", key_lengths=self.seen)
+            k, v = self.gather(keys, n), self.gather(values, n)
+            if scales:
+                k, v = ((x * self.gather(y, n)[..., None]).to(q) for x, y in zip((k, v), scales.values(), strict=True))
+            out = attention(q, k, v, causal="bottom_right", key_lengths=self.seen)
         return out.transpose(1, 2).reshape(R * n, -1)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``k`` and ``v`` (R, n, H_kv, D); all that the rows read, gathered: (R, H_kv, T, D)."""
         kv = self.pool.kv[layer]
         kv[0][self.write_to], kv[1][self.write_to] = k, v
-        pages = self.table[:, : self.pool.pages_for(self.length + k.shape[1])]
-        k, v = (x[pages].flatten(1, 2).transpose(1, 2) for x in kv)
-        return k, v
+        return self.gather(kv[0], k.shape[1]), self.gather(kv[1], k.shape[1])
+
+    def gather(self, x: Tensor, n: int) -> Tensor:
+        """All that the rows and their n new tokens read, (R, H_kv, T, ...), of pages ``x``."""
+        pages = self.table[:, : self.pool.pages_for(self.length + n)]
+        return x[pages].flatten(1, 2).transpose(1, 2)
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:
         """``q`` (R * n, H * D) against the keys of each row's source, (R * n, H * D)."""

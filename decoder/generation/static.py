@@ -14,6 +14,19 @@ SHORT = 16  # new tokens from which scores are worth a kernel that never stores 
 STEPS_BETWEEN_COMPACTIONS = 16
 
 
+def eight_bit_width(head_dim: int) -> int:
+    """Bytes of a row in 8 bits with its scale behind it: whole vectors of 16, so that rows lie as kernels load them."""
+    return -(-head_dim // 16) * 16 + 16
+
+
+def parts_of(kv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Keys, values and their scales, if they have any, of rows (2, ..., head_dim or `eight_bit_width`)."""
+    if kv.dtype != torch.int8:
+        return kv[0], kv[1], {}
+    scales = kv[..., -16:-12].view(torch.float32)[..., 0]
+    return kv[0, ..., :head_dim], kv[1, ..., :head_dim], dict(k_scale=scales[0], v_scale=scales[1])
+
+
 class SourceRows:
     """What an encoder's layers attend to: all tokens of a row's own source but its ``padding`` (B, T)."""
 
@@ -53,13 +66,15 @@ class StaticCache(RowState):
         like: Tensor,
         source: list[Tensor] | None = None,
         padding: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.step: Any = None  # the weights that it was begun with
         layers, self.heads, self.head_dim = shape
         self.capacity, self.length, self.slots, self.beams = capacity, 0, 0, 1
         self.scale = self.head_dim**-0.5
         # Finite from the start: what a shorter row has not written yet is read, and multiplied by zero.
-        self.kv = like.new_zeros(layers, 2, rows, self.heads, capacity, self.head_dim)
+        width, dtype = (self.head_dim, like.dtype) if dtype is None else (eight_bit_width(self.head_dim), dtype)
+        self.kv = like.new_zeros(layers, 2, rows, self.heads, capacity, width, dtype=dtype)
         self.of: Any = None  # the buffer that `all_keys` and `all_values` are views of
         self.ignored = like.new_zeros(1)
         self.source: Any = None  # (L, 2, B, H, T, D)
@@ -254,7 +269,7 @@ class StaticCache(RowState):
         K, length = self.beams, self.length
         order = (~self._seen_by_beams()).flatten(0, 1).int().argsort(stable=True)[:, :length]
         rows = torch.arange(len(order), device=order.device)
-        kv = self.kv.new_zeros(*self.kv.shape[:2], len(rows), self.heads, self.capacity, self.head_dim)
+        kv = self.kv.new_zeros(*self.kv.shape[:2], len(rows), self.heads, self.capacity, self.kv.shape[5])
         kv[..., :length, :] = self.kv[:, :, rows[:, None] // K, :, order].permute(2, 3, 0, 4, 1, 5)
         self.beams, self.slots = 1, length
         self.assign([kv.movedim(2, 0)], [x.repeat_interleave(K, 0) for x in self.fixed()])

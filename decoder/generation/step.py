@@ -84,8 +84,10 @@ class PackedStep:
     multiplies 1.3 to 2 times as fast for up to 64 rows; the others are the parameters themselves.
     """
 
-    def __init__(self, parts: Parts, memory: int, captures: bool = True) -> None:
-        self.captures = captures  # whether a step on a GPU becomes a CUDA graph
+    captures = True  # whether a step on a GPU becomes a CUDA graph
+    cache_dtype: torch.dtype | None = None  # of keys and values, the weights' where it is None
+
+    def __init__(self, parts: Parts, memory: int) -> None:
         self.copies: list[tuple[Tensor, Tensor]] = []  # each with the parameter that it is a copy of
         self.memory = memory  # bytes that copies may still take
         layers = list(dict.fromkeys(parts.layers))
@@ -165,7 +167,8 @@ class PackedStep:
     ) -> tuple[Tensor, StaticCache]:
         """`Decodable.start` for aligned prompts of ``lengths`` (B,), and what `source` made of a source."""
         host = choose("decode_attention", self.like) == "torch" and self.like.device.type == "cpu"
-        state = (StaticCache if host else DeviceCache)(self.shape, len(tokens), capacity, self.like, keys, padding)
+        kind = StaticCache if host and self.cache_dtype is None else DeviceCache
+        state = kind(self.shape, len(tokens), capacity, self.like, keys, padding, self.cache_dtype)
         state.step = self
         logits = self(tokens, state, last=lengths - 1)
         if shortest < tokens.shape[1]:
@@ -304,7 +307,8 @@ def packed_step(model: Any, parts: Parts, name: str = "decoder") -> PackedStep:
         steps.pop(name, None)  # two steps' copies are never held at once
         share = model.step_memory if name == "decoder" else 0.0  # an encoder runs once
         total = sum(p.numel() * p.element_size() for p in model.parameters())
-        steps[name] = PackedStep(parts, int(share * total), model.step_captures)
+        steps[name] = PackedStep(parts, int(share * total))
+    steps[name].captures, steps[name].cache_dtype = model.step_captures, model.cache_dtype
     return steps[name]
 
 
@@ -317,6 +321,7 @@ class Decoding:
 
     step_memory = 0.3  # bytes of a step's copies at the most, as a share of the weights'
     step_captures = True  # on a GPU: as a CUDA graph, from a state's second step on
+    cache_dtype: torch.dtype | None = None  # torch.int8: keys and values in 8 bits, a scale for each token and head
 
     pad_id: int
     max_length: int
@@ -338,7 +343,11 @@ class Decoding:
                 f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
                 f"got {capacity}"
             )
-        if use_cache and self._why_modules() is None:
+        reason = self._why_modules() if use_cache else None
+        if self.cache_dtype not in (None, torch.int8) or (use_cache and self.cache_dtype is not None and reason):
+            why = reason or f"keys and values are kept in {self.cache_dtype} by none"
+            raise ValueError(f"cache_dtype is {self.cache_dtype}: torch.int8, for a packed step, or None ({why})")
+        if use_cache and reason is None:
             return self._start_packed(tokens, lengths, shortest, capacity, source, beams)
         inputs = self.inputs_of(source)
         state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)

@@ -114,8 +114,8 @@ class _Plan:
             given = iter(rest)
             starts, words, table, bias, *scales = (next(given) if there else lengths for there in present)
             slots = Slots(lengths, starts, Matrix(words, word_strides), Matrix(table, table_strides))
-            scales = map(Matrix, scales, scale_strides)
-            return (*map(Matrix, (q, k, v), strides), slots, Matrix(bias, bias_strides), *scales, *given)
+            caches, scales_there = map(Matrix, (q, k, v), strides), map(Matrix, scales, scale_strides)
+            return (*caches, slots, Matrix(bias, bias_strides), *scales_there, *given)
 
         heads = batch * h_kv
         self.split = Launch(

@@ -33,9 +33,9 @@ def torch_decode(q: Tensor, cache: Cache, bias: Tensor | None, params: DecodePar
         ragged = min(counts, default=0) < last
     if page_table is not None:
         used = page_table[:, : -(-last // k.shape[1])].clamp(0, len(k) - 1)
-        k, v, k_scale, v_scale = (
-            x if x is None else x[used].flatten(1, 2).transpose(1, 2) for x in (k, v, k_scale, v_scale)
-        )
+        of_rows = lambda x: x[used].flatten(1, 2).transpose(1, 2)  # noqa: E731
+        k, v = of_rows(k), of_rows(v)
+        k_scale, v_scale = (x if x is None else of_rows(x) for x in (k_scale, v_scale))
     k, v = k[:, :, :last], v[:, :, :last]
     if k_scale is not None and v_scale is not None:
         k, v = k * k_scale[:, :, :last, None], v * v_scale[:, :, :last, None]
