@@ -17,6 +17,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 import sys
 import types
 import warnings
@@ -29,7 +30,8 @@ from torch.nn import functional as F
 
 from tileformer.decoder.nn.convert import TWINS, Report, convert, swap
 from tileformer.decoder.nn.convert import revert as revert_modules
-from tileformer.kernels import attention, cross_entropy, rms_norm
+from tileformer.kernels import attention, cross_entropy, decode_attention, rms_norm
+from tileformer.kernels.attention.decode.params import MAX_TOKENS
 
 NAME = "tileformer"
 _UNSUPPORTED = (
@@ -381,6 +383,12 @@ def attend(
             raise NotImplementedError(
                 f'attn_implementation="{NAME}" does not support {name}=: use "eager" for this model'
             )
+    if not dropout and not output_attentions and _is_step(query, key, attention_mask):
+        seen = _seen_slots(attention_mask, key, query.dtype)
+        if position_bias is not None:
+            wide = position_bias[..., : key.shape[2]].float()
+            seen["bias"] = wide if seen.get("bias") is None else wide + seen["bias"]
+        return decode_attention(query, key, value, scale=scaling, softcap=softcap, **seen).transpose(1, 2), None
     arguments: dict[str, Any] = dict(scale=scaling, dropout_p=dropout, softcap=softcap or 0.0)
     if attention_mask is None:
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
@@ -396,6 +404,54 @@ def attend(
         return attention(query, key, value, **arguments).transpose(1, 2), None
     out, weights = attention(query, key, value, return_weights=True, **arguments)
     return out.transpose(1, 2), weights
+
+
+def _is_step(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether these are a row's newest tokens over its cache, which `decode_attention` reads to its length."""
+    (rows, _, tokens, size), keys = query.shape, key.shape[2]
+    known = (mask is not None and mask.dim() == 4) or (mask is None and tokens == 1)
+    return known and not torch.is_grad_enabled() and tokens <= min(MAX_TOKENS, keys - 1) and rows > 0 and size <= 256
+
+
+def _seen_slots(mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What a mask (B, 1 or H, T_q, T_k or more) lets a step see, as arguments of `decode_attention`. Layers of a model
+    share a mask, which remembers it."""
+    batch, keys = key.shape[0], key.shape[2]
+    whole = getattr(mask, "tileformer_causal", (0, -1))
+    if mask is None or (whole[0] is None and whole[1] == mask._version and mask.shape[-1] == keys):
+        return dict(lengths=_full(batch, keys, key.device), causal=mask is not None)
+    counted = not torch.compiler.is_compiling() and not mask.is_inference()  # what was written to it
+    known = getattr(mask, "tileformer_seen", None) if counted else None
+    if known is None or known[0] != (mask._version, keys, dtype):
+        cut, bias = mask[..., :keys].expand(batch, -1, -1, -1), None
+        real = cut != -math.inf if cut.is_floating_point() else cut
+        if cut.is_floating_point():
+            bias = cut
+        elif cut.shape[1] * cut.shape[2] > 1:
+            bias = cut.new_zeros(cut.shape, dtype=dtype).masked_fill(~cut, -math.inf)
+        slot, real = torch.arange(keys, device=key.device), real.any(2).any(1)
+        lengths = torch.where(real, slot + 1, 0).amax(1).int()
+        starts = torch.where(real, slot, keys).amin(1).int()
+        given = dict(lengths=lengths, starts=starts, descends=real.int(), causal=False, bias=bias)
+        range_ = (slot >= starts[:, None]) & (slot < lengths[:, None])
+        if counted and real.device.type == "cpu" and torch.equal(real, range_):  # a glance at the host's own memory
+            given |= dict(descends=None, starts=starts if bool(starts.any()) else None)
+        known = None, given
+        if counted:
+            known = mask.tileformer_seen = (mask._version, keys, dtype), given  # type: ignore[attr-defined]
+    return dict(known[1])
+
+
+def _full(batch: int, keys: int, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.full((batch,), keys, dtype=torch.int32, device=device)
+    return _full_once(batch, keys, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _full_once(batch: int, keys: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((batch,), keys, dtype=torch.int32, device=device)  # once for all layers
 
 
 def _masks(passed: Tensor, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """`huggingface.attend`, `make_mask` and the loss by themselves: what they read of transformers' arguments, and what
 they refuse."""
 
+import copy
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
 from tileformer.decoder import huggingface  # noqa: E402
+from tileformer.kernels import use_backend  # noqa: E402
 
 
 def test_weights_on_demand() -> None:
@@ -92,3 +95,78 @@ def test_every_argument_that_changes_attention_is_refused(name) -> None:
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(NotImplementedError, match=name):
         huggingface.attend(torch.nn.Module(), q, q, q, None, **{name: torch.ones(2)})
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The lengths of each call of `decode_attention` from here on."""
+    lengths: list[list[int]] = []
+    decode = huggingface.decode_attention
+
+    def note(*tensors, **options):
+        lengths.append(options["lengths"].tolist())
+        return decode(*tensors, **options)
+
+    monkeypatch.setattr(huggingface, "decode_attention", note)
+    return lengths
+
+
+@pytest.mark.parametrize("named", ["torch", pytest.param("interpret", marks=pytest.mark.interprets)])
+def test_a_step_is_read_to_its_length(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of a step, in every form that transformers makes: what attention makes of them, by the decoding kernels."""
+    q, k, bias = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 21, 8), torch.randn(1, 4, 3, 30)
+    padding = torch.ones(2, 21, dtype=torch.bool)
+    padding[0, :4] = padding[1, 9] = padding[:, 19:] = False
+    dense = padding[:, None, None] & torch.ones(3, 21, dtype=torch.bool).tril(16)
+    says = huggingface.make_mask(2, 3, 21, q_offset=18, attention_mask=torch.ones_like(padding))
+    added = torch.zeros(2, 1, 3, 21).masked_fill(~dense, -torch.inf)
+    nan = k.masked_fill(~padding[:, None, :, None], torch.nan)
+    lengths = noted(monkeypatch)
+    for mask, keys, length in (
+        (None, k, 21), (says, k, 21), (dense, nan, 19), (added, k, 19), (dense.expand(2, 4, 3, 21), nan, 19),
+        (torch.nn.functional.pad(dense, (0, 9)), nan, 19), (torch.zeros_like(dense), nan, 0),
+    ):  # fmt: skip
+        tokens = q if mask is not None else q[:, :, :1]
+        for options in ({}, dict(position_bias=bias[:, :, : tokens.shape[2]], softcap=3.0)):
+            finite = keys.nan_to_num()
+            expected = huggingface.attend(torch.nn.Module(), tokens, finite, finite, mask, **options)[0]
+            assert not lengths  # of a prompt, or in training
+            with torch.no_grad(), use_backend(named):
+                for _ in range(2):  # the second layer's
+                    got = huggingface.attend(torch.nn.Module(), tokens, keys, keys, mask, **options)[0]
+                    assert lengths.pop() == [length] * 2
+                    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        changed = dense.clone()
+        for _ in range(2):
+            huggingface.attend(torch.nn.Module(), q, k, k, changed)
+            changed[..., 10:] = False  # what it remembers is of another mask
+        assert lengths == [[19, 19], [10, 9]]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_decodes_by_the_kernels(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    eager = transformers.LlamaForCausalLM(config).eval()
+    ours = copy.deepcopy(eager)
+    huggingface.use(ours)
+    ids, kept = torch.randint(3, 50, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    ids[0, :4] = kept[0, :4] = 0
+    options = dict(attention_mask=kept, max_new_tokens=6, do_sample=False, cache_implementation=cache)
+    expected = eager.generate(ids, disable_compile=True, **options)
+    calls = noted(monkeypatch)
+    assert torch.equal(ours.generate(ids, disable_compile=True, **options), expected)
+    assert len(calls) == 2 * (5 + (cache == "static"))  # with a static cache a short prompt is a step, too
+
+
+def test_a_step_is_compiled_without_a_break() -> None:
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 12, 8)
+    mask = (torch.arange(12) < torch.tensor([5, 9])[:, None])[:, None, None]
+    attend = lambda q, k, mask: huggingface.attend(torch.nn.Module(), q, k, k, mask)[0]  # noqa: E731
+    with torch.no_grad():
+        expected = attend(q, k, mask)
+        got = torch.compile(attend, fullgraph=True, backend="eager")(q, k, mask)
+    torch.testing.assert_close(got, expected)

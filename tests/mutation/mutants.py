@@ -1998,6 +1998,12 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("swapped", "softmax and its logarithm are exchanged", "    nn.Softmax: Softmax,\n    nn.LogSoftmax: LogSoftmax,", "    nn.Softmax: LogSoftmax,\n    nn.LogSoftmax: Softmax,"),
     ],
     "decoder/huggingface.py": [
+        ("decoding", "a step's mask is remembered whatever is written to it", "known[0] != (mask._version, keys, dtype)", "known[0][1:] != (keys, dtype)"),
+        ("mask", "heads and tokens of a step see what the first does", "elif cut.shape[1] * cut.shape[2] > 1:", "elif cut.shape[1] > 1:"),
+        ("padding", "a hole in a step's mask is read", "descends=real.int(), causal=False", "descends=None, causal=False"),
+        ("padding", "slots before a row's first are read on the host", "starts=starts if bool(starts.any()) else None", "starts=None"),
+        ("decoding", "steps are attended to as prompts", "tokens <= min(MAX_TOKENS, keys - 1)", "tokens <= min(0, keys - 1)"),
+        ("causal", "several tokens without a mask are a step", "or (mask is None and tokens == 1)", "or mask is None"),
         ("causal", "one query sees its first key alone", 'bool(causal) and query.shape[2] > 1', "bool(causal)"),
         ("mask", "a mask beside a bias is lost", 'torch.float32)) + arguments.pop("mask")', 'torch.float32)) + 0.0 * arguments.pop("mask").isnan()'),
         ("mask", "a mask that changed is taken for the causal one", "if version >= 0 and version == passed._version and passed", "if version >= 0 and passed"),

@@ -36,7 +36,8 @@ def torch_decode(q: Tensor, cache: Cache, bias: Tensor | None, params: DecodePar
         of_rows = lambda x: x[used].flatten(1, 2).transpose(1, 2)  # noqa: E731
         k, v = of_rows(k), of_rows(v)
         k_scale, v_scale = (x if x is None else of_rows(x) for x in (k_scale, v_scale))
-    k, v = k[:, :, :last], v[:, :, :last]
+    if last < k.shape[2]:
+        k, v = k[:, :, :last], v[:, :, :last]
     if k_scale is not None and v_scale is not None:
         k, v = k * k_scale[:, :, :last, None], v * v_scale[:, :, :last, None]
     b, h_kv = k.shape[:2]
@@ -58,10 +59,13 @@ def torch_decode(q: Tensor, cache: Cache, bias: Tensor | None, params: DecodePar
         wide = torch.promote_types(dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
 
-    plain = seen is None and bias is None and softcap == 0.0
-    if plain and not return_lse and rows * h_kv <= FEW_HEADS * beams and last > 0 and on_host:
-        out, lse = F.scaled_dot_product_attention(q, k, v, scale=scale), None
-    else:
+    plain, out, lse = seen is None and bias is None and softcap == 0.0, None, None
+    few = rows * h_kv <= FEW_HEADS * beams and last > 0 and on_host and not return_lse and softcap == 0.0
+    if few and (plain or (mask := _mask_of_rows(seen, bias, last, q.dtype)) is not None):
+        out = F.scaled_dot_product_attention(q, k, v, None if plain else mask, scale=scale)
+        if not plain and not math.isfinite(float(out.sum())):  # as below
+            out = None
+    if out is None:
         scores = (q if scale == 1.0 else q * scale) @ k.transpose(-1, -2)
         if softcap > 0.0:
             scores = softcap * torch.tanh(scores / softcap)
@@ -91,6 +95,16 @@ def torch_decode(q: Tensor, cache: Cache, bias: Tensor | None, params: DecodePar
     return out if lse is None else (out, lse.reshape(rows, h, t_q))
 
 
+def _mask_of_rows(seen: Tensor | None, bias: Tensor | None, last: int, dtype: torch.dtype) -> Tensor | None:
+    """The same thing as one mask (B, 1, 1, slots), if all heads, tokens and beams of a row see alike."""
+    if bias is None:
+        return seen[:, :, 0, 0] if seen is not None and seen.shape[2] * seen.shape[4] == 1 else None
+    if seen is not None or bias.dim() != 4 or bias.shape[1] * bias.shape[2] != 1:
+        return None
+    bias = bias[..., :last].to(dtype)
+    return bias.masked_fill(bias < LOWEST, -math.inf)
+
+
 def _seen(cache: Cache, params: DecodeParams, t_q: int, slots: int) -> Tensor:
     """Which slots a query sees, boolean (B, 1, beams or 1, 1, T_q or 1, slots)."""
     device = cache.k.device
@@ -109,8 +123,9 @@ def _seen(cache: Cache, params: DecodeParams, t_q: int, slots: int) -> Tensor:
             near = near & (before < behind[:, None] + (params.left + 1) * step)
         seen = seen & near[:, None, None, None]
     if cache.descends is not None:
-        beam = torch.arange(params.beams, dtype=torch.int32, device=device)[:, None]
-        words = cache.descends[:, None, :slots] >> beam
+        words = cache.descends[:, None, :slots]
+        if params.beams > 1:
+            words = words >> torch.arange(params.beams, dtype=torch.int32, device=device)[:, None]
         seen = seen & ((words & 1) != 0)[:, None, :, None, None]
     return seen
 
