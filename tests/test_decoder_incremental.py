@@ -118,6 +118,8 @@ def test_what_it_cannot_serve_is_refused_in_one_line():
         generate(m.incremental(encode=lambda s: (m.encode(s)[0].transpose(0, 1), None)), SOURCES, 5)
     with pytest.raises(ValueError, match="the model's 24, got 30"):
         m.incremental().start(torch.ones(2, 1, dtype=torch.int64), capacity=30, source=SOURCES)
+    with pytest.raises(TypeError, match="this decoder takes no cache: use_cache=False"):
+        generate(m.incremental(), SOURCES, 5, use_cache=False)
     m.stack.decoder.layers[0].multihead_attn.add_zero_attn = True
     with pytest.raises(TypeError, match="adds keys of its own"):
         generate(m.incremental(), SOURCES, 5)

@@ -27,14 +27,13 @@ class Incremental(Decoding):
         self.conditioned = encode is not None
         self.parameters, self.parts = decoder.parameters, lambda: parts
 
-    def start(self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1) -> Any:
-        """See `Decodable.start`. Raises TypeError for a decoder that the step does not know, or knows no more."""
-        if reason := self.why_modules():
-            raise TypeError(f"incremental: this decoder takes no cache: {reason}")
-        return super().start(tokens, capacity=capacity, source=source, beams=beams)
-
     def why_modules(self) -> str | None:
         return why_not_packed(self.parts(), self.known_modules)
+
+    def inputs_of(self, source: Tensor | None) -> Any:
+        """What modules would read, which are never called: TypeError for a decoder that the step does not know, or
+        knows no more."""
+        raise TypeError(f"incremental: this decoder takes no cache: {self.why_modules() or 'use_cache=False'}")
 
     def source_keys(self, step: PackedStep, source: Tensor | None, rows: int) -> tuple[Any, Any]:
         if not self.conditioned:

@@ -382,8 +382,10 @@ class Decoding:
             self._check_source(source)
             padding = source == self.pad_id
             return step.source(packed_step(self, encoder, "encoder").encode(source, padding), padding), padding
-        memory, padding = self.inputs_of(source) or (None, None)
-        return None if memory is None else step.source(memory.flatten(0, 1), padding), padding
+        if not (inputs := self.inputs_of(source)):
+            return None, None
+        memory, padding = inputs
+        return step.source(memory.flatten(0, 1), padding), padding
 
     def why_modules(self) -> str | None:
         for cls in type(self).__mro__:

@@ -1440,7 +1440,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "beams are released one by one", "        if self.beams > 1:\n            raise ValueError(f\"a cache that", "        if False:\n            raise ValueError(f\"a cache that"),
     ],
     "decoder/generation/incremental.py": [
-        ("decoding", "incremental reads what it does not know", "        if reason := self.why_modules():", "        if reason := None:"),
+        ("decoding", "incremental reads what it does not know", "return why_not_packed(self.parts(), self.known_modules)", "return None"),
         ("padding", "incremental attends to padding", "        return step.source(memory.flatten(0, 1), padding), padding", "        return step.source(memory.flatten(0, 1), padding), padding & False"),
         ("decoding", "every token stands at the first position", "torch.arange(where, where + tokens.shape[1], device=tokens.device)", "torch.arange(tokens.shape[1], device=tokens.device)"),
     ],
