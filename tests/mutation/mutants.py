@@ -1955,8 +1955,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("loading", "a model without memory is filled", "if any(x.is_meta for x in own.values()):", "if False:"),
     ],
     "decoder/export.py": [
-        ("loading", "the norm comes first in every decoder", "spec.decoder.pre_norm = norm_first", "spec.decoder.pre_norm = True"),
-        ("loading", "the norm comes first in every encoder", "spec.encoder.pre_norm = norm_first", "spec.encoder.pre_norm = True"),
+        ("loading", "the norm comes first in every model", "getattr(spec, name).pre_norm = norm_first", "pass"),
+        ("swapped", "the source has the target's embedding", "encoder.norm, model.src_embedding,", "encoder.norm, model.tgt_embedding,"),
         ("scale", "positions are not scaled", "positions.weight * words.embedding_dim**0.5", "positions.weight * 1.0"),
         ("loading", "the feed-forward takes the norm of the cross-attention", "last = layer.norm3", "last = layer.norm2"),
         ("loading", "maps without a bias get one", "weight.new_zeros(len(weight))", "weight.new_ones(len(weight))"),
