@@ -62,36 +62,35 @@ def to_ctranslate2(
     if isinstance(model, Seq2Seq):
         vocabularies["source_tokens"] = _texts("source_tokens", source_tokens, config.src_vocab)
         encoder, decoder = model.transformer.encoder, model.transformer.decoder
-        layers = [*encoder.layers, *decoder.layers]
         if encoder.norm is None or decoder.norm is None:
             raise ValueError("a Seq2Seq needs a final norm in its encoder and its decoder to be written")
+        sides: dict[str, Any] = {"encoder": (encoder.layers, encoder.norm, model.src_embedding, model.src_position)}
+        sides["decoder"] = (decoder.layers, decoder.norm, model.tgt_embedding, model.tgt_position)
     elif source_tokens is not None:
         raise ValueError("source_tokens were given, and a DecoderLM has no source")
     else:
-        layers = [model.layers[i % len(model.layers)] for i in range(model.num_layers)]
+        sides = {"decoder": (model.parts().layers, model.norm, model.embedding, model.position)}
     unknown = {texts[config.pad_id] for texts in vocabularies.values()}
     if len(unknown) > 1:
         raise ValueError(f"source_tokens and target_tokens need one text at pad_id {config.pad_id}, got {unknown}")
-    heads, activation, norm_first, eps = _form(model, layers)
+    heads, activation, norm_first, eps = _form(model, [layer for layers, *_ in sides.values() for layer in layers])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there, and no empty folder: name another one")
 
     # A final norm stands behind layers of either form; CTranslate2 has room for one where the norm comes first.
     form = dict(num_heads=heads, activation=specs.Activation[activation], pre_norm=True)
-    texts = vocabularies["target_tokens"]
+    texts, counts = vocabularies["target_tokens"], tuple(len(layers) for layers, *_ in sides.values())
     if isinstance(model, Seq2Seq):
-        spec = specs.TransformerSpec.from_config((len(encoder.layers), len(decoder.layers)), **form)
-        _fill(spec.encoder, encoder.layers, encoder.norm, model.src_embedding, model.src_position)
-        _fill(spec.decoder, decoder.layers, decoder.norm, model.tgt_embedding, model.tgt_position)
-        spec.encoder.pre_norm = norm_first
+        spec = specs.TransformerSpec.from_config(counts, **form)
         spec.register_source_vocabulary(vocabularies["source_tokens"])
         spec.register_target_vocabulary(texts)
         spec.config.decoder_start_token = texts[config.bos_id]
     else:
-        spec = specs.TransformerDecoderModelSpec.from_config(len(layers), **form)
-        _fill(spec.decoder, layers, model.norm, model.embedding, model.position)
+        spec = specs.TransformerDecoderModelSpec.from_config(*counts, **form)
         spec.register_vocabulary(texts)
-    spec.decoder.pre_norm = norm_first
+    for name, side in sides.items():
+        _fill(getattr(spec, name), *side)
+        getattr(spec, name).pre_norm = norm_first
     spec.config.bos_token, spec.config.eos_token = texts[config.bos_id], texts[config.eos_id]
     spec.config.unk_token, spec.config.layer_norm_epsilon = texts[config.pad_id], eps
     spec.validate()

@@ -24,12 +24,7 @@ class LoadReport:
     why: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        named = {
-            "loaded": self.loaded,
-            "resized": self.resized,
-            "skipped": self.skipped,
-            "initialised": self.initialised,
-        }
+        named = {kind: getattr(self, kind) for kind in ("loaded", "resized", "skipped", "initialised")}
         lines = [", ".join(f"{len(names)} {kind}" for kind, names in named.items())]
         for kind in ("resized", "skipped", "initialised"):
             lines += [f"  {kind} {name}{': ' * (name in self.why)}{self.why.get(name, '')}" for name in named[kind]]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tileformer.decoder import convert, generate
+from tileformer.decoder import Engine, convert, generate
 from tileformer.decoder.generation.incremental import incremental
 
 pytestmark = [  # of torch's own encoder
@@ -82,6 +82,19 @@ def test_it_decodes_as_the_whole_model(options, attends, converted):
     assert generate(m.incremental(), SOURCES if attends else PROMPTS, 12, num_beams=3).shape[0] == len(tokens)
 
 
+@pytest.mark.parametrize("attends", [True, False])
+def test_the_engine_keeps_its_rows_in_pages(attends):
+    m = Model(attends, batch_first=True)
+    rows = [row[row != 0] for row in (SOURCES if attends else PROMPTS)]
+    engine, found = Engine(m.incremental(), slots=2, pages=4), {}
+    for row in rows:
+        engine.add(row, max_length=12)
+    for event in engine.run():
+        found.setdefault(event.id, []).append(event.token)
+    for number, row in enumerate(rows, 1):
+        assert found[number] == generate(m.incremental(), row[None], 12)[0].tolist()
+
+
 def test_weights_that_change_are_seen_and_hooks_refused():
     m = Model(False, batch_first=True, norm_first=True)
     decodable = m.incremental()
@@ -103,8 +116,10 @@ def test_what_it_cannot_serve_is_refused_in_one_line():
         m.incremental(encode=None)
     with pytest.raises(ValueError, match=r"encode must give a memory \(2, T, 16\), the batch first, got \(4, 2, 16\)"):
         generate(m.incremental(encode=lambda s: (m.encode(s)[0].transpose(0, 1), None)), SOURCES, 5)
-    with pytest.raises(ValueError, match="to 24, got 30"):
+    with pytest.raises(ValueError, match="the model's 24, got 30"):
         m.incremental().start(torch.ones(2, 1, dtype=torch.int64), capacity=30, source=SOURCES)
+    with pytest.raises(TypeError, match="this decoder takes no cache: use_cache=False"):
+        generate(m.incremental(), SOURCES, 5, use_cache=False)
     m.stack.decoder.layers[0].multihead_attn.add_zero_attn = True
     with pytest.raises(TypeError, match="adds keys of its own"):
         generate(m.incremental(), SOURCES, 5)

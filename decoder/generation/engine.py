@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tileformer.decoder.generation.options import Options
 from tileformer.decoder.generation.paged import PagedCache, PagePool
@@ -123,7 +123,7 @@ class Engine:
         self.pool = None if pages is None else PagePool(pages, page_size)
         if self.pool is not None:
             self.capacity = min(self.capacity, self.pool.pages * page_size)
-        weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        weight = next(iter(getattr(model, "parameters", tuple)()), None)
         self.device = torch.device(device or ("cpu" if weight is None else weight.device))
         self.sequences: dict[int, _Sequence] = {}  # all that have not ended
         self.preemptions = 0
@@ -217,11 +217,11 @@ class Engine:
         """Give the slot back; pages can be found again unless their keys are not ``whole``."""
         if (slot := sequence.slot) is None:
             return
-        if self.pool is not None and not whole:
+        if whole:
+            self._remember(sequence)
+        elif self.pool is not None:
             for page in self.state.pages[slot]:
                 self.pool.forget(page)
-        elif self.pool is not None:
-            self._remember(sequence)
         self.state.release(torch.tensor([slot], device=self.device))
         sequence.slot = None
         self._free.append(slot)

@@ -8,56 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tileformer.decoder.generation.state import align_prompts
-from tileformer.decoder.generation.static import StaticCache
-from tileformer.decoder.generation.step import Parts, packed_step, why_not_packed
+from tileformer.decoder.generation.step import Decoding, PackedStep, Parts, why_not_packed
 from tileformer.decoder.model import KNOWN
 
 _TORCHS = (nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
-class Incremental:
+class Incremental(Decoding):
     """What `incremental` returns: a `Decodable`."""
 
-    step_memory = 0.3  # bytes of copies of matrices in a faster layout, as a share of the decoder's weights
-    step_captures = True  # on a GPU: as a CUDA graph, from a state's second step on
-    cache_dtype: torch.dtype | None = None  # torch.int8: keys and values in 8 bits, a scale for each token and head
+    known_modules = KNOWN | {*_TORCHS, nn.MultiheadAttention}
 
     def __init__(
         self, decoder: nn.Module, parts: Parts, encode: Any, eos_id: int, pad_id: int, bos_id: int, max_length: int
     ) -> None:
-        self.decoder, self._parts, self._encode = decoder, parts, encode
+        self.decoder, self.encode = decoder, encode
         self.eos_id, self.pad_id, self.bos_id, self.max_length = eos_id, pad_id, bos_id, max_length
         self.conditioned = encode is not None
-        self.parameters = decoder.parameters
+        self.parameters, self.parts = decoder.parameters, lambda: parts
 
-    def start(
-        self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1
-    ) -> tuple[Tensor, StaticCache]:
-        """See `Decodable.start`. Raises TypeError for a decoder that the step does not know, or knows no more."""
-        if reason := why_not_packed(self._parts, KNOWN | {*_TORCHS, nn.MultiheadAttention}):
-            raise TypeError(f"incremental: this decoder takes no cache: {reason}")
-        tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id)
-        if not longest <= capacity <= self.max_length:
-            raise ValueError(f"capacity must be from a prompt's {longest} tokens to {self.max_length}, got {capacity}")
-        step, keys, padding = packed_step(self, self._parts), None, None
-        if self.conditioned:
-            if source is None:
-                raise ValueError("this decoder attends to a memory: start(tokens, source=...)")
-            memory, padding = self._encode(source)
-            C = step.layers[0].qkv.weight.shape[0]
-            if memory.dim() != 3 or memory.shape[::2] != (len(tokens), C):
-                wanted = f"({len(tokens)}, T, {C})"
-                raise ValueError(f"encode must give a memory {wanted}, the batch first, got {tuple(memory.shape)}")
-            if padding is None:
-                padding = torch.zeros(memory.shape[:2], dtype=torch.bool, device=memory.device)
-            keys = step.source(memory.flatten(0, 1), padding)
-        return step.start(tokens, lengths, shortest, capacity, keys, padding, beams)
+    def why_modules(self) -> str | None:
+        return why_not_packed(self.parts(), self.known_modules)
 
-    def step(self, tokens: Tensor, state: StaticCache) -> Tensor:
-        """See `Decodable.step`."""
-        logits = state.step(tokens if tokens.dim() == 2 else tokens[:, None], state)
-        return logits if tokens.dim() == 2 else logits[:, 0]
+    def inputs_of(self, source: Tensor | None) -> Any:
+        """What modules would read, which are never called: TypeError for a decoder that the step does not know, or
+        knows no more."""
+        raise TypeError(f"incremental: this decoder takes no cache: {self.why_modules() or 'use_cache=False'}")
+
+    def source_keys(self, step: PackedStep, source: Tensor | None, rows: int) -> tuple[Any, Any]:
+        if not self.conditioned:
+            return None, None
+        if source is None:
+            raise ValueError("this decoder attends to a memory: start(tokens, source=...)")
+        memory, padding = self.encode(source)
+        C = step.layers[0].qkv.weight.shape[0]
+        if memory.dim() != 3 or memory.shape[::2] != (rows, C):
+            raise ValueError(f"encode must give a memory ({rows}, T, {C}), the batch first, got {tuple(memory.shape)}")
+        if padding is None:
+            padding = torch.zeros(memory.shape[:2], dtype=torch.bool, device=memory.device)
+        return step.source(memory.flatten(0, 1), padding), padding
 
 
 def incremental(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
-from tileformer.decoder.generation.state import RowState, _time, _widened
+from tileformer.decoder.generation.state import RowState, insert_fixed
 from tileformer.decoder.generation.static import parts_of
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 from tileformer.kernels.attention.decode.params import MAX_TOKENS
@@ -269,12 +269,8 @@ class PagedCache:
         self.step = getattr(other, "step", None)
         self._place(slots.tolist(), pages, counts)
         mine = self.starts or [x.new_full((len(self.counts), *x.shape[1:]), x.dtype == torch.bool) for x in starts]
-        for i, (x, new) in enumerate(zip(mine, starts, strict=True)):
-            width = max(x.shape[_time(x)], new.shape[_time(new)])
-            mine[i] = _widened(x, width)
-            mine[i][slots] = _widened(new, width)
         self.inputs = inputs
-        self._begin_with(mine)
+        self._begin_with(insert_fixed(mine, slots, starts))
 
     def adopt(self, like: PagedCache, pages: list[int]) -> None:
         """Let the first row, which is empty, begin with whole pages that are known; weights are those of ``like``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,7 @@ class Sampler:
         self.index: Tensor | None = None
         self.clocks: SeededClocks | None = None
         if options.seed is not None:
-            sequences = torch.arange(rows // copies)
-            if isinstance(options.seed, int):
-                seeds = options.seed + sequences
-            else:
-                seeds = torch.tensor(options.seed, dtype=torch.int64)
-                if len(seeds) != len(sequences):
-                    raise ValueError(f"{len(seeds)} seeds for {len(sequences)} rows: pass one each, or a single one")
+            seeds = seeds_of(options.seed, rows // copies)
             copy = torch.arange(copies).repeat(len(seeds))
             self.clocks = SeededClocks(seeds.repeat_interleave(copies).to(device), copy.to(device))
 
@@ -56,6 +52,14 @@ class Sampler:
             clocks = clocks if self.index is None else clocks[self.index]
         best, place = exponential_race(shares, clocks)
         return best, place if ids is None else ids.gather(1, place[:, None])[:, 0]
+
+
+def seeds_of(seed: int | Sequence[int], rows: int) -> Tensor:
+    """`Sampling.seed` of each row, int64 (rows,)."""
+    seeds = seed + torch.arange(rows) if isinstance(seed, int) else torch.tensor(seed, dtype=torch.int64)
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows: pass one each, or a single one")
+    return seeds
 
 
 def candidates(scores: Tensor, options: Sampling) -> tuple[Tensor, Tensor | None]:
@@ -112,13 +116,13 @@ class SeededClocks:
         work = len(self.seeds) * vocab
         if ids is not None and work > FEW_CLOCKS:
             words = random_words(self.seeds[:, None], position, self.copies[:, None], ids // 4)
-            return _clocks(words.gather(-1, (ids % 4)[..., None])[..., 0])
+            return exponential(words.gather(-1, (ids % 4)[..., None])[..., 0])
         if not self.begin <= position < self.begin + self.ahead.shape[1]:
             steps = max(1, min(POSITIONS_AHEAD, CLOCKS_AT_ONCE // max(work, 1)))
             positions = torch.arange(position, position + steps, device=self.seeds.device)[:, None]
             words = torch.arange(-(-vocab // 4), device=self.seeds.device)
             drawn = random_words(self.seeds[:, None, None], positions, self.copies[:, None, None], words)
-            self.ahead, self.begin = _clocks(drawn.flatten(-2)[..., :vocab]), position
+            self.ahead, self.begin = exponential(drawn.flatten(-2)[..., :vocab]), position
         clocks = self.ahead[:, position - self.begin]
         return clocks if ids is None else clocks.gather(1, ids)
 
@@ -130,7 +134,11 @@ def random_words(seeds: Tensor, positions: Tensor | int, copies: Tensor | int, w
     return torch.stack(drawn, -1)
 
 
-def _clocks(words: Tensor) -> Tensor:
+def uniform(words: Tensor) -> Tensor:
+    """Numbers between 0 and 1 of 32 random bits, without either."""
+    return ((words.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+
+
+def exponential(words: Tensor) -> Tensor:
     """Exponential numbers of 32 random bits, as exact near 0 as float32 is: a small share wins by a small number."""
-    uniform = ((words.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
-    return -torch.log1p(-uniform)
+    return -torch.log1p(-uniform(words))

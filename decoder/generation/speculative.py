@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tileformer.decoder.generation import sampling
 from tileformer.decoder.generation.options import Options
-from tileformer.decoder.generation.sampling import candidates, random_words
 from tileformer.decoder.generation.search import DecodeBatch
 from tileformer.decoder.generation.state import Decodable
 
@@ -92,21 +92,22 @@ class _Choice:
         scores = logits.flatten(0, -2).index_fill(1, self.pad, float("-inf"))
         if not self.options.samples:
             return torch.zeros_like(scores).scatter_(1, scores.argmax(-1, keepdim=True), 1.0).view(logits.shape)
-        shares, ids = candidates(scores, self.options)
+        shares, ids = sampling.candidates(scores, self.options)
         shares = shares / shares.sum(-1, keepdim=True)
         if ids is not None:
             shares = torch.zeros_like(scores, dtype=shares.dtype).scatter_(1, ids, shares)
         return shares.view(logits.shape)
 
     def draw(self, shares: Tensor, positions: Tensor, purpose: int) -> Tensor:
-        """A token (R,) of each row of ``shares`` (R, V): the first of V exponential clocks to ring."""
-        return (shares / -torch.log1p(-self.uniform(positions, shares.shape[-1], purpose))).argmax(-1)
+        """A token (R,) of each row of ``shares`` (R, V)."""
+        clocks = sampling.exponential(self.words(positions, shares.shape[-1], purpose))
+        return sampling.exponential_race(shares, clocks)[1]
 
-    def uniform(self, positions: Tensor, n: int, purpose: int) -> Tensor:
-        """(R, n) numbers between 0 and 1, a function of a row's seed, its position (R,) and the purpose alone."""
+    def words(self, positions: Tensor, n: int, purpose: int) -> Tensor:
+        """(R, n) random words, a function of a row's seed, its position (R,) and the purpose alone."""
         words = torch.arange(-(-n // 4), device=positions.device)
-        drawn = random_words(self.seeds[:, None], positions[:, None], purpose, words).flatten(1)[:, :n]
-        return ((drawn.float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+        drawn = sampling.random_words(self.seeds[:, None], positions[:, None], purpose, words)
+        return drawn.flatten(1)[:, :n]
 
 
 @torch.no_grad()
@@ -150,7 +151,10 @@ def generate_speculatively(
         raise ValueError("tokens that are drafted are greedy or drawn: pass no beams and no constraints")
     batch = DecodeBatch(model, src, max_length, options=options)
     B, pad = len(batch.tokens), batch.pad_id
-    choice = _Choice(options, _seeds(options, B).to(src.device), pad)
+    seed = options.seed
+    if seed is None:
+        seed = int(torch.randint(2**31, (), generator=options.generator))
+    choice = _Choice(options, sampling.seeds_of(seed, B).to(src.device), pad)
     capacity = min(batch.capacity + num_draft_tokens, getattr(model, "max_length", None) or 2**30)
     capacity = max(capacity, batch.tokens.shape[1])
     logits, state = model.start(batch.tokens, capacity=capacity, **batch.inputs)
@@ -166,9 +170,8 @@ def generate_speculatively(
         drafted, shares = drafter.propose(rows, live, n) if n else (pending[:, :0], None)
         drafted = drafted.to(src.device)
         logits = model.step(torch.cat([pending, drafted], 1), state)
-        counts, last = _verified(
-            choice, logits, drafted, shares, torch.tensor([len(row) for row in rows]).to(src.device)
-        )
+        said = torch.tensor([len(row) for row in rows], device=src.device)
+        counts, last = _verified(choice, logits, drafted, shares, said)
         for row, (count, proposed, token) in enumerate(zip(counts, drafted.tolist(), last, strict=True)):
             if row in live:
                 read[row] += 1 + count
@@ -193,16 +196,6 @@ def _drafter(draft: Any) -> NGramDraft | ModelDraft:
     return draft if isinstance(draft, NGramDraft | ModelDraft) else ModelDraft(draft)
 
 
-def _seeds(options: Options, rows: int) -> Tensor:
-    seed = options.seed
-    if seed is None:
-        seed = int(torch.randint(2**31, (), generator=options.generator))
-    seeds = seed + torch.arange(rows) if isinstance(seed, int) else torch.tensor(seed, dtype=torch.int64)
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} rows: pass one each, or a single one")
-    return seeds
-
-
 def _verified(
     choice: _Choice, logits: Tensor, drafted: Tensor, q: Tensor | None, positions: Tensor
 ) -> tuple[list[int], list[int]]:
@@ -211,7 +204,8 @@ def _verified(
     p, (rows, n) = choice.distribution(logits), drafted.shape
     if q is None:
         q = torch.zeros_like(p[:, :n]).scatter_(-1, drafted[..., None], 1.0)
-    u = torch.cat([q.new_empty(rows, 0), *(choice.uniform(positions + i, 1, purpose=2) for i in range(n))], 1)
+    words = [choice.words(positions + i, 1, purpose=2) for i in range(n)]
+    u = torch.cat([q.new_empty(rows, 0), *map(sampling.uniform, words)], 1)
     agrees = u * q.gather(-1, drafted[..., None])[..., 0] < p[:, :n].gather(-1, drafted[..., None])[..., 0]
     kept = agrees.int().cumprod(1).sum(1)
     row = torch.arange(rows, device=kept.device)

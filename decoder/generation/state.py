@@ -151,16 +151,11 @@ class RowState:
     def insert(self, slots: Tensor, other: RowState) -> None:
         if other.length > self.capacity:
             raise ValueError(f"rows of {other.length} tokens do not fit a state of capacity {self.capacity}")
-        lengths, live = self.lengths, self.live
-        growing, fixed = self.growing(), []
+        lengths, live, growing = self.lengths, self.live, self.growing()
         for mine, theirs in zip(growing, other.growing(), strict=True):
             mine[slots] = 0  # behind its length a row's tokens are read, and multiplied by zero: no NaN may stay
             mine.narrow(_time(mine), 0, other.length)[slots] = theirs.narrow(_time(theirs), 0, other.length)
-        for mine, theirs in zip(self.fixed(), other.fixed(), strict=True):
-            width = max(mine.shape[_time(mine)], theirs.shape[_time(theirs)])
-            mine, theirs = _widened(mine, width), _widened(theirs, width)
-            fixed.append(mine.index_copy(0, slots, theirs))
-        self.assign(growing, fixed)
+        self.assign(growing, insert_fixed(self.fixed(), slots, other.fixed()))
         self.length = max(self.length, other.length)
         self.row_lengths = lengths.index_copy(0, slots, other.lengths)
         if live is not None:
@@ -207,6 +202,15 @@ class JoinedState:
     def _each(self, verb: str, x: Tensor) -> None:
         for state in self.states:
             getattr(state, verb, state.select)(x)  # a state may lack `reorder` alone
+
+
+def insert_fixed(mine: list[Tensor], slots: Tensor, theirs: list[Tensor]) -> list[Tensor]:
+    """``mine`` with the rows of ``theirs`` in the rows ``slots``, wide enough for both."""
+    inserted = []
+    for x, y in zip(mine, theirs, strict=True):
+        width = max(x.shape[_time(x)], y.shape[_time(y)])
+        inserted.append(_widened(x, width).index_copy(0, slots, _widened(y, width)))
+    return inserted
 
 
 def _time(x: Tensor) -> int:

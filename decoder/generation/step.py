@@ -52,14 +52,14 @@ class Layer(NamedTuple):
 
     norm_first: bool
     norms: tuple[Norm, ...]
+    activation: Any
     qkv: Linear
     out: Linear
-    source_q: Linear | None
-    source_kv: Linear | None
-    source_out: Linear | None
     up: Linear
     down: Linear
-    activation: Any
+    source_q: Linear | None = None
+    source_kv: Linear | None = None
+    source_out: Linear | None = None
 
 
 class Parts(NamedTuple):
@@ -191,32 +191,20 @@ class PackedStep:
 
     def _gather(self, layers: list[Any]) -> list[Layer]:
         """The matrices that gain most come first into what memory there is: those with the most inputs."""
-        names = ("linear2", "linear1")
-        maps = [{name: self._linear(m.weight, m.bias) for name in names for m in [getattr(x, name)]} for x in layers]
+        maps = [{"down": self._linear(*_affine(x.linear2)), "up": self._linear(*_affine(x.linear1))} for x in layers]
         for x, linears in zip(layers, maps, strict=True):
             own, cross = x.self_attn, getattr(x, "multihead_attn", None)
-            linears["out"] = self._linear(own.out_proj.weight, own.out_proj.bias)
+            linears["out"] = self._linear(*_affine(own.out_proj))
             if cross is not None:
                 C = cross.embed_dim
                 bias = (None, None) if cross.in_proj_bias is None else cross.in_proj_bias.split((C, 2 * C))
                 weight = cross.in_proj_weight.split((C, 2 * C))
-                linears["source_out"] = self._linear(cross.out_proj.weight, cross.out_proj.bias)
+                linears["source_out"] = self._linear(*_affine(cross.out_proj))
                 linears["source_q"] = self._linear(weight[0], bias[0])
                 linears["source_kv"] = Linear(weight[1].detach().t(), _row(bias[1]))
             linears["qkv"] = self._linear(own.in_proj_weight, own.in_proj_bias)
         return [
-            Layer(
-                bool(x.norm_first),
-                tuple(_norm(m) for name in ("norm1", "norm2", "norm3") if (m := getattr(x, name, None)) is not None),
-                linears["qkv"],
-                linears["out"],
-                linears.get("source_q"),
-                linears.get("source_kv"),
-                linears.get("source_out"),
-                linears["linear1"],
-                linears["linear2"],
-                x.activation,
-            )  # fmt: skip
+            Layer(bool(x.norm_first), _norms(x), x.activation, **linears)
             for x, linears in zip(layers, maps, strict=True)
         ]
 
@@ -245,6 +233,15 @@ def _row(x: Tensor | None) -> Tensor | None:
 
 def _norm(norm: Any) -> Norm:
     return Norm(tuple(norm.normalized_shape), _detached(norm.weight), _detached(norm.bias), norm.eps)
+
+
+def _norms(layer: Any) -> tuple[Norm, ...]:
+    norms = (getattr(layer, name, None) for name in ("norm1", "norm2", "norm3"))
+    return tuple(_norm(norm) for norm in norms if norm is not None)
+
+
+def _affine(linear: Any) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
 
 
 def _modules(parts: Parts) -> Iterator[nn.Module]:
@@ -343,12 +340,13 @@ class Decoding:
                 f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
                 f"got {capacity}"
             )
-        reason = self._why_modules() if use_cache else None
+        reason = self.why_modules() if use_cache else None
         if self.cache_dtype not in (None, torch.int8) or (use_cache and self.cache_dtype is not None and reason):
             why = reason or f"keys and values are kept in {self.cache_dtype} by none"
             raise ValueError(f"cache_dtype is {self.cache_dtype}: torch.int8, for a packed step, or None ({why})")
         if use_cache and reason is None:
-            return self._start_packed(tokens, lengths, shortest, capacity, source, beams)
+            step = packed_step(self, self.parts())
+            return step.start(tokens, lengths, shortest, capacity, *self.source_keys(step, source, len(tokens)), beams)
         inputs = self.inputs_of(source)
         state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)
         logits = self.read(tokens, *inputs, cache=state if use_cache else None)
@@ -382,24 +380,23 @@ class Decoding:
 
     def explain(self) -> str:
         """What decodes this model: a packed step, or its modules, and why."""
-        reason = self._why_modules()
+        reason = self.why_modules()
         return "a packed step, of weights gathered once" if reason is None else f"its modules: {reason}"
 
-    def _start_packed(
-        self, tokens: Tensor, lengths: Tensor, shortest: int, capacity: int, source: Tensor | None, beams: int
-    ) -> tuple[Tensor, StaticCache]:
-        parts = self.parts()
-        step = packed_step(self, parts)
-        keys, padding = None, None
-        if parts.encoder and source is not None and why_not_packed(parts.encoder, self.known_modules) is None:
+    def source_keys(self, step: PackedStep, source: Tensor | None, rows: int) -> tuple[Any, Any]:
+        """Keys and values of each layer from the sources of so many rows, and their padding; None where none has
+        one."""
+        encoder = self.parts().encoder
+        if encoder and source is not None and why_not_packed(encoder, self.known_modules) is None:
             self._check_source(source)
             padding = source == self.pad_id
-            keys = step.source(packed_step(self, parts.encoder, "encoder").encode(source, padding), padding)
-        elif inputs := self.inputs_of(source):
-            keys, padding = step.source(inputs[0].flatten(0, 1), inputs[1]), inputs[1]
-        return step.start(tokens, lengths, shortest, capacity, keys, padding, beams)
+            return step.source(packed_step(self, encoder, "encoder").encode(source, padding), padding), padding
+        if not (inputs := self.inputs_of(source)):
+            return None, None
+        memory, padding = inputs
+        return step.source(memory.flatten(0, 1), padding), padding
 
-    def _why_modules(self) -> str | None:
+    def why_modules(self) -> str | None:
         for cls in type(self).__mro__:
             if cls.__module__ == "tileformer.decoder.model":
                 break
