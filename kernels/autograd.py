@@ -5,8 +5,6 @@ together 30 microseconds, 1.8 to 8 times of what else a call costs the host. Nei
 The short way asks torch for that, in named questions. A torch that does not answer one of them gets the long way.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar

@@ -12,8 +12,6 @@ An ignored row is not read at all. A target outside [0, V) that is not ignored m
 the loss and the gradient; nothing is read out of bounds.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, Literal, NoReturn
 

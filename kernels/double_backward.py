@@ -1,7 +1,5 @@
 """Second derivatives of the fused ops, by differentiating the reference twice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

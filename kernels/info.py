@@ -5,8 +5,6 @@ Exit status 1 if the machine has a GPU that torch cannot use (unless --device cp
 something that Triton needs to compile for it is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -16,8 +16,6 @@ their own. The sums over rows are kept in registers by a fixed number of program
 input, same bits.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

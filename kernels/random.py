@@ -1,7 +1,5 @@
 """Dropout on the host side: drawing seeds, thresholds, and the fast generator of the torch backend."""
 
-from __future__ import annotations
-
 import functools
 import math
 import threading

@@ -4,8 +4,6 @@
 folder, for this kind of GPU, this Triton and this tileformer. TILEFORMER_SELFTEST=0 turns it off.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable

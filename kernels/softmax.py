@@ -8,8 +8,6 @@ maximum and sum first (Milakov and Gimelshein, arXiv:1805.02867), then, from the
 result. The backward needs y alone, and so does a second derivative: neither x nor the mask is kept.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NoReturn

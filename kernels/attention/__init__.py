@@ -5,8 +5,6 @@
 here are the autograd Functions and the public op.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
 
 import torch
@@ -126,12 +124,12 @@ def _reference_options(masks: AttentionMasks, params: AttentionParams) -> dict[s
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_weights: Literal[False] = ...,
-    **options: Unpack[_Options],
+    **options: "Unpack[_Options]",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = ..., return_weights: bool | Literal["average"] = ...,
-    **options: Unpack[_Options],
+    **options: "Unpack[_Options]",
 ) -> Any: ...  # fmt: skip  # a tuple of the output and what else was asked for
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,

@@ -10,8 +10,6 @@ head. A row without a key has lse = -inf, read as +inf: every P of it is 0. Padd
 kernel: a key's gradient depends on no other key, so theirs are set to 0. A third kernel (weights.py) makes the bias's.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

@@ -13,8 +13,6 @@ its values (FlashAttention-3's intra-warpgroup overlap, arXiv:2407.08608), and t
 (TMA), which need next to no instructions and registers.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

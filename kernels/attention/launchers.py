@@ -4,8 +4,6 @@ Every op takes, after its own tensors, the fields of `AttentionMasks` and the tw
 What follows from shapes, strides, dtypes and options alone is worked out once for each kind of call.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ not spill the ones that the model of bench/static likes best. Three stages, wher
 for at the end of one iteration and awaited at the start of the next, so that nothing hides the way from memory.
 """
 
-from __future__ import annotations
-
 import torch
 
 from tileformer.kernels.device import INTERPRETED

@@ -5,8 +5,6 @@ matmuls: forward and backward are written out, in place where a tensor is ours. 
 attention, which never stores the T_q x T_k weights. Half precision is computed in float32 and rounded once, at the end.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Both recompute the weights from the base-2 log-sum-exp of the forward, and sum over what their output has one of.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
