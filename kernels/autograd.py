@@ -109,12 +109,7 @@ class Function(torch.autograd.Function):
 def registered_forward(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """A Function's forward that calls the registered op, with the launcher's signature: torch.compile asks for it."""
     op = register(launcher, fake)
-
-    @functools.wraps(launcher)
-    def forward(*args: Any) -> Any:
-        return op(*args)
-
-    return staticmethod(forward)
+    return staticmethod(functools.wraps(launcher)(lambda *args: op(*args)))
 
 
 class KernelFunction(Generic[P, R]):

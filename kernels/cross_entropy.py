@@ -120,17 +120,14 @@ def _cross_entropy_bwd_kernel(
     is_target = cols == label[:, None]
     if SMOOTH:
         target_weight = target_weight * (1.0 - smoothing)
+        weight_sum = smoothing
+        class_weight = share
         if WEIGHT:
+            weight_sum = share * tl.load(weight_sum_ptr)
             # [BLOCK_N]
             class_weight = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
-            weight_sum = share * tl.load(weight_sum_ptr)
-            d = (
-                p * (target_weight + weight_sum)[:, None]
-                - class_weight
-                - tl.where(is_target, target_weight[:, None], 0.0)
-            )
-        else:
-            d = p * (target_weight + smoothing)[:, None] - share - tl.where(is_target, target_weight[:, None], 0.0)
+        of_target = tl.where(is_target, target_weight[:, None], 0.0)
+        d = p * (target_weight + weight_sum)[:, None] - class_weight - of_target
     else:
         d = (p - tl.where(is_target, 1.0, 0.0)) * target_weight[:, None]
     d = d * dloss[:, None]  # 0 in an ignored row
@@ -234,15 +231,9 @@ _cross_entropy_backward = KernelFunction(cross_entropy_bwd, backward_function(_b
 
 
 def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Literal["none", "mean", "sum"] = "mean",
-    label_smoothing: float = 0.0,
-    **wrong: NoReturn,
-) -> Tensor:
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: Literal["none", "mean", "sum"] = "mean", label_smoothing: float = 0.0, **wrong: NoReturn,
+) -> Tensor:  # fmt: skip
     """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
 
     Args:
@@ -277,8 +268,9 @@ def cross_entropy(
         label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    if backend == "reference":
         return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -286,11 +278,8 @@ def cross_entropy(
     if backend == "torch":
         wide = torch.promote_types(logits.dtype, torch.float32)
         ignored = (target == ignore_index).unsqueeze(-1)
-        return F.cross_entropy(
-            torch.where(ignored, 0.0, logits).to(wide),  # torch would hand a NaN in an ignored row on to its gradient
-            target, None if weight is None else weight.to(wide),
-            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-        ).to(dtype)  # fmt: skip
+        x = torch.where(ignored, 0.0, logits).to(wide)  # torch would hand a NaN in an ignored row on to its gradient
+        return F.cross_entropy(x, target, None if weight is None else weight.to(wide), **options).to(dtype)
     rest = weight, int(ignore_index), label_smoothing, reduction, dtype
     if logits.dim() == 2:
         return _cross_entropy_forward(logits, target, *rest)[0]

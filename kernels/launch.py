@@ -5,11 +5,11 @@ taken once for each kind of arguments; later launches of that kind call the comp
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ cached_kernels: dict[tuple[Any, ...], _CachedKernel] = {}
 out_of_resources: set[tuple[Any, ...]] = set()  # tiles that a device could not hold
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Launch:
     """A kernel with all that is known before the tensors are: keep one for each kind of call.
 
@@ -82,9 +82,7 @@ class Launch:
     tiles: Sequence[Tile]
     scalars: tuple[Any, ...] = ()
     arrange: Callable[..., tuple[Any, ...]] | None = None
-    _ready: dict[tuple[Any, ...], tuple[_CachedKernel, tuple[int, ...], tuple[Any, ...]]] = dataclasses.field(
-        default_factory=dict, init=False
-    )
+    _ready: dict[Any, tuple[_CachedKernel, tuple[int, ...], tuple[Any, ...]]] = field(default_factory=dict, init=False)
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run it under the device and current stream of the first tensor."""

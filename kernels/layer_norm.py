@@ -306,12 +306,12 @@ def layer_norm_bwd(
 
 
 def _layer_norm_bwd_fake(
-    dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor, *needed: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(p: Tensor | None, needed: bool) -> Tensor:
-        return contiguous_like(p) if needed and p is not None else (x if p is None else p).new_empty((0,))
-
-    return contiguous_like(x), like(weight, needed[0]), like(bias, needed[1])
+    dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    need_dweight: bool, need_dbias: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dweight = contiguous_like(weight) if need_dweight and weight is not None else x.new_empty((0,))
+    dbias = contiguous_like(bias) if need_dbias and bias is not None else x.new_empty((0,))
+    return contiguous_like(x), dweight, dbias
 
 
 def _definition(x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
@@ -349,12 +349,9 @@ _layer_norm_backward = KernelFunction(layer_norm_bwd, backward_function(_backwar
 
 
 def layer_norm(
-    x: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) axes of x.
 
     Args:

@@ -172,7 +172,7 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
     table, kernel, _ = TABLES[name]
     with ours(bench.clock.dry):
         arch = device.arch_of(bench.clock.flush)
-    with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
+    with unittest.mock.patch.dict(table[family(arch), feature], {size: row}):
         usual = {"maxnreg": 255, "OVERLAP": 0} if table is FORWARD else {"maxnreg": 255}
         return changed(kernel, **usual | tiles_for(table, arch, size, bench.dtype, feature)[0])
 

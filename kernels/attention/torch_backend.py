@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tileformer.kernels import random
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
-from tileformer.kernels.autograd import Function
+from tileformer.kernels.autograd import Function, in_forward_mode
 from tileformer.kernels.double_backward import backward_function
 
 LOWEST = -2.3e38  # what is added below it excludes: the kernels' scores, times log2(e), are beyond float32
@@ -287,7 +286,7 @@ _PlainBackward = backward_function(
 def _transformed() -> bool:
     """Whether torch.func, forward mode or torch.jit.trace is at work: the autograd Functions have no rules for them."""
     tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
-    return tracing or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return tracing or torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 class _Fused(Function):
