@@ -1224,7 +1224,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("host", "any rate is taken", "if not 0.0 <= p <= 1.0:", "if p != p:"),
     ],
     "kernels/double_backward.py": [
-        ("backward", "a missing gradient counts as one", "else torch.zeros_like(o)", "else torch.ones_like(o)"),
+        ("backward", "a missing gradient counts as one", "torch.zeros_like(y) if dy is None", "torch.ones_like(y) if dy is None"),
     ],
     "kernels/reference.py": [
         ("shared rule", "the definition's window drops a key on the left", "    if causal:\n        right = 0", "    left = None if left is None else max(left - 1, 0)\n    if causal:\n        right = 0", "_limits"),
