@@ -34,22 +34,17 @@ MAX_TILE = 8192
 
 
 @triton.jit
-def _labels(target_ptr, rows, R, V, ignore_index):
-    """The class of each row, -1 if the row is ignored or lies outside, -2 if its target is no class."""
+def _labels(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """The class y of each row and w_y: -1 and 0 if the row is ignored or lies outside, -2 and NaN if y is no class."""
     # [BLOCK_R]
     target = tl.load(target_ptr + rows, mask=rows < R, other=ignore_index)
     label = tl.where((target >= 0) & (target < V), target, -2).to(tl.int32)
-    return tl.where((rows < R) & (target != ignore_index), label, -1)
-
-
-@triton.jit
-def _target_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """w_y of each row: 0 if it is ignored, NaN if its target is no class."""
+    label = tl.where((rows < R) & (target != ignore_index), label, -1)
     target_weight = tl.where(label >= 0, 1.0, 0.0).to(ACC)
     if WEIGHT:
         # [BLOCK_R]
         target_weight = tl.load(weight_ptr + label, mask=label >= 0, other=0.0).to(ACC)
-    return tl.where(label == -2, float("nan"), target_weight)
+    return label, tl.where(label == -2, float("nan"), target_weight)
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
@@ -62,9 +57,8 @@ def _cross_entropy_fwd_kernel(
     V = V // ALIGN * ALIGN
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    label = _labels(target_ptr, rows, R, V, ignore_index)
+    label, target_weight = _labels(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
     x_ptrs = logits_ptr + rows[:, None] * logits_stride
-    target_weight = _target_weights(weight_ptr, label, WEIGHT, ACC)
     # [BLOCK_R]
     x_y = tl.load(logits_ptr + rows * logits_stride + label, mask=label >= 0, other=0.0).to(ACC)
     running_max = tl.where(label == -1, 0.0, float("-inf")).to(ACC)
@@ -108,8 +102,7 @@ def _cross_entropy_bwd_kernel(
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = _labels(target_ptr, rows, R, V, ignore_index)
-    target_weight = _target_weights(weight_ptr, label, WEIGHT, ACC)
+    label, target_weight = _labels(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
     # [BLOCK_R]
     lse = tl.load(lse_ptr + rows, mask=label != -1, other=0.0)
     dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=label != -1, other=0.0).to(ACC)
@@ -171,10 +164,8 @@ def cross_entropy_fwd(
     return (loss if reduction == "none" else loss.sum()).type(dtype), lse, target_weight
 
 
-def _cross_entropy_fwd_fake(
-    logits: Tensor, target: Tensor, weight: Any, ignore_index: Any, label_smoothing: Any, reduction: str, dtype:
-    torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _cross_entropy_fwd_fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, dtype = options
     lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     loss = torch.empty_like(lse, dtype=dtype) if reduction == "none" else lse.new_empty((), dtype=dtype)
     return loss, lse, lse.new_empty(()) if reduction == "mean" else torch.empty_like(lse)

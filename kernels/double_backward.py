@@ -45,27 +45,25 @@ def differentiated(fused: Any, definition: Definition, primals: Sequence[int]) -
     return Differentiated
 
 
-def backward_function(
-    fused: Any, definition: Definition, primals: Sequence[int], cotangents: int = 1
-) -> type[Function]:
+def backward_function(fused: Any, definition: Definition, primals: Sequence[int], outputs: int = 1) -> type[Function]:
     """The same of a `fused(*cotangents, *inputs)` that is the vector-Jacobian product of `definition(*inputs)`.
 
-    `fused` returns a gradient for each primal, counted among all arguments. Cotangents may be None.
+    `fused` returns a gradient for each primal, counted among all arguments. A cotangent of the `outputs` may be None.
     """
 
     def gradients(*args):
         given = [i for i in primals if args[i] is not None]
-        pulled_from = [i for i in range(cotangents) if args[i] is not None]
+        dys = [i for i in range(outputs) if args[i] is not None]
 
-        def outputs(*values):
-            results = definition(*_replaced(args, given, values)[cotangents:])
-            return tuple(results[i] for i in pulled_from)
+        def compute(*values):
+            results = definition(*_replaced(args, given, values)[outputs:])
+            return tuple(results[i] for i in dys)
 
-        _, pull = torch.func.vjp(outputs, *(args[i] for i in given))
-        grads = dict(zip(given, pull(tuple(args[i] for i in pulled_from)), strict=True))
+        _, pull = torch.func.vjp(compute, *(args[i] for i in given))
+        grads = dict(zip(given, pull(tuple(args[i] for i in dys)), strict=True))
         return tuple(grads.get(i, args[primals[0]].new_empty(0)) for i in primals)
 
-    return differentiated(fused, gradients, (*primals, *range(cotangents)))
+    return differentiated(fused, gradients, (*primals, *range(outputs)))
 
 
 def _replaced(args: Sequence[Any], at: Sequence[int], values: Sequence[Any]) -> list[Any]:

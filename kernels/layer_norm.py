@@ -30,7 +30,6 @@ from torch import Tensor
 from tileformer.kernels import checks, device, reference
 from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
-from tileformer.kernels.device import wider
 from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import Launch, cdiv, pow2
 from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
@@ -277,7 +276,7 @@ def layer_norm_fwd(
 
 
 def _layer_norm_fwd_fake(x: Tensor, axes: int, *_: Any) -> tuple[Tensor, Tensor]:
-    stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=wider(x.dtype), device=x.device)
+    stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=device.wider(x.dtype), device=x.device)
     return contiguous_like(x), stats
 
 
@@ -423,7 +422,7 @@ def _check(
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating(op, x=x)
     default = eps is None and op == "rms_norm"
-    eps = torch.finfo(wider(x.dtype)).eps if default else checks.number(op, "eps", eps)
+    eps = torch.finfo(device.wider(x.dtype)).eps if default else checks.number(op, "eps", eps)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}")
     checks.fits(op, "weight", weight, x, shape)

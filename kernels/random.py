@@ -120,6 +120,4 @@ def _scalar(x: float, dtype: torch.dtype) -> Any:
 
 
 # torch.compile and torch.export see one op, and numpy never.
-fast_keep = register(
-    fast_keep, lambda seed, shape, p, value, dtype: torch.empty(shape, dtype=dtype, device=seed.device)
-)
+fast_keep = register(fast_keep, lambda seed, shape, *how: torch.empty(shape, dtype=how[-1], device=seed.device))

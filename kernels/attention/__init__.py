@@ -62,10 +62,10 @@ def _weights_definition(lse, bounds, average, q, k, v, *rest):
 
 
 _attention_forward = KernelFunction(attention_fwd, _Attention)
-_AttentionBackward = backward_function(bwd, _definition, primals=(5, 6, 7, 9), cotangents=2)
-_attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
-_Weights = differentiated(weights_of, _weights_definition, primals=(3, 4, 7))
-_attention_weights = KernelFunction(attention_weights, _Weights)
+_backward = backward_function(bwd, _definition, primals=(5, 6, 7, 9), outputs=2)
+_attention_backward = KernelFunction(attention_bwd, _backward)
+_weights = differentiated(weights_of, _weights_definition, primals=(3, 4, 7))
+_attention_weights = KernelFunction(attention_weights, _weights)
 
 
 class _Options(TypedDict, total=False):
