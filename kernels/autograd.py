@@ -5,8 +5,6 @@ together 30 microseconds, 1.8 to 8 times of what else a call costs the host. Nei
 The short way asks torch for that, in named questions. A torch that does not answer one of them gets the long way.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -111,12 +109,7 @@ class Function(torch.autograd.Function):
 def registered_forward(launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """A Function's forward that calls the registered op, with the launcher's signature: torch.compile asks for it."""
     op = register(launcher, fake)
-
-    @functools.wraps(launcher)
-    def forward(*args: Any) -> Any:
-        return op(*args)
-
-    return staticmethod(forward)
+    return staticmethod(functools.wraps(launcher)(lambda *args: op(*args)))
 
 
 class KernelFunction(Generic[P, R]):

@@ -1,7 +1,5 @@
 """Which implementation serves a call: a context manager, an environment variable, a function the public ops call."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import functools

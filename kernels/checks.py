@@ -1,7 +1,5 @@
 """Argument checks that several ops share. Each raises one line that shows the values and the likely fix."""
 
-from __future__ import annotations
-
 import operator
 import sys
 from collections.abc import Sequence

@@ -12,8 +12,6 @@ An ignored row is not read at all. A target outside [0, V) that is not ignored m
 the loss and the gradient; nothing is read out of bounds.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, Literal, NoReturn
 
@@ -36,22 +34,17 @@ MAX_TILE = 8192
 
 
 @triton.jit
-def _labels(target_ptr, rows, R, V, ignore_index):
-    """The class of each row, -1 if the row is ignored or lies outside, -2 if its target is no class."""
+def _labels(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT: tl.constexpr, ACC: tl.constexpr):
+    """The class y of each row and w_y: -1 and 0 if the row is ignored or lies outside, -2 and NaN if y is no class."""
     # [BLOCK_R]
     target = tl.load(target_ptr + rows, mask=rows < R, other=ignore_index)
     label = tl.where((target >= 0) & (target < V), target, -2).to(tl.int32)
-    return tl.where((rows < R) & (target != ignore_index), label, -1)
-
-
-@triton.jit
-def _target_weights(weight_ptr, label, WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """w_y of each row: 0 if it is ignored, NaN if its target is no class."""
+    label = tl.where((rows < R) & (target != ignore_index), label, -1)
     target_weight = tl.where(label >= 0, 1.0, 0.0).to(ACC)
     if WEIGHT:
         # [BLOCK_R]
         target_weight = tl.load(weight_ptr + label, mask=label >= 0, other=0.0).to(ACC)
-    return tl.where(label == -2, float("nan"), target_weight)
+    return label, tl.where(label == -2, float("nan"), target_weight)
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])
@@ -64,9 +57,8 @@ def _cross_entropy_fwd_kernel(
     V = V // ALIGN * ALIGN
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    label = _labels(target_ptr, rows, R, V, ignore_index)
+    label, target_weight = _labels(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
     x_ptrs = logits_ptr + rows[:, None] * logits_stride
-    target_weight = _target_weights(weight_ptr, label, WEIGHT, ACC)
     # [BLOCK_R]
     x_y = tl.load(logits_ptr + rows * logits_stride + label, mask=label >= 0, other=0.0).to(ACC)
     running_max = tl.where(label == -1, 0.0, float("-inf")).to(ACC)
@@ -110,8 +102,7 @@ def _cross_entropy_bwd_kernel(
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    label = _labels(target_ptr, rows, R, V, ignore_index)
-    target_weight = _target_weights(weight_ptr, label, WEIGHT, ACC)
+    label, target_weight = _labels(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT, ACC)
     # [BLOCK_R]
     lse = tl.load(lse_ptr + rows, mask=label != -1, other=0.0)
     dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=label != -1, other=0.0).to(ACC)
@@ -122,17 +113,14 @@ def _cross_entropy_bwd_kernel(
     is_target = cols == label[:, None]
     if SMOOTH:
         target_weight = target_weight * (1.0 - smoothing)
+        weight_sum = smoothing
+        class_weight = share
         if WEIGHT:
+            weight_sum = share * tl.load(weight_sum_ptr)
             # [BLOCK_N]
             class_weight = share * tl.load(weight_ptr + cols, mask=cols < V, other=0.0).to(ACC)
-            weight_sum = share * tl.load(weight_sum_ptr)
-            d = (
-                p * (target_weight + weight_sum)[:, None]
-                - class_weight
-                - tl.where(is_target, target_weight[:, None], 0.0)
-            )
-        else:
-            d = p * (target_weight + smoothing)[:, None] - share - tl.where(is_target, target_weight[:, None], 0.0)
+        of_target = tl.where(is_target, target_weight[:, None], 0.0)
+        d = p * (target_weight + weight_sum)[:, None] - class_weight - of_target
     else:
         d = (p - tl.where(is_target, 1.0, 0.0)) * target_weight[:, None]
     d = d * dloss[:, None]  # 0 in an ignored row
@@ -176,10 +164,8 @@ def cross_entropy_fwd(
     return (loss if reduction == "none" else loss.sum()).type(dtype), lse, target_weight
 
 
-def _cross_entropy_fwd_fake(
-    logits: Tensor, target: Tensor, weight: Any, ignore_index: Any, label_smoothing: Any, reduction: str, dtype:
-    torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _cross_entropy_fwd_fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, dtype = options
     lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     loss = torch.empty_like(lse, dtype=dtype) if reduction == "none" else lse.new_empty((), dtype=dtype)
     return loss, lse, lse.new_empty(()) if reduction == "mean" else torch.empty_like(lse)
@@ -236,15 +222,9 @@ _cross_entropy_backward = KernelFunction(cross_entropy_bwd, backward_function(_b
 
 
 def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: Literal["none", "mean", "sum"] = "mean",
-    label_smoothing: float = 0.0,
-    **wrong: NoReturn,
-) -> Tensor:
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: Literal["none", "mean", "sum"] = "mean", label_smoothing: float = 0.0, **wrong: NoReturn,
+) -> Tensor:  # fmt: skip
     """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
 
     Args:
@@ -279,8 +259,9 @@ def cross_entropy(
         label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     backend = choose("cross_entropy", logits)
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    if backend == "reference":
         return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -288,11 +269,8 @@ def cross_entropy(
     if backend == "torch":
         wide = torch.promote_types(logits.dtype, torch.float32)
         ignored = (target == ignore_index).unsqueeze(-1)
-        return F.cross_entropy(
-            torch.where(ignored, 0.0, logits).to(wide),  # torch would hand a NaN in an ignored row on to its gradient
-            target, None if weight is None else weight.to(wide),
-            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-        ).to(dtype)  # fmt: skip
+        x = torch.where(ignored, 0.0, logits).to(wide)  # torch would hand a NaN in an ignored row on to its gradient
+        return F.cross_entropy(x, target, None if weight is None else weight.to(wide), **options).to(dtype)
     rest = weight, int(ignore_index), label_smoothing, reduction, dtype
     if logits.dim() == 2:
         return _cross_entropy_forward(logits, target, *rest)[0]

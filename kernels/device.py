@@ -1,7 +1,5 @@
 """What a launch has to know of its device (also one that is only pretended) and of its dtype."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,8 +1,6 @@
-"""Second derivatives of the fused ops, by differentiating the reference twice."""
+"""Derivatives of the fused ops by differentiating the reference: second ones, and what has no kernel of its own."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,22 +8,19 @@ from torch import Tensor
 
 from tileformer.kernels.autograd import Function
 
+Definition = Callable[..., tuple[Tensor, ...]]
 
-def backward_function(
-    fused: Any, definition: Callable[..., tuple[Tensor, ...]], primals: tuple[int, ...], n_cotangents: int = 1
-) -> type[Function]:
-    """The Function of `fused(*cotangents, *inputs)`, which is a vector-Jacobian product of the definition.
 
-    Its own derivative is that of the product by `torch.func.vjp`, and can be differentiated again. 16-bit inputs are
-    computed in float32.
+def differentiated(fused: Any, definition: Definition, primals: Sequence[int]) -> type[Function]:
+    """The Function of `fused`, whose derivative is that of its definition by `torch.func.vjp`, differentiable again.
 
     Args:
-        fused: a static method; returns a gradient for each primal.
-        definition: of the inputs; returns the tuple of outputs whose gradients the cotangents are.
-        primals: positions of the differentiable inputs among all arguments; these and cotangents may be None.
+        fused: a static method; returns a tensor for each of the definition's, empty where nobody wants it.
+        definition: of the same arguments. 16-bit primals come in float32.
+        primals: positions of the differentiable arguments, of which all but the first may be None.
     """
 
-    class Backward(Function):
+    class Differentiated(Function):
         forward = fused
 
         @staticmethod
@@ -35,29 +30,42 @@ def backward_function(
             ctx.set_materialize_grads(False)
 
         @staticmethod
-        def backward(ctx, *tangents):
+        def backward(ctx, *grad_outputs):
             inputs = [x if t is None else t for t, x in zip(ctx.saved_tensors, ctx.constants, strict=True)]
-            given = {i: t for i, t in zip(primals, tangents, strict=True) if inputs[i] is not None}
-            dys = [i for i in range(n_cotangents) if inputs[i] is not None]
-
-            def gradients(values, cotangents):
-                def outputs(*values):
-                    args = dict(enumerate(inputs)) | dict(zip(given, values, strict=True))
-                    results = definition(*list(args.values())[n_cotangents:])
-                    return tuple(results[i] for i in dys)
-
-                _, pull = torch.func.vjp(outputs, *values)
-                return pull(tuple(cotangents))
-
+            given = [i for i in primals if inputs[i] is not None]
             wide = torch.promote_types(inputs[primals[0]].dtype, torch.float32)
-            out, pull = torch.func.vjp(gradients, *([inputs[i].to(wide) for i in at] for at in (given, dys)))
-            # The gradient of a primal that needs none is empty, and so is its tangent.
-            used = {i: t for i, t in given.items() if t is not None and t.shape == inputs[i].shape}
-            pulled = pull(
-                tuple(used[i].to(wide) if i in used else torch.zeros_like(o) for i, o in zip(given, out, strict=True))
-            )
-            grads = dict(zip((*given, *dys), pulled[0] + pulled[1], strict=True))
+            compute = lambda *values: definition(*_replaced(inputs, given, values))  # noqa: E731
+            out, pull = torch.func.vjp(compute, *(inputs[i].to(wide) for i in given))
+            # A result that nobody wants is empty, and so is its gradient.
+            of = lambda y, dy: torch.zeros_like(y) if dy is None or dy.shape != y.shape else dy.to(y.dtype)  # noqa: E731
+            grads = dict(zip(given, pull(tuple(map(of, out, grad_outputs))), strict=True))
             return tuple(grads[i].to(x.dtype) if i in grads else None for i, x in enumerate(inputs))
 
-    Backward.__name__ = fused.__name__
-    return Backward
+    Differentiated.__name__ = fused.__name__
+    return Differentiated
+
+
+def backward_function(fused: Any, definition: Definition, primals: Sequence[int], outputs: int = 1) -> type[Function]:
+    """The same of a `fused(*cotangents, *inputs)` that is the vector-Jacobian product of `definition(*inputs)`.
+
+    `fused` returns a gradient for each primal, counted among all arguments. A cotangent of the `outputs` may be None.
+    """
+
+    def gradients(*args):
+        given = [i for i in primals if args[i] is not None]
+        dys = [i for i in range(outputs) if args[i] is not None]
+
+        def compute(*values):
+            results = definition(*_replaced(args, given, values)[outputs:])
+            return tuple(results[i] for i in dys)
+
+        _, pull = torch.func.vjp(compute, *(args[i] for i in given))
+        grads = dict(zip(given, pull(tuple(args[i] for i in dys)), strict=True))
+        return tuple(grads.get(i, args[primals[0]].new_empty(0)) for i in primals)
+
+    return differentiated(fused, gradients, (*primals, *range(outputs)))
+
+
+def _replaced(args: Sequence[Any], at: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """The arguments with other values at these positions."""
+    return list((dict(enumerate(args)) | dict(zip(at, values, strict=True))).values())

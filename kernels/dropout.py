@@ -5,8 +5,6 @@ last axis, so dx is the same kernel on dy. On the torch backend, where drawing c
 is stored.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NoReturn
 

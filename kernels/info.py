@@ -5,8 +5,6 @@ Exit status 1 if the machine has a GPU that torch cannot use (unless --device cp
 something that Triton needs to compile for it is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -15,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -164,34 +161,18 @@ def _tools() -> tuple[dict[str, str | None], list[str]]:
     include = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     header = os.path.join(include, "Python.h")
     cache = triton.knobs.cache.dir
-    try:
-        ptxas: str | None = triton.knobs.nvidia.ptxas.path
-    except RuntimeError:
-        ptxas = None
-    tools = {  # each with what is said where it is missing
-        "compiler": (compiler, f"no C compiler ({asked or 'gcc or clang'}): Triton needs one; install it or set CC"),
-        "headers": (
-            header if os.path.isfile(header) else None,
-            f"no {header}: Triton needs Python's headers; install python3-dev or what your system calls it",
-        ),
-        "ptxas": (ptxas, "no working ptxas: Triton brings its own, so reinstall triton"),
-        "cache": (
-            cache if _writable(Path(cache)) else None,
-            f"cannot write to {cache}: set TRITON_CACHE_DIR to a folder that Triton may fill",
-        ),
-    }
-    found = {name: path for name, (path, _) in tools.items()}
-    return found, [remedy for path, remedy in tools.values() if path is None]
-
-
-def _writable(folder: Path) -> bool:
-    """Whether a file can be made in the folder, or in the folder above where it would be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return True
-    except OSError:
-        return False
+    found = dict(compiler=compiler, headers=header if os.path.isfile(header) else None, ptxas=None, cache=None)
+    with contextlib.suppress(RuntimeError):
+        found["ptxas"] = triton.knobs.nvidia.ptxas.path
+    with contextlib.suppress(arguments.ArgumentError):
+        found["cache"] = str(arguments.output_folder(cache))
+    remedies = dict(
+        compiler=f"no C compiler ({asked or 'gcc or clang'}): Triton needs one; install it or set CC",
+        headers=f"no {header}: Triton needs Python's headers; install python3-dev or what your system calls it",
+        ptxas="no working ptxas: Triton brings its own, so reinstall triton",
+        cache=f"cannot write to {cache}: set TRITON_CACHE_DIR to a folder that Triton may fill",
+    )
+    return found, [remedies[name] for name, path in found.items() if path is None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

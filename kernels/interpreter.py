@@ -8,8 +8,6 @@ bits there, casts to bfloat16 truncate, and TF32 dots keep all 23 mantissa bits.
 It relies on private names of `triton.runtime.interpreter` (Triton 3.6 and later), held by `tests/test_interpreter.py`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -4,14 +4,12 @@ Triton's way to a launch (bind the arguments, print the options, look the kernel
 taken once for each kind of arguments; later launches of that kind call the compiled kernel, as Triton 3.6 to 3.9 do.
 """
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,11 +36,35 @@ selftest: Callable[[torch.device], None] = globals().get("selftest", lambda devi
 _specialize = getattr(jit, "native_specialize_impl", None)
 if not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10) or torch.version.hip:
     _specialize = None
+
+
+class _CachedKernel:
+    """A kernel that Triton has compiled and loaded, to be launched on other arguments of the same kind."""
+
+    def __init__(self, binary: CompiledKernel, tile: Tile, constexprs: tuple[Any, ...]) -> None:
+        self.binary, self.tile, self.constexprs = binary, tile, constexprs
+        self.wants_scratch = getattr(binary.metadata, "global_scratch_size", 0) > 0
+
+    def run(self, like: Tensor, programs: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """`binary[programs](*args)` where nobody listens; programs along three axes, args with constexprs."""
+        index = like.get_device()
+        if like.is_cuda and torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                return self.run(like, programs, args)
+        binary, stream = self.binary, driver.active.get_current_stream(index)
+        call = (*programs, stream, binary.function, binary.packed_metadata, None, None, None, *args)
+        if self.wants_scratch:
+            with scratch_allocator():
+                binary.run(*call)
+        else:
+            binary.run(*call)
+
+
 cached_kernels: dict[tuple[Any, ...], _CachedKernel] = {}
 out_of_resources: set[tuple[Any, ...]] = set()  # tiles that a device could not hold
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Launch:
     """A kernel with all that is known before the tensors are: keep one for each kind of call.
 
@@ -60,9 +82,7 @@ class Launch:
     tiles: Sequence[Tile]
     scalars: tuple[Any, ...] = ()
     arrange: Callable[..., tuple[Any, ...]] | None = None
-    _ready: dict[tuple[Any, ...], tuple[_CachedKernel, tuple[int, ...], tuple[Any, ...]]] = dataclasses.field(
-        default_factory=dict, init=False
-    )
+    _ready: dict[Any, tuple[_CachedKernel, tuple[int, ...], tuple[Any, ...]]] = field(default_factory=dict, init=False)
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run it under the device and current stream of the first tensor."""
@@ -132,28 +152,6 @@ class Launch:
                 return None
             return _CachedKernel(binary, tile, tuple(constexprs[x] for x in self.kernel.arg_names[len(args) :]))
         return None
-
-
-class _CachedKernel:
-    """A kernel that Triton has compiled and loaded, to be launched on other arguments of the same kind."""
-
-    def __init__(self, binary: CompiledKernel, tile: Tile, constexprs: tuple[Any, ...]) -> None:
-        self.binary, self.tile, self.constexprs = binary, tile, constexprs
-        self.wants_scratch = getattr(binary.metadata, "global_scratch_size", 0) > 0
-
-    def run(self, like: Tensor, programs: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """`binary[programs](*args)` where nobody listens; programs along three axes, args with constexprs."""
-        index = like.get_device()
-        if like.is_cuda and torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(index):
-                return self.run(like, programs, args)
-        binary, stream = self.binary, driver.active.get_current_stream(index)
-        call = (*programs, stream, binary.function, binary.packed_metadata, None, None, None, *args)
-        if self.wants_scratch:
-            with scratch_allocator():
-                binary.run(*call)
-        else:
-            binary.run(*call)
 
 
 def _run(kernel: Any, programs: tuple[int, ...], like: Tensor, args: Sequence[Any], constexprs: dict[str, Any]) -> Any:

@@ -16,8 +16,6 @@ their own. The sums over rows are kept in registers by a fixed number of program
 input, same bits.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence
@@ -32,7 +30,6 @@ from torch import Tensor
 from tileformer.kernels import checks, device, reference
 from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
-from tileformer.kernels.device import wider
 from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import Launch, cdiv, pow2
 from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
@@ -279,7 +276,7 @@ def layer_norm_fwd(
 
 
 def _layer_norm_fwd_fake(x: Tensor, axes: int, *_: Any) -> tuple[Tensor, Tensor]:
-    stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=wider(x.dtype), device=x.device)
+    stats = torch.empty(2, math.prod(x.shape[:-axes]), dtype=device.wider(x.dtype), device=x.device)
     return contiguous_like(x), stats
 
 
@@ -308,12 +305,12 @@ def layer_norm_bwd(
 
 
 def _layer_norm_bwd_fake(
-    dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor, *needed: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(p: Tensor | None, needed: bool) -> Tensor:
-        return contiguous_like(p) if needed and p is not None else (x if p is None else p).new_empty((0,))
-
-    return contiguous_like(x), like(weight, needed[0]), like(bias, needed[1])
+    dy: Tensor, x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    need_dweight: bool, need_dbias: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dweight = contiguous_like(weight) if need_dweight and weight is not None else x.new_empty((0,))
+    dbias = contiguous_like(bias) if need_dbias and bias is not None else x.new_empty((0,))
+    return contiguous_like(x), dweight, dbias
 
 
 def _definition(x, axes, weight, bias, stats, need_dweight, need_dbias, eps, centre):
@@ -351,12 +348,9 @@ _layer_norm_backward = KernelFunction(layer_norm_bwd, backward_function(_backwar
 
 
 def layer_norm(
-    x: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    x: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last len(normalized_shape) axes of x.
 
     Args:
@@ -428,7 +422,7 @@ def _check(
     if type(x) is not Tensor or x.dtype not in checks.FLOATING:
         checks.floating(op, x=x)
     default = eps is None and op == "rms_norm"
-    eps = torch.finfo(wider(x.dtype)).eps if default else checks.number(op, "eps", eps)
+    eps = torch.finfo(device.wider(x.dtype)).eps if default else checks.number(op, "eps", eps)
     if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: normalized_shape {shape} must be the last axes of x, which has shape {tuple(x.shape)}")
     checks.fits(op, "weight", weight, x, shape)

@@ -1,7 +1,5 @@
 """Dropout on the host side: drawing seeds, thresholds, and the fast generator of the torch backend."""
 
-from __future__ import annotations
-
 import functools
 import math
 import threading
@@ -122,6 +120,4 @@ def _scalar(x: float, dtype: torch.dtype) -> Any:
 
 
 # torch.compile and torch.export see one op, and numpy never.
-fast_keep = register(
-    fast_keep, lambda seed, shape, p, value, dtype: torch.empty(shape, dtype=dtype, device=seed.device)
-)
+fast_keep = register(fast_keep, lambda seed, shape, *how: torch.empty(shape, dtype=how[-1], device=seed.device))

@@ -1,7 +1,5 @@
 """What the launchers of layer_norm, softmax, cross_entropy and dropout share: rows, their alignment, tiles."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,11 +4,8 @@
 folder, for this kind of GPU, this Triton and this tileformer. TILEFORMER_SELFTEST=0 turns it off.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,9 +35,7 @@ CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # diffe
     "cross_entropy": (dict(logits=(37, 128)), dict(target=torch.arange(37), reduction="sum")),
     "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
 }
-OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op for op in (attention, cross_entropy, dropout, layer_norm, softmax)
-}
+OPS: dict[str, Any] = {op.__name__: op for op in (attention, cross_entropy, dropout, layer_norm, softmax)}
 
 
 def failures(backend: Backend, device: torch.device) -> list[str]:

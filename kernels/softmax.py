@@ -8,8 +8,6 @@ maximum and sum first (Milakov and Gimelshein, arXiv:1805.02867), then, from the
 result. The backward needs y alone, and so does a second derivative: neither x nor the mask is kept.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import NoReturn
@@ -54,18 +52,6 @@ def _finite_max(m):
     return tl.where(m == float("-inf"), 0.0, m)
 
 
-@triton.jit
-def _inverse_sum(total):
-    """1 / total, and 1 where nothing is seen."""
-    return 1.0 / tl.where(total == 0.0, 1.0, total)
-
-
-@triton.jit
-def _log_sum(total):
-    """log(total), and 0 where nothing is seen."""
-    return tl.log(tl.where(total == 0.0, 1.0, total))
-
-
 @triton.jit(do_not_specialize=["R", "H", "T_q", "causal_shift"])
 def _softmax_fwd_kernel(
     x_ptr, mask_ptr, y_ptr, x_stride, mask_strides, R, H, T_q, T_k, causal_shift, scale,
@@ -90,10 +76,12 @@ def _softmax_fwd_kernel(
         s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, cols, scale, T_k, CAUSAL, MASK, ACC)
         row_max = _finite_max(tl.max(s, 1))
         p = tl.exp(s - row_max[:, None])
+        total = tl.sum(p, 1)
+        total = tl.where(total == 0.0, 1.0, total)  # nothing is seen
         if LOG:
-            y = s - (row_max + _log_sum(tl.sum(p, 1)))[:, None]
+            y = s - (row_max + tl.log(total))[:, None]
         else:
-            y = p * _inverse_sum(tl.sum(p, 1))[:, None]
+            y = p * (1.0 / total)[:, None]
         tl.store(y_ptrs + cols, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < T_k))
     else:
         m = tl.full([BLOCK_R], float("-inf"), ACC)
@@ -107,8 +95,9 @@ def _softmax_fwd_kernel(
             total = total * tl.exp(m - row_max) + tl.sum(tl.exp(s - row_max[:, None]), 1)
             m = m_new
         row_max = _finite_max(m)
-        inverse = _inverse_sum(total)
-        log_sum = row_max + _log_sum(total)
+        total = tl.where(total == 0.0, 1.0, total)
+        inverse = 1.0 / total
+        log_sum = row_max + tl.log(total)
         last = (T_k - 1) // BLOCK_N * BLOCK_N
         for back in range(0, T_k, BLOCK_N):  # backwards: the last tiles are still in the cache
             near = last - back + cols

@@ -4,8 +4,6 @@ refuses in one line where it is not (the registered ops have no sharding strateg
 Each axis has a role: a name where rows along it are independent (it may be sharded), None where a row needs it whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -358,7 +358,7 @@ def test_plots_draw_every_sweep_and_the_roofline(tmp_path):
 
 
 def test_the_search_keeps_the_fastest_right_tile(monkeypatch, capsys):
-    shipped, now = tune.FORWARD[90]["plain"], []
+    shipped, now = tune.FORWARD[90, "plain"], []
 
     @contextlib.contextmanager
     def tile(bench, name, feature, size, row):
@@ -380,8 +380,8 @@ def test_the_search_keeps_the_fastest_right_tile(monkeypatch, capsys):
     tried = json.loads(json.dumps(tried))  # as from a file
     tune.search(bench, tried, tried.append, sizes=(64,))
     printed = capsys.readouterr().out
-    best = f'"plain": {{64: (128, 128, 8, 3), 128: {shipped[128]}, 256: {shipped[256]}}},'
-    assert f"paste into FORWARD[90]:\n        {best}" in printed
+    best = f'(90, "plain"): {{64: (128, 128, 8, 3), 128: {shipped[128]}, 256: {shipped[256]}}},'
+    assert f"paste into FORWARD:\n    {best}" in printed
     assert "error is 7 times its budget" in printed
     every = [(t["table"], t["feature"], t["size"], *t["row"]) for t in tried]
     assert {t["table"] for t in tried} == set(tune.TABLES) and ("FORWARD", "plain", 64, *shipped[64]) in every

@@ -249,7 +249,7 @@ def _of_the_reference(node: ast.AST, allowed: bool = False) -> list[tuple[str, b
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "reference":
         return [(node.attr, allowed)]
     dispatches = isinstance(node, ast.If) and ast.unparse(node.test) == "backend == 'reference'"
-    differentiated = isinstance(node, ast.FunctionDef) and node.name in ("backward", "_definition")
+    differentiated = isinstance(node, ast.FunctionDef) and node.name.endswith(("backward", "_definition"))
     allowed = allowed or dispatches or differentiated
     return [read for child in ast.iter_child_nodes(node) for read in _of_the_reference(child, allowed)]
 

@@ -99,9 +99,9 @@ def search(
     done = {(r["table"], r["arch"], r["feature"], r["size"], tuple(r["row"])) for r in tried}
     wanted: dict[tuple[str, int], list[Iterator[tuple[str, Row]]]] = {}
     for feature, size, name in itertools.product(FEATURES, sizes, TABLES):
-        if feature not in TABLES[name][0][arch] or only not in f"{name} {feature} {size}":
+        if (arch, feature) not in TABLES[name][0] or only not in f"{name} {feature} {size}":
             continue
-        shipped = TABLES[name][0][arch][feature].get(size, CANDIDATES[name][0])
+        shipped = TABLES[name][0][arch, feature].get(size, CANDIDATES[name][0])
         rows = list(dict.fromkeys([shipped, *CANDIDATES[name]]))[: 2 if bench.clock.dry else None]
         left = [(name, row) for row in rows if (name, arch, feature, size, row) not in done]
         wanted.setdefault((feature, size), []).append(iter(left))
@@ -125,12 +125,12 @@ def search(
             print(f"{name} {feature} {size} {row}: {problem or figure}", flush=True)
     here = [row for row in tried if row["arch"] == arch]
     for name, feature in dict.fromkeys((row["table"], row["feature"]) for row in here):
-        best = dict(TABLES[name][0][arch][feature])
+        best = dict(TABLES[name][0][arch, feature])
         right = [row for row in here if (row["table"], row["feature"]) == (name, feature) and not row["problem"]]
         for size in {row["size"] for row in right}:
             fastest = min((row for row in right if row["size"] == size), key=lambda row: row["ms"])
             best[size] = tuple(fastest["row"])
-        print(f'paste into {name}[{arch}]:\n        "{feature}": {best},', flush=True)
+        print(f'paste into {name}:\n    ({arch}, "{feature}"): {best},', flush=True)
 
 
 def compile_ahead(bench: Bench, trials: Iterable[tuple[Call, contextlib.AbstractContextManager[Any]]]) -> None:
@@ -172,7 +172,7 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
     table, kernel, _ = TABLES[name]
     with ours(bench.clock.dry):
         arch = device.arch_of(bench.clock.flush)
-    with unittest.mock.patch.dict(table[family(arch)][feature], {size: row}):
+    with unittest.mock.patch.dict(table[family(arch), feature], {size: row}):
         usual = {"maxnreg": 255, "OVERLAP": 0} if table is FORWARD else {"maxnreg": 255}
         return changed(kernel, **usual | tiles_for(table, arch, size, bench.dtype, feature)[0])
 

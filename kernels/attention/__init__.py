@@ -5,8 +5,6 @@
 here are the autograd Functions and the public op.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
 
 import torch
@@ -18,7 +16,7 @@ from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, Attent
 from tileformer.kernels.attention.torch_backend import torch_attention
 from tileformer.kernels.autograd import Function, KernelFunction
 from tileformer.kernels.backend import choose
-from tileformer.kernels.double_backward import backward_function
+from tileformer.kernels.double_backward import backward_function, differentiated
 from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
 
@@ -57,37 +55,17 @@ def _definition(out, lse, bounds, q, k, v, *rest):
     return out, lse / LN2
 
 
-class _Weights(Function):
-    """The weights, recomputed; their derivative goes through the reference."""
-
-    forward = weights_of
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, ctx.average, *tensors, ints, floats = inputs
-        ctx.params = AttentionParams(*ints, *floats)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, dweights):
-        q, k, v, *tensors = ctx.saved_tensors
-        masks = AttentionMasks(*tensors)
-        primals = (q, k) if masks.bias is None else (q, k, masks.bias)
-
-        def weights(q, k, bias=None):
-            options = _reference_options(masks._replace(bias=bias), ctx.params)
-            all_heads = reference.attention(q, k, v.detach(), **options, return_weights=True)[1]
-            return all_heads.mean(1, keepdim=True) if ctx.average else all_heads
-
-        _, pull = torch.func.vjp(weights, *primals)
-        dq, dk, *dbias = pull(dweights)
-        return None, None, None, dq, dk, None, None, *(dbias or (None,)), *_NO_GRADIENTS
+def _weights_definition(lse, bounds, average, q, k, v, *rest):
+    options = _reference_options(AttentionMasks(*rest[:7]), AttentionParams(*rest[7], *rest[8]))
+    _, weights = reference.attention(q, k, v.to(q.dtype), **options, return_weights=True)
+    return (weights.mean(1, keepdim=True) if average else weights,)
 
 
 _attention_forward = KernelFunction(attention_fwd, _Attention)
-_AttentionBackward = backward_function(bwd, _definition, primals=(5, 6, 7, 9), n_cotangents=2)
-_attention_backward = KernelFunction(attention_bwd, _AttentionBackward)
-_attention_weights = KernelFunction(attention_weights, _Weights)
+_backward = backward_function(bwd, _definition, primals=(5, 6, 7, 9), outputs=2)
+_attention_backward = KernelFunction(attention_bwd, _backward)
+_weights = differentiated(weights_of, _weights_definition, primals=(3, 4, 7))
+_attention_weights = KernelFunction(attention_weights, _weights)
 
 
 class _Options(TypedDict, total=False):
@@ -126,12 +104,12 @@ def _reference_options(masks: AttentionMasks, params: AttentionParams) -> dict[s
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_weights: Literal[False] = ...,
-    **options: Unpack[_Options],
+    **options: "Unpack[_Options]",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = ..., return_weights: bool | Literal["average"] = ...,
-    **options: Unpack[_Options],
+    **options: "Unpack[_Options]",
 ) -> Any: ...  # fmt: skip  # a tuple of the output and what else was asked for
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
@@ -293,14 +271,9 @@ def scaled_dot_product_attention(
             raise ValueError(f"scaled_dot_product_attention: {have}: pass {name}[None]")
     if query.shape[:-2] != key.shape[:-2] or key.shape[:-2] != value.shape[:-2]:
         query, key, value = _broadcast(query, key, value, enable_gqa)
-    lead = query.shape[:-3]
-
-    def fold(x: Tensor) -> Tensor:
-        return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)
-
     if attn_mask is not None and query.dim() > 4 and attn_mask.dim() > 3:
-        attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
-    q, k, v = fold(query), fold(key), fold(value)
+        attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:]).flatten(0, -4)
+    q, k, v = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4) for x in (query, key, value))
     out = attention(q, k, v, mask=attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 

@@ -10,8 +10,6 @@ head. A row without a key has lse = -inf, read as +inf: every P of it is 0. Padd
 kernel: a key's gradient depends on no other key, so theirs are set to 0. A third kernel (weights.py) makes the bias's.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton
@@ -23,7 +21,7 @@ from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
 @triton.jit
-def _dq_tile(dq, block, do, lse, delta, k, v, start, keep_scale,
+def _dq_tile(dq, block, do, lse, delta, k_ptr, v_ptr, start, keep_scale,
              MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Add one tile of keys to dq (without the scale)."""
     ACC: tl.constexpr = dq.dtype
@@ -33,13 +31,13 @@ def _dq_tile(dq, block, do, lse, delta, k, v, start, keep_scale,
     if MASKED:
         valid = mask.valid_keys(cols, block.first, block.last, block.key_mask, F)
     # [BLOCK_N, BLOCK_D]
-    k_tile = load_tile(k.ptr, near, k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
+    k_tile = load_tile(k_ptr, near, block.k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(block.q, tl.trans(k_tile), input_precision=F.PRECISION, out_dtype=ACC) * block.scale_log2
     s, t = mask.block_scores(s, block, cols, start, valid, MASKED, F)
     p = tl.exp2(s - lse[:, None])
     # [BLOCK_N, BLOCK_DV]
-    v_tile = load_tile(v.ptr, near, v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED)
+    v_tile = load_tile(v_ptr, near, block.v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED)
     # [BLOCK_M, BLOCK_N]
     dp = tl.dot(do, tl.trans(v_tile), input_precision=F.PRECISION, out_dtype=ACC)
     if F.DROPOUT:
@@ -73,11 +71,10 @@ def _attention_bwd_dq_kernel(
     in_out = in_q if F.PACKED else block.rows < T_q
 
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    # [BLOCK_M, BLOCK_DV]
-    do_tile = mask.load_rows(do, block.batch, block.h, block.q_row, in_q, F.DV, F.BLOCK_DV)
-    # [BLOCK_M, BLOCK_DV]
     out_row = block.batch * T_q + block.q_row
     out_at = out_ptr + out_row * (H * F.DV) + block.h * F.DV
+    # [BLOCK_M, BLOCK_DV]
+    do_tile = mask.load_rows(do, block.batch, block.h, block.q_row, in_q, F.DV, F.BLOCK_DV)
     out = load_tile(out_at, near_m, H * F.DV, offs_dv, in_q, F.DV, F.BLOCK_DV, True)
     # [BLOCK_M]
     at_row = (block.batch * H + block.h) * T_q + block.q_row + near_m
@@ -99,17 +96,15 @@ def _attention_bwd_dq_kernel(
         if (part == 0) == DENSE:
             for i in range(n_masked_left + n_masked_right):
                 at = mask.masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
-                k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
-                v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
+                k_at = block.k.ptr + at.to(tl.int64) * k.strides[2]
+                v_at = block.v.ptr + at.to(tl.int64) * v.strides[2]
                 dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
         else:
             k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
             v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
             for i in range((unmasked_end - unmasked_start) // BLOCK_N):
-                k_next = Matrix(k_ptr, k.strides)
-                v_next = Matrix(v_ptr, v.strides)
                 at = unmasked_start + i * BLOCK_N
-                dq = _dq_tile(dq, block, do_tile, lse, delta, k_next, v_next, at, scaling.keep_scale, False, BLOCK_N, F)
+                dq = _dq_tile(dq, block, do_tile, lse, delta, k_ptr, v_ptr, at, scaling.keep_scale, False, BLOCK_N, F)
                 k_ptr += BLOCK_N * k.strides[2]
                 v_ptr += BLOCK_N * v.strides[2]
     dq_at = dq_ptr + out_row * (H * F.D) + block.h * F.D

@@ -13,15 +13,13 @@ its values (FlashAttention-3's intra-warpgroup overlap, arXiv:2407.08608), and t
 (TMA), which need next to no instructions and registers.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from tileformer.kernels.attention import mask
-from tileformer.kernels.attention.mask import SIZES, Matrix
+from tileformer.kernels.attention.mask import SIZES
 from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 
@@ -41,8 +39,8 @@ def _unmasked_weights(s, running_max, scale_log2):
 
 
 @triton.jit
-def _fwd_tile(state, block, k, v, start, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
-    """Fold one tile of keys and values, those from `start`, where the pointers of k and v are, into the state."""
+def _fwd_tile(state, block, k_ptr, v_ptr, start, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
+    """Fold one tile of keys and values, those from `start`, where k_ptr and v_ptr are, into the state."""
     ACC: tl.constexpr = state.acc.dtype
     near = tl.arange(0, BLOCK_N)
     cols = start + near
@@ -50,7 +48,7 @@ def _fwd_tile(state, block, k, v, start, MASKED: tl.constexpr, BLOCK_N: tl.const
     if MASKED:
         valid = mask.valid_keys(cols, block.first, block.last, block.key_mask, F)
     # [BLOCK_N, BLOCK_D]
-    k_tile = load_tile(k.ptr, near, k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
+    k_tile = load_tile(k_ptr, near, block.k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(block.q, tl.trans(k_tile), input_precision=F.PRECISION, out_dtype=ACC)
     if MASKED or F.MASK or F.BIAS or F.ALIBI or F.SOFTCAP:
@@ -66,7 +64,7 @@ def _fwd_tile(state, block, k, v, start, MASKED: tl.constexpr, BLOCK_N: tl.const
     if F.DROPOUT:
         p = tl.where(dropout_keep(block.seed, block.head, block.rows, start, block.threshold, BLOCK_N, False), p, 0.0)
     # [BLOCK_N, BLOCK_DV]
-    v_tile = load_tile(v.ptr, near, v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED)
+    v_tile = load_tile(v_ptr, near, block.v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED)
     # [BLOCK_M, BLOCK_DV]
     acc = tl.dot(p.to(v_tile.dtype), v_tile, state.acc * alpha[:, None], input_precision=F.PRECISION, out_dtype=ACC)
     return Softmax(acc, new_max, new_sum)
@@ -136,8 +134,8 @@ def _attention_fwd_kernel(
         if part != OVERLAP:
             for i in range(n_masked_left + n_masked_right):
                 at = mask.masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
-                k_at = Matrix(block.k.ptr + at.to(tl.int64) * k.strides[2], k.strides)
-                v_at = Matrix(block.v.ptr + at.to(tl.int64) * v.strides[2], v.strides)
+                k_at = block.k.ptr + at.to(tl.int64) * k.strides[2]
+                v_at = block.v.ptr + at.to(tl.int64) * v.strides[2]
                 state = _fwd_tile(state, block, k_at, v_at, at, True, BLOCK_MASKED, F)
         elif OVERLAP:  # only where the first key is the first of all
             if n > 0:
@@ -146,9 +144,7 @@ def _attention_fwd_kernel(
             k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
             v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
             for i in range(n):
-                k_next = Matrix(k_ptr, k.strides)
-                v_next = Matrix(v_ptr, v.strides)
-                state = _fwd_tile(state, block, k_next, v_next, unmasked_start + i * BLOCK_N, False, BLOCK_N, F)
+                state = _fwd_tile(state, block, k_ptr, v_ptr, unmasked_start + i * BLOCK_N, False, BLOCK_N, F)
                 k_ptr += BLOCK_N * k.strides[2]
                 v_ptr += BLOCK_N * v.strides[2]
 

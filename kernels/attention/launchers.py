@@ -4,8 +4,6 @@ Every op takes, after its own tensors, the fields of `AttentionMasks` and the tw
 What follows from shapes, strides, dtypes and options alone is worked out once for each kind of call.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -186,20 +184,15 @@ def _planned(
         variant, long and _tma_compatible(k) and _tma_compatible(v),
         (arch_of(q), dot_precision(q), tiles_for, SECTION_BYTES),
     )  # fmt: skip
-    present: list[Tensor] = []
-    if mask is not None:
-        present.append(_bytes(mask))
-    if bias is not None:
-        present.append(bias)
-    if key_mask is not None:
-        present.append(_bytes(key_mask.contiguous()))
-    if n:
-        present.append(bounds)
-    if slopes is not None:
-        present.append(slopes.to(torch.float32).expand(sequences, q.shape[1]).contiguous())
-    if seed is not None and params.dropout_p > 0.0:
-        present.append(seed)
-    return plan, present
+    given = (
+        None if mask is None else _bytes(mask),
+        bias,
+        None if key_mask is None else _bytes(key_mask.contiguous()),
+        bounds if n else None,
+        None if slopes is None else slopes.to(torch.float32).expand(sequences, q.shape[1]).contiguous(),
+        seed if params.dropout_p > 0.0 else None,
+    )
+    return plan, [x for x in given if x is not None]
 
 
 @functools.lru_cache(maxsize=1024)

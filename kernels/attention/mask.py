@@ -11,8 +11,6 @@ Sizes that change from call to call stay plain scalars: `do_not_specialize` does
 tuple may be constants, which cannot change in a loop: pointers advance outside of their Matrix.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

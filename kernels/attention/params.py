@@ -1,7 +1,5 @@
 """The arguments of `attention`: how they travel, and what it refuses, with the values and the likely fix."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

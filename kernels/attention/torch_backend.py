@@ -5,19 +5,16 @@ matmuls: forward and backward are written out, in place where a tensor is ours. 
 attention, which never stores the T_q x T_k weights. Half precision is computed in float32 and rounded once, at the end.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tileformer.kernels import random
 from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams
-from tileformer.kernels.autograd import Function
+from tileformer.kernels.autograd import Function, in_forward_mode
 from tileformer.kernels.double_backward import backward_function
 
 LOWEST = -2.3e38  # what is added below it excludes: the kernels' scores, times log2(e), are beyond float32
@@ -54,7 +51,8 @@ def torch_attention(
     if q.is_cuda and not (dense or p or composed) and square and t_k >= 512:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    fused = not composed and p == 0.0 and _serves_fused(q, k, v, graph)
+    fused = not composed and p == 0.0 and _fused is not None and q.device.type == "cpu" and 0 not in q.shape
+    fused = fused and q.shape[3] == v.shape[3] and t_k >= (FUSED_GRADIENTS_FROM if graph else FUSED_FROM)
 
     if packed and q_lens is not None and q_lens is k_lens and p == 0.0 and not return_weights:
         alone = all(x is None for x in (mask, bias, key_mask, slopes))
@@ -90,10 +88,7 @@ def torch_attention(
         keep = random.fast_keep(seed, [b, h, t_q, t_k], p, random.keep_scale(p), _wide(q))
     if fused:
         padded_q = None if positions.valid_q is None else ~positions.valid_q
-        if key_mask is not None:
-            zero_padding = _ZeroPadding.apply if graph else _zero_padding
-            k, v = zero_padding(k, key_mask), zero_padding(v, key_mask)
-        return (_Fused.apply if graph else _Fused.forward)(q, k, v, bias_, padded_q, triangle, scale)[0]
+        return (_Fused.apply if graph else _Fused.forward)(q, k, v, key_mask, bias_, padded_q, triangle, scale)[0]
     if composed:
         out, lse, weights = _definition(q, k, v, key_mask, bias_, empty, keep, scale, softcap)
         results = [out, lse] if return_lse else [out]
@@ -268,7 +263,7 @@ class _Plain(Function):
     def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 8
-        return *_PlainBackward.apply(dout, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
+        return *_PlainBackward.apply(dout, *ctx.saved_tensors, ctx.scale), *(None,) * 5
 
 
 def _plain_bwd(dout, weights, q, k, v, key_mask, bias, empty, keep, scale):
@@ -291,38 +286,15 @@ _PlainBackward = backward_function(
 def _transformed() -> bool:
     """Whether torch.func, forward mode or torch.jit.trace is at work: the autograd Functions have no rules for them."""
     tracing = not torch.compiler.is_compiling() and torch._C._is_tracing()
-    return tracing or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _serves_fused(q: Tensor, k: Tensor, v: Tensor, graph: bool) -> bool:
-    """Whether torch's fused operator computes these on a CPU, and faster than three plain ones."""
-    if _fused is None or q.device.type != "cpu" or q.shape[3] != v.shape[3] or 0 in q.shape:
-        return False
-    return k.shape[2] >= (FUSED_GRADIENTS_FROM if graph else FUSED_FROM)
-
-
-class _ZeroPadding(Function):
-    """`_zero_padding` of keys and values whose gradients are 0 in padded rows already: nothing attends to them."""
-
-    @staticmethod
-    def forward(x, key_mask):
-        return _zero_padding(x, key_mask)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, dx):
-        return dx, None
+    return tracing or torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 class _Fused(Function):
     """(out, log-sum-exp of what torch scaled) of torch's fused attention; differentiable in q, k, v through out."""
 
     @staticmethod
-    def forward(q, k, v, bias, padded_q, causal, scale):
-        q, k, v, bias = _fused_operands(q, k, v, bias)
+    def forward(q, k, v, key_mask, bias, padded_q, causal, scale):
+        q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
         return _fused(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
     @staticmethod
@@ -335,27 +307,29 @@ class _Fused(Function):
     @staticmethod
     def backward(ctx, dout, _):
         if dout is None:
-            return (None,) * 7
-        return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None
+            return (None,) * 8
+        return *_FusedBackward.apply(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), *(None,) * 5
 
 
-def _fused_bwd(dout, out, lse, q, k, v, bias, padded_q, causal, scale):
+def _fused_bwd(dout, out, lse, q, k, v, key_mask, bias, padded_q, causal, scale):
     if padded_q is not None:
         dout = dout.masked_fill(padded_q, 0.0)
-    q, k, v, bias = _fused_operands(q, k, v, bias)
+    q, k, v, bias = _fused_operands(q, k, v, key_mask, bias)
     return _fused_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
 
 
-def _fused_definition(out, lse, q, k, v, bias, padded_q, causal, scale):
+def _fused_definition(out, lse, q, k, v, key_mask, bias, padded_q, causal, scale):
     seen = [torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()] if causal else []
     bias, empty = _bias(seen, None, bias, True, _wide(q))
-    return _definition(q, k, v, None, bias, empty, None, scale)[:1]
+    return _definition(q, k, v, key_mask, bias, empty, None, scale)[:1]
 
 
 _FusedBackward = backward_function(staticmethod(_fused_bwd), _fused_definition, primals=(3, 4, 5))
 
 
-def _fused_operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """What the fused operator reads: rows of adjacent elements, and a bias of four axes."""
+def _fused_operands(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+    """What the fused operator reads: 0 in padded rows, rows of adjacent elements, and a bias of four axes."""
+    if key_mask is not None:
+        k, v = _zero_padding(k, key_mask), _zero_padding(v, key_mask)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return q, k, v, None if bias is None else bias[(None,) * (4 - bias.dim())]
