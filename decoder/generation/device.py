@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileformer.decoder.generation.state import RowState
 from tileformer.decoder.generation.static import SHORT, StaticCache, parts_of
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 
@@ -146,23 +145,8 @@ class DeviceCache(StaticCache):
         self.slots = self.length
 
     def set_lengths(self, lengths: Tensor) -> None:
-        self.row_lengths.copy_(lengths)  # in place, here and below: a graph knows tensors by their addresses
+        self.row_lengths.copy_(lengths)  # in place: a graph knows tensors by their addresses
         self.equal_rows = False
-
-    def insert(self, slots: Tensor, other: RowState) -> None:
-        lengths, live = self.row_lengths, self.live
-        super().insert(slots, other)
-        self.row_lengths, self.live, self.equal_rows = lengths.copy_(self.row_lengths), live.copy_(self.live), False
-
-    def release(self, rows: Tensor) -> None:
-        self._refuse_beams("releases no rows")
-        self.live.index_fill_(0, rows, 0)
-        self.row_lengths.mul_(self.live)
-        self.equal_rows = False
-
-    def truncate(self, lengths: Tensor) -> None:
-        self._refuse_beams("forgets no tokens")
-        self.set_lengths(torch.minimum(self.row_lengths, lengths.to(torch.int32)))
 
     def branch(self, beams: int, steps: int) -> None:
         if beams > 31:

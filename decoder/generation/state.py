@@ -149,28 +149,38 @@ class RowState:
             self.live = self.live.index_select(0, rows)
 
     def insert(self, slots: Tensor, other: RowState) -> None:
+        self.check_own_rows()
         if other.length > self.capacity:
             raise ValueError(f"rows of {other.length} tokens do not fit a state of capacity {self.capacity}")
-        lengths, live, growing = self.lengths, self.live, self.growing()
+        lengths, growing = self.lengths, self.growing()
         for mine, theirs in zip(growing, other.growing(), strict=True):
             mine[slots] = 0  # behind its length a row's tokens are read, and multiplied by zero: no NaN may stay
             mine.narrow(_time(mine), 0, other.length)[slots] = theirs.narrow(_time(theirs), 0, other.length)
         self.assign(growing, insert_fixed(self.fixed(), slots, other.fixed()))
+        if self.live is not None:
+            self.live.index_fill_(0, slots, 1)
         self.length = max(self.length, other.length)
-        self.row_lengths = lengths.index_copy(0, slots, other.lengths)
-        if live is not None:
-            self.live = live.index_fill(0, slots, 1)
+        self.set_lengths(lengths.index_copy(0, slots, other.lengths))
 
     def truncate(self, lengths: Tensor) -> None:
-        self.row_lengths = torch.minimum(self.lengths, lengths.to(torch.int32))
-        if lengths.device.type == "cpu" and lengths.numel():
-            self.length = int(self.row_lengths.max())
+        self.check_own_rows()
+        self.set_lengths(torch.minimum(self.lengths, lengths.to(torch.int32)))
 
     def release(self, rows: Tensor) -> None:
-        self.live = (torch.ones_like(self.lengths) if self.live is None else self.live).index_fill(0, rows, 0)
-        self.row_lengths = self.lengths * self.live
-        if rows.device.type == "cpu" and len(self.live):
-            self.length = int(self.row_lengths.max())
+        self.check_own_rows()
+        if self.live is None:
+            self.live = torch.ones_like(self.lengths)
+        self.live.index_fill_(0, rows, 0)
+        self.set_lengths(self.lengths * self.live)
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Rows have read no more than ``lengths`` int32 (R,): what stands behind is not a token."""
+        self.row_lengths = lengths
+        if lengths.device.type == "cpu" and lengths.numel():
+            self.length = int(lengths.max())
+
+    def check_own_rows(self) -> None:
+        """Raise ValueError where rows share what they have read."""
 
 
 class JoinedState:

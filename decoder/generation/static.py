@@ -147,8 +147,10 @@ class StaticCache(RowState):
         return self.row_lengths is None
 
     def set_lengths(self, lengths: Tensor) -> None:
-        """Rows have read no more than ``lengths`` (R,): what stands behind is not a token."""
-        self.row_lengths = lengths.to(torch.int32)
+        super().set_lengths(lengths)
+        if lengths.device.type == "cpu" and self.live is None and torch.all(lengths == self.length):
+            self.row_lengths = None  # equal rows need no mask
+        self.slots = self.length
 
     def _check_room(self, n: int) -> None:
         # Of unequal rows the longest may have ended: one that is full stays so.
@@ -193,23 +195,6 @@ class StaticCache(RowState):
     def advance(self, n: int) -> None:
         self.length = min(self.length + n, self.capacity)
         super().advance(n)
-
-    def insert(self, slots: Tensor, other: RowState) -> None:
-        self._refuse_beams("takes in no rows")
-        super().insert(slots, other)
-        self.slots = self.length
-
-    def truncate(self, lengths: Tensor) -> None:
-        self._refuse_beams("forgets no tokens")
-        super().truncate(lengths)
-        if lengths.device.type == "cpu" and self.live is None and torch.all(self.lengths == self.length):
-            self.row_lengths = None  # equal rows need no mask
-        self.slots = self.length
-
-    def release(self, rows: Tensor) -> None:
-        self._refuse_beams("releases no rows")
-        super().release(rows)
-        self.slots = self.length
 
     # Beams
 
@@ -278,9 +263,9 @@ class StaticCache(RowState):
         """Whether each beam descends from each slot, (B, K, slots)."""
         return self.sees[:, :, : self.slots] == 0
 
-    def _refuse_beams(self, what: str) -> None:
+    def check_own_rows(self) -> None:
         if self.beams > 1:
-            raise ValueError(f"a cache that {self.beams} beams share {what}: select the rows that go on first")
+            raise ValueError(f"{self.beams} beams share this cache, none has an end: select the rows that go on first")
 
     def _own_slots(self, end: int) -> Tensor:
         """What each beam sees with its own new slot, (B, 1, K, end)."""

@@ -172,7 +172,7 @@ class PackedStep:
         state.step = self
         logits = self(tokens, state, last=lengths - 1)
         if shortest < tokens.shape[1]:
-            state.set_lengths(lengths)
+            state.set_lengths(lengths.to(torch.int32))
         if beams > 1:
             state.branch(beams, capacity - shortest)  # a short prompt has more room behind it
             logits = logits.repeat_interleave(beams, 0)
