@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tileformer.decoder.generation.options import Options
 from tileformer.decoder.generation.paged import PagedCache, PagePool
@@ -16,6 +17,8 @@ from tileformer.decoder.generation.sampling import Sampler
 from tileformer.decoder.generation.search import DecodeBatch
 from tileformer.decoder.generation.state import Decodable
 from tileformer.decoder.generation.step import Decoding
+
+PREFILL = 4096  # tokens that are read together, padding among them
 
 
 class Event(NamedTuple):
@@ -255,36 +258,66 @@ class Engine:
 
     def _admit(self) -> Iterator[tuple[_Sequence, Tensor]]:
         """Let in who waits, as long as there is room: each with the logits (1, V) behind its tokens."""
-        while self._waiting and self._free:
+        while (group := self._next())[0]:
+            yield from self._let_in(*group)
+
+    def _next(self) -> tuple[list[_Sequence], list[int]]:
+        """Who is let in now, together: one whose beginning is known, with its pages, or all that begin anew."""
+        group: list[_Sequence] = []
+        longest = pages = 0
+        while self._waiting and len(group) < len(self._free):
             sequence = self.sequences.get(self._waiting[0])
             if sequence is None:  # it was cancelled
                 heapq.heappop(self._waiting)
                 continue
             known = self.pool.find(sequence.tokens[:-1]) if self.pool is not None else []
-            if not self._has_pages(sequence, known):
-                return
+            pages += self._lacking(sequence, known)
+            longest = max(
+                longest, len(sequence.tokens), sequence.batch.inputs.get("source", sequence.batch.tokens).shape[1]
+            )
+            if self.pool is not None and pages + self.state.lacking(1) > self.pool.available:
+                break  # its pages and one token more of everybody have to be free
+            if group and (known or longest * (len(group) + 1) > PREFILL or self._begins_like(sequence, group)):
+                break
             heapq.heappop(self._waiting)
-            try:
-                logits, row = self._prefill(sequence, known)
-            except Exception as error:
-                self._end(sequence, "error", error=error)
-                continue
-            self._insert(sequence, row)
-            yield sequence, logits
+            group.append(sequence)
+            if known:
+                return group, known
+        return group, []
 
-    def _has_pages(self, sequence: _Sequence, known: list[int]) -> bool:
-        """Whether its pages and one token more of everybody are free."""
+    def _lacking(self, sequence: _Sequence, known: list[int]) -> int:
+        """The free pages that it takes."""
         if self.pool is None:
-            return True
+            return 0
         read = min(len(sequence.tokens) + 1, sequence.limit - 1)
-        shared = sum(self.pool.readers[page] > 0 for page in known)
-        return self.pool.pages_for(read) - shared + self.state.lacking(1) <= self.pool.available
+        return self.pool.pages_for(read) - sum(self.pool.readers[page] > 0 for page in known)
 
-    def _prefill(self, sequence: _Sequence, known: list[int]) -> tuple[Tensor, Any]:
-        tokens = torch.tensor([sequence.tokens], device=self.device)
+    def _begins_like(self, sequence: _Sequence, group: list[_Sequence]) -> bool:
+        """Whether it can read the first page of one of them, once that one has been read."""
+        if self.pool is None or self.conditioned or len(sequence.tokens) <= (size := self.pool.page_size):
+            return False
+        return any(other.tokens[:size] == sequence.tokens[:size] for other in group)
+
+    def _let_in(self, group: list[_Sequence], known: list[int]) -> Iterator[tuple[_Sequence, Tensor]]:
+        try:
+            logits, rows = self._prefill(group, known)
+        except Exception as error:
+            if len(group) == 1:
+                self._end(group[0], "error", error=error)
+            for sequence in group if len(group) > 1 else ():  # one of them fails
+                yield from self._let_in([sequence], [])
+            return
+        self._insert(group, rows)
+        yield from zip(group, logits.split(1), strict=True)
+
+    def _prefill(self, group: list[_Sequence], known: list[int]) -> tuple[Tensor, Any]:
+        tokens = self._padded([torch.tensor(sequence.tokens) for sequence in group], "left")  # the newest stand last
         if not known:
-            capacity = self.capacity if self.state is None else len(sequence.tokens)
-            return self.model.start(tokens, capacity=capacity, **sequence.batch.inputs)
+            inputs: dict[str, Any] = {}
+            if self.conditioned:
+                inputs["source"] = self._padded([sequence.batch.inputs["source"][0] for sequence in group], "right")
+            capacity = self.capacity if self.state is None else tokens.shape[1]
+            return self.model.start(tokens, capacity=capacity, **inputs)
         row = PagedCache(self.state.pool, 1, self.capacity, self.device)
         row.adopt(self.state, known)
         try:
@@ -293,18 +326,25 @@ class Engine:
             row.release(torch.tensor([0]))
             raise
 
-    def _insert(self, sequence: _Sequence, row: Any) -> None:
-        slot = self._free.pop()
-        if self.state is None:  # a state of all slots is the first row's, so often
-            self.state, slots = row, torch.arange(self.slots, device=self.device)
-            row.select(torch.zeros_like(slots))
-            row.release(slots[slots != slot])
+    def _padded(self, rows: list[Tensor], side: str) -> Tensor:
+        if len(rows) == 1:  # as it came: a source may be anything that the model reads
+            return rows[0][None].to(self.device)
+        return pad_sequence(rows, True, self.model.pad_id, side).to(self.device)
+
+    def _insert(self, group: list[_Sequence], rows: Any) -> None:
+        for sequence in group:
+            sequence.slot = self._free.pop()
+        slots = torch.tensor([sequence.slot for sequence in group], device=self.device)
+        if self.state is None:  # a state of all slots is the first rows', over and over
+            self.state, index = rows, torch.zeros(self.slots, dtype=torch.int64, device=self.device)
+            rows.select(index.index_copy(0, slots, torch.arange(len(group), device=self.device)))
+            rows.release((index + 1).index_fill(0, slots, 0).nonzero().flatten())
         else:
-            self.state.insert(torch.tensor([slot], device=self.device), row)
-        sequence.slot = slot
-        if isinstance(row, PagedCache):
-            row.release(torch.tensor([0]))
-        self._remember(sequence)
+            self.state.insert(slots, rows)
+        if isinstance(rows, PagedCache):
+            rows.release(torch.tensor([0]))
+        for sequence in group:
+            self._remember(sequence)
 
     def _choose(self, rows: list[_Sequence], logits: Tensor) -> None:
         """The next token of each of ``rows`` from its ``logits``, and who ends with it."""
