@@ -53,13 +53,10 @@ def _dropout_fwd_kernel(
 def _launch(r: int, n: int, stride: int, residual_stride: int, residual: bool, p: float, dtype: torch.dtype) -> Launch:
     tile = row_tile(n, MAX_TILE, 2048, 16)
     tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
-    return Launch(
-        _dropout_fwd_kernel,
-        lambda tile: (cdiv(r, tile["BLOCK_R"]) * cdiv(n, tile["BLOCK_N"]),),
-        dict(RESIDUAL=residual, **row_flags(dtype, n, stride, residual_stride)),
-        [tile],
-        (stride, residual_stride, r, n, random.threshold(p), random.keep_scale(p)),
-    )
+    grid = lambda tile: (cdiv(r, tile["BLOCK_R"]) * cdiv(n, tile["BLOCK_N"]),)  # noqa: E731
+    flags = dict(RESIDUAL=residual, **row_flags(dtype, n, stride, residual_stride))
+    scalars = (stride, residual_stride, r, n, random.threshold(p), random.keep_scale(p))
+    return Launch(_dropout_fwd_kernel, grid, flags, [tile], scalars)
 
 
 def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:

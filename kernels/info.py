@@ -183,13 +183,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _device(text: str) -> str:
-    try:
-        known = torch.device(text).type in ("cpu", "cuda")
-    except RuntimeError:
-        known = False
-    if not known:
-        raise arguments.ArgumentError(f"unknown device {text!r}: ask for cpu, cuda or cuda:0")
-    return text
+    with contextlib.suppress(RuntimeError):
+        if torch.device(text).type in ("cpu", "cuda"):
+            return text
+    raise arguments.ArgumentError(f"unknown device {text!r}: ask for cpu, cuda or cuda:0")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -144,9 +144,8 @@ class Launch:
                 if len(out_of_resources) >= MAX_CACHED:
                     out_of_resources.clear()
                 out_of_resources.add(too_big)
-                warnings.warn(
-                    f"{name}: tile {tile} does not fit this device ({error}); using the next one", stacklevel=4
-                )
+                why = f"{name}: tile {tile} does not fit this device ({error}); using the next one"
+                warnings.warn(why, stacklevel=4)
                 continue
             if not isinstance(binary, CompiledKernel):  # None or a promise, where a hook of Triton's took over
                 return None

@@ -226,13 +226,9 @@ def _fwd_launch(
     # Beside masks, more than 4096 columns leave no registers for it.
     two = 2048 < n <= (8192 if full else 4096)
     tile = row_tile(n, MAX_FWD, 2 * pow2(n) if two else 4096, 32)
-    return Launch(
-        _layer_norm_fwd_kernel,
-        lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,),
-        dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, FULL=full, **row_flags(dtype, n, stride)),
-        [tile],
-        (stride, r, n, eps),
-    )
+    grid = lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,)  # noqa: E731
+    flags = dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, FULL=full, **row_flags(dtype, n, stride))
+    return Launch(_layer_norm_fwd_kernel, grid, flags, [tile], (stride, r, n, eps))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -249,13 +245,10 @@ def _bwd_launches(
     sums = Launch(_layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, scalars)
     main_flags = dict(flags, PARTIAL=partial, WHOLE=whole)
     main = Launch(_layer_norm_bwd_kernel, lambda _: (programs, columns), main_flags, tiles, scalars)
-    add = Launch(
-        _layer_norm_partial_kernel,
-        lambda tile: (cdiv(n, tile["BLOCK_N"]),),
-        dict(DWEIGHT=need_dweight, DBIAS=need_dbias, ACC=flags["ACC"]),
-        [dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)],
-        (programs, n),
-    )
+    add_grid = lambda tile: (cdiv(n, tile["BLOCK_N"]),)  # noqa: E731
+    add_flags = dict(DWEIGHT=need_dweight, DBIAS=need_dbias, ACC=flags["ACC"])
+    add_tile = dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)
+    add = Launch(_layer_norm_partial_kernel, add_grid, add_flags, [add_tile], (programs, n))
     return programs, None if whole else sums, main, add if partial else None
 
 

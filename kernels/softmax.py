@@ -167,13 +167,10 @@ def _fwd_launch(
 ) -> Launch:  # fmt: skip
     h, t_q, t_k = (1, 1, 1, *shape)[-3:]
     r, causal = math.prod(shape[:-1]) if t_k else 0, causal_shift is not None
-    return Launch(
-        _softmax_fwd_kernel,
-        lambda tile: (cdiv(r, tile["BLOCK_R"]),),
-        dict(LOG=log, CAUSAL=causal, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(dtype, t_k, stride)),
-        [row_tile(t_k, MAX_FWD, 2048, 16)],
-        (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale),
-    )
+    grid = lambda tile: (cdiv(r, tile["BLOCK_R"]),)  # noqa: E731
+    flags = dict(LOG=log, CAUSAL=causal, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(dtype, t_k, stride))
+    scalars = (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale)
+    return Launch(_softmax_fwd_kernel, grid, flags, [row_tile(t_k, MAX_FWD, 2048, 16)], scalars)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,13 +179,10 @@ def _bwd_launch(
 ) -> Launch:
     n = shape[-1]
     r = math.prod(shape[:-1]) if n else 0
-    return Launch(
-        _softmax_bwd_kernel,
-        lambda tile: (cdiv(r, tile["BLOCK_R"]),),
-        dict(LOG=log, WHOLE=n <= MAX_BWD, **row_flags(dtype, n, dy_stride, y_stride)),
-        [row_tile(n, MAX_BWD, 2048, 16)],
-        (dy_stride, y_stride, r, n, scale),
-    )
+    grid = lambda tile: (cdiv(r, tile["BLOCK_R"]),)  # noqa: E731
+    flags = dict(LOG=log, WHOLE=n <= MAX_BWD, **row_flags(dtype, n, dy_stride, y_stride))
+    scalars = (dy_stride, y_stride, r, n, scale)
+    return Launch(_softmax_bwd_kernel, grid, flags, [row_tile(n, MAX_BWD, 2048, 16)], scalars)
 
 
 def softmax_fwd(x: Tensor, mask: Tensor | None, causal_shift: int | None, scale: float, log: bool) -> Tensor:
@@ -342,7 +336,8 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: ch
 
 
 def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.Causal, log: bool) -> Tensor:
-    scores = x if scale == 1.0 else _widened(x) * scale  # what is still to be added must not be rounded before
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scores = x if scale == 1.0 else x.to(wide) * scale  # what is still to be added must not be rounded before
     hidden = []
     if causal:
         hidden.append(~checks.triangle(causal, x.shape, x.device))
@@ -350,7 +345,7 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.
         hidden.append(~mask)
     elif mask is not None:
         hidden.append(mask == -torch.inf)
-        scores = _widened(scores) + _widened(mask.masked_fill(hidden[-1], 0.0))
+        scores = scores.to(wide) + mask.masked_fill(hidden[-1], 0.0)
     if not hidden:
         return (scores.log_softmax(-1) if log else scores.softmax(-1)).to(x.dtype)  # autocast may have made it float32
     hide = functools.reduce(torch.bitwise_or, hidden)
@@ -359,7 +354,3 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.
     if log:
         return scores.log_softmax(-1).to(x.dtype).masked_fill(hide, -torch.inf)
     return scores.softmax(-1).to(x.dtype).masked_fill(empty, 0.0)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,7 +5,8 @@
 here are the autograd Functions and the public op.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
+import typing
+from typing import Any, Literal, NoReturn, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +20,6 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.double_backward import backward_function, differentiated
 from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
-
-if TYPE_CHECKING:
-    from typing import Unpack  # Python 3.11; nothing at run time needs it
 
 _NO_GRADIENTS = (None,) * 7  # of key_mask, q_lens, k_lens, slopes, seed and the two lists of numbers
 
@@ -69,7 +67,7 @@ _attention_weights = KernelFunction(attention_weights, _weights)
 
 
 class _Options(TypedDict, total=False):
-    """The other options of `attention`, for type checkers."""
+    """The other options of `attention`, for type checkers, which alone read `Unpack`: Python 3.11 brought it."""
 
     mask: Tensor | None
     bias: Tensor | None
@@ -104,12 +102,12 @@ def _reference_options(masks: AttentionMasks, params: AttentionParams) -> dict[s
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., return_weights: Literal[False] = ...,
-    **options: "Unpack[_Options]",
+    **options: "typing.Unpack[_Options]",
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = ..., return_weights: bool | Literal["average"] = ...,
-    **options: "Unpack[_Options]",
+    **options: "typing.Unpack[_Options]",
 ) -> Any: ...  # fmt: skip  # a tuple of the output and what else was asked for
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,

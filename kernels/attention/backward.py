@@ -71,10 +71,10 @@ def _attention_bwd_dq_kernel(
     in_out = in_q if F.PACKED else block.rows < T_q
 
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
-    out_row = block.batch * T_q + block.q_row
-    out_at = out_ptr + out_row * (H * F.DV) + block.h * F.DV
     # [BLOCK_M, BLOCK_DV]
     do_tile = mask.load_rows(do, block.batch, block.h, block.q_row, in_q, F.DV, F.BLOCK_DV)
+    out_row = block.batch * T_q + block.q_row
+    out_at = out_ptr + out_row * (H * F.DV) + block.h * F.DV
     out = load_tile(out_at, near_m, H * F.DV, offs_dv, in_q, F.DV, F.BLOCK_DV, True)
     # [BLOCK_M]
     at_row = (block.batch * H + block.h) * T_q + block.q_row + near_m

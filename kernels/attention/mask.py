@@ -205,8 +205,9 @@ def mask_of_head(x, batch, h, bounds, F: tl.constexpr):
 def load_rows(x, batch, h, row, in_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The rows of a head that begin at `row`, as many as in_rows has elements: 0 where that is false."""
     ptr = x.ptr + batch * x.strides[0] + h * x.strides[1] + row * x.strides[2]
-    return load_tile(ptr, tl.arange(0, in_rows.shape[0]), x.strides[2], tl.arange(0, BLOCK_D),
-                     in_rows, D, BLOCK_D, True)  # fmt: skip
+    return load_tile(
+        ptr, tl.arange(0, in_rows.shape[0]), x.strides[2], tl.arange(0, BLOCK_D), in_rows, D, BLOCK_D, True
+    )
 
 
 @triton.jit
