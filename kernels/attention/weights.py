@@ -105,12 +105,15 @@ def _attention_bwd_bias_kernel(
     size_q = 1 if Q_ONE else T_q
     size_k = 1 if K_ONE else T_k
     dbias_ptr += (own_batch * own_h + own_head).to(tl.int64) * size_q * size_k
-    if K_ONE:
-        total = tl.sum(total, 1, keep_dims=True)
-    if Q_ONE:
-        total = tl.sum(total, 0, keep_dims=True)
-    rows = own_tile_q * BLOCK_M + tl.arange(0, total.shape[0])
-    cols = own_tile_k * BLOCK_N + tl.arange(0, total.shape[1])
-    at = rows[:, None].to(tl.int64) * size_k + cols[None, :]
-    inside = (rows < size_q)[:, None] & (cols < size_k)[None, :]
-    tl.store(dbias_ptr + at, total.to(dbias_ptr.dtype.element_ty), mask=inside)
+    rows = own_tile_q * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = own_tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    ty = dbias_ptr.dtype.element_ty
+    if Q_ONE and K_ONE:
+        tl.store(dbias_ptr, tl.sum(tl.sum(total, 1), 0).to(ty))
+    elif Q_ONE:
+        tl.store(dbias_ptr + cols, tl.sum(total, 0).to(ty), mask=cols < T_k)
+    elif K_ONE:
+        tl.store(dbias_ptr + rows, tl.sum(total, 1).to(ty), mask=rows < T_q)
+    else:
+        at = rows[:, None].to(tl.int64) * T_k + cols[None, :]
+        tl.store(dbias_ptr + at, total.to(ty), mask=(rows < T_q)[:, None] & (cols < T_k)[None, :])
