@@ -135,7 +135,10 @@ def test_a_step_is_read_to_its_length(named: str, monkeypatch: pytest.MonkeyPatc
                     got = huggingface.attend(torch.nn.Module(), tokens, keys, keys, mask, **options)[0]
                     assert lengths.pop() == [length] * 2
                     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
+    with torch.no_grad():  # several tokens without a mask: a prompt, causal from the first key on
+        expected = huggingface.attend(torch.nn.Module(), q, k[:, :, :3], k[:, :, :3], None, is_causal=True)[0]
+        torch.testing.assert_close(huggingface.attend(torch.nn.Module(), q, k, k, None, is_causal=True)[0], expected)
+        assert not lengths
         changed = dense.clone()
         for _ in range(2):
             huggingface.attend(torch.nn.Module(), q, k, k, changed)
