@@ -1,7 +1,6 @@
 """TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's layers on our kernels.
 
-One sublayer is ``x + dropout(block(norm(x)))`` (pre-norm) or ``norm(x + dropout(block(x)))`` (post-norm).
-Source: Vaswani et al. 2017, "Attention Is All You Need"; torch/nn/modules/transformer.py for names and order.
+They compute what our own `Block` does. Source of names and order: torch/nn/modules/transformer.py.
 """
 
 from collections.abc import Callable
@@ -11,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.blocks import check_heads
+from tileformer.decoder.blocks import Sublayers, check_heads
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.nn.attention import MultiheadAttention
-from tileformer.decoder.nn.modules import Dropout, LayerNorm, fuses_residual
+from tileformer.decoder.nn.modules import Dropout, LayerNorm
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
@@ -23,56 +22,16 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _swap_child_classes(layer: nn.Module) -> None:
-    """Turn torch's children into ours. The objects stay, so the same seed gives the same weights as torch."""
-    for child in layer.children():
-        if type(child) in _OURS:
-            child.__class__ = _OURS[type(child)]
+def _masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    return {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
 
 
-def _drop_none(**options) -> dict[str, Any]:
-    """The options that are not None: what is not asked for is not named, so that a user's module needs not know it."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-class _Blocks:
-    """torch's names for the parts of a layer, for who overrides or calls them: each returns its branch, after its
-    dropout."""
-
-    def _sa_block(self: Any, x, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-        return self.dropout1(self.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
-
-    def _feed_forward(self: Any, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
-
-    def _is_fused(self: Any, twin: type) -> bool:
-        """Whether nobody has overridden, replaced or hooked a block of a layer that is a ``twin``."""
-        cls, own, children = type(self), self.__dict__, self._modules
-        blocks = ("_sa_block", "_mha_block", "_ff_block")
-        if any(name in own or getattr(cls, name, None) is not getattr(twin, name, None) for name in blocks):
-            return False
-        return all(fuses_residual(children[name]) for name in ("dropout1", "dropout2", "dropout3") if name in children)
-
-    def _add_blocks(self: Any, x: Tensor, *sublayers: tuple[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
-        """torch's unfused order, for options that torch's own forward does not know."""
-        for norm, block in sublayers:
-            x = x + block(norm(x)) if self.norm_first else norm(x + block(x))
-        return x
-
-
-class TransformerEncoderLayer(_Blocks, nn.TransformerEncoderLayer):
-    """``torch.nn.TransformerEncoderLayer``: same constructor, forward signature, parameters and state_dict keys.
-
-    There is one path: no inference fast path and no nested tensors, so training and evaluation agree.
-    """
-
-    # torch.nn.TransformerEncoder asks this before it hands its layers a nested tensor; 0 means "no fast path". A
-    # property, so that it also holds for an object whose class was changed after torch had set the attribute.
-    activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
+class _Layer(Sublayers):
+    """What both layers share: torch's constructor with children of ours, and torch's names for the parts, for who
+    overrides or calls them: each returns its branch, after its dropout."""
 
     def __init__(
-        self,
+        self: Any,
         d_model: int,
         nhead: int,
         dim_feedforward: int = 2048,
@@ -87,8 +46,36 @@ class TransformerEncoderLayer(_Blocks, nn.TransformerEncoderLayer):
     ) -> None:
         check_heads(d_model, nhead)
         shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
-        super().__init__(*shape, device=device, dtype=dtype)
-        _swap_child_classes(self)
+        super().__init__(*shape, device=device, dtype=dtype)  # type: ignore[call-arg]
+        for child in self.children():  # the objects stay, so the same seed gives the same weights as torch
+            child.__class__ = _OURS.get(type(child), type(child))
+
+    def _sa_block(self: Any, x, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
+        options |= _masks(attn_mask, key_padding_mask, is_causal)
+        return self.dropout1(self.self_attn(x, x, x, need_weights=False, **options)[0])
+
+    def _has_own_blocks(self: Any, twin: type) -> bool:
+        """Whether somebody has overridden or replaced a block of a layer that is a ``twin``."""
+        cls, own = type(self), self.__dict__
+        blocks = ("_sa_block", "_mha_block", "_ff_block")
+        return any(name in own or getattr(cls, name, None) is not getattr(twin, name, None) for name in blocks)
+
+    def _add_blocks(self: Any, x: Tensor, *blocks: tuple[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+        """torch's order of these blocks, for options that torch's own forward does not know."""
+        for norm, block in blocks:
+            x = x + block(norm(x)) if self.norm_first else norm(x + block(x))
+        return x
+
+
+class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
+    """``torch.nn.TransformerEncoderLayer``: same constructor, forward signature, parameters and state_dict keys.
+
+    There is one path: no inference fast path and no nested tensors, so training and evaluation agree.
+    """
+
+    # torch.nn.TransformerEncoder asks this before it hands its layers a nested tensor; 0 means "no fast path". A
+    # property, so that it also holds for an object whose class was changed after torch had set the attribute.
+    activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
 
     def forward(
         self,
@@ -105,47 +92,23 @@ class TransformerEncoderLayer(_Blocks, nn.TransformerEncoderLayer):
         For a decoder without memory: with ``cache``, src holds only tokens that the cache has not seen, and attention
         is causal. ``cu_seqlens`` and ``max_seqlen`` say that src is packed.
         """
-        options = _drop_none(cache=cache, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
-        if not (isinstance(self.self_attn, MultiheadAttention) and self._is_fused(TransformerEncoderLayer)):
-            if not options:  # torch hands a user's attention floating masks
-                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-            attend = partial(self._sa_block, **masks, **options)
-            return self._add_blocks(src, (self.norm1, attend), (self.norm2, self._ff_block))
-        options |= masks
-        x = src
-        if self.norm_first:
-            h = self.norm1(x)
-            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **options)[0], x)
-            return self.dropout2(self._feed_forward(self.norm2(x)), x)
-        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **options)[0], x))
-        return self.norm2(self.dropout2(self._feed_forward(x), x))
+        options = {"cache": cache, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        # What is not asked for is not named, so that a user's module needs not know it.
+        options = {name: value for name, value in options.items() if value is not None}
+        own = _masks(src_mask, src_key_padding_mask, is_causal) | options
+        if isinstance(self.self_attn, MultiheadAttention) and not self._has_own_blocks(TransformerEncoderLayer):
+            return self._sublayers(src, own)
+        if not options:  # torch hands a user's attention floating masks
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        attend = partial(self._sa_block, **own)
+        return self._add_blocks(src, (self.norm1, attend), (self.norm2, self._ff_block))
 
     def _ff_block(self, x) -> Tensor:
         return self.dropout2(self._feed_forward(x))
 
 
-class TransformerDecoderLayer(_Blocks, nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """``torch.nn.TransformerDecoderLayer``: same constructor, forward signature, parameters and state_dict keys."""
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-    ) -> None:
-        check_heads(d_model, nhead)
-        shape = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
-        super().__init__(*shape, device=device, dtype=dtype)
-        _swap_child_classes(self)
 
     def forward(
         self,
@@ -163,40 +126,21 @@ class TransformerDecoderLayer(_Blocks, nn.TransformerDecoderLayer):
 
         Masks as in ``MultiheadAttention.forward``. With ``cache``, tgt holds only tokens that the cache has not seen.
         """
-        sa: dict[str, Any] = {
-            "attn_mask": tgt_mask,
-            "key_padding_mask": tgt_key_padding_mask,
-            "is_causal": tgt_is_causal,
-        }
-        mha: dict[str, Any] = {
-            "attn_mask": memory_mask,
-            "key_padding_mask": memory_key_padding_mask,
-            "is_causal": memory_is_causal,
-        }
+        own = _masks(tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        cross = _masks(memory_mask, memory_key_padding_mask, memory_is_causal)
         if cache is not None:
-            sa["cache"], mha["cache"] = cache.self_attn, cache.cross_attn
-        if not self._is_fused(TransformerDecoderLayer):
-            if cache is None:
-                masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
-                return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
-            attend, attend_memory = partial(self._sa_block, **sa), partial(self._mha_block, mem=memory, **mha)
-            return self._add_blocks(
-                tgt, (self.norm1, attend), (self.norm2, attend_memory), (self.norm3, self._ff_block)
-            )
-        x = tgt
-        if self.norm_first:
-            h = self.norm1(x)
-            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **sa)[0], x)
-            h = self.norm2(x)
-            x = self.dropout2(self.multihead_attn(h, memory, memory, need_weights=False, **mha)[0], x)
-            return self.dropout3(self._feed_forward(self.norm3(x)), x)
-        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **sa)[0], x))
-        x = self.norm2(self.dropout2(self.multihead_attn(x, memory, memory, need_weights=False, **mha)[0], x))
-        return self.norm3(self.dropout3(self._feed_forward(x), x))
+            own["cache"], cross["cache"] = cache.self_attn, cache.cross_attn
+        if not self._has_own_blocks(TransformerDecoderLayer):
+            return self._sublayers(tgt, own, memory, cross)
+        if cache is None:
+            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+            return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+        attend, attend_memory = partial(self._sa_block, **own), partial(self._mha_block, mem=memory, **cross)
+        return self._add_blocks(tgt, (self.norm1, attend), (self.norm2, attend_memory), (self.norm3, self._ff_block))
 
     def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
-        return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **masks, **options)[0])
+        options |= _masks(attn_mask, key_padding_mask, is_causal)
+        return self.dropout2(self.multihead_attn(x, mem, mem, need_weights=False, **options)[0])
 
     def _ff_block(self, x) -> Tensor:
         return self.dropout3(self._feed_forward(x))

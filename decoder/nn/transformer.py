@@ -74,31 +74,15 @@ class TransformerDecoder(nn.TransformerDecoder):
         """
         if cache is not None and len(cache.layers) != len(self.layers):
             raise ValueError(f"the cache has {len(cache.layers)} layers, this decoder {len(self.layers)}")
+        masks = {"tgt_mask": tgt_mask, "tgt_key_padding_mask": tgt_key_padding_mask}
+        masks |= {"memory_mask": memory_mask, "memory_key_padding_mask": memory_key_padding_mask}
         if cache is None and not all(isinstance(layer, TransformerDecoderLayer) for layer in self.layers):
-            return super().forward(
-                tgt,
-                memory,
-                tgt_mask,
-                memory_mask,
-                tgt_key_padding_mask,
-                memory_key_padding_mask,
-                tgt_is_causal,
-                memory_is_causal,
-            )
+            return super().forward(tgt, memory, **masks, tgt_is_causal=tgt_is_causal, memory_is_causal=memory_is_causal)
+        hints = {"tgt_is_causal": tgt_is_causal is True, "memory_is_causal": memory_is_causal}
         output = tgt
         for i, layer in enumerate(self.layers):
             options = {} if cache is None else {"cache": cache.layers[i]}
-            output = layer(
-                output,
-                memory,
-                tgt_mask=tgt_mask,
-                memory_mask=memory_mask,
-                tgt_key_padding_mask=tgt_key_padding_mask,
-                memory_key_padding_mask=memory_key_padding_mask,
-                tgt_is_causal=tgt_is_causal is True,
-                memory_is_causal=memory_is_causal,
-                **options,
-            )
+            output = layer(output, memory, **masks, **hints, **options)
         return output if self.norm is None else self.norm(output)
 
 
