@@ -1472,6 +1472,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "inserted rows stay released", "self.live.index_fill_(0, slots, 1)", "pass"),
         ("decoding", "inserted rows keep the source of those before", "_widened(x, width).index_copy(0, slots, _widened(y, width))", "_widened(x, width)"),
         ("decoding", "longer rows are inserted and not read", "self.length = max(self.length, other.length)", "pass"),
+        ("decoding", "a state is as long as before it forgot", "            self.length = int(lengths.max())", "            pass"),
         ("decoding", "rows that do not fit are inserted", "if other.length > self.capacity:", "if False:"),
         ("decoding", "the room behind a shorter source is no padding", "return F.pad(x, behind, value=x.dtype == torch.bool)", "return F.pad(x, behind)"),
         ("decoding", "truncating makes rows longer", "torch.minimum(self.lengths, lengths.to(torch.int32))", "torch.maximum(self.lengths, lengths.to(torch.int32))"),
