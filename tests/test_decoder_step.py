@@ -246,6 +246,7 @@ def test_a_full_cache_says_so_and_goes_on():
         m.step(torch.tensor([3, 4, 5]), state)
     assert torch.equal(state.kv, kept) and state.lengths.tolist() == [3, 3, 3]
     state.truncate(torch.tensor([1, 1, 1]))
+    assert state.length == 1 and state.row_lengths is None  # equal rows need no mask
     assert torch.equal(m.step(PROMPTS[:, 1], state), m.step(PROMPTS[:, 1], m.start(PROMPTS[:, :1], capacity=3)[1]))
 
 
