@@ -146,8 +146,10 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
             if cache is None:
                 masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
                 return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
-            blocks = partial(self._sa_block, **own), partial(self._mha_block, mem=memory, **cross), self._ff_block
-            return self._add_blocks(tgt, *zip((self.norm1, self.norm2, self.norm3), blocks, strict=True))
+            attend, attend_memory = partial(self._sa_block, **own), partial(self._mha_block, mem=memory, **cross)
+            return self._add_blocks(
+                tgt, (self.norm1, attend), (self.norm2, attend_memory), (self.norm3, self._ff_block)
+            )
         x = tgt
         if self.norm_first:
             h = self.norm1(x)

@@ -1278,7 +1278,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "a hooked dropout sees the residual", 'return all(fuses_residual(children[name]) for name in ("dropout1", "dropout2", "dropout3") if name in children)', "return True"),
         ("module", "a user's attention gets boolean masks", "if not (isinstance(self.self_attn, MultiheadAttention) and self._is_fused(TransformerEncoderLayer)):", "if not self._is_fused(TransformerEncoderLayer):"),
         ("module", "an unfused layer loses its residual beside a cache", "x = x + block(norm(x)) if self.norm_first else norm(x + block(x))", "x = block(norm(x)) if self.norm_first else norm(x + block(x))"),
-        ("module", "a replaced block loses the cache", "blocks = partial(self._sa_block, **own)", 'blocks = partial(self._sa_block, **{**own, "cache": None})'),
+        ("module", "a replaced block loses the cache", "attend, attend_memory = partial(self._sa_block, **own)", 'attend, attend_memory = partial(self._sa_block, **{**own, "cache": None})'),
     ],
     "decoder/blocks.py": [
         ("module", "heads and their width are exchanged", "x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)", "x.view(*x.shape[:-1], parts, self.head_dim, self.num_heads).transpose(-1, -2)"),
