@@ -102,34 +102,9 @@ class Attention(nn.MultiheadAttention):
         return (x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
 
 
-class Sublayers:
+class Block(nn.Module):
     """``x + dropout(f(norm(x)))``, or ``norm(x + dropout(f(x)))`` without ``norm_first``, for each f of a layer:
-    self-attention, attention to a memory, feed-forward. Source: Vaswani et al. 2017.
-
-    The parts have torch.nn's names, which its layers and ours share."""
-
-    def _sublayers(self: Any, x: Tensor, own: dict[str, Any], memory: Any = None, cross: Any = None) -> Tensor:
-        """(B, T, C) of ``x`` (B, T, C): attention to itself with the options ``own`` and, with ``cross``, to ``memory``
-        with these."""
-        h = self.norm1(x) if self.norm_first else x
-        x = self._add(x, self.dropout1, self.self_attn(h, h, h, need_weights=False, **own)[0], self.norm1)
-        dropout, norm = self.dropout2, self.norm2
-        if cross is not None:
-            h = norm(x) if self.norm_first else x
-            x = self._add(x, dropout, self.multihead_attn(h, memory, memory, need_weights=False, **cross)[0], norm)
-            dropout, norm = self.dropout3, self.norm3
-        return self._add(x, dropout, self._feed_forward(norm(x) if self.norm_first else x), norm)
-
-    def _add(self: Any, x: Tensor, dropout: nn.Module, branch: Tensor, norm: nn.Module) -> Tensor:
-        x = dropout(branch, x) if fuses_residual(dropout) else x + dropout(branch)
-        return x if self.norm_first else norm(x)
-
-    def _feed_forward(self: Any, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
-
-
-class Block(Sublayers, nn.Module):
-    """One layer of our own models; with ``cross`` it attends to a memory too."""
+    self-attention, attention to a memory (``cross``), feed-forward. Source: Vaswani et al. 2017."""
 
     def __init__(
         self,
@@ -168,9 +143,21 @@ class Block(Sublayers, nn.Module):
         ``options`` are those of the self-attention: causal, key_mask, cu_seqlens, max_seqlen.
         """
         own, cross = (None, None) if cache is None else (cache.self_attn, cache.cross_attn)
-        if self.multihead_attn is None:
-            return self._sublayers(x, options | {"cache": own})
-        return self._sublayers(x, options | {"cache": own}, memory, {"key_mask": memory_mask, "cache": cross})
+        h = self.norm1(x) if self.norm_first else x
+        x = self._add(x, self.dropout1, self.self_attn(h, h, h, cache=own, **options)[0], self.norm1)
+        dropout: Any = self.dropout2
+        norm: Any = self.norm2
+        if self.multihead_attn is not None:
+            h = norm(x) if self.norm_first else x
+            attended = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross)[0]
+            x = self._add(x, dropout, attended, norm)
+            dropout, norm = self.dropout3, self.norm3
+        h = norm(x) if self.norm_first else x
+        return self._add(x, dropout, self.linear2(self.dropout(self.activation(self.linear1(h)))), norm)
+
+    def _add(self, x: Tensor, dropout: nn.Module, branch: Tensor, norm: nn.Module) -> Tensor:
+        x = dropout(branch, x) if fuses_residual(dropout) else x + dropout(branch)
+        return x if self.norm_first else norm(x)
 
 
 class Stack(nn.Module):

@@ -406,22 +406,36 @@ def test_a_wrapped_block_returns_its_branch():
     torch.testing.assert_close(layer(tgt, memory, **masks), twin(tgt, memory, **masks))
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("how", ["plain", "hooked", "wrapped"])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_layers_take_a_cache_hooked_or_not(norm_first, hooked):
+def test_layers_take_a_cache(norm_first, how):
     tgt, memory, masks = decoder_inputs()
     torch.manual_seed(0)
     encoder = decoder.TransformerEncoderLayer(C, H, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
     layer, caches = decoder_layer(norm_first=norm_first), [decoder.KVCache(1, T_Q).layers[0] for _ in range(2)]
     expected = layer(tgt, memory, masks["tgt_mask"]), encoder(tgt, masks["tgt_mask"])
     for each in (layer, encoder):
-        if hooked:
+        if how == "hooked":
             each.dropout1.register_forward_hook(lambda *_: None)
+        if how == "wrapped":
+            each._sa_block = lambda *args, block=each._sa_block, **options: block(*args, **options)
     with torch.no_grad():
         tokens = tgt.split(1, dim=1)
         steps = [(layer(x, memory, cache=caches[0]), encoder(x, cache=caches[1].self_attn)) for x in tokens]
     for step, whole in zip(zip(*steps, strict=True), expected, strict=True):
         torch.testing.assert_close(torch.cat(step, 1), whole.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_stack_takes_a_cache_of_its_depth():
+    tgt, memory, masks = decoder_inputs()
+    stack = decoder.TransformerDecoder(decoder_layer(), 2).requires_grad_(False)
+    for x in stack.layers[1].parameters():
+        x.mul_(1.5)
+    cache = decoder.KVCache(2, T_Q)
+    steps = [stack(x, memory, cache=cache) for x in tgt.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, 1), stack(tgt, memory, masks["tgt_mask"]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="the cache has 3 layers, this decoder 2"):
+        stack(tgt, memory, cache=decoder.KVCache(3, T_Q))
 
 
 def test_packed_sequences_of_a_module_stay_apart():

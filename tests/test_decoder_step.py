@@ -230,6 +230,9 @@ def test_nothing_of_a_row_before_reaches_the_one_that_takes_its_place(served):
         logits = m.step(new, state)
         torch.testing.assert_close(logits[1:2], m.step(new[1:2], m.start(PROMPTS[:1], capacity=20)[1]))
         assert logits.isfinite().all()
+        longer = torch.full((1, 12), 3)
+        state.insert(torch.tensor([0]), m.start(longer, capacity=12)[1])
+        assert state.length == 12 and state.lengths[0] == 12  # the host counts it too
 
 
 @torch.no_grad()
@@ -243,6 +246,7 @@ def test_a_full_cache_says_so_and_goes_on():
         m.step(torch.tensor([3, 4, 5]), state)
     assert torch.equal(state.kv, kept) and state.lengths.tolist() == [3, 3, 3]
     state.truncate(torch.tensor([1, 1, 1]))
+    assert state.length == 1 and state.row_lengths is None  # equal rows need no mask
     assert torch.equal(m.step(PROMPTS[:, 1], state), m.step(PROMPTS[:, 1], m.start(PROMPTS[:, :1], capacity=3)[1]))
 
 

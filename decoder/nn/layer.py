@@ -1,6 +1,7 @@
 """TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's layers on our kernels.
 
-They compute what our own `Block` does. Source of names and order: torch/nn/modules/transformer.py.
+One sublayer is ``x + dropout(block(norm(x)))`` (pre-norm) or ``norm(x + dropout(block(x)))`` (post-norm).
+Source: Vaswani et al. 2017, "Attention Is All You Need"; torch/nn/modules/transformer.py for names and order.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.blocks import Sublayers, check_heads
+from tileformer.decoder.blocks import check_heads
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.nn.attention import MultiheadAttention
-from tileformer.decoder.nn.modules import Dropout, LayerNorm
+from tileformer.decoder.nn.modules import Dropout, LayerNorm, fuses_residual
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
@@ -26,7 +27,7 @@ def _masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal:
     return {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
 
 
-class _Layer(Sublayers):
+class _Layer:
     """What both layers share: torch's constructor with children of ours, and torch's names for the parts, for who
     overrides or calls them: each returns its branch, after its dropout."""
 
@@ -54,11 +55,16 @@ class _Layer(Sublayers):
         options |= _masks(attn_mask, key_padding_mask, is_causal)
         return self.dropout1(self.self_attn(x, x, x, need_weights=False, **options)[0])
 
-    def _has_own_blocks(self: Any, twin: type) -> bool:
-        """Whether somebody has overridden or replaced a block of a layer that is a ``twin``."""
-        cls, own = type(self), self.__dict__
+    def _feed_forward(self: Any, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+    def _is_fused(self: Any, twin: type) -> bool:
+        """Whether nobody has overridden, replaced or hooked a block of a layer that is a ``twin``."""
+        cls, own, children = type(self), self.__dict__, self._modules
         blocks = ("_sa_block", "_mha_block", "_ff_block")
-        return any(name in own or getattr(cls, name, None) is not getattr(twin, name, None) for name in blocks)
+        if any(name in own or getattr(cls, name, None) is not getattr(twin, name, None) for name in blocks):
+            return False
+        return all(fuses_residual(children[name]) for name in ("dropout1", "dropout2", "dropout3") if name in children)
 
     def _add_blocks(self: Any, x: Tensor, *blocks: tuple[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
         """torch's order of these blocks, for options that torch's own forward does not know."""
@@ -92,16 +98,22 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
         For a decoder without memory: with ``cache``, src holds only tokens that the cache has not seen, and attention
         is causal. ``cu_seqlens`` and ``max_seqlen`` say that src is packed.
         """
-        options = {"cache": cache, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        asked = {"cache": cache, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         # What is not asked for is not named, so that a user's module needs not know it.
-        options = {name: value for name, value in options.items() if value is not None}
-        own = _masks(src_mask, src_key_padding_mask, is_causal) | options
-        if isinstance(self.self_attn, MultiheadAttention) and not self._has_own_blocks(TransformerEncoderLayer):
-            return self._sublayers(src, own)
-        if not options:  # torch hands a user's attention floating masks
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        attend = partial(self._sa_block, **own)
-        return self._add_blocks(src, (self.norm1, attend), (self.norm2, self._ff_block))
+        asked = {name: value for name, value in asked.items() if value is not None}
+        options = _masks(src_mask, src_key_padding_mask, is_causal) | asked
+        if not (isinstance(self.self_attn, MultiheadAttention) and self._is_fused(TransformerEncoderLayer)):
+            if not asked:  # torch hands a user's attention floating masks
+                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+            attend = partial(self._sa_block, **options)
+            return self._add_blocks(src, (self.norm1, attend), (self.norm2, self._ff_block))
+        x = src
+        if self.norm_first:
+            h = self.norm1(x)
+            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **options)[0], x)
+            return self.dropout2(self._feed_forward(self.norm2(x)), x)
+        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **options)[0], x))
+        return self.norm2(self.dropout2(self._feed_forward(x), x))
 
     def _ff_block(self, x) -> Tensor:
         return self.dropout2(self._feed_forward(x))
@@ -130,13 +142,24 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
         cross = _masks(memory_mask, memory_key_padding_mask, memory_is_causal)
         if cache is not None:
             own["cache"], cross["cache"] = cache.self_attn, cache.cross_attn
-        if not self._has_own_blocks(TransformerDecoderLayer):
-            return self._sublayers(tgt, own, memory, cross)
-        if cache is None:
-            masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
-            return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
-        attend, attend_memory = partial(self._sa_block, **own), partial(self._mha_block, mem=memory, **cross)
-        return self._add_blocks(tgt, (self.norm1, attend), (self.norm2, attend_memory), (self.norm3, self._ff_block))
+        if not self._is_fused(TransformerDecoderLayer):
+            if cache is None:
+                masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
+                return super().forward(tgt, memory, *masks, tgt_is_causal, memory_is_causal)
+            attend, attend_memory = partial(self._sa_block, **own), partial(self._mha_block, mem=memory, **cross)
+            return self._add_blocks(
+                tgt, (self.norm1, attend), (self.norm2, attend_memory), (self.norm3, self._ff_block)
+            )
+        x = tgt
+        if self.norm_first:
+            h = self.norm1(x)
+            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **own)[0], x)
+            h = self.norm2(x)
+            x = self.dropout2(self.multihead_attn(h, memory, memory, need_weights=False, **cross)[0], x)
+            return self.dropout3(self._feed_forward(self.norm3(x)), x)
+        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **own)[0], x))
+        x = self.norm2(self.dropout2(self.multihead_attn(x, memory, memory, need_weights=False, **cross)[0], x))
+        return self.norm3(self.dropout3(self._feed_forward(x), x))
 
     def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
         options |= _masks(attn_mask, key_padding_mask, is_causal)
