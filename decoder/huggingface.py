@@ -332,6 +332,7 @@ def make_mask(
         and mask_function is masking_utils.causal_mask_function
         and aligned
         and not torch.compiler.is_compiling()
+        and not mask.is_inference()  # it could not tell what was written to it
     ):
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         padding = None if padding is None else padding[:, :kv_length]
