@@ -70,7 +70,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/generation/device": "test_decoder_cache_dtype test_decoder_step test_cached_equals_full",
     "decoder/generation/cache": "test_decoder_decodable test_decoder_seq2seq test_decoder_modules test_decoder_generation",
     "decoder/generation/state": "test_decoder_decodable test_decoder_step test_decoder_generation",
-    "decoder/generation/engine": "test_decoder_engine_faults test_decoder_admission test_decoder_engine",
+    "decoder/generation/engine": "test_decoder_engine test_decoder_admission test_decoder_engine_faults",
     "decoder/generation/paged": "test_decoder_cache_dtype test_decoder_paged test_decoder_engine",
     "decoder/generation/speculative": "test_decoder_speculative",
     "decoder/generation/": "test_decoder_search test_decoder_options test_decoder_generation test_decoder_decodable test_decoder_seq2seq",
