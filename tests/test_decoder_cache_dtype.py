@@ -97,12 +97,14 @@ def test_what_a_cache_in_eight_bits_holds() -> None:
 def test_what_has_no_cache_in_eight_bits_says_so() -> None:
     model, tokens = lm(), prompts()
     model.cache_dtype = torch.float16
-    with pytest.raises(ValueError, match=r"cache_dtype is torch\.float16: torch\.int8"):
+    with pytest.raises(ValueError, match=r"cache_dtype is torch\.float16: set torch\.int8"):
         generate(model, tokens, 4)
     model.cache_dtype = torch.int8
     hook = model.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="the model has a hook"):
         generate(model, tokens, 4)
+    with pytest.raises(ValueError, match="the model has a hook: change that, or set cache_dtype = None"):
+        Engine(model, slots=1)
     hook.remove()
     assert generate(model, tokens, 4).shape[0] == 3
 

@@ -8,7 +8,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig, convert, generate, revert, stream
+from tileformer.decoder import (
+    DecoderLM,
+    DecoderLMConfig,
+    Engine,
+    Options,
+    Seq2Seq,
+    Seq2SeqConfig,
+    convert,
+    generate,
+    revert,
+    stream,
+)
 from tileformer.decoder.generation import Decodable, DecodeState, JoinedState
 from tileformer.decoder.generation.cache import KVCache
 from tileformer.decoder.model import ModelConfig
@@ -413,3 +424,40 @@ def test_who_hooks_a_dropout_of_a_block_sees_the_branch_alone(norm_first):
     )
     x = x if norm_first else block.norm3(x)
     assert torch.allclose(block(memory[:, :2], memory, memory_mask=~padding, causal=True), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["step", "modules", "all again"])
+def test_a_source_is_padded_on_either_side(by: str) -> None:
+    """And means the same: its first token stands first."""
+    torch.manual_seed(0)
+    model = Seq2Seq(Seq2SeqConfig(src_vocab=20, tgt_vocab=20, d_model=32, nhead=2, max_length=12)).eval()
+    behind = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 3, 4, 5], [4, 0, 3, 0, 0]])
+    before = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 3, 4, 5], [0, 0, 4, 0, 3]])
+    if by == "modules":
+        model.register_forward_hook(lambda *_: None)
+
+    def start(source):
+        begin = torch.ones(3, 1, dtype=torch.int64)
+        return model.start(begin, capacity=4, source=source, use_cache=by != "all again")[0]
+
+    with torch.no_grad():
+        torch.testing.assert_close(start(before), start(behind))
+
+
+def test_ids_that_a_model_does_not_know_are_named() -> None:
+    model = Seq2Seq(Seq2SeqConfig(src_vocab=20, tgt_vocab=30, d_model=32, nhead=2, max_length=12)).eval()
+    lm = DecoderLM(DecoderLMConfig(vocab=30, d_model=32, nhead=2, max_length=12)).eval()
+    for decoded, token, vocab in ((model, 20, 20), (model, -1, 20), (lm, 30, 30), (lm, -100, 30)):
+        with pytest.raises(ValueError, match=f"token id {token} is outside the model's vocabulary of {vocab}"):
+            generate(decoded, torch.tensor([[5, token]]), 3)
+    with pytest.raises(ValueError, match="token id 500"):
+        generate(lm, torch.tensor([[5]]), 3, options=Options(forced_prefix_ids=[500]))
+    for wrong, message in (
+        (lambda: generate(lm, [[1, 2]], 3), "src must be a tensor .* got list"),
+        (lambda: generate(lm, torch.ones(1, 2), 3), "tokens must be .* int64, got float32"),
+        (lambda: generate(lm, torch.ones(1, 2).long(), Options()), "max_length .* got Options: pass options by name"),
+        (lambda: generate(lm, torch.ones(1, 2).long(), 3, options={"top_k": 1}), "options must be Options.*got dict"),
+        (lambda: Engine(lm, slots=1).add([1, 2], 0.8), "options must be Options.*got float"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            wrong()

@@ -385,7 +385,7 @@ def test_what_fails_for_one_sequence_ends_that_one(how: str) -> None:
     undecided = engine.add([3, 4, 5], Options(adjust=empty))
     events = list(run(engine))
     found, errors = told(events), {event.id: event.error for event in events if event.error is not None}
-    assert found.pop(refused) == ["error"] and isinstance(errors.pop(refused), IndexError)
+    assert found.pop(refused) == ["error"] and "outside" in str(errors.pop(refused))
     assert len(found.pop(failing)) == 4 and isinstance(errors.pop(failing), KeyError)
     assert len(found.pop(undecided)) == 4 and isinstance(errors.pop(undecided), FloatingPointError)
     assert found == dict(zip(ids, expected, strict=True)) and not errors

@@ -161,7 +161,7 @@ def test_what_the_step_does_not_know_is_left_to_the_modules(reason):
 
 def test_gradients_autocast_and_hooks_of_every_module():
     m = model()
-    assert "gradients" in m.explain()
+    assert m.explain() == "a packed step, of weights gathered once"  # as generate decodes
     with torch.no_grad():
         assert m.explain() == "a packed step, of weights gathered once"
         with torch.autocast("cpu", torch.bfloat16):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tileformer.decoder.generation.options import Beams, Constraints, Options, Sampling
-from tileformer.decoder.generation.search import DecodeBatch, beam_search, decode_loop
+from tileformer.decoder.generation.search import DecodeBatch, beam_search, checked, decode_loop
 from tileformer.decoder.generation.state import Decodable, DecodeState, JoinedState
 
 __all__ = [
@@ -172,6 +172,7 @@ def _options(options: Options | None, given: dict[str, Any]) -> Options:
     """``options``, or those that were given by their names. ValueError for both."""
     if options is None:
         return Options(**given)
+    options = checked(options)
     defaults = {field.name: field.default for field in fields(Options)}
     if both := [name for name, value in given.items() if value != defaults[name]]:
         raise ValueError(f"options say how to decode: put {', '.join(both)} into them, not beside them")

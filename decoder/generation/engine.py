@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tileformer.decoder.generation.options import Options
 from tileformer.decoder.generation.paged import PagedCache, PagePool
 from tileformer.decoder.generation.sampling import Sampler
-from tileformer.decoder.generation.search import DecodeBatch
+from tileformer.decoder.generation.search import DecodeBatch, checked
 from tileformer.decoder.generation.state import Decodable
 from tileformer.decoder.generation.step import Decoding
 
@@ -121,6 +121,9 @@ class Engine:
             raise ValueError(f"capacity must be between 1 and the {limit} tokens that the model reads, got {capacity}")
         if pages is not None and not isinstance(model, Decoding):
             raise TypeError(f"{type(model).__name__} keeps its own state of each row, not in pages: leave pages out")
+        if isinstance(model, Decoding):
+            with torch.no_grad():
+                model.check_cache(model.why_modules())
         self.model, self.slots, self.capacity = model, slots, capacity or limit or 0
         self.conditioned = getattr(model, "conditioned", False)
         self.pool = None if pages is None else PagePool(pages, page_size)
@@ -143,7 +146,7 @@ class Engine:
         Raises as `generate` for a prompt, an option or a length that makes no sense, and ValueError for more tokens
         than the engine has room for.
         """
-        options = options or Options()
+        options = checked(options)
         if options.searches or options.num_return_sequences or options.generator is not None:
             raise ValueError("a sequence is greedy or drawn by its seed: pass no beams, n_best or generator")
         if options.samples and options.seed is None:

@@ -24,6 +24,13 @@ FEWEST_THAT_LEAVE = 3
 NAN_ADVICE = "are its weights finite, and does its dtype hold what it computes?"
 
 
+def checked(options: Options | None) -> Options:
+    """The options, or those that say nothing. TypeError for anything else."""
+    if not isinstance(options, Options | None):
+        raise TypeError(f"options must be Options(...), got {type(options).__name__}: Options(temperature=0.8)")
+    return options or Options()
+
+
 class DecodeBatch:
     """The rows to be decoded, and how far: each of its B rows goes on for at most ``limits`` (B,) tokens, or ``steps``.
 
@@ -42,6 +49,10 @@ class DecodeBatch:
             raise TypeError(f"{type(model).__name__} cannot be decoded, it has no {', '.join(missing)}: see Decodable")
         if getattr(model, "training", False):
             raise ValueError("the model is in training mode, where dropout is random: call model.eval() first")
+        if not isinstance(src, Tensor):
+            raise TypeError(f"src must be a tensor (B, T) of token ids, got {type(src).__name__}: torch.tensor(rows)")
+        if max_length is not None and not isinstance(max_length, int):
+            raise TypeError(f"max_length must be a whole number, got {type(max_length).__name__}: pass options by name")
         if src.dim() != 2:
             raise ValueError(f"src must be (B, T) token ids, got shape {tuple(src.shape)}: one row a sequence")
         self.model, self.eos_id, self.pad_id, self.options = model, model.eos_id, model.pad_id, options

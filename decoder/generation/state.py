@@ -66,19 +66,43 @@ class Decodable(Protocol):
         (R, n) and give (R, n, V)."""
 
 
-def align_prompts(tokens: Tensor, pad_id: int) -> tuple[Tensor, Tensor, int, int]:
+def _check_ids(lowest: int, highest: int, vocab: int | None) -> None:
+    if vocab is not None and not 0 <= lowest <= highest < vocab:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab}: ids are 0 to {vocab - 1}")
+
+
+def align_source(source: Tensor, pad_id: int, vocab: int | None) -> Tensor:
+    """``source`` (B, T) with the padding before each row's first token moved behind its last. ValueError for an id
+    that the model does not know."""
+    if source.dim() != 2 or not source.numel():
+        return source
+    begins = (source != pad_id).int().argmax(1)
+    first, lowest, highest = torch.stack([begins.max(), *source.aminmax()]).tolist()  # one look at the device
+    _check_ids(lowest, highest, vocab)
+    if not first:
+        return source
+    index = begins[:, None] + torch.arange(source.shape[1], device=source.device)
+    return F.pad(source, (0, source.shape[1]), value=pad_id).gather(1, index)
+
+
+def align_prompts(tokens: Tensor, pad_id: int, vocab: int | None = None) -> tuple[Tensor, Tensor, int, int]:
     """``tokens`` (B, T) with each row's padding behind its end, its length (B,), the least and the greatest length.
 
-    Raises ValueError where a row has padding between tokens, or nothing else.
+    Raises ValueError where a row has padding between tokens, or nothing else, or an id that the model does not know.
     """
-    if tokens.dim() != 2:
-        raise ValueError(f"tokens must be (B, T) token ids, got shape {tuple(tokens.shape)}: one row a sequence")
+    if tokens.dim() != 2 or tokens.is_floating_point():
+        got = f"{str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
+        raise ValueError(f"tokens must be (B, T) token ids, int64, got {got}: one row a sequence")
     real = tokens != pad_id
     lengths = real.sum(1)
     if not len(tokens):
         return tokens, lengths, 1, 1
     begins = real.int().argmax(1) if tokens.shape[1] else lengths
-    shortest, longest, first = torch.stack([*lengths.aminmax(), begins.max()]).tolist()  # one look at the device
+    ends = tokens.aminmax() if tokens.shape[1] else (begins.min(), begins.min())
+    looked = torch.stack([*lengths.aminmax(), begins.max(), *ends])  # one look at the device
+    shortest, longest, first, lowest, highest = looked.tolist()
+    _check_ids(lowest, highest, vocab)
     if shortest < 1:
         raise ValueError("a prompt is all padding: begin each with a token, such as bos_id")
     width = tokens.shape[1]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tileformer.decoder.generation.cache import KVCache, TokenState
 from tileformer.decoder.generation.device import DeviceCache
-from tileformer.decoder.generation.state import align_prompts
+from tileformer.decoder.generation.state import align_prompts, align_source
 from tileformer.decoder.generation.static import SourceRows, StaticCache
 from tileformer.kernels import layer_norm
 from tileformer.kernels.backend import choose
@@ -334,18 +334,20 @@ class Decoding:
     ) -> tuple[Tensor, KVCache | TokenState | StaticCache]:
         """See `Decodable.start`; without ``use_cache`` every step reads all tokens again: the same logits, for
         comparison."""
-        tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id)
+        parts = self.parts()
+        tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id, _vocabulary(parts))
+        if source is not None and parts.encoder is not None:
+            source = align_source(source, self.pad_id, _vocabulary(parts.encoder))
         if not longest <= capacity <= self.max_length:
             raise ValueError(
                 f"capacity must be from the {longest} tokens of a prompt to the model's {self.max_length}, "
                 f"got {capacity}"
             )
         reason = self.why_modules() if use_cache else None
-        if self.cache_dtype not in (None, torch.int8) or (use_cache and self.cache_dtype is not None and reason):
-            why = reason or f"keys and values are kept in {self.cache_dtype} by none"
-            raise ValueError(f"cache_dtype is {self.cache_dtype}: torch.int8, for a packed step, or None ({why})")
+        if use_cache:
+            self.check_cache(reason)
         if use_cache and reason is None:
-            step = packed_step(self, self.parts())
+            step = packed_step(self, parts)
             return step.start(tokens, lengths, shortest, capacity, *self.source_keys(step, source, len(tokens)), beams)
         inputs = self.inputs_of(source)
         state: Any = KVCache(self.num_layers, capacity, *inputs) if use_cache else TokenState(tokens, capacity, *inputs)
@@ -380,8 +382,20 @@ class Decoding:
 
     def explain(self) -> str:
         """What decodes this model: a packed step, or its modules, and why."""
-        reason = self.why_modules()
+        with torch.no_grad():  # as `generate`
+            reason = self.why_modules()
         return "a packed step, of weights gathered once" if reason is None else f"its modules: {reason}"
+
+    def check_cache(self, reason: str | None) -> None:
+        """Raise ValueError for a ``cache_dtype`` that what decodes the model does not have, for the ``reason`` why its
+        modules do."""
+        if self.cache_dtype not in (None, torch.int8):
+            raise ValueError(f"cache_dtype is {self.cache_dtype}: set torch.int8, or None for the weights' own dtype")
+        if self.cache_dtype is not None and reason is not None:
+            raise ValueError(
+                f"cache_dtype is {self.cache_dtype}, which only a packed step has, and the modules decode this model: "
+                f"{reason}: change that, or set cache_dtype = None"
+            )
 
     def source_keys(self, step: PackedStep, source: Tensor | None, rows: int) -> tuple[Any, Any]:
         """Keys and values of each layer from the sources of so many rows, and their padding; None where none has
@@ -407,6 +421,10 @@ class Decoding:
         if self._forward_hooks or self._forward_pre_hooks:  # type: ignore[attr-defined]
             return "the model has a hook"
         return why_not_packed(self.parts(), self.known_modules)
+
+
+def _vocabulary(parts: Parts) -> int | None:
+    return getattr(parts.embedding, "num_embeddings", None)
 
 
 _READERS = {"forward", "encode", "decode", "read", "states", "step", "_embed", "_embed_source"}

@@ -1475,6 +1475,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "lengths move in memory", "self.row_lengths.copy_(lengths)  # in place", "self.row_lengths = lengths  # in place"),
     ],
     "decoder/generation/state.py": [
+        ("decoding", "a source that is padded in front stands where it was handed", "    if not first:\n        return source\n", "    return source\n"),
+        ("host", "ids that the model does not know are read", "not 0 <= lowest <= highest < vocab", "not lowest <= highest"),
         ("decoding", "a row padded before its tokens begins with padding", "        tokens = F.pad(tokens, (0, width), value=pad_id).gather(1, begins[:, None] + index)", "        pass"),
         ("decoding", "a prompt with a hole is taken", "if shortest < width and (", "if False and ("),
         ("decoding", "an empty prompt is taken", "if shortest < 1:", "if shortest < 0:"),

@@ -112,7 +112,10 @@ def _check_scales(op: str, caches: dict[str, Tensor], scales: dict[str, Tensor |
     if any(given) != all(given) or any((x.dtype == torch.int8) != all(given) for x in caches.values()):
         dtypes = ", ".join(f"{name} is {name_of(x.dtype)}" for name, x in caches.items())
         shown = ", ".join(f"{name} {'None' if x is None else 'given'}" for name, x in scales.items())
-        raise TypeError(f"{op}: {dtypes}, {shown}: int8 caches and both scales belong together")
+        raise TypeError(
+            f"{op}: {dtypes}, {shown}: int8 caches and both scales belong together, float32 of the cache's first three "
+            "axes, as append_kv_cache stores them"
+        )
     for (name, scale), cache in zip(scales.items(), caches.values(), strict=True):
         if scale is not None and (scale.dtype != torch.float32 or scale.shape != cache.shape[:3]):
             got, wanted = f"{name_of(scale.dtype)} {tuple(scale.shape)}", tuple(cache.shape[:3])
