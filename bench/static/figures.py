@@ -61,8 +61,11 @@ def tensor_loops(code: Code) -> list[list[Instruction]]:
 
 
 def short_loads(code: Code) -> int:
-    """Global loads below 32 bits in the main tensor loop: too narrow for a copy ahead of time."""
-    return sum(i.base in LOADS and i.bytes < 4 for i in next(iter(tensor_loops(code)), []))
+    """Global loads below 32 bits, too narrow for a copy ahead of time, in the tensor loop that has the fewest.
+
+    The other, over tiles that cross a bound, may read padding and masks element by element.
+    """
+    return min((sum(i.base in LOADS and i.bytes < 4 for i in path) for path in tensor_loops(code)), default=0)
 
 
 def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, Any]]:

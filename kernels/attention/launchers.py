@@ -69,9 +69,9 @@ def _broadcast_strides(layout: Any) -> tuple[int, ...]:
     return (0,) * (4 - len(own)) + own
 
 
-def _divisor(*strides: tuple[int, ...]) -> int:
-    """The largest power of two up to 16 that divides the strides, the last axes' aside."""
-    return math.gcd(16, *itertools.chain(*(own[:3] for own in strides)))
+def _zero_bits(*strides: tuple[int, ...]) -> int:
+    """n, 4 at most, for 2^n that divides all strides but those of the last axes."""
+    return math.gcd(16, *itertools.chain(*(own[:3] for own in strides))).bit_length() - 1
 
 
 class _Plan:
@@ -98,12 +98,12 @@ class _Plan:
         key_mask, bounds, alibi = others
         self.strides = (q_strides, k_strides, v_strides, do_strides)
         self.mask_strides = _broadcast_strides(mask), _broadcast_strides(bias)
-        of_masks = _divisor(*self.mask_strides)
+        mask_bits = _zero_bits(*self.mask_strides)
         self.features = f = Features(
             LOW=params.left != NO_LIMIT, HIGH=params.right != NO_LIMIT, MASK=bool(mask), BIAS=bool(bias),
             KEY_MASK=key_mask, BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0,
             DROPOUT=params.dropout_p > 0.0, D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
-            ALIGN=_divisor(*self.strides), MASK_ALIGN=8 if of_masks == 8 else 1,  # no binary for each odd length
+            ALIGN=_zero_bits(*self.strides), MASK_ALIGN=3 if mask_bits == 3 else 0,  # no binary for each odd length
         )  # fmt: skip
         dense, bent = f.MASK or f.BIAS, f.ALIBI or f.SOFTCAP
         if f.DROPOUT:

@@ -40,8 +40,8 @@ class Features(NamedTuple):
     BLOCK_D: int
     BLOCK_DV: int
     PRECISION: str
-    ALIGN: int  # what divides the strides of q, k, v and dO, up to 16: `aligned`
-    MASK_ALIGN: int  # those of the mask and the bias
+    ALIGN: int  # 2^ALIGN divides the strides of q, k, v and dO: `aligned`
+    MASK_ALIGN: int  # of the mask and the bias
 
 
 class Matrix(NamedTuple):
@@ -187,15 +187,15 @@ def schedule(n_tiles, n_heads, section, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def aligned(x, ALIGN: tl.constexpr):
-    """The Matrix x as the compiler sees that ALIGN divides its strides, or rows of 72 come in loads of one element.
+    """The Matrix x so that the compiler sees 2^ALIGN divide its strides, or rows of 72 come in loads of one element.
 
     Triton sees divisibility by 16 by itself, and `tl.multiple_of` does not reach an argument of a kernel.
     """
-    if ALIGN == 1 or ALIGN == 16:
+    if ALIGN == 0 or ALIGN == 4:
         return x
     else:
         s = x.strides
-        return Matrix(x.ptr, (s[0] // ALIGN * ALIGN, s[1] // ALIGN * ALIGN, s[2] // ALIGN * ALIGN, s[3]))
+        return Matrix(x.ptr, (s[0] >> ALIGN << ALIGN, s[1] >> ALIGN << ALIGN, s[2] >> ALIGN << ALIGN, s[3]))
 
 
 @triton.jit
