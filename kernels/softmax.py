@@ -57,7 +57,7 @@ def _finite_max(m):
 def _softmax_fwd_kernel(
     x_ptr, mask_ptr, y_ptr, x_stride, mask_strides, R, H, T_q, T_k, causal_shift, scale,
     LOG: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_R of the R = B H T_q rows. WHOLE: a tile spans the row. LOG: the logarithm of the softmax."""
     T_k = T_k // ALIGN * ALIGN
@@ -71,7 +71,8 @@ def _softmax_fwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * T_k
-    mask_ptrs = mask_ptr + (b * mask_strides[0] + h * mask_strides[1] + rows_q.to(tl.int64) * mask_strides[2])[:, None]
+    mask_rows = b * mask_strides[0] + h * mask_strides[1] + rows_q.to(tl.int64) * mask_strides[2]
+    mask_ptrs = mask_ptr + (mask_rows // MASK_ALIGN * MASK_ALIGN)[:, None]
     if WHOLE:
         # [BLOCK_R, BLOCK_N]
         s = _scores(x_ptrs, mask_ptrs, mask_strides[3], last_seen, in_rows, cols, scale, T_k, CAUSAL, MASK, ACC)
@@ -170,6 +171,7 @@ def _fwd_launch(
     r, causal = math.prod(shape[:-1]) if t_k else 0, causal_shift is not None
     grid = lambda tile: (cdiv(r, tile["BLOCK_R"]),)  # noqa: E731
     flags = dict(LOG=log, CAUSAL=causal, MASK=mask_kind, WHOLE=t_k <= MAX_FWD, **row_flags(dtype, t_k, stride))
+    flags["MASK_ALIGN"] = 8 if math.gcd(16, *mask_strides[:3]) == 8 else 1  # 16 divides: Triton sees it
     scalars = (stride, mask_strides, r, h, t_q, t_k, causal_shift or 0, scale)
     return Launch(_softmax_fwd_kernel, grid, flags, [row_tile(t_k, MAX_FWD, 2048, 16)], scalars)
 

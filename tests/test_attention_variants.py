@@ -68,10 +68,10 @@ def results(op: Callable, leaves: dict[str, Tensor], options: dict, dtype: torch
     return [*(x.detach() for x in returned), *torch.autograd.grad(total, list(given.values()))]
 
 
-def check(leaves: dict[str, Tensor], **options) -> None:
+def check(leaves: dict[str, Tensor], op: Callable = attention, **options) -> None:
     """Interpreted kernels in float32 against the reference in float64."""
     truth, eager = (results(reference.attention, leaves, options, dtype) for dtype in (torch.float64, torch.float32))
-    for n, (got, e, t) in enumerate(zip(results(attention, leaves, options, torch.float32), eager, truth, strict=True)):
+    for n, (got, e, t) in enumerate(zip(results(op, leaves, options, torch.float32), eager, truth, strict=True)):
         finite = t[t.isfinite()]
         size = 4.0 + 4 * float(finite.abs().max()) if finite.numel() else 0.0
         assert_within_budget(f"result {n}", got, e, t, size)
@@ -253,6 +253,23 @@ def test_a_bias_and_its_gradient(shape: tuple[int, ...], one_tile: None) -> None
 )
 def test_a_bias_beside_everything(options: dict, one_tile: None) -> None:
     check(drawn(2, 4, 2, 40, 50, 4, 6, bias=(4, 1, 50)), **options)
+
+
+def _far_apart(x: Tensor) -> Tensor:
+    """x, and so its gradient, with 4 elements between neighbours along the first axis."""
+    return torch.cat([x.flatten(1), x.new_zeros(len(x), 4)], 1)[:, :-4].view(x.shape)
+
+
+@pytest.mark.parametrize("odd", ["nothing", "q", "k", "v", "out", "mask", "bias"])
+def test_a_stride_is_read_whole_beside_those_that_8_divides(odd: str, one_tile: None) -> None:
+    def op(**given: Tensor) -> Tensor:
+        lay = lambda name, x: _far_apart(x) if name == odd else x  # noqa: E731
+        given = {name: lay(name, x) for name, x in given.items()}
+        assert {name for name, x in given.items() if any(n % 8 for n in x.stride()[:-1])} == {odd} & given.keys()
+        return lay("out", attention(**given))
+
+    leaves = drawn(2, 2, 1, 17, 24, 8, 24, bias=(17, 24))
+    check(leaves, op, mask=torch.rand(17, 24, generator=torch.Generator().manual_seed(1)) > 0.4)
 
 
 def test_a_bias_in_another_dtype_and_layout(one_tile: None) -> None:

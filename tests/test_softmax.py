@@ -227,6 +227,10 @@ def test_a_mask_is_read_through_its_strides(device, backend):
     x, mask = torch.randn(2, 3, 7, 13, device=device), some(13, 7).to(device)
     mask[0] = True
     assert torch.equal(softmax(x, mask=mask.T), softmax(x, mask=mask.T.contiguous()))
+    x = torch.randn(2, 3, 7, 24, device=device)  # 8 divides the stride of a row
+    mask = torch.randn(2, 3, 7, 28, device=device)
+    for part in (mask[..., :24], mask.view(2, -1)[:, :504].view(2, 3, 7, 24)):  # and not that of a row, of a batch
+        assert torch.equal(softmax(x, mask=part), softmax(x, mask=part.contiguous()))
 
 
 def test_a_mask_whose_columns_lie_far_apart(device, backend):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tileformer.bench.static import evidence, goals, model
+from tileformer.bench.static.figures import short_loads
 from tileformer.bench.static.rates import RATES
 from tileformer.bench.static.sass import Code, accesses, cycles, occupancy, spills, tensor_shapes
 
@@ -41,6 +42,14 @@ def test_control_words_are_decoded() -> None:
     (found,) = Code.parse(_listing("@!P0 LDG.E.128 R4, desc[UR4][R2.64]", control=control)).instructions
     assert (found.predicate, found.op, found.args) == ("@!P0", "LDG.E.128", "R4, desc[UR4][R2.64]")
     assert (found.stall, found.writes, found.reads, found.waits, found.bytes) == (5, 2, 3, (0, 2, 5), 16)
+
+
+def test_short_loads_are_those_of_the_loop_that_has_the_fewest() -> None:
+    masked = [".L_x_0:", "LDG.E.U16 R0, [R2]", "LDG.E R1, [R4]", "HMMA.16816.F32 R4, R8, R12, R4", "@P0 BRA `(.L_x_0)"]
+    main = [".L_x_1:", "LDGSTS.E.BYPASS.128 [R0], [R2.64]", "HMMA.16816.F32 R4, R8, R12, R4", "@P1 BRA `(.L_x_1)"]
+    assert short_loads(_paths(*masked, "EXIT")[0]) == 1
+    assert short_loads(_paths(*masked, *main, "EXIT")[0]) == 0
+    assert short_loads(_paths("LDG.E.U8 R0, [R2]", "EXIT")[0]) == 0  # no loop, or none that multiplies matrices
 
 
 def test_loops_are_found_by_dominators_not_by_position() -> None:

@@ -28,20 +28,38 @@ FEATURES: dict[str, dict[str, Any]] = {
 # Keys enough for the forward that works ahead.
 LONG: dict[str, dict[str, Any]] = {"long": dict(lse=False), "long, causal": dict(causal=True)}
 HEAD_SIZES = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
-SAMPLED = {(64, "bf16", EVERY_SIZE), (64, "bf16", "weights"), (128, "bf16", "long, causal")}
+# Strides of 8 mod 16, of heads and (264 keys) of dense masks; 112 is in the same column of the tables.
+RAGGED: dict[int, tuple[str, ...]] = {
+    40: ("plain", "boolean mask", "bias"),
+    72: ("plain", "boolean mask", "bias", "dropout", "weights"),
+    112: ("plain", "bias"),
+}
+SAMPLED = {(64, "bf16", EVERY_SIZE), (72, "bf16", "weights"), (128, "bf16", "long, causal")}
 
 
 def _attention_matrix() -> Iterator[Call]:
-    for size in HEAD_SIZES:
-        for feature, options in (FEATURES | LONG).items():
-            if feature != EVERY_SIZE and size not in ((128,) if feature in LONG else (64, 128, 256)):
-                continue
+    for size in sorted({*HEAD_SIZES, *RAGGED}):
+        wanted = {EVERY_SIZE, *RAGGED.get(size, ())}
+        wanted |= FEATURES.keys() if size in (64, 128, 256) else set()
+        wanted |= LONG.keys() if size == 128 else set()
+        for feature in [name for name in FEATURES | LONG if name in wanted]:
             length, h_kv = 1024 if feature in LONG else 256, 2 if feature == "padded" else 1
-            dtypes = ["bf16"] + ["fp32"] * (feature == EVERY_SIZE) + ["fp16"] * ((size, feature) == (64, EVERY_SIZE))
+            fp32 = feature == EVERY_SIZE and size in HEAD_SIZES
+            dtypes = ["bf16"] + ["fp32"] * fp32 + ["fp16"] * ((size, feature) == (64, EVERY_SIZE))
             for dtype in dtypes:
-                fields = dict(dtypes=(dtype,), quick=(size, dtype, feature) in SAMPLED, lse=True)
-                shape = (1, 2, h_kv, length, length, size)
-                yield describe("attention", f"D {size} {feature}", "tile table", *shape, **fields | options)
+                keys = 264 if feature in RAGGED.get(size, ()) else length
+                yield _attention(size, feature, dtype, length, h_kv, keys)
+    for feature in ("boolean mask", "bias"):
+        yield _attention(64, feature, "bf16", 256, 1, 264)
+
+
+def _attention(size: int, feature: str, dtype: str, length: int, h_kv: int, keys: int) -> Call:
+    fields: dict[str, Any] = dict(dtypes=(dtype,), quick=(size, dtype, feature) in SAMPLED, lse=True)
+    fields |= (FEATURES | LONG)[feature]
+    if "bias" in fields:
+        fields["bias"] = (1, 1, length, keys)
+    name = f"D {size} {feature}" + f", T_k {keys}" * (keys != length)
+    return describe("attention", name, "tile table", 1, 2, h_kv, length, keys, size, **fields)
 
 
 DECODE: dict[str, dict[str, Any]] = {

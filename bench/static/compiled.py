@@ -1,7 +1,8 @@
 """Compile the library's calls for GPUs that need not be there, and judge what the compiler made of them.
 
 The calls of bench/calls/matrix.py go through the public ops, so tiles are those of a real launch. A kernel passes when
-no register spills (its stack is empty), its shared memory fits, and its 16-bit dots became tensor-core instructions.
+no register spills (its stack is empty), its shared memory fits, its 16-bit dots became tensor-core instructions, and
+attention's main loops load no rows element by element.
 """
 
 import re
@@ -87,6 +88,8 @@ def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dic
             problem = f"shared memory {binary.shared} > {SHARED[arch]}"
         elif wants_dots and not figures["tensor"]:
             problem = "no tensor-core instruction"
+        elif re.search("attention_(fwd|bwd_dq|bwd_dkdv)", binary.name) and figures["short_loads"] > 1:
+            problem = f"{figures['short_loads']} loads below 32 bits in the main loop"  # one: a small tile of a mask
         yield dict(figures, op=call.op, workload=call.name, dtype=dtype, allowed_stack=allowed, problem=problem)
 
 

@@ -32,6 +32,7 @@ def exact(launch: Launch) -> dict[str, Any]:
         **binary.usage, shared=binary.shared, **spills(code), accesses=widths,
         narrow=sum(n for width, n in widths.items() if width not in ("128", "bulk")),
         tensor=tensor_shapes(code), old_dots=sum(i.base == "HMMA" for i in code),
+        short_loads=short_loads(code_of(binary.cubin, binary)),
     )  # fmt: skip
 
 
@@ -57,6 +58,14 @@ def tensor_loops(code: Code) -> list[list[Instruction]]:
             inner.append(body)
             paths.append(path)
     return sorted(paths, key=lambda path: (len(path) / max(_flops(path), 1), len(path)))
+
+
+def short_loads(code: Code) -> int:
+    """Global loads below 32 bits, too narrow for a copy ahead of time, in the tensor loop that has the fewest.
+
+    The other, over tiles that cross a bound, may read padding and masks element by element.
+    """
+    return min((sum(i.base in LOADS and i.bytes < 4 for i in path) for path in tensor_loops(code)), default=0)
 
 
 def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, Any]]:

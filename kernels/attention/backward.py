@@ -57,6 +57,8 @@ def _attention_bwd_dq_kernel(
     F: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, H, D)."""
+    q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
+    do = mask.aligned(do, F.ALIGN)
     head, pid_m = mask.schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
     bounds = mask.sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
     row_start = pid_m * BLOCK_M
@@ -201,6 +203,8 @@ def _attention_bwd_dkdv_kernel(
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head. dk: (B, T_k, H_kv, D), dv: DV."""
+    q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
+    do = mask.aligned(do, F.ALIGN)
     H_kv = H // group
     kv_head, pid_n = mask.schedule(tl.cdiv(max_k, BLOCK_N), n_heads, section, False)
     col_start = pid_n * BLOCK_N
@@ -252,8 +256,8 @@ def _attention_bwd_dkdv_kernel(
             queries = Queries(
                 Matrix(q_batch.ptr + h * q.strides[1], q.strides), Matrix(do_batch.ptr + h * do.strides[1], do.strides),
                 safe_lse_ptr + first_row + h * T_q, delta_ptr + first_row + h * T_q,
-                Matrix(mask_batch.ptr + h * masks.mask.strides[1], masks.mask.strides),
-                Matrix(bias_batch.ptr + h * masks.bias.strides[1], masks.bias.strides),
+                Matrix(mask_batch.ptr + h * mask_batch.strides[1], mask_batch.strides),
+                Matrix(bias_batch.ptr + h * bias_batch.strides[1], bias_batch.strides),
                 tl.load(masks.slopes + b * H + h) * LOG2E if F.ALIBI else 0.0, (b * H + h).to(tl.int32),
             )  # fmt: skip
             dk, dv = _dkdv_tile(dk, dv, keys, queries, at, unmasked == 0,

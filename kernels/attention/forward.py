@@ -113,6 +113,7 @@ def _attention_fwd_kernel(
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. out is (B, T_q, H, DV), lse (B, H, T_q) base 2."""
+    q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
     head, pid_m = mask.schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
     bounds = mask.sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
     row_start = pid_m * BLOCK_M

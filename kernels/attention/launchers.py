@@ -6,6 +6,7 @@ What follows from shapes, strides, dtypes and options alone is worked out once f
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,11 @@ def _broadcast_strides(layout: Any) -> tuple[int, ...]:
     return (0,) * (4 - len(own)) + own
 
 
+def _zero_bits(*strides: tuple[int, ...]) -> int:
+    """n, 4 at most, for 2^n that divides all strides but those of the last axes."""
+    return math.gcd(16, *itertools.chain(*(own[:3] for own in strides))).bit_length() - 1
+
+
 class _Plan:
     """The launches of a kind of call: all but the tensors.
 
@@ -90,10 +96,14 @@ class _Plan:
         self.params, self.bias_shape, self.variant = params, bias and tuple(bias[0]), variant
         self.arch, precision, self.tiles_for, section_bytes = settings
         key_mask, bounds, alibi = others
+        self.strides = (q_strides, k_strides, v_strides, do_strides)
+        self.mask_strides = _broadcast_strides(mask), _broadcast_strides(bias)
+        mask_bits = _zero_bits(*self.mask_strides)
         self.features = f = Features(
             LOW=params.left != NO_LIMIT, HIGH=params.right != NO_LIMIT, MASK=bool(mask), BIAS=bool(bias),
             KEY_MASK=key_mask, BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0,
             DROPOUT=params.dropout_p > 0.0, D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
+            ALIGN=_zero_bits(*self.strides), MASK_ALIGN=3 if mask_bits == 3 else 0,  # no binary for each odd length
         )  # fmt: skip
         dense, bent = f.MASK or f.BIAS, f.ALIBI or f.SOFTCAP
         if f.DROPOUT:
@@ -106,8 +116,6 @@ class _Plan:
         self.section_kv = min(fit, self.heads_kv)
         shift = t_k - t_q if params.align and not f.BOUNDS else 0
         self.sizes, self.limits = (h, self.group, t_q, t_k), (shift, -params.left, params.right)
-        self.strides = (q_strides, k_strides, v_strides, do_strides)
-        self.mask_strides = _broadcast_strides(mask), _broadcast_strides(bias)
         self.present = (f.MASK, f.BIAS, f.KEY_MASK, f.BOUNDS, f.ALIBI, f.DROPOUT)
 
     def _launch(

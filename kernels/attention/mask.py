@@ -40,6 +40,8 @@ class Features(NamedTuple):
     BLOCK_D: int
     BLOCK_DV: int
     PRECISION: str
+    ALIGN: int  # 2^ALIGN divides the strides of q, k, v and dO: `aligned`
+    MASK_ALIGN: int  # of the mask and the bias
 
 
 class Matrix(NamedTuple):
@@ -184,6 +186,19 @@ def schedule(n_tiles, n_heads, section, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
+def aligned(x, ALIGN: tl.constexpr):
+    """The Matrix x so that the compiler sees 2^ALIGN divide its strides, or rows of 72 come in loads of one element.
+
+    Triton sees divisibility by 16 by itself, and `tl.multiple_of` does not reach an argument of a kernel.
+    """
+    if ALIGN == 0 or ALIGN == 4:
+        return x
+    else:
+        s = x.strides
+        return Matrix(x.ptr, (s[0] >> ALIGN << ALIGN, s[1] >> ALIGN << ALIGN, s[2] >> ALIGN << ALIGN, s[3]))
+
+
+@triton.jit
 def of_head(x, batch, h, start, F: tl.constexpr):
     """The Matrix of one head, from row `start` on where sequences are packed."""
     ptr = x.ptr + (batch * x.strides[0] + h * x.strides[1])
@@ -195,6 +210,7 @@ def of_head(x, batch, h, start, F: tl.constexpr):
 @triton.jit
 def mask_of_head(x, batch, h, bounds, F: tl.constexpr):
     """The mask of one head, from the first query and the first key of its sequence."""
+    x = aligned(x, F.MASK_ALIGN)
     ptr = of_head(x, batch, h, bounds.q_start, F).ptr
     if F.PACKED:
         ptr += bounds.k_start.to(tl.int64) * x.strides[3]

@@ -6,7 +6,7 @@ Both recompute the weights from the base-2 log-sum-exp of the forward, and sum o
 import triton
 import triton.language as tl
 
-from tileformer.kernels.attention.mask import SIZES, block_scores, load_rows, query_block, sequence, valid_keys
+from tileformer.kernels.attention.mask import SIZES, aligned, block_scores, load_rows, query_block, sequence, valid_keys
 from tileformer.kernels.tile_ops import dropout_keep
 
 
@@ -39,6 +39,7 @@ def _attention_weights_kernel(
     F: tl.constexpr, AVERAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of the weights of one head, (B, H, T_q, T_k), or of their average, (B, 1, T_q, T_k)."""
+    q, k = aligned(q, F.ALIGN), aligned(k, F.ALIGN)
     n_n = tl.cdiv(T_k, BLOCK_N)
     heads = 1 if AVERAGE else H
     lead = tl.program_id(0) // n_n // tl.cdiv(T_q, BLOCK_M)
@@ -68,6 +69,8 @@ def _attention_bwd_bias_kernel(
     H_ONE: tl.constexpr, Q_ONE: tl.constexpr, K_ONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of dbias, contiguous (B or 1, H or 1, T_q or 1, T_k or 1): dS summed over axes of 1."""
+    q, k, v = aligned(q, F.ALIGN), aligned(k, F.ALIGN), aligned(v, F.ALIGN)
+    do = aligned(do, F.ALIGN)
     tiles_q = tl.cdiv(T_q, BLOCK_M)
     tiles_k = tl.cdiv(T_k, BLOCK_N)
     own_q = 1 if Q_ONE else tiles_q
