@@ -350,7 +350,10 @@ def _ours_decode(call: Call) -> Function:
 
 def _sdpa_decode(call: Call) -> Function:
     """What torch offers for a step over a cache that is full: it has neither lengths nor pages."""
-    limits = {"has no pages": "page" in call.options, "has no beams": "beams" in call.options}
+    limits = {
+        f"has no {what}": name in call.options
+        for what, name in (("pages", "page"), ("beams", "beams"), ("8 bits", "int8"))
+    }
     _refuse(limits | {"has no lengths": call.options.get("lengths") != "full"})
     return lambda t, o: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], enable_gqa=True)
 
