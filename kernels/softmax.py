@@ -20,7 +20,6 @@ from torch import Tensor
 from tileformer.kernels import checks, reference
 from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
-from tileformer.kernels.device import wider
 from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
@@ -339,7 +338,8 @@ def _softmax(name: str, x: Tensor, scale: float, mask: Tensor | None, causal: ch
 
 
 def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.Causal, log: bool) -> Tensor:
-    scores = x if scale == 1.0 else x.to(wider(x.dtype)) * scale  # what is still to be added must not be rounded before
+    # What is still to be added must not be rounded before.
+    scores = x if scale == 1.0 else x.to(torch.promote_types(x.dtype, torch.float32)) * scale
     hidden = []
     if causal:
         hidden.append(~checks.triangle(causal, x.shape, x.device))
@@ -347,7 +347,7 @@ def _torch_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: checks.
         hidden.append(~mask)
     elif mask is not None:
         hidden.append(mask == -torch.inf)
-        scores = scores.to(wider(x.dtype)) + mask.masked_fill(hidden[-1], 0.0)
+        scores = scores.to(torch.promote_types(x.dtype, torch.float32)) + mask.masked_fill(hidden[-1], 0.0)
     if not hidden:
         return (scores.log_softmax(-1) if log else scores.softmax(-1)).to(x.dtype)  # autocast may have made it float32
     hide = functools.reduce(torch.bitwise_or, hidden)

@@ -71,11 +71,9 @@ def test_bytes_are_those_of_the_tensors(workload):
         unread = item * int((~seen(workload, options)).sum())
     if workload.op == "decode_attention":  # of the caches, what is filled
         slots, (b, _, _, d) = int(options["lengths"].sum()), tensors["q"].shape
-        moved = 2 * tensors["q"].numel() + 2 * slots * workload.sizes["H_kv"] * d
-        assert (workload.bytes(torch.float32, "forward"), workload.bytes(torch.float32, "backward")) == (
-            item * moved,
-            0,
-        )
+        row = d + 4 if tensors["k"].dtype == torch.int8 else item * d  # with its scale
+        moved = 2 * item * tensors["q"].numel() + 2 * slots * workload.sizes["H_kv"] * row
+        assert [workload.bytes(torch.float32, mode) for mode in ("forward", "backward")] == [moved, 0]
         assert out.shape == tensors["q"].shape and workload.flops("forward") == 4 * slots * d * tensors["q"].shape[
             1
         ] * (b // len(options["lengths"]))

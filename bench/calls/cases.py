@@ -236,7 +236,7 @@ CASES = [
     _decode("bias of heads", "broadcast over tokens and columns", 2, 4, 2, 3, 96, 64, bias="heads", dtypes=TWO, suite=False),
     _decode("bias of rows", "and a token that sees less", 2, 4, 2, 4, 96, 64, bias="full", beams=2, dtypes=TWO, suite=False),
     _decode("all of these", "", 2, 4, 2, 3, 96, 40, page=16, beams=3, words=True, starts=True, window=12, softcap=3.0, bias="full", scale=-0.3, suite=False),
-    _decode("8 bits", "scales of neighbours a hundred times apart", 2, 4, 2, 3, 96, 64, int8=True, fp32=SCALES, dtypes=("fp16", "fp32", "bf16")),
+    _decode("8 bits", "scales of neighbours a hundred times apart", 2, 4, 2, 3, 96, 64, int8=True, fp32=SCALES, dtypes=("fp16", "fp32", "bf16"), suite=False),
     _decode("8 bits, all of these", "", 2, 4, 2, 3, 96, 40, page=16, beams=3, words=True, starts=True, window=12, softcap=3.0, bias="full", int8=True, fp32=SCALES, suite=False),
     _decode("head size 40", "no power of two, and 8 mod 16", 2, 4, 2, 1, 96, 40, dv=24, dtypes=TWO, suite=False),
     _decode("head size 256", "the largest", 1, 2, 1, 1, 70, 256, page=0, dtypes=TWO, suite=False),
