@@ -34,7 +34,7 @@ RAGGED: dict[int, tuple[str, ...]] = {
     72: ("plain", "boolean mask", "bias", "dropout", "weights"),
     112: ("plain", "bias"),
 }
-SAMPLED = {(64, "bf16", EVERY_SIZE), (72, "bf16", "weights"), (128, "bf16", "long, causal")}
+SAMPLED = {(64, "bf16", EVERY_SIZE), (64, "bf16", "weights"), (128, "bf16", "long, causal")}
 
 
 def _attention_matrix() -> Iterator[Call]:
