@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tileformer.__main__ import main
 from tileformer.bench.calls import Call, describe, providers
-from tileformer.bench.calls.ops import MODES, attended_pairs
+from tileformer.bench.calls.op import MODES, attended_pairs
 from tileformer.bench.calls.workloads import TIMED_OPS, WORKLOADS
 from tileformer.bench.speed import gpu_day, measure, plot, run, step, tune
 from tileformer.bench.speed.measure import Bench, Clock, Result, Truth

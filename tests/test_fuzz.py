@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from tileformer import kernels
 from tileformer.bench.calls import DTYPES, Call
-from tileformer.bench.calls.ops import OPS, SCALES, attention_sizes
+from tileformer.bench.calls.op import SCALES
+from tileformer.bench.calls.ops import OPS, attention_sizes
 from tileformer.bench.check.budget import assert_within_budget
 from tileformer.bench.check.run import results_of
 from tileformer.kernels import scaled_dot_product_attention, use_backend

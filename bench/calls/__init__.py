@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tileformer.bench.calls.ops import MODES, OPS, Build, Options, Sizes, Tensors
+from tileformer.bench.calls.op import MODES, Build, Options, Sizes, Tensors
+from tileformer.bench.calls.ops import OPS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DROPOUT_NAMES = ("dropout_p", "p", "dropout")  # what the ops call the rate

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tileformer.bench.calls import Call, describe
-from tileformer.bench.calls.ops import AFFINE, OPS, SCALES, Options, Tensors
+from tileformer.bench.calls.op import AFFINE, SCALES, Options, Tensors
+from tileformer.bench.calls.ops import OPS
 
 NAN, INF = math.nan, math.inf
 BF, HALF, TWO, FP32 = ("bf16",), ("bf16", "fp16"), ("bf16", "fp32"), ("fp32", "bf16")

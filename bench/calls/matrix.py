@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tileformer.bench.calls import Call, describe
-from tileformer.bench.calls.ops import AFFINE, SCALES
+from tileformer.bench.calls.op import AFFINE, SCALES
 
 EVERY_SIZE = "causal padded"  # the features that are compiled for every head size, and in float32
 FEATURES: dict[str, dict[str, Any]] = {

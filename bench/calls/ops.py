@@ -6,79 +6,28 @@ once; statistics of a few bytes a row are left out. Backward of attention is 2.5
 instead of two; arXiv:2307.08691, section 3).
 """
 
-import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from tileformer.bench.calls.op import (
+    AFFINE,
+    SCALES,
+    Cost,
+    Op,
+    Options,
+    Sizes,
+    Tensors,
+    attended_pairs,
+    key_padding,
+    normal,
+    real_keys,
+    uniform,
+)
+from tileformer.bench.calls.row_ops import ROW_OPS
 from tileformer.kernels import reference
-
-Sizes = Mapping[str, int]
-Tensors = dict[str, Tensor]
-Options = dict[str, Any]
-Build = Callable[..., tuple[Tensors, Options]]
-MODES = ("forward", "backward", "both")
-AFFINE = ("weight", "bias")
-SCALES = ("k_scale", "v_scale")  # of keys and values in 8 bits
-
-
-class Cost(NamedTuple):
-    """Bytes moved and FLOPs of the matrix products of (forward, backward); bytes of `both` if not their sum."""
-
-    bytes: tuple[int, int]
-    flops: tuple[int, int] = (0, 0)
-    both: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """What is known about an op."""
-
-    axes: tuple[str, ...]  # the names of its sizes, for each number of them
-    # Of (generator, sizes, **options): the tensors to differentiate, and the op's other arguments, drawn in float32.
-    # Options that name a tensor (mask="boolean") are made into one, the others are passed on.
-    build: Build
-    cost: Callable[[Sizes, Options, int], Cost]  # of (sizes, options, bytes of an element)
-    # Of (tensors, options, results, grad_outputs), float64 on the CPU: for each result whose error budget is not
-    # max|result|, the sum of the absolute values of what is added up (bench/check/budget.py).
-    error_sizes: Callable[[Tensors, Options, Tensors, Tensors], Mapping[str, Tensor | float]] = lambda *_: {}
-    # Of (op, p, seed, a tensor of the dtype and device): (..., rows, columns) from the forward and from the backward,
-    # 0 where an element is dropped and else what a 1 becomes. None for an op without dropout.
-    draw: Callable[..., tuple[Tensor, Tensor]] | None = None
-    differentiable: bool = True  # whether it has a backward
-
-
-def _normal(generator: Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device)
-
-
-def _uniform(generator: Generator, *shape: int) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device)
-
-
-def largest(x: Tensor) -> float:
-    """Largest finite absolute value."""
-    return float(torch.where(x.isfinite(), x, 0.0).abs().max()) if x.numel() else 0.0
-
-
-def key_padding(kind: str, b: int, t_k: int, device: torch.device | str = "cpu") -> Tensor:
-    """Boolean (B, T_k), True where a key is real.
-
-    Kinds: "right" (T_k to a third of it real), "quarter" (T_k to a quarter), "left", "holes", "none" (the last batch
-    has no real key), "nowhere" (has any), "all" (are real).
-    """
-    column = torch.arange(t_k, device=device).expand(b, t_k)
-    length = torch.linspace(t_k, max(1, t_k // 3), b).long().to(device)[:, None]
-    if kind == "quarter":
-        evenly = [max(1, t_k - (t_k - t_k // 4) * n // max(b - 1, 1)) for n in range(b)]
-        return column < torch.tensor(evenly, device=device)[:, None]
-    last = torch.arange(b, device=device)[:, None] == b - 1
-    kinds = dict(right=column < length, left=column >= t_k - length, holes=column % 3 != 1)
-    return (kinds | dict(none=(column < length) & ~last, nowhere=column < 0, all=column >= 0))[kind]
 
 
 def _build_attention(
@@ -102,24 +51,24 @@ def _build_attention(
     b, h, h_kv, t_q, t_k, d = (sizes[name] for name in ("B", "H", "H_kv", "T_q", "T_k", "D"))
     device = generator.device
     shapes = dict(q=(b, h, t_q, d), k=(b, h_kv, t_k, d), v=(b, h_kv, t_k, dv or d))
-    tensors = {name: _normal(generator, *shape) for name, shape in shapes.items()}
+    tensors = {name: normal(generator, *shape) for name, shape in shapes.items()}
     if heads_last:
         tensors = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in tensors.items()}
     if lse:
         options["return_lse"] = True
     if mask in ("boolean", "thinned"):
-        options["mask"] = _uniform(generator, t_q, t_k) > (0.3 if mask == "boolean" else 0.2)
+        options["mask"] = uniform(generator, t_q, t_k) > (0.3 if mask == "boolean" else 0.2)
         options["mask"][t_q // 2] &= mask == "thinned"
     elif mask in ("additive", "heads"):
-        options["mask"] = _normal(generator, *((b, 1) if mask == "additive" else (1, h)), t_q, t_k)
+        options["mask"] = normal(generator, *((b, 1) if mask == "additive" else (1, h)), t_q, t_k)
     elif mask == "columns":
-        options["mask"] = _normal(generator, h, 1, t_k).masked_fill(_uniform(generator, h, 1, t_k) < 0.2, -torch.inf)
+        options["mask"] = normal(generator, h, 1, t_k).masked_fill(uniform(generator, h, 1, t_k) < 0.2, -torch.inf)
     elif isinstance(mask, float):
         hidden = torch.ones(t_q, t_k, device=device).triu(1) > 0
         hidden[:2] = True
         options["mask"] = torch.zeros(b, 1, t_q, t_k, device=device).masked_fill(hidden, mask)
     if bias:
-        tensors["bias"] = _normal(generator, *bias)
+        tensors["bias"] = normal(generator, *bias)
     if padding:
         options["key_mask"] = key_padding(padding, b, t_k, device)
     if lengths:  # all, some, none of the queries; one more key each
@@ -132,28 +81,6 @@ def _build_attention(
     if "dropout_p" in options:
         options["seed"] = torch.tensor([0x1234_5678_9ABC], device=device)
     return tensors, options
-
-
-def real_keys(sizes: Sizes, options: Options) -> list[int]:
-    """Number of real keys of each batch."""
-    if "padding" not in options:
-        return [sizes["T_k"]] * sizes["B"]
-    return key_padding(options["padding"], sizes["B"], sizes["T_k"]).sum(1).tolist()
-
-
-def attended_pairs(sizes: Sizes, options: Options) -> int:
-    """(query, key) pairs that are attended to, over batches and heads. Padding lies on the right."""
-    t_q, causal, per_head = sizes["T_q"], options.get("causal", False), 0
-    offset = sizes["T_k"] - t_q if causal == "bottom_right" else 0
-    for length in real_keys(sizes, options):
-        if not causal:
-            per_head += t_q * length
-            continue
-        # Row i sees min(length, max(0, i + offset + 1)) keys.
-        first = min(max(0, -offset), t_q)  # the first row that sees a key
-        full = min(max(first, length - offset), t_q)  # the first row that sees them all
-        per_head += (full - first) * (first + full - 1 + 2 * (offset + 1)) // 2 + (t_q - full) * length
-    return per_head * sizes["H"]
 
 
 def _attention_cost(sizes: Sizes, options: Options, item: int) -> Cost:
@@ -255,18 +182,18 @@ def _build_decode(
         read = read & (options["descends"] != 0)
     if bias:
         shape = dict(columns=(t_k,), heads=(h, 1, 1)).get(bias, (b * beams, h, t_q, t_k))
-        options["bias"] = _normal(generator, *shape)
+        options["bias"] = normal(generator, *shape)
         if bias != "heads":
             options["bias"].masked_fill_(slot % 7 == 3, -math.inf)
     if lse:
         options["return_lse"] = True
-    tensors = dict(q=_normal(generator, b * beams, h, t_q, d))
+    tensors = dict(q=normal(generator, b * beams, h, t_q, d))
     unread = ~read[:, None, :, None]
     for name, size in (("k", d), ("v", dv or d)):
-        tensors[name] = _normal(generator, b, h_kv, t_k, size).masked_fill(unread, math.nan)
+        tensors[name] = normal(generator, b, h_kv, t_k, size).masked_fill(unread, math.nan)
         if int8:
             drawn = torch.randint(-127, 128, tensors[name].shape, generator=generator, device=device)
-            scales = _uniform(generator, b, h_kv, t_k) * 0.01 ** (slot % 2) / (2**6 if name == "k" else 2**16)
+            scales = uniform(generator, b, h_kv, t_k) * 0.01 ** (slot % 2) / (2**6 if name == "k" else 2**16)
             tensors[name] = drawn.to(torch.int8)
             options[f"{name}_scale"] = scales.masked_fill(~read[:, None], math.nan)
     if page:
@@ -294,7 +221,7 @@ def _decode_cost(sizes: Sizes, options: Options, item: int) -> Cost:
 def _build_append(generator: Generator, sizes: Sizes, **options: Any) -> tuple[Tensors, Options]:
     """The newest tokens, and the caches of `_build_decode`."""
     (caches, others), (b, h_kv, t_q, d) = _build_decode(generator, sizes, **options), _decode_new(sizes)
-    new = {name: _normal(generator, b * options.get("beams", 1), h_kv, t_q, d) for name in "kv"}
+    new = {name: normal(generator, b * options.get("beams", 1), h_kv, t_q, d) for name in "kv"}
     return new, dict(k_cache=caches["k"], v_cache=caches["v"], **others)
 
 
@@ -318,100 +245,6 @@ def _decode_error_sizes(tensors: Tensors, options: Options, results: Tensors, gr
     return dict(out=weighed, lse=reference.decode_attention(q.abs(), k.abs(), v, **largest)[1])
 
 
-def _build_rows(
-    generator: Generator, sizes: Sizes, *, params: tuple[str, ...] = (), mask: str = "", axes: int = 0, **options: Any
-) -> tuple[Tensors, Options]:
-    """x and `params`: differentiable tensors of one row ("residual": of x's shape). A norm is over the last `axes`."""
-    shape = tuple(sizes.values())
-    tensors = {"x": 2 * _normal(generator, *shape)}
-    for param in params:
-        tensors[param] = _normal(generator, *(shape if param == "residual" else shape[-1:]))
-    if axes:
-        options["normalized_shape"] = shape[-axes:]
-    if mask == "boolean":
-        options["mask"] = _uniform(generator, *shape[-2:]) > 0.3
-        options["mask"][0] = False
-    if mask == "additive":
-        options["mask"] = _normal(generator, *shape[-2:])
-    if "p" in options:
-        options["seed"] = torch.tensor([77], device=generator.device)
-    return tensors, options
-
-
-def _norm_cost(sizes: Sizes, options: Options, item: int) -> Cost:
-    """x, parameters -> y;  x, dy, weight -> dx and the parameters' gradients."""
-    x, row, params = math.prod(sizes.values()), sizes["N"], len(options.get("params", ()))
-    return Cost((item * (2 * x + params * row), item * (3 * x + (1 + params) * row)))
-
-
-def _norm_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors, centre: bool) -> Tensors:
-    axes = tuple(range(-len(options["normalized_shape"]), 0))
-    x, grad = tensors["x"], grads["out"].abs()
-    mean = x.mean(axes, keepdim=True) if centre else x.new_zeros(())
-    rstd = ((x - mean).square().mean(axes, keepdim=True) + options.get("eps", 1e-5)).rsqrt()
-    xhat = (x.abs() + mean.abs()) * rstd
-    weight, rows = tensors.get("weight", x.new_ones(())).abs(), tuple(range(x.dim() + axes[0]))
-    g = grad * weight
-    return dict(
-        out=xhat * weight + tensors.get("bias", x.new_zeros(())).abs(),
-        dx=rstd * (g + centre * g.mean(axes, keepdim=True) + xhat * (g * xhat).mean(axes, keepdim=True)),
-        dweight=(grad * xhat).sum(rows),
-        dbias=grad.sum(rows),
-    )
-
-
-def _softmax_cost(sizes: Sizes, options: Options, item: int) -> Cost:
-    """What is hidden need not be read, but is written."""
-    x = math.prod(sizes.values())
-    seen = attended_pairs(sizes, options) if "causal" in options else x
-    return Cost((item * (seen + x), item * (2 * seen + x)))
-
-
-def _softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
-    y, grad = results["out"], grads["out"].abs()
-    return dict(dx=abs(options.get("scale", 1.0)) * y * (grad + (y * grad).sum(-1, keepdim=True)))
-
-
-def _log_softmax_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
-    y, grad, scale = results["out"], grads["out"].abs(), abs(options.get("scale", 1.0))
-    top = largest((scale * tensors["x"]).nan_to_num(0.0, 0.0, 0.0))
-    # The output is a score minus a sum of about its size; the gradient reads the output, as rounded.
-    total = grad + y.exp() * grad.sum(-1, keepdim=True) * (1 + top)
-    return dict(out=2 * top + y.abs().nan_to_num(0.0, 0.0, 0.0), dx=scale * total)
-
-
-def _dropout_cost(sizes: Sizes, options: Options, item: int) -> Cost:
-    """x, residual -> y;  dy -> dx (the residual's gradient is dy itself)."""
-    return Cost((3 * item * math.prod(sizes.values()), 2 * item * math.prod(sizes.values())))
-
-
-def _dropout_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor of ones shows its own factors; so does its gradient."""
-    x = like.new_ones(256, 128).requires_grad_()
-    out = op(x, p, seed=seed)
-    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
-    return out.detach(), dx
-
-
-def _build_cross_entropy(
-    generator: Generator, sizes: Sizes, *, weighted: bool = False, ignored: int = 0, **options: Any
-) -> tuple[Tensors, Options]:
-    """logits, target and maybe a weight of each class; the first `ignored` rows are."""
-    rows, classes = sizes["R"], sizes["V"]
-    logits = 3 * _normal(generator, rows, classes)
-    options["target"] = torch.randint(classes, (rows,), generator=generator, device=generator.device)
-    options["target"][:ignored] = -100
-    if weighted:
-        options["weight"] = _uniform(generator, classes) + 0.1
-    return dict(logits=logits), options
-
-
-def _cross_entropy_cost(sizes: Sizes, options: Options, item: int) -> Cost:
-    """Forward and backward need one read and one write together."""
-    logits, targets = item * sizes["R"] * sizes["V"], 8 * sizes["R"]
-    return Cost((logits + targets, 2 * logits + targets), both=2 * logits + targets)
-
-
 def _layer_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
     """Of x, memory and the parameters by their names in the state_dict."""
     c, f = s["C"], s["F"]
@@ -425,7 +258,7 @@ def _layer_shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
 
 def _build_layer(generator: Generator, sizes: Sizes, *, padding: str = "", **options: Any) -> tuple[Tensors, Options]:
     tensors = {
-        name: _normal(generator, *shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+        name: normal(generator, *shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
         for name, shape in _layer_shapes(sizes).items()
     }
     if padding:
@@ -446,7 +279,6 @@ def _layer_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     return Cost((item * (everything + x), item * (2 * everything + x)), flops)
 
 
-ROWS = ("N", "R N", "B R N", "B H T_q T_k")
 OPS = {
     "attention": Op(
         ("B H H_kv T_q T_k D",), _build_attention, _attention_cost,
@@ -459,14 +291,6 @@ OPS = {
         ("B H H_kv T_q T_k D",), _build_decode, _decode_cost, _decode_error_sizes, differentiable=False
     ),
     "append_kv_cache": Op(("B H H_kv T_q T_k D",), _build_append, _append_cost, differentiable=False),
-    "layer_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=True)),
-    "rms_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=False)),
-    "softmax": Op(ROWS, _build_rows, _softmax_cost, _softmax_error_sizes),
-    "log_softmax": Op(ROWS, _build_rows, _softmax_cost, _log_softmax_error_sizes),
-    "cross_entropy": Op(
-        ("R V",), _build_cross_entropy, _cross_entropy_cost,
-        lambda tensors, _, results, grads: dict(out=largest(results["out"]) + largest(tensors["logits"])),
-    ),
-    "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
+    **ROW_OPS,
     "decoder_layer": Op(("B T_q T_k C H F",), _build_layer, _layer_cost),
 }  # fmt: skip

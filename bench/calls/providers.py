@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tileformer import kernels
 from tileformer.bench.calls import Call, Function, function_of
-from tileformer.bench.calls.ops import Options, Tensors
+from tileformer.bench.calls.op import Options, Tensors
 from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import device
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tileformer.bench.calls import Call, describe
-from tileformer.bench.calls.ops import AFFINE, SCALES
+from tileformer.bench.calls.op import AFFINE, SCALES
 
 
 def _attention_workloads() -> list[Call]:

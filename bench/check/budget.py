@@ -16,7 +16,7 @@ A maximum misses an accumulator that loses a little everywhere; `rms_ratio` sees
 import torch
 from torch import Tensor
 
-from tileformer.bench.calls.ops import largest
+from tileformer.bench.calls.op import largest
 
 OURS_C, PEERS_C = (1, 8), (5, 256)  # of 16-bit types, of float32
 

@@ -31,7 +31,8 @@ from tileformer.bench import ahead
 from tileformer.bench.calls import DTYPES, FAR_AXIS, LAYOUTS, Call, differentiate, function_of, is_floating, leaves_of
 from tileformer.bench.calls.cases import CASES, DRAWS
 from tileformer.bench.calls.matrix import MATRIX
-from tileformer.bench.calls.ops import OPS, Tensors, largest
+from tileformer.bench.calls.op import Tensors, largest
+from tileformer.bench.calls.ops import OPS
 from tileformer.bench.calls.pairs import PAIRS
 from tileformer.bench.check import models
 from tileformer.bench.check.budget import over_budget

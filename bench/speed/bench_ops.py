@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tileformer.bench.calls import DTYPES, Call, without_dropout
-from tileformer.bench.calls.ops import MODES
+from tileformer.bench.calls.op import MODES
 from tileformer.bench.calls.providers import GRADIENT_IN_FORWARD, OURS, Unavailable, providers
 from tileformer.bench.speed.measure import Clock, Truth, elapsed, passes, wanted
 from tileformer.bench.speed.run import chosen

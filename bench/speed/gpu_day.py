@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tileformer.arguments import ArgumentError, output_folder
-from tileformer.bench.calls.ops import MODES
+from tileformer.bench.calls.op import MODES
 from tileformer.bench.calls.providers import OURS
 from tileformer.bench.calls.workloads import TIMED_OPS
 from tileformer.bench.speed.measure import DRY

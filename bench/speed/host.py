@@ -25,7 +25,7 @@ from triton.runtime import driver
 from tileformer import arguments
 from tileformer.bench.ahead import announced
 from tileformer.bench.calls import describe
-from tileformer.bench.calls.ops import AFFINE
+from tileformer.bench.calls.op import AFFINE
 from tileformer.bench.recording import ARCH, record
 from tileformer.bench.tables import Column, Growing, as_json, head, line
 from tileformer.decoder import TransformerDecoderLayer

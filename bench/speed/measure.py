@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tileformer import kernels
 from tileformer.bench.calls import Call, Function, differentiate, is_floating, without_dropout
-from tileformer.bench.calls.ops import Options, Tensors
+from tileformer.bench.calls.op import Options, Tensors
 from tileformer.bench.calls.providers import GRADIENT_IN_FORWARD, OURS, SLOW_START, Unavailable, providers, reference
 from tileformer.bench.check.budget import PEERS_C, over_budget
 from tileformer.bench.recording import record

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 
-from tileformer.bench.calls.ops import MODES
+from tileformer.bench.calls.op import MODES
 from tileformer.bench.calls.providers import OURS
 from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.training.finetune.plots import new_figure, save

@@ -21,7 +21,7 @@ import triton
 from tileformer import arguments
 from tileformer.bench.calls import DTYPES, Call
 from tileformer.bench.calls import providers as callees
-from tileformer.bench.calls.ops import MODES
+from tileformer.bench.calls.op import MODES
 from tileformer.bench.calls.providers import OURS, providers
 from tileformer.bench.calls.workloads import TIMED_OPS, WORKLOADS
 from tileformer.bench.speed import generate, gpu_day, host, step, tune
