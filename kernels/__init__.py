@@ -5,6 +5,7 @@ CUDA tensors and plain torch operators CPU tensors. `reference` defines each op.
 """
 
 from tileformer.kernels import launch, reference, selftest
+from tileformer.kernels.add_norm import add_layer_norm, add_rms_norm
 from tileformer.kernels.attention import attention, scaled_dot_product_attention
 from tileformer.kernels.attention.decode import append_kv_cache, decode_attention
 from tileformer.kernels.backend import use_backend
@@ -17,6 +18,8 @@ from tileformer.kernels.softmax import log_softmax, softmax
 launch.selftest = selftest.run_once  # before a process's first launch on a GPU
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "append_kv_cache",
     "attention",
     "cross_entropy",

@@ -118,10 +118,15 @@ class KernelFunction(Generic[P, R]):
     Args:
         launcher: makes new tensors from positional arguments, without defaults.
         function: its setup_context says what is kept, its forward calls the registered op.
+        tracked: what is applied instead where nothing but autograd listens; its results may be others.
     """
 
-    def __init__(self, launcher: Callable[P, R], function: type[torch.autograd.Function]) -> None:
+    def __init__(
+        self, launcher: Callable[P, R], function: type[torch.autograd.Function],
+        tracked: type[torch.autograd.Function] | None = None,
+    ) -> None:  # fmt: skip
         self.op, self.function = registered[launcher.__name__], function  # the op follows a reload of the launcher
+        self.tracked = tracked
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if missing or is_compiling():  # a compiler traces the Function itself
@@ -146,6 +151,8 @@ class KernelFunction(Generic[P, R]):
     def _fused_forward(self) -> Callable[..., Any]:
         """`apply` of the same Function with launcher and setup_context in one, as torch's C code has it."""
         op, function = self.op, self.function
+        if self.tracked is not None:
+            return self.tracked.apply
 
         def forward(ctx: Any, *args: Any) -> Any:
             output = op.launcher(*args)

@@ -27,27 +27,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tileformer.kernels import checks, device, reference
+from tileformer.kernels import checks, device, random, reference
 from tileformer.kernels.autograd import Function, KernelFunction, registered_forward
 from tileformer.kernels.backend import choose
+from tileformer.kernels.column_sums import add_parts, programs_for
 from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import Launch, cdiv, pow2
 from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, by_rows
+from tileformer.kernels.tile_ops import dropout_keep
 
 MAX_FWD = 16384
 MAX_BWD = 8192
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "threshold"])
 def _layer_norm_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, x_stride, R, N, eps,
-    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr,
-    ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, x_bias_ptr, seed_ptr, y_ptr, stats_ptr, total_ptr, x_stride,
+    residual_stride, R, N, eps, threshold, keep_scale,
+    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, X_BIAS: tl.constexpr,
+    DROP: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_R rows; mean and rstd to stats (2, R). WHOLE: a tile spans the row; FULL: and no more."""
+    """One program: BLOCK_R rows; mean and rstd to stats (2, R). WHOLE: a tile spans the row; FULL: and no more.
+
+    ADD (of whole rows): what is normalised is total = residual + drop(x + x_bias).
+    """
     N = BLOCK_N if FULL else N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
+    residual_stride = residual_stride // ALIGN * ALIGN
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = rows < R
     cols = tl.arange(0, BLOCK_N)
@@ -56,6 +64,18 @@ def _layer_norm_fwd_kernel(
     if WHOLE:
         # [BLOCK_R, BLOCK_N]
         x = tl.load(x_ptrs + cols, mask=in_rows[:, None] & (cols < N), other=0.0).to(ACC)
+        if X_BIAS:
+            # [BLOCK_N]
+            x += tl.load(x_bias_ptr + cols, mask=cols < N, other=0.0).to(ACC)
+        if DROP:
+            keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)
+            x *= tl.where(keep, keep_scale, 0.0)
+        if ADD:
+            residual_ptrs = residual_ptr + rows[:, None] * residual_stride
+            # [BLOCK_R, BLOCK_N]
+            x += tl.load(residual_ptrs + cols, mask=in_rows[:, None] & (cols < N), other=0.0).to(ACC)
+            total_ptrs = total_ptr + rows[:, None] * N
+            tl.store(total_ptrs + cols, x.to(total_ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < N))
         mean = tl.sum(x, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)
         centred = tl.where(cols < N, x - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
@@ -102,12 +122,16 @@ def _scaled_and_shifted(xhat, weight_ptr, bias_ptr, cols, N, WEIGHT: tl.constexp
 
 @triton.jit
 def _load_backward(dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N,
-                   WEIGHT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """dy, xhat, g = weight dy [rows, cols] (dy and g are 0 outside) and rstd [rows]."""
+                   WEIGHT: tl.constexpr, ACC: tl.constexpr, more_ptr=None, more_stride=0):  # fmt: skip
+    """dy, xhat, g = weight dy [rows, cols] (dy and g are 0 outside) and rstd [rows]. dy is the sum of two, if asked."""
     in_rows = rows < R
     inside = in_rows[:, None] & (cols < N)
     # [BLOCK_R, BLOCK_N]
     dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols, mask=inside, other=0.0).to(ACC)
+    if more_ptr is not None:
+        # [BLOCK_R, BLOCK_N]
+        dy += tl.load(more_ptr + rows[:, None] * more_stride + cols, mask=inside, other=0.0).to(ACC)
+    # [BLOCK_R, BLOCK_N]
     x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=inside, other=0.0).to(ACC)
     # [BLOCK_R]
     mean = tl.load(stats_ptr + rows, mask=in_rows, other=0.0)
@@ -146,29 +170,41 @@ def _layer_norm_sums_kernel(
     tl.store(sums_ptr + R + rows, sum_gx / N, mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "threshold"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, stats_ptr, sums_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, R, N,
-    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, PARTIAL: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, x_ptr, weight_ptr, stats_ptr, sums_ptr, more_ptr, seed_ptr, dx_ptr, dbranch_ptr, partial_ptr, dy_stride,
+    x_stride, more_stride, R, N, threshold, keep_scale,
+    CENTRE: tl.constexpr, WEIGHT: tl.constexpr, MORE: tl.constexpr, BRANCH: tl.constexpr, DROP: tl.constexpr,
+    SUMS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tile j of the columns, in every G-th block of rows from the i-th.
 
-    Its parts of dweight and dbias go to partial (G, 2, N).
+    MORE: what is added, of the layout of dy, "dy" to it or "dx" to the result. BRANCH: the gradient of what was dropped
+    and added to a residual, too. SUMS: whose sums over rows are wanted, 1 dweight, 2 dbias, 4 that of dbranch; their
+    parts go to partial (G, sums, N).
     """
     N = N // ALIGN * ALIGN
     dy_stride = dy_stride // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
+    more_stride = more_stride // ALIGN * ALIGN
     pid = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if PARTIAL:
+    if SUMS:
         dweight = tl.zeros([BLOCK_R, BLOCK_N], ACC)
         dbias = tl.zeros([BLOCK_R, BLOCK_N], ACC)
+        dx_bias = tl.zeros([BLOCK_R, BLOCK_N], ACC)
     for block in range(pid, tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        dy, xhat, g, rstd = _load_backward(
-            dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
-        )
+        if MORE == "dy":
+            dy, xhat, g, rstd = _load_backward(
+                dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC,
+                more_ptr, more_stride,
+            )  # fmt: skip
+        else:
+            dy, xhat, g, rstd = _load_backward(
+                dy_ptr, x_ptr, weight_ptr, stats_ptr, dy_stride, x_stride, rows, cols, R, N, WEIGHT, ACC
+            )
         if WHOLE:
             mean_g = tl.sum(g, 1) / N if CENTRE else tl.zeros([BLOCK_R], ACC)
             mean_gx = tl.sum(g * xhat, 1) / N
@@ -178,78 +214,75 @@ def _layer_norm_bwd_kernel(
             mean_gx = tl.load(sums_ptr + R + rows, mask=rows < R, other=0.0)
         dx = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
         inside = (rows < R)[:, None] & (cols < N)
+        if MORE == "dx":
+            # [BLOCK_R, BLOCK_N]
+            dx += tl.load(more_ptr + rows[:, None] * more_stride + cols, mask=inside, other=0.0).to(ACC)
         tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        if PARTIAL:
+        if DROP:
+            keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)
+            dx *= tl.where(keep, keep_scale, 0.0)
+        if BRANCH:
+            tl.store(dbranch_ptr + rows[:, None] * N + cols, dx.to(dbranch_ptr.dtype.element_ty), mask=inside)
+        if SUMS:
             dweight += dy * xhat
             dbias += dy
-    if PARTIAL:
-        partial_ptr += pid.to(tl.int64) * 2 * N
-        tl.store(partial_ptr + cols, tl.sum(dweight, 0), mask=cols < N)
-        tl.store(partial_ptr + N + cols, tl.sum(dbias, 0), mask=cols < N)
-
-
-@triton.jit(do_not_specialize=["G"])
-def _layer_norm_partial_kernel(
-    partial_ptr, dweight_ptr, dbias_ptr, G, N, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_N columns of dweight and dbias, from partial (G, 2, N)."""
-    near = tl.arange(0, BLOCK_G)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dweight = tl.zeros([BLOCK_G, BLOCK_N], ACC)
-    dbias = tl.zeros([BLOCK_G, BLOCK_N], ACC)
-    for start in range(0, G, BLOCK_G):
-        offsets = (start + near).to(tl.int64)[:, None] * 2 * N + cols
-        inside = (start + near < G)[:, None] & (cols < N)
-        # [BLOCK_G, BLOCK_N]
-        if DWEIGHT:
-            dweight += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
-        if DBIAS:
-            dbias += tl.load(partial_ptr + N + offsets, mask=inside, other=0.0)
-    if DWEIGHT:
-        tl.store(dweight_ptr + cols, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=cols < N)
-    if DBIAS:
-        tl.store(dbias_ptr + cols, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=cols < N)
-
-
-def _programs(x: Tensor) -> int:
-    """How many programs share the rows in the backward: two for each multiprocessor."""
-    return 2 * device.multiprocessors(x.device) if x.is_cuda or device.recording() else 3
+            dx_bias += tl.where(inside, dx, 0.0)
+    if SUMS:
+        partial_ptr += pid.to(tl.int64) * (SUMS % 2 + SUMS // 2 % 2 + SUMS // 4) * N
+        if SUMS % 2:
+            tl.store(partial_ptr + cols, tl.sum(dweight, 0), mask=cols < N)
+            partial_ptr += N
+        if SUMS // 2 % 2:
+            tl.store(partial_ptr + cols, tl.sum(dbias, 0), mask=cols < N)
+            partial_ptr += N
+        if SUMS // 4:
+            tl.store(partial_ptr + cols, tl.sum(dx_bias, 0), mask=cols < N)
 
 
 @functools.lru_cache(maxsize=1024)
-def _fwd_launch(
-    r: int, n: int, stride: int, centre: bool, weight: bool, bias: bool, eps: float, dtype: torch.dtype
-) -> Launch:
+def fwd_launch(
+    r: int, n: int, stride: int, centre: bool, weight: bool, bias: bool, eps: float, dtype: torch.dtype,
+    residual_stride: int | None = None, x_bias: bool = False, p: float = 0.0,
+) -> Launch:  # fmt: skip
+    """The forward of `layer_norm`, or with a residual of `add_layer_norm`, whose kernel takes four tensors more."""
     full = n == pow2(n) and n <= MAX_FWD
     # Two long rows share a conversion of weight and bias; one for each row would take longer than the memory does.
     # Beside masks, more than 4096 columns leave no registers for it.
     two = 2048 < n <= (8192 if full else 4096)
     tile = row_tile(n, MAX_FWD, 2 * pow2(n) if two else 4096, 32)
     grid = lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,)  # noqa: E731
-    flags = dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, WHOLE=n <= MAX_FWD, FULL=full, **row_flags(dtype, n, stride))
-    return Launch(_layer_norm_fwd_kernel, grid, flags, [tile], (stride, r, n, eps))
+    add, beside = residual_stride is not None, residual_stride or stride
+    if p:
+        tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
+    flags = dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, ADD=add, X_BIAS=x_bias, DROP=p > 0.0, WHOLE=n <= MAX_FWD)
+    flags |= dict(FULL=full and tile["BLOCK_N"] == n, **row_flags(dtype, n, stride, beside))
+    scalars = (stride, beside, r, n, eps, random.threshold(p), random.keep_scale(p))
+    alone = lambda x, weight, bias, y, stats: (x, weight, bias, x, x, x, y, stats, x)  # noqa: E731
+    return Launch(_layer_norm_fwd_kernel, grid, flags, [tile], scalars, None if add else alone)
 
 
 @functools.lru_cache(maxsize=1024)
-def _bwd_launches(
-    r: int, n: int, dy_stride: int, x_stride: int, centre: bool, weight: bool, need_dweight: bool, need_dbias: bool,
-    most_programs: int, dtype: torch.dtype,
-) -> tuple[int, Launch | None, Launch, Launch | None]:  # fmt: skip
-    """Programs that share the rows; the kernels of a long row's sums, of dx, and of the sum of the programs' parts."""
+def bwd_launches(
+    r: int, n: int, dy_stride: int, x_stride: int, centre: bool, weight: bool, sums: int, most_programs: int,
+    dtype: torch.dtype, more: str = "", more_stride: int = 0, branch: bool = False, p: float = 0.0,
+) -> tuple[int, Launch | None, Launch]:  # fmt: skip
+    """Programs that share the rows; the kernels of a long row's sums, and of dx. `sums`, `more` as the kernel's."""
     tiles = [row_tile(n, MAX_BWD, 4096, 16)]
-    columns, whole, partial = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD, need_dweight or need_dbias
+    columns, whole = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
-    flags = dict(CENTRE=centre, WEIGHT=weight, **row_flags(dtype, n, x_stride, dy_stride))
-    scalars = (dy_stride, x_stride, r, n)
-    sums = Launch(_layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, scalars)
-    main_flags = dict(flags, PARTIAL=partial, WHOLE=whole)
-    main = Launch(_layer_norm_bwd_kernel, lambda _: (programs, columns), main_flags, tiles, scalars)
-    add_grid = lambda tile: (cdiv(n, tile["BLOCK_N"]),)  # noqa: E731
-    add_flags = dict(DWEIGHT=need_dweight, DBIAS=need_dbias, ACC=flags["ACC"])
-    add_tile = dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)
-    add = Launch(_layer_norm_partial_kernel, add_grid, add_flags, [add_tile], (programs, n))
-    return programs, None if whole else sums, main, add if partial else None
+    if p:
+        tiles[0]["BLOCK_N"] = max(4, tiles[0]["BLOCK_N"])
+    flags = dict(CENTRE=centre, WEIGHT=weight, **row_flags(dtype, n, x_stride, dy_stride, more_stride))
+    sum_up = Launch(
+        _layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, (dy_stride, x_stride, r, n)
+    )
+    flags = dict(flags, MORE=more, BRANCH=branch, DROP=p > 0.0, SUMS=sums, WHOLE=whole)
+    scalars = (dy_stride, x_stride, more_stride, r, n, random.threshold(p), random.keep_scale(p))
+    added = bool(more or branch or p)
+    alone = lambda dy, x, weight, stats, sums, dx, parts: (dy, x, weight, stats, sums, dy, dy, dx, dx, parts)  # noqa: E731
+    grid = lambda _: (programs, columns)  # noqa: E731
+    main = Launch(_layer_norm_bwd_kernel, grid, flags, tiles, scalars, None if added else alone)
+    return programs, None if whole else sum_up, main
 
 
 def _row_length(x: Tensor, axes: int) -> int:
@@ -263,7 +296,7 @@ def layer_norm_fwd(
     y, stats = _layer_norm_fwd_fake(x, axes)
     r, n = stats.shape[1], _row_length(x, axes)
     rows, stride = rows_of(x, n)
-    run = _fwd_launch(r, n, stride, centre, weight is not None, bias is not None, eps, x.dtype)
+    run = fwd_launch(r, n, stride, centre, weight is not None, bias is not None, eps, x.dtype)
     run(rows, rows if weight is None else weight.contiguous(), rows if bias is None else bias.contiguous(), y, stats)
     return y, stats
 
@@ -281,19 +314,20 @@ def layer_norm_bwd(
     dx, dweight, dbias = _layer_norm_bwd_fake(dy, x, axes, weight, bias, stats, need_dweight, need_dbias)
     r, n = stats.shape[1], _row_length(x, axes)
     (x, x_stride), (dy, dy_stride) = rows_of(x, n), rows_of(dy, n)
-    programs, sum_up, run, add_up = _bwd_launches(
-        r, n, dy_stride, x_stride, centre, weight is not None, need_dweight, need_dbias, _programs(x), x.dtype
+    wanted = need_dweight + 2 * need_dbias
+    programs, sum_up, run = bwd_launches(
+        r, n, dy_stride, x_stride, centre, weight is not None, wanted, programs_for(x), x.dtype
     )
     weight = x if weight is None else weight.contiguous()
     sums = parts = stats  # stand-ins that are not read
     if sum_up:
         sums = torch.empty_like(stats)
         sum_up(dy, x, weight, stats, sums)
-    if add_up:
-        parts = torch.empty((programs, 2, n), dtype=stats.dtype, device=stats.device)
+    if wanted:
+        parts = torch.empty((programs, need_dweight + need_dbias, n), dtype=stats.dtype, device=stats.device)
     run(dy, x, weight, stats, sums, dx, parts)
-    if add_up:
-        add_up(parts, dweight, dbias)
+    if wanted:
+        add_parts(parts, *[dweight] * need_dweight, *[dbias] * need_dbias)
     return dx, dweight, dbias
 
 

@@ -339,6 +339,31 @@ def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None =
     return (y if weight is None else y * weight.to(y.dtype)).to(x.dtype)
 
 
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    x_bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None, norm_first: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """total = residual + drop(x + x_bias), and its norm y, of the exact total: (y, total), or (y, y) that normalises
+    last. y is in x's dtype beside a total, which carries the wider of the dtypes of x and residual."""
+    return _add_norm(layer_norm, x, residual, (weight, bias, eps), x_bias, p, seed, norm_first)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-5, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` with the RMS norm."""
+    keys = ("x_bias", "p", "seed", "norm_first")
+    defaults = dict(x_bias=None, p=0.0, seed=None, norm_first=True) | options
+    return _add_norm(rms_norm, x, residual, (weight, eps), *(defaults[key] for key in keys))
+
+
+def _add_norm(norm: Any, x: Tensor, residual: Tensor, params: Any, x_bias: Any, p: float, seed: Any, norm_first: bool):
+    stream, branch = torch.promote_types(x.dtype, residual.dtype), _wide(x)
+    total = dropout(branch if x_bias is None else branch + x_bias, p, seed=seed, residual=_wide(residual))
+    y = norm(total, total.shape[-1:], *params)
+    return (y.to(x.dtype), total.to(stream)) if norm_first else (y.to(stream),) * 2
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -78,7 +78,7 @@ def test_rows_longer_than_a_tile(n, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize("programs", [1, 150])  # one that visits every row; more than are added up at a time
 def test_any_number_of_programs_shares_the_rows(programs, device, monkeypatch):
-    monkeypatch.setattr(MODULE, "_programs", lambda x: programs)
+    monkeypatch.setattr(MODULE, "programs_for", lambda x: programs)
     assert_matches_reference(*tensors((300, 2000)), torch.float32, torch.float32, device)
 
 
