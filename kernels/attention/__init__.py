@@ -13,7 +13,9 @@ from torch import Tensor
 
 from tileformer.kernels import checks, random, reference
 from tileformer.kernels.attention.launchers import attention_bwd, attention_fwd, attention_weights, bwd, fwd, weights_of
-from tileformer.kernels.attention.params import NO_LIMIT, AttentionMasks, AttentionParams, check_attention, limits
+from tileformer.kernels.attention.params import (
+    NO_LIMIT, AttentionMasks, AttentionParams, check_attention, limits, parts_of_rows,
+)  # fmt: skip
 from tileformer.kernels.attention.torch_backend import torch_attention
 from tileformer.kernels.autograd import Function, KernelFunction
 from tileformer.kernels.backend import choose
@@ -216,8 +218,8 @@ def attention(
     max_q = q.shape[2] if max_seqlen_q is None else int(max_seqlen_q)
     max_k = k.shape[2] if max_seqlen_k is None else int(max_seqlen_k)
     bias_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    flags = int(bottom_right), int(packed)
-    params = AttentionParams(left, right, *flags, max_q, max_k, int(bias_grad), scale, softcap, dropout_p)
+    flags, parts = (int(bottom_right), int(packed)), 1 if torch.compiler.is_compiling() else parts_of_rows(q, k, v)
+    params = AttentionParams(left, right, *flags, max_q, max_k, int(bias_grad), parts, scale, softcap, dropout_p)
     masks = AttentionMasks(mask, bias, key_mask, *lens, alibi_slopes, seed)
     if backend == "reference":
         options = _reference_options(masks, params)

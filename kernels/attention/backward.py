@@ -109,8 +109,9 @@ def _attention_bwd_dq_kernel(
                 dq = _dq_tile(dq, block, do_tile, lse, delta, k_ptr, v_ptr, at, scaling.keep_scale, False, BLOCK_N, F)
                 k_ptr += BLOCK_N * k.strides[2]
                 v_ptr += BLOCK_N * v.strides[2]
-    dq_at = dq_ptr + out_row * (H * F.D) + block.h * F.D
-    store_tile(dq_at, dq * scaling.scale, near_m, H * F.D, tl.arange(0, F.BLOCK_D), in_out, F.D)
+    dq_row = H * F.D * (3 if F.PARTS == 3 else 1)
+    dq_at = dq_ptr + out_row * dq_row + block.h * F.D
+    store_tile(dq_at, dq * scaling.scale, near_m, dq_row, tl.arange(0, F.BLOCK_D), in_out, F.D)
 
 
 class Keys(NamedTuple):
@@ -262,8 +263,8 @@ def _attention_bwd_dkdv_kernel(
             )  # fmt: skip
             dk, dv = _dkdv_tile(dk, dv, keys, queries, at, unmasked == 0,
                                 BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F)  # fmt: skip
-    out_row = (batch * T_k + k_row) * H_kv + h_kv
+    out_row = (batch * T_k + k_row) * (H_kv * F.PARTS) + h_kv
     dk = tl.where(valid[:, None], dk * scaling.scale, 0.0)
     dv = tl.where(valid[:, None], dv * scaling.keep_scale, 0.0)
-    store_tile(dk_ptr + out_row * F.D, dk, near_n, H_kv * F.D, tl.arange(0, F.BLOCK_D), in_k, F.D)
-    store_tile(dv_ptr + out_row * F.DV, dv, near_n, H_kv * F.DV, tl.arange(0, F.BLOCK_DV), in_k, F.DV)
+    store_tile(dk_ptr + out_row * F.D, dk, near_n, H_kv * F.D * F.PARTS, tl.arange(0, F.BLOCK_D), in_k, F.D)
+    store_tile(dv_ptr + out_row * F.DV, dv, near_n, H_kv * F.DV * F.PARTS, tl.arange(0, F.BLOCK_DV), in_k, F.DV)

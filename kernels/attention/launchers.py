@@ -104,6 +104,7 @@ class _Plan:
             KEY_MASK=key_mask, BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0,
             DROPOUT=params.dropout_p > 0.0, D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
             ALIGN=_zero_bits(*self.strides), MASK_ALIGN=3 if mask_bits == 3 else 0,  # no binary for each odd length
+            PARTS=params.parts if do_strides else 1,
         )  # fmt: skip
         dense, bent = f.MASK or f.BIAS, f.ALIBI or f.SOFTCAP
         if f.DROPOUT:
@@ -273,7 +274,10 @@ def attention_bwd(
 def _bwd_outputs(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, params: AttentionParams
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (_empty_bthd(x.shape, x, bool(params.packed)) for x in (q, k, v))
+    packed, n = bool(params.packed), params.parts
+    wide = _empty_bthd((*k.shape[:1], k.shape[1] * n, *k.shape[2:]), k, packed)  # (B, T, n H_kv D)
+    shared = list(wide.chunk(n, 1)) if n > 1 else [wide, _empty_bthd(v.shape, v, packed)]
+    dq, dk, dv = shared if n == 3 else [_empty_bthd(q.shape, q, packed), *shared]
     if bias is None or not params.bias_grad:
         return dq, dk, dv, torch.empty((0,), dtype=q.dtype, device=q.device)
     # Nothing launches where a dimension of the scores is 0; what is summed over it is 0.

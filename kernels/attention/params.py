@@ -36,12 +36,23 @@ class AttentionParams(NamedTuple):
     max_q: int  # an upper bound of the packed lengths
     max_k: int
     bias_grad: int  # 1: the bias wants a gradient
+    parts: int  # 3: gradients of q, k and v share rows, 2: those of k and v do, 1: none
     scale: float
     softcap: float
     dropout_p: float
 
     def flat(self) -> tuple[Sequence[int], Sequence[float]]:
-        return self[:7], self[7:]
+        return self[:8], self[8:]
+
+
+def parts_of_rows(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """3 where q, k, v lie beside each other in rows (B, T, 3 H D), 2 where k and v do, else 1: so will gradients."""
+    (_, h, t, d), row = k.shape, k.stride(2)
+    if v.shape != k.shape or v.stride() != k.stride() or k.stride()[1::2] != (d, 1) or k.stride(0) != t * row:
+        return 1
+    if row == 3 * h * d and q.shape == k.shape and q.stride() == k.stride():
+        return 3
+    return 2 if row == 2 * h * d else 1
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -35,7 +35,7 @@ def torch_attention(
         with torch.autocast(q.device.type, enabled=False):
             return torch_attention(q, k, v, masks, params, return_lse, return_weights)
     mask, bias, key_mask, q_lens, k_lens, slopes, seed = masks
-    left, right, align, packed, longest_q, longest_k, _, scale, softcap, p = params
+    left, right, align, packed, longest_q, longest_k, *_, scale, softcap, p = params
     (b, h, t_q, _), t_k = q.shape, k.shape[2]
     group = h // k.shape[1]
     if group > 1:
