@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.generation.cache import AttentionCache, KVCache, LayerCache
-from tileformer.decoder.nn.modules import Dropout, LayerNorm, fuses_residual
+from tileformer.decoder.nn.modules import Dropout, LayerNorm
+from tileformer.decoder.sublayers import Sublayers, split_heads, two_linears
 from tileformer.kernels import attention
 
 
@@ -39,12 +40,14 @@ class Attention(nn.MultiheadAttention):
         cache: AttentionCache | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        project: bool = True,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` (B, T_q, C) to ``key`` and ``value`` (B, T_k, C); ``key_mask`` (B, T_k), True = a key.
 
         With a ``cache`` that grows, key and value hold what it has not seen, and attention is causal. ``cu_seqlens``
-        (N + 1,): the one row of a batch of 1 is N sequences behind each other. Returns the output (B, T_q, C) and the
-        weights (B, H, T_q, T_k), or None.
+        (N + 1,): the one row of a batch of 1 is N sequences behind each other. ``seed``: of its dropout. Returns the
+        output (B, T_q, C), not ``project``: before the last linear map, and the weights (B, H, T_q, T_k), or None.
         """
         if cache is not None and cache.written:
             cache.keys_after(len(query), key.shape[1])
@@ -55,9 +58,12 @@ class Attention(nn.MultiheadAttention):
         if cu_seqlens is not None:
             options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
             options |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        out = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **options)
+        out = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, seed=seed, **options)
         out, weights = out if need_weights else (out, None)
-        return self.out_proj(self._join_heads(out, 3)), weights
+        out = self._join_heads(out, 3)
+        return self.out_proj(out) if project else out, weights
+
+    opens = forward  # an overridden forward is another one, and knows no `project`
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None
@@ -68,6 +74,11 @@ class Attention(nn.MultiheadAttention):
             q, k, v = self._split_heads(F.linear(query, weight, bias), 3)
         else:
             # split, not slices: its gradient is one concatenation
+            if not (cache is not None and cache.written) and weight is not None and key is value:
+                both = two_linears(query, key, weight, bias)
+                if both is not None:
+                    (q,), (k, v) = self._split_heads(both[0], 1), self._split_heads(both[1], 2)
+                    return q, *((k, v) if cache is None else cache.store(k, v))
             if weight is not None:
                 w_q, *w_kv = weight.split((C, 2 * C) if key is value else (C, C, C))
             else:
@@ -88,6 +99,8 @@ class Attention(nn.MultiheadAttention):
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(..., parts * C) -> ``parts`` views (B, H, T, D), whatever the layout of x."""
+        if self.batch_first and parts > 1 and (views := split_heads(x, parts, self.num_heads)) is not None:
+            return views
         x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
         if x.dim() == 4:
             return tuple(part.transpose(0, 1).unsqueeze(0) for part in x.unbind(-3))
@@ -143,21 +156,18 @@ class Block(nn.Module):
         ``options`` are those of the self-attention: causal, key_mask, cu_seqlens, max_seqlen.
         """
         own, cross = (None, None) if cache is None else (cache.self_attn, cache.cross_attn)
-        h = self.norm1(x) if self.norm_first else x
-        x = self._add(x, self.dropout1, self.self_attn(h, h, h, cache=own, **options)[0], self.norm1)
-        dropout: Any = self.dropout2
-        norm: Any = self.norm2
-        if self.multihead_attn is not None:
-            h = norm(x) if self.norm_first else x
-            attended = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross)[0]
-            x = self._add(x, dropout, attended, norm)
-            dropout, norm = self.dropout3, self.norm3
-        h = norm(x) if self.norm_first else x
-        return self._add(x, dropout, self.linear2(self.dropout(self.activation(self.linear1(h)))), norm)
-
-    def _add(self, x: Tensor, dropout: nn.Module, branch: Tensor, norm: nn.Module) -> Tensor:
-        x = dropout(branch, x) if fuses_residual(dropout) else x + dropout(branch)
-        return x if self.norm_first else norm(x)
+        parts, first, norms = Sublayers(self, x, 6), self.norm_first, [self.norm1, self.norm2, self.norm3]
+        norms = [*norms[1 : 2 + (self.norm3 is not None)], None] if first else norms
+        opened = parts.open(self.self_attn)
+        h = self.norm1(x) if first else x
+        out = self.self_attn(h, h, h, cache=own, **opened, **options)[0]
+        h, x = parts.end(out, self.self_attn.out_proj if opened else None, x, self.dropout1, norms[0])
+        if self.multihead_attn is None:
+            return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout2, norms[1])[0]
+        opened = parts.open(self.multihead_attn)
+        out = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross, **opened)[0]
+        h, x = parts.end(out, self.multihead_attn.out_proj if opened else None, x, self.dropout2, norms[1])
+        return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout3, norms[2])[0]
 
 
 class Stack(nn.Module):

@@ -34,3 +34,9 @@ __all__ = [
     "softmax",
     "use_backend",
 ]
+
+
+def bias_activation_dropout(x, activation, *, bias=None, up=None, p=0.0, seed=None):  # TEMPORARY
+    import torch.nn.functional as F
+
+    return dropout({"relu": F.relu, "gelu": F.gelu}[activation](x if bias is None else x + bias), p, seed=seed)

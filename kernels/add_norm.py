@@ -194,7 +194,7 @@ def add_layer_norm(
     """
     if wrong:
         checks.misnamed("add_layer_norm", wrong)
-    return _add_norm("add_layer_norm", x, residual, weight, bias, eps, x_bias, p, seed, norm_first)
+    return add_norm("add_layer_norm", x, residual, weight, bias, eps, x_bias, p, seed, norm_first)
 
 
 def add_rms_norm(
@@ -213,13 +213,14 @@ def add_rms_norm(
     """
     if wrong:
         checks.misnamed("add_rms_norm", wrong)
-    return _add_norm("add_rms_norm", x, residual, weight, None, eps, x_bias, p, seed, norm_first)
+    return add_norm("add_rms_norm", x, residual, weight, None, eps, x_bias, p, seed, norm_first)
 
 
-def _add_norm(
+def add_norm(
     op: str, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None,
     x_bias: Tensor | None, p: float, seed: Any, norm_first: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`add_layer_norm` or `add_rms_norm`, by name."""
     checks.floating(op, x=x)
     centre, special = op == "add_layer_norm", type(x) is not Tensor or x.is_nested
     eps = torch.finfo(wider(x.dtype)).eps if eps is None and not centre else checks.number(op, "eps", eps)

@@ -264,9 +264,10 @@ def fwd_launch(
 @functools.lru_cache(maxsize=1024)
 def bwd_launches(
     r: int, n: int, dy_stride: int, x_stride: int, centre: bool, weight: bool, sums: int, most_programs: int,
-    dtype: torch.dtype, more: str = "", more_stride: int = 0, branch: bool = False, p: float = 0.0,
+    dtype: torch.dtype, more: str | None = None, more_stride: int = 0, branch: bool = False, p: float = 0.0,
 ) -> tuple[int, Launch | None, Launch]:  # fmt: skip
-    """Programs that share the rows; the kernels of a long row's sums, and of dx. `sums`, `more` as the kernel's."""
+    """Programs that share the rows; the kernels of a long row's sums, and of dx. `sums`, `more` as the kernel's: None of
+    `layer_norm`, which has three tensors less."""
     tiles = [row_tile(n, MAX_BWD, 4096, 16)]
     columns, whole = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
@@ -276,12 +277,11 @@ def bwd_launches(
     sum_up = Launch(
         _layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, (dy_stride, x_stride, r, n)
     )
-    flags = dict(flags, MORE=more, BRANCH=branch, DROP=p > 0.0, SUMS=sums, WHOLE=whole)
+    flags = dict(flags, MORE=more or "", BRANCH=branch, DROP=p > 0.0, SUMS=sums, WHOLE=whole)
     scalars = (dy_stride, x_stride, more_stride, r, n, random.threshold(p), random.keep_scale(p))
-    added = bool(more or branch or p)
     alone = lambda dy, x, weight, stats, sums, dx, parts: (dy, x, weight, stats, sums, dy, dy, dx, dx, parts)  # noqa: E731
     grid = lambda _: (programs, columns)  # noqa: E731
-    main = Launch(_layer_norm_bwd_kernel, grid, flags, tiles, scalars, None if added else alone)
+    main = Launch(_layer_norm_bwd_kernel, grid, flags, tiles, scalars, alone if more is None else None)
     return programs, None if whole else sum_up, main
 
 

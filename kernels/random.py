@@ -22,6 +22,11 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(SEED_LIMIT, (1,), device=device)
 
 
+def new_seeds(device: torch.device, n: int) -> list[Tensor]:
+    """n such tensors in one draw, each 16-byte aligned, as the launches want their tensors."""
+    return list(torch.randint(SEED_LIMIT, (n, 2), device=device)[:, :1].unbind())
+
+
 def threshold(p: float) -> int:
     """Philox words whose upper 31 bits reach this are kept: a rate exact to 2**-31 that fits an int32 argument."""
     return min(int(p * 2**31), 2**31 - 1)

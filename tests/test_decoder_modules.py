@@ -59,7 +59,8 @@ def test_signatures_begin_with_torchs(name):
         wanted = [(p.name, p.default) for p in inspect.signature(getattr(theirs, method)).parameters.values()]
         got = [(p.name, p.default) for p in inspect.signature(getattr(ours, method)).parameters.values()]
         assert got[: len(wanted)] == wanted
-        assert set(got[len(wanted) :]) <= {("cache", None), ("cu_seqlens", None), ("max_seqlen", None)}
+        more = {("cache", None), ("cu_seqlens", None), ("max_seqlen", None), ("project", True), ("seed", None)}
+        assert set(got[len(wanted) :]) <= more
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # torch's Transformer, when it is built; ours is silent

@@ -52,6 +52,8 @@ class MultiheadAttention(Attention):
         cache: AttentionCache | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        project: bool = True,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``; see ``torch.nn.MultiheadAttention.forward``.
 
@@ -62,7 +64,8 @@ class MultiheadAttention(Attention):
 
         ``cu_seqlens`` int32 or int64 (N + 1,), ascending from 0: the one row of a batch of 1 is N sequences behind each
         other, and attention stays inside each; ``is_causal`` then needs no mask, and there are no weights.
-        ``max_seqlen`` bounds their length: a GPU is spared work that finds nothing to do.
+        ``max_seqlen`` bounds their length: a GPU is spared work that finds nothing to do. ``seed``: of the dropout;
+        not ``project``: the output is what ``out_proj`` would be given.
 
         Returns the output, shaped as query, and the weights (B, T_q, T_k), (B, H, T_q, T_k) without averaging, or None.
 
@@ -92,7 +95,7 @@ class MultiheadAttention(Attention):
         if appends:
             k, v, mask, key_mask = self._append_keys(k, v, mask, key_mask)
         p = self.dropout if self.training else 0.0
-        options: dict[str, Any] = {"causal": causal, "mask": mask, "key_mask": key_mask, "dropout_p": p}
+        options: dict[str, Any] = {"causal": causal, "mask": mask, "key_mask": key_mask, "dropout_p": p, "seed": seed}
         if cache is not None and cache.grows:
             options |= cache.reach(q.shape[2], mask)
         # A bound without sequences is the kernel's error to name.
@@ -104,7 +107,10 @@ class MultiheadAttention(Attention):
         if need_weights:
             out, weights = out
             weights = weights if query.dim() == 3 else weights.squeeze(0)
-        return self.out_proj(self._join_heads(out, query.dim())), weights
+        out = self._join_heads(out, query.dim())
+        return self.out_proj(out) if project else out, weights
+
+    opens = forward
 
     def _check(
         self,

@@ -15,6 +15,7 @@ from tileformer.decoder.blocks import check_heads
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.nn.attention import MultiheadAttention
 from tileformer.decoder.nn.modules import Dropout, LayerNorm, fuses_residual
+from tileformer.decoder.sublayers import Sublayers
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
@@ -107,13 +108,13 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
                 return super().forward(src, src_mask, src_key_padding_mask, is_causal)
             attend = partial(self._sa_block, **options)
             return self._add_blocks(src, (self.norm1, attend), (self.norm2, self._ff_block))
-        x = src
-        if self.norm_first:
-            h = self.norm1(x)
-            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **options)[0], x)
-            return self.dropout2(self._feed_forward(self.norm2(x)), x)
-        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **options)[0], x))
-        return self.norm2(self.dropout2(self._feed_forward(x), x))
+        parts, first = Sublayers(self, src, 4), self.norm_first
+        opened = parts.open(self.self_attn)
+        h = self.norm1(src) if first else src
+        out = self.self_attn(h, h, h, need_weights=False, **options, **opened)[0]
+        linear = self.self_attn.out_proj if opened else None
+        h, x = parts.end(out, linear, src, self.dropout1, self.norm2 if first else self.norm1)
+        return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout2, None if first else self.norm2)[0]
 
     def _ff_block(self, x) -> Tensor:
         return self.dropout2(self._feed_forward(x))
@@ -150,16 +151,16 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
             return self._add_blocks(
                 tgt, (self.norm1, attend), (self.norm2, attend_memory), (self.norm3, self._ff_block)
             )
-        x = tgt
-        if self.norm_first:
-            h = self.norm1(x)
-            x = self.dropout1(self.self_attn(h, h, h, need_weights=False, **own)[0], x)
-            h = self.norm2(x)
-            x = self.dropout2(self.multihead_attn(h, memory, memory, need_weights=False, **cross)[0], x)
-            return self.dropout3(self._feed_forward(self.norm3(x)), x)
-        x = self.norm1(self.dropout1(self.self_attn(x, x, x, need_weights=False, **own)[0], x))
-        x = self.norm2(self.dropout2(self.multihead_attn(x, memory, memory, need_weights=False, **cross)[0], x))
-        return self.norm3(self.dropout3(self._feed_forward(x), x))
+        parts, first = Sublayers(self, tgt, 6), self.norm_first
+        opened, open_too = parts.open(self.self_attn), parts.open(self.multihead_attn)
+        h = self.norm1(tgt) if first else tgt
+        out = self.self_attn(h, h, h, need_weights=False, **own, **opened)[0]
+        linear = self.self_attn.out_proj if opened else None
+        h, x = parts.end(out, linear, tgt, self.dropout1, self.norm2 if first else self.norm1)
+        out = self.multihead_attn(h, memory, memory, need_weights=False, **cross, **open_too)[0]
+        linear = self.multihead_attn.out_proj if open_too else None
+        h, x = parts.end(out, linear, x, self.dropout2, self.norm3 if first else self.norm2)
+        return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout3, None if first else self.norm3)[0]
 
     def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False, **options) -> Tensor:
         options |= _masks(attn_mask, key_padding_mask, is_causal)

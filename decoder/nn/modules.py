@@ -34,14 +34,14 @@ class Dropout(nn.Dropout):
         return input if residual is None else residual + input
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fuses_residual(dropout: nn.Module) -> bool:
     """Whether a dropout may add a residual in its own pass: it is ours, and nobody has replaced or hooked what it
     does."""
     ours = type(dropout).forward is Dropout.forward and "forward" not in dropout.__dict__
-    return ours and not any(getattr(dropout, hooks) for hooks in _HOOKS)
+    return ours and not any(getattr(dropout, hooks) for hooks in HOOKS)
 
 
 class Softmax(nn.Softmax):
