@@ -101,12 +101,13 @@ class Attention(nn.MultiheadAttention):
         """(..., parts * C) -> ``parts`` views (B, H, T, D), whatever the layout of x."""
         if self.batch_first and parts > 1 and (views := split_heads(x, parts, self.num_heads)) is not None:
             return views
-        x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
-        if x.dim() == 4:
-            return tuple(part.transpose(0, 1).unsqueeze(0) for part in x.unbind(-3))
-        if self.batch_first:
-            return tuple(part.transpose(1, 2) for part in x.unbind(-3))
-        return tuple(part.permute(1, 2, 0, 3) for part in x.unbind(-3))
+        if parts > 1:
+            each = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim).unbind(-3)
+        else:  # the gradient of an unbind is a copy
+            each = (x.view(*x.shape[:-1], self.num_heads, self.head_dim),)
+        if x.dim() == 2:
+            return tuple(part.transpose(0, 1).unsqueeze(0) for part in each)
+        return tuple(part.transpose(1, 2) if self.batch_first else part.permute(1, 2, 0, 3) for part in each)
 
     def _join_heads(self, x: Tensor, dim: int) -> Tensor:
         """(B, H, T, D) -> the layout of the query, (..., C)."""
