@@ -79,7 +79,10 @@ class Sublayers:
                 x, x_bias = F.linear(x, linear.weight), linear.bias  # type: ignore[union-attr, arg-type]
             elif linear is not None:
                 x = linear(x)
-            op, p = "add_rms_norm" if type(norm) is RMSNorm else "add_layer_norm", dropout.p if dropout.training else 0.0
+            op, p = (
+                "add_rms_norm" if type(norm) is RMSNorm else "add_layer_norm",
+                dropout.p if dropout.training else 0.0,
+            )
             norm_bias = None if type(norm) is RMSNorm else norm.bias
             seed = self.seeds.pop()
             first = self.layer.norm_first
@@ -111,7 +114,7 @@ class _SplitHeads(torch.autograd.Function):
 
 def _beside(grads: Sequence[Tensor], shape: torch.Size) -> Tensor | None:
     """The tensor of that shape whose parts they are."""
-    (b, t, row), (_, h, _, d) = shape, grads[0].shape
+    (_, t, row), (_, h, _, d) = shape, grads[0].shape
     first = grads[0].storage_offset()
     for i, grad in enumerate(grads):
         if grad.stride() != (t * row, d, row, 1) or grad.storage_offset() != first + i * h * d:

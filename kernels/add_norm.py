@@ -78,8 +78,12 @@ def _add_norm_bwd_fake(
     differs = p > 0.0 or x_dtype != residual_dtype
     dx = like(total, x_dtype) if needed[0] and differs else total.new_empty((0,), dtype=x_dtype)
     params = zip((weight, bias, x_bias), needed[1:], strict=True)
-    return like(total, residual_dtype), dx, *(  # type: ignore[return-value]
-        like(param, param.dtype) if need else total.new_empty((0,)) for param, need in params
+    return (
+        like(total, residual_dtype),
+        dx,
+        *(  # type: ignore[return-value]
+            like(param, param.dtype) if need else total.new_empty((0,)) for param, need in params
+        ),
     )
 
 

@@ -266,9 +266,10 @@ def bwd_launches(
     r: int, n: int, dy_stride: int, x_stride: int, centre: bool, weight: bool, sums: int, most_programs: int,
     dtype: torch.dtype, more: str | None = None, more_stride: int = 0, branch: bool = False, p: float = 0.0,
 ) -> tuple[int, Launch | None, Launch]:  # fmt: skip
-    """Programs that share the rows; the kernels of a long row's sums, and of dx. `sums`, `more` as the kernel's: None of
+    """Programs that share the rows; kernels of a long row's sums, and of dx. `sums`, `more` as the kernel's: None of
     `layer_norm`, which has three tensors less."""
-    tiles = [row_tile(n, MAX_BWD, 4096, 16)]
+    # A third sum, beside dropout, wants registers: 16 bytes would spill on sm_100.
+    tiles = [row_tile(n, MAX_BWD, 4096, 8 if sums > 3 and n <= 4096 else 16)]
     columns, whole = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
     if p:

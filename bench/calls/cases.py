@@ -51,6 +51,8 @@ _attention = _calls("attention", 1, 2, 2, 50, 70, 64, lse=True)
 _decode = _calls("decode_attention", 2, 4, 2, 1, 96, 64, lse=True)
 _layer_norm = _calls("layer_norm", 37, 128, params=AFFINE, axes=1)
 _rms_norm = _calls("rms_norm", 37, 128, params=("weight",), axes=1, eps=1e-6)
+_add_norm = _calls("add_layer_norm", 37, 128, params=("residual", *AFFINE, "x_bias"), p=0.1)
+_add_rms = _calls("add_rms_norm", 37, 128, params=("residual", "weight"), eps=1e-6)
 _softmax, _log_softmax = _calls("softmax", 30, 64), _calls("log_softmax", 30, 64)
 _cross_entropy = _calls("cross_entropy", 33, 41)
 _dropout = _calls("dropout", 20, 128)
@@ -174,6 +176,17 @@ CASES = [
     _rms_norm("far from zero", "the mean stays", edit=lambda t, o: t["x"].add_(1000), dtypes=TWO, suite=False),
     _rms_norm("large", "squares beyond half precision", edit=lambda t, o: t["x"].mul_(5000), suite=False),
     _rms_norm("float32 weight", "beside 16-bit rows", fp32=("weight",), dtypes=HALF, suite=False),
+    _add_norm("norm first", "a bias, dropout, the total for the next residual", quick=True),
+    _add_norm("norm last", "two gradients for y", norm_first=False, dtypes=TWO),
+    _add_norm("ragged", "no dropout: one gradient for x and residual", 3, 5, 99, p=0.0, dtypes=TWO, suite=False),
+    _add_norm("float32 residual", "the stream is wider than the branch", fp32=("residual", "lse"), dtypes=BF, suite=False),
+    _add_norm("three columns", "fewer than one draw makes", 20, 3, dtypes=TWO, suite=False),
+    _add_norm("wide", "as many columns as are fused", 3, 8192, dtypes=BF, suite=False),
+    _add_norm("wider", "made of dropout and layer_norm", 3, 9001, dtypes=BF, suite=False),
+    _add_norm("no row", "the parameters' gradients are 0", 0, 128, dtypes=BF, suite=False),
+    _add_norm("odd strides", "slices of wider rows", layouts=dict.fromkeys(["x", "residual", "out", "lse"], "padded"), dtypes=BF, suite=False),
+    _add_rms("model width", "a pre-norm decoder without biases", dtypes=TWO, suite=False),
+    _add_rms("norm last", "two gradients for y, dropout", p=0.3, norm_first=False, dtypes=BF, suite=False),
     _rms_norm("odd strides", "a slice of wider rows", layouts=dict(x="padded", out="padded"), dtypes=BF, suite=False),
     _softmax("plain", "a power of two", quick=True),
     _softmax("causal ragged", "T_q != T_k", 2, 3, 20, 37, causal=True, scale=0.2),

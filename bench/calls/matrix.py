@@ -103,6 +103,13 @@ def _row_matrix() -> Iterator[Call]:
         dtypes = ("bf16",) if sampled else ("bf16", "fp32")
         yield describe("layer_norm", *norm, params=AFFINE, axes=1, quick=sampled, dtypes=dtypes)
         yield describe("rms_norm", *norm, params=AFFINE[:1], axes=1, eps=1e-6, **bf16)
+        if n <= 8192:
+            fused = ("residual", *AFFINE, "x_bias")
+            yield describe("add_layer_norm", *norm, params=fused, p=0.1, quick=sampled, **bf16)
+            yield describe(
+                "add_layer_norm", f"{norm[0]} last", *norm[1:], params=fused, p=0.1, norm_first=False, **bf16
+            )
+            yield describe("add_rms_norm", *norm, params=fused[:2], eps=1e-6, **bf16)
         yield describe("softmax", *warps, quick=sampled, **bf16)
         yield describe("log_softmax", *warps, **bf16)
         yield describe("dropout", *warps, params=("residual",), p=0.1, **bf16)

@@ -302,6 +302,14 @@ def _eager_softmax(t: Tensors, o: Options) -> Tensor:
     return x.softmax(-1)
 
 
+def _eager_add_norm(t: Tensors, o: Options) -> tuple[Tensor, Tensor]:
+    x, rms = t["x"] + t.get("x_bias", 0.0), "bias" not in t
+    total = t["residual"] + (F.dropout(x, o["p"]) if "p" in o else x)
+    norm = F.rms_norm if rms else F.layer_norm
+    y = norm(total, total.shape[-1:], t["weight"], *(() if rms else (t["bias"],)), eps=o["eps"])
+    return y, total if o.get("norm_first", True) else y
+
+
 def _from_output(module: str, forward: Any, backward: Any) -> Provider:
     """A softmax whose backward reads what its forward wrote: forward(module, x), backward(module, dy, y)."""
 
@@ -393,6 +401,15 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     "rms_norm": _torch(lambda t, o: F.rms_norm(t["x"], o["normalized_shape"], t["weight"], o["eps"])) | {
         "liger": _peer("liger_kernel.ops.rms_norm", lambda p, t, o: p.LigerRMSNormFunction.apply(
             t["x"], t["weight"], o["eps"], 0.0, "llama", False
+        )),
+    },
+    "add_layer_norm": _torch(_eager_add_norm),
+    "add_rms_norm": _torch(_eager_add_norm) | {
+        "liger": _peer("liger_kernel.ops.fused_add_rms_norm", lambda p, t, o: p.LigerFusedAddRMSNormFunction.apply(
+            t["x"], t["residual"], t["weight"], o["eps"], 0.0, "llama", False
+        )),
+        "fla": _peer("fla.modules.norm.layernorm", lambda p, t, o: p.rms_norm(
+            t["x"], t["weight"], None, t["residual"], o["eps"], True
         )),
     },
     "softmax": _torch(_eager_softmax) | {

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from tileformer.bench.calls.op import Cost, Op, Options, Sizes, Tensors, attended_pairs, largest, normal, uniform
+from tileformer.kernels import reference
 
 
 def _build_rows(
@@ -17,7 +18,7 @@ def _build_rows(
     shape = tuple(sizes.values())
     tensors = {"x": 2 * normal(generator, *shape)}
     for param in params:
-        tensors[param] = normal(generator, *(shape if param == "residual" else shape[-1:]))
+        tensors[param] = normal(generator, *(shape if param == "residual" else shape[-1:]))  # in the order of the op
     if axes:
         options["normalized_shape"] = shape[-axes:]
     if mask == "boolean":
@@ -50,6 +51,35 @@ def _norm_error_sizes(tensors: Tensors, options: Options, results: Tensors, grad
         dweight=(grad * xhat).sum(rows),
         dbias=grad.sum(rows),
     )
+
+
+def _add_norm_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """x, residual, parameters -> y, total;  total, dy, dtotal, weight -> dx, dresidual, the parameters' gradients."""
+    x, row, params = math.prod(sizes.values()), sizes["N"], len(options["params"]) - 1
+    return Cost((item * (4 * x + params * row), item * (5 * x + (1 + params) * row)))
+
+
+def _add_norm_error_sizes(t: Tensors, options: Options, results: Tensors, grads: Tensors, centre: bool) -> Tensors:
+    """Of the norm's; in the backward, what reads the total reads it as rounded."""
+    p, first = options.get("p", 0.0), options.get("norm_first", True)
+    keep = 1.0 if p == 0.0 else reference.dropout_keep(options["seed"], t["x"].shape, p).double() / (1 - p)
+    zero = t["x"].new_zeros(())
+    total = t["residual"] + keep * (t["x"] + t.get("x_bias", zero))
+    grad = grads["out"].abs() + (0.0 if first else grads["lse"].abs())
+    norm = dict(t, x=total), dict(options, normalized_shape=total.shape[-1:])
+    sizes = dict(_norm_error_sizes(*norm, results, dict(out=grad), centre))
+    mean = total.mean(-1, keepdim=True) if centre else zero
+    rstd = ((total - mean).square().mean(-1, keepdim=True) + options.get("eps", 1e-5)).rsqrt()
+    xhat, g, off = (total.abs() + mean.abs()) * rstd, grad * t.get("weight", zero + 1).abs(), total.abs() * rstd
+    again = rstd * (off * (g * xhat).mean(-1, keepdim=True) + xhat * (g * off).mean(-1, keepdim=True))
+    dtotal = sizes.pop("dx") + again + (grads["lse"].abs() if first else 0.0)
+    parts = t["residual"].abs() + keep * (t["x"].abs() + t.get("x_bias", zero).abs())
+    dx = keep * dtotal
+    y = sizes["out"] + parts * rstd * t.get("weight", zero + 1).abs()
+    return sizes | dict(
+        out=y, lse=parts if first else y, dx=dx, dresidual=dtotal, dx_bias=dx.flatten(0, -2).sum(0),
+        dweight=sizes["dweight"] + (grad * off).flatten(0, -2).sum(0),
+    )  # fmt: skip
 
 
 def _softmax_cost(sizes: Sizes, options: Options, item: int) -> Cost:
@@ -108,6 +138,8 @@ ROWS = ("N", "R N", "B R N", "B H T_q T_k")
 ROW_OPS = {
     "layer_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=True)),
     "rms_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=False)),
+    "add_layer_norm": Op(ROWS, _build_rows, _add_norm_cost, functools.partial(_add_norm_error_sizes, centre=True)),
+    "add_rms_norm": Op(ROWS, _build_rows, _add_norm_cost, functools.partial(_add_norm_error_sizes, centre=False)),
     "softmax": Op(ROWS, _build_rows, _softmax_cost, _softmax_error_sizes),
     "log_softmax": Op(ROWS, _build_rows, _softmax_cost, _log_softmax_error_sizes),
     "cross_entropy": Op(

@@ -57,6 +57,10 @@ def _row_workloads() -> list[Call]:
     return [
         *sweep("layer_norm", "rows", "N", 2**26, 256, 1024, 4096, 8192, 16384, params=AFFINE, axes=1, eps=1e-5),
         *sweep("rms_norm", "rows", "N", 2**26, 1024, 4096, 8192, params=AFFINE[:1], axes=1, eps=1e-6),
+        *sweep(
+            "add_layer_norm", "rows", "N", 2**26, 1024, 4096, params=("residual", *AFFINE, "x_bias"), p=0.1, eps=1e-5
+        ),
+        *sweep("add_rms_norm", "rows", "N", 2**26, 1024, 4096, 8192, params=("residual", "weight"), eps=1e-6),
         *sweep("softmax", "rows", "N", 2**26, 256, 1024, 4096, 8192, 32768),
         describe("softmax", "causal scores", "", 2, 16, 1024, 1024, causal=True, scale=0.125),
         *sweep("log_softmax", "rows", "N", 2**26, 4096, 32768),

@@ -14,7 +14,12 @@ from torch import Tensor
 from tileformer.kernels import checks, random, reference
 from tileformer.kernels.attention.launchers import attention_bwd, attention_fwd, attention_weights, bwd, fwd, weights_of
 from tileformer.kernels.attention.params import (
-    NO_LIMIT, AttentionMasks, AttentionParams, check_attention, limits, parts_of_rows,
+    NO_LIMIT,
+    AttentionMasks,
+    AttentionParams,
+    check_attention,
+    limits,
+    parts_of_rows,
 )  # fmt: skip
 from tileformer.kernels.attention.torch_backend import torch_attention
 from tileformer.kernels.autograd import Function, KernelFunction
