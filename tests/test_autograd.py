@@ -71,6 +71,14 @@ def _ops() -> dict[str, Op]:
         "cross_entropy": Op(
             "cross_entropy", dict(logits=draw(4, 6)), dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1)
         ),
+        "add_layer_norm": Op(
+            "add_layer_norm",
+            dict(x=draw(3, 6), residual=draw(3, 6), weight=draw(6), bias=draw(6), x_bias=draw(6)),
+            dict(p=0.3, seed=seed),
+        ),
+        "add_rms_norm last": Op(
+            "add_rms_norm", dict(x=draw(3, 6), residual=draw(3, 6), weight=draw(6)), dict(eps=1e-6, norm_first=False)
+        ),
         "dropout": Op("dropout", dict(x=draw(3, 6), residual=draw(3, 6)), dict(p=0.3, seed=seed)),
     }
 
@@ -216,7 +224,7 @@ def test_forward_mode_is_served_or_refused_with_the_way_out(op: Op) -> None:
         for asked in (dual, push, curve) if op.name not in ("dropout", "cross_entropy") else (dual, push):
             with pytest.raises(NotImplementedError, match=r"jacrev.*use_backend\('reference'\)"):
                 asked()
-    if op.name == "dropout" or "dropout_p" in op.options:
+    if {"dropout_p", "p"} & set(op.options):
         return  # the torch backend has bits of its own
     with use_backend("reference"):
         expected = push()
