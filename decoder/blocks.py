@@ -63,7 +63,7 @@ class Attention(nn.MultiheadAttention):
         out = self._join_heads(out, 3)
         return self.out_proj(out) if project else out, weights
 
-    opens = forward  # an overridden forward is another one, and knows no `project`
+    opens: Any = forward  # an overridden forward is another one, and knows no `project`
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache | None
@@ -120,6 +120,8 @@ class Block(nn.Module):
     """``x + dropout(f(norm(x)))``, or ``norm(x + dropout(f(x)))`` without ``norm_first``, for each f of a layer:
     self-attention, attention to a memory (``cross``), feed-forward. Source: Vaswani et al. 2017."""
 
+    lean = False  # as of the layers of `decoder.nn`
+
     def __init__(
         self,
         d_model: int,
@@ -160,13 +162,15 @@ class Block(nn.Module):
         parts, first, norms = Sublayers(self, x, 6), self.norm_first, [self.norm1, self.norm2, self.norm3]
         norms = [*norms[1 : 2 + (self.norm3 is not None)], None] if first else norms
         opened = parts.open(self.self_attn)
-        h = self.norm1(x) if first else x
-        out = self.self_attn(h, h, h, cache=own, **opened, **options)[0]
+        h = parts.begin(self.norm1, x)
+        with parts.reading(h):
+            out = self.self_attn(h, h, h, cache=own, **opened, **options)[0]
         h, x = parts.end(out, self.self_attn.out_proj if opened else None, x, self.dropout1, norms[0])
         if self.multihead_attn is None:
             return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout2, norms[1])[0]
         opened = parts.open(self.multihead_attn)
-        out = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross, **opened)[0]
+        with parts.reading(h):
+            out = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross, **opened)[0]
         h, x = parts.end(out, self.multihead_attn.out_proj if opened else None, x, self.dropout2, norms[1])
         return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout3, norms[2])[0]
 

@@ -4,7 +4,8 @@ Where kernels serve (a GPU), a linear map leaves its bias to the pass behind it:
 bias, dropout, residual and norm are one. A part that somebody replaced or hooked is called as the module that it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.nn.modules import HOOKS, Dropout, LayerNorm, RMSNorm, fuses_residual
-from tileformer.kernels import bias_activation_dropout, random
+from tileformer.kernels import autograd, bias_activation_dropout, random
 from tileformer.kernels.add_norm import add_norm
-from tileformer.kernels.autograd import listens_to_ops
 from tileformer.kernels.backend import choose
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -37,15 +37,26 @@ class Sublayers:
     """The parts of a layer's forward that its sublayers share. Made for each call, with the seeds of its dropout.
 
     Args:
-        layer: with linear1, linear2, activation, dropout and norm_first.
+        layer: with linear1, linear2, activation, dropout, norm_first and lean.
         x: what it is called with.
         calls: of dropout, at most, in this forward: all their seeds are one draw.
     """
 
     def __init__(self, layer: Any, x: Tensor, calls: int) -> None:
         self.layer, self.fused = layer, kernels_serve(x)
+        self.lean = self.fused and layer.lean and not torch.compiler.is_compiling()
+        self.again: Callable[[], Tensor] | None = None  # makes what the next GEMM reads, where that is not kept
         drawn = self.fused and layer.training
         self.seeds: list[Tensor | None] = [*random.new_seeds(x.device, calls)] if drawn else [None] * calls
+
+    def begin(self, norm: Any, x: Tensor) -> Tensor:
+        """What the first sublayer reads: norm(x) with norm_first, or x."""
+        if not self.layer.norm_first:
+            return x
+        if self.lean:
+            kept = x.detach()
+            self.again = lambda: norm(kept)
+        return norm(x)
 
     def open(self, attention: Any) -> dict[str, Any]:
         """Options with which an attention returns the heads before its last linear map, which `end` does: none where it
@@ -62,12 +73,35 @@ class Sublayers:
         activation = _ACTIVATIONS.get(layer.activation)
         if not (self.fused and activation and is_plain(layer.linear1, _LINEAR) and is_plain(dropout, (Dropout,))):
             return dropout(layer.activation(layer.linear1(x)))
-        x, p = F.linear(x, layer.linear1.weight), dropout.p if dropout.training else 0.0
-        return bias_activation_dropout(x, activation, bias=layer.linear1.bias, p=p, seed=self.seeds.pop())
+        with self.reading(x):
+            x = F.linear(x, layer.linear1.weight)
+        options = dict(bias=layer.linear1.bias, p=dropout.p if dropout.training else 0.0, seed=self.seeds.pop())
+        if self.lean:
+            kept = x.detach()
+            self.again = lambda: bias_activation_dropout(kept, activation, **options)
+        return bias_activation_dropout(x, activation, **options)
 
-    def end(
-        self, x: Tensor, linear: nn.Module | None, residual: Tensor, dropout: Any, norm: Any
-    ) -> tuple[Tensor, Tensor]:
+    def reading(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Inside, of a ``lean`` layer, who saves x saves how to make it: a GEMM whose input is a norm's or an
+        activation's result computes that again in the backward."""
+        again, self.again = self.again, None
+        if again is None:
+            return nullcontext()
+        place = x.data_ptr(), x.numel()
+
+        def keep(a: Tensor) -> Any:
+            return a.shape if (a.data_ptr(), a.numel()) == place else a
+
+        def make(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            if torch.is_grad_enabled():
+                raise NotImplementedError("a lean layer has no second derivative: set its `lean` to False")
+            return again().view(kept)
+
+        return torch.autograd.graph.saved_tensors_hooks(keep, make)
+
+    def end(self, x: Tensor, linear: Any, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
         """linear(x), dropped, added to the residual and normalised: what the next sublayer reads, and its residual.
 
         ``norm`` is the next sublayer's with norm_first, or None behind the last.
@@ -76,7 +110,8 @@ class Sublayers:
         if fused and fuses_residual(dropout):
             x_bias = None
             if is_plain(linear, _LINEAR):
-                x, x_bias = F.linear(x, linear.weight), linear.bias  # type: ignore[union-attr, arg-type]
+                with self.reading(x):
+                    x, x_bias = F.linear(x, linear.weight), linear.bias
             elif linear is not None:
                 x = linear(x)
             op, p = (
@@ -84,11 +119,15 @@ class Sublayers:
                 dropout.p if dropout.training else 0.0,
             )
             norm_bias = None if type(norm) is RMSNorm else norm.bias
-            seed = self.seeds.pop()
-            first = self.layer.norm_first
-            return add_norm(op, x, residual, norm.weight, norm_bias, norm.eps, x_bias, p, seed, first)
+            seed, first = self.seeds.pop(), self.layer.norm_first
+            y, x, total = add_norm(op, x, residual, norm.weight, norm_bias, norm.eps, x_bias, p, seed, first)
+            if self.lean:
+                kept, dtype = total.detach(), y.dtype
+                self.again = lambda: norm(kept).to(dtype)
+            return y, x
         if linear is not None:
-            x = linear(x)
+            with self.reading(x):
+                x = linear(x)
         x = dropout(x, residual) if fuses_residual(dropout) else residual + dropout(x)
         if self.layer.norm_first:
             return x if norm is None else norm(x), x
@@ -160,7 +199,7 @@ class _TwoLinears(torch.autograd.Function):
 def _by_hand(x: Tensor) -> bool:
     """Whether the two Functions may stand for torch's own operators: kernels serve, and nothing else looks on."""
     wants = torch.is_grad_enabled() and type(x) is Tensor and kernels_serve(x)
-    return wants and not torch.compiler.is_compiling() and not listens_to_ops()
+    return wants and not torch.compiler.is_compiling() and not autograd.listens_to_ops()
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...] | None:

@@ -198,7 +198,7 @@ def add_layer_norm(
     """
     if wrong:
         checks.misnamed("add_layer_norm", wrong)
-    return add_norm("add_layer_norm", x, residual, weight, bias, eps, x_bias, p, seed, norm_first)
+    return add_norm("add_layer_norm", x, residual, weight, bias, eps, x_bias, p, seed, norm_first)[:2]
 
 
 def add_rms_norm(
@@ -217,14 +217,14 @@ def add_rms_norm(
     """
     if wrong:
         checks.misnamed("add_rms_norm", wrong)
-    return add_norm("add_rms_norm", x, residual, weight, None, eps, x_bias, p, seed, norm_first)
+    return add_norm("add_rms_norm", x, residual, weight, None, eps, x_bias, p, seed, norm_first)[:2]
 
 
 def add_norm(
     op: str, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None,
     x_bias: Tensor | None, p: float, seed: Any, norm_first: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`add_layer_norm` or `add_rms_norm`, by name."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`add_layer_norm` or `add_rms_norm`, by name, and the total, which the backward keeps."""
     checks.floating(op, x=x)
     centre, special = op == "add_layer_norm", type(x) is not Tensor or x.is_nested
     eps = torch.finfo(wider(x.dtype)).eps if eps is None and not centre else checks.number(op, "eps", eps)
@@ -246,13 +246,14 @@ def add_norm(
         y = layer_norm(total, x.shape[-1:], weight, bias, eps) if centre else rms_norm(total, x.shape[-1:], weight, eps)
         stream = torch.promote_types(x.dtype, residual.dtype)
         y, total = y.to(x.dtype if norm_first else stream), total.to(stream)
-        return y, total if norm_first else y
+        return y, total if norm_first else y, total
     if p > 0.0:
         checks.not_traced(op)
         seed = random.new_seed(x.device) if seed is None else seed
     if backend == "reference":
         define = reference.add_layer_norm if centre else reference.add_rms_norm
-        return define(x, residual, weight, *((bias,) if centre else ()), seed=seed, **options)
-    forward = _add_norm_forward if norm_first else _add_norm_forward_twice
+        y, second = define(x, residual, weight, *((bias,) if centre else ()), seed=seed, **options)
+        return y, second, second
+    forward: Any = _add_norm_forward if norm_first else _add_norm_forward_twice
     y, *again, total, _ = forward(x, residual, weight, bias, x_bias, seed, p, eps, centre, norm_first)
-    return y, total if norm_first else again[0] if again else y
+    return y, total if norm_first else again[0] if again else y, total

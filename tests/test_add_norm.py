@@ -156,6 +156,22 @@ def test_a_layer_that_drops_has_the_launches_of_its_passes(first):
 
 
 @pytest.mark.interprets
+@pytest.mark.parametrize("first", [True, False], ids=["norm first", "norm last"])
+def test_a_lean_layer_has_the_same_gradients(first):
+    layer, x, memory = _layer(first, dropout=0.3), torch.randn(2, 9, 32), torch.randn(2, 7, 32)
+    found = []
+    for layer.lean in (False, True):
+        torch.manual_seed(1)
+        found.append(_results(layer, "interpret", x, memory))
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+    with use_backend("interpret"):
+        y = layer(x.requires_grad_(), memory)
+        with pytest.raises(NotImplementedError, match="lean"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.interprets
 def test_models_train_through_the_fused_sublayers_as_through_torchs_operators():
     config = decoder.Seq2SeqConfig(11, 13, 32, 2, 1, 2, 64, dropout=0.0, max_length=16)
     torch.manual_seed(0)

@@ -305,8 +305,8 @@ def _eager_softmax(t: Tensors, o: Options) -> Tensor:
 def _eager_add_norm(t: Tensors, o: Options) -> tuple[Tensor, Tensor]:
     x, rms = t["x"] + t.get("x_bias", 0.0), "bias" not in t
     total = t["residual"] + (F.dropout(x, o["p"]) if "p" in o else x)
-    norm = F.rms_norm if rms else F.layer_norm
-    y = norm(total, total.shape[-1:], t["weight"], *(() if rms else (t["bias"],)), eps=o["eps"])
+    shape, weight = total.shape[-1:], t["weight"]
+    y = F.rms_norm(total, shape, weight, o["eps"]) if rms else F.layer_norm(total, shape, weight, t["bias"], o["eps"])
     return y, total if o.get("norm_first", True) else y
 
 

@@ -180,8 +180,8 @@ def tile(bench: Bench, name: str, feature: str, size: int, row: Row) -> contextl
 def programs(count: int) -> Context:
     """So many programs a multiprocessor share the rows of layer norm's backward."""
     module = importlib.import_module("tileformer.kernels.layer_norm")
-    shipped = module._programs  # two a multiprocessor
-    return lambda bench: unittest.mock.patch.object(module, "_programs", lambda x: shipped(x) * count // 2)
+    shipped = module.programs_for  # two a multiprocessor
+    return lambda bench: unittest.mock.patch.object(module, "programs_for", lambda x: shipped(x) * count // 2)
 
 
 def sections(size: int) -> Context:

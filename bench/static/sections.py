@@ -51,6 +51,15 @@ TRAFFIC: list[Column] = [
     Column("distinct / least", lambda r: f"{r['distinct_over_minimal']:.3f}"),
     Column("FLOPs / useful", lambda r: f"{r['flops_over_useful']:.3f}" if "flops_over_useful" in r else ""),
 ]
+LAYER: list[Column] = [
+    *WHO[1:],
+    Column("launches forward", "launches_forward"),
+    Column("backward", "launches_backward"),
+    Column("saved U", "saved"),
+    Column("moved U forward", "moved_forward"),
+    Column("backward", "moved_backward"),
+    Column("both", "moved"),
+]
 MISSING: list[Column] = [*WHO, Column("why", lambda r: r.get("skipped") or f"traffic not counted: {r['uncounted']}")]
 GOALS: list[Column] = [
     Column("goal", "name"),
@@ -70,6 +79,7 @@ def sections(rows: list[Row], goals: list[Row]) -> list[tuple[str, str, list[Col
     every = [
         ("attention", "Attention: machine code, main loop, model", ATTENTION, of(True)),
         ("rows", "Row kernels: machine code, model", ROWS, of(False)),
+        ("layer", "A decoder layer's step, beside its GEMMs and attention", LAYER, [r for r in rows if "moved" in r]),
         ("traffic", "Traffic and FLOPs", TRAFFIC, [row for row in rows if "bytes_total" in row]),
         ("skipped", "Skipped", MISSING, [row for row in rows if "skipped" in row or "uncounted" in row]),
         ("goals", "Goals", GOALS, goals),

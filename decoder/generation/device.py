@@ -64,7 +64,7 @@ class DeviceCache(StaticCache):
 
     def replayed(self, tokens: Tensor, run: Callable[..., Tensor]) -> Tensor:
         """``run(tokens, self)``: the first time as it is, which compiles kernels, then as a graph."""
-        n, places = tokens.shape[1], (*tokens.shape, *self.places())
+        n, places = tokens.shape[1], (*tokens.shape, self.equal_rows, *self.places())
         if self.captured is None or self.captured.places != places:
             if self.last_places != places:
                 self.last_places = places
@@ -89,11 +89,14 @@ class DeviceCache(StaticCache):
             self.source_sees = source.new_zeros(padding.shape).masked_fill_(between, float("-inf"))[:, None, None]
 
     def begin(self, n: int) -> Tensor:
-        """Make room for n tokens more; where they stand, int64 (R, n)."""
+        """Make room for n tokens more; where they stand, integers (R, n)."""
         self._check_room(n)
         self.n = n
         lengths = self.row_lengths
-        self.reached = (lengths + n).clamp(max=self.capacity) * self.live
+        # Of unequal rows some may be full, or released. Equal ones have room: three launches less.
+        self.reached = lengths + n
+        if not self.equal_rows:
+            self.reached = self.reached.clamp(max=self.capacity) * self.live
         self.filled = self.reached
         if self.descends is not None:
             if n > 1:
@@ -102,10 +105,10 @@ class DeviceCache(StaticCache):
             self.filled = self.slot_lengths + K
             new = self.slot_lengths[:, None].long() + self.beam_index
             self.descends.scatter_(1, new.clamp(max=self.descends.shape[1] - 1), self.own_bits)
-        positions = lengths[:, None].long()
+        positions = lengths[:, None]
         if n > 1:
             positions = positions + torch.arange(n, device=lengths.device)
-        return positions.clamp(max=self.capacity - 1)
+        return positions if self.equal_rows else positions.clamp(max=self.capacity - 1)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         R, n = len(self.row_lengths), self.n

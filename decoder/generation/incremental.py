@@ -100,4 +100,4 @@ def incremental(
 def _positions(tokens: Tensor, where: int | Tensor) -> Tensor:
     if isinstance(where, int):
         where = torch.arange(where, where + tokens.shape[1], device=tokens.device)
-    return where.expand(tokens.shape)
+    return where.long().expand(tokens.shape)

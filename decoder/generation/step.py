@@ -19,7 +19,8 @@ from tileformer.decoder.generation.cache import KVCache, TokenState
 from tileformer.decoder.generation.device import DeviceCache
 from tileformer.decoder.generation.state import align_prompts, align_source
 from tileformer.decoder.generation.static import SourceRows, StaticCache
-from tileformer.kernels import layer_norm
+from tileformer.decoder.sublayers import kernels_serve
+from tileformer.kernels import add_layer_norm, layer_norm
 from tileformer.kernels.backend import choose
 
 
@@ -93,6 +94,7 @@ class PackedStep:
         layers = list(dict.fromkeys(parts.layers))
         packed = dict(zip(layers, self._gather(layers), strict=True))
         self.layers = [packed[layer] for layer in parts.layers]
+        self.uniform = len({layer.norm_first for layer in self.layers}) == 1
         self.norm = None if parts.norm is None else _norm(parts.norm)
         self.embed, self.project = parts.embed, parts.project
         if self.embed is None:
@@ -130,11 +132,11 @@ class PackedStep:
         R, n = tokens.shape
         x = self.embed(tokens, state.begin(n)).flatten(0, -2)
         with torch.inference_mode():
-            x = self._rows(x, state)
+            x, norm = self._rows(x, state)
             state.advance(n)
             if last is not None:
                 x = x.view(R, n, x.shape[1])[torch.arange(R, device=x.device), last]
-            x = x if self.norm is None else self.norm(x)
+            x = x if norm is None else norm(x)
         logits = self.project(x)  # outside: who adjusts logits in place cannot do it to an inference tensor
         return logits if last is not None else logits.view(R, n, logits.shape[1])
 
@@ -147,10 +149,18 @@ class PackedStep:
             x = F.embedding(at.flatten(), self.positions)
         return torch.add(x, F.embedding(tokens.flatten(), self.words), alpha=self.scale).to(self.words.dtype)
 
-    def _rows(self, x: Tensor, state: Any) -> Tensor:
+    def _rows(self, x: Tensor, state: Any) -> tuple[Tensor, Norm | None]:
+        """x behind all layers, and the norm that is still to come."""
+        if not (self.uniform and kernels_serve(x)):
+            for i, layer in enumerate(self.layers):
+                x = self._layer(i, layer, x, state)
+            return x, self.norm
+        first = self.layers[0].norm_first
+        behind = [*(layer.norms[0] for layer in self.layers[1:]), self.norm] if first else [None] * len(self.layers)
+        h = self.layers[0].norms[0](x) if first else x
         for i, layer in enumerate(self.layers):
-            x = self._layer(i, layer, x, state)
-        return x
+            h, x = self._fused_layer(i, layer, h, x, state, behind[i])
+        return h, None if first else self.norm
 
     def _layer(self, i: int, layer: Layer, x: Tensor, state: Any) -> Tensor:
         first, norms = layer.norm_first, layer.norms
@@ -161,6 +171,28 @@ class PackedStep:
             x = x if first else norms[1](x)
         x = layer.down(layer.activation(layer.up(norms[-1](x) if first else x))).add_(x)
         return x if first else norms[-1](x)
+
+    def _fused_layer(
+        self, i: int, layer: Layer, h: Tensor, x: Tensor, state: Any, behind: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """`_layer` in fewer launches: of h, which is normalised, and the residual x; with the norm ``behind`` it."""
+        norms = [*layer.norms[1:], behind] if layer.norm_first else layer.norms
+        h, x = self._end(layer, layer.out, state.attend(i, layer.qkv(h)), x, norms[0])
+        if layer.source_q is not None and layer.source_out is not None:
+            h, x = self._end(layer, layer.source_out, state.attend_source(i, layer.source_q(h)), x, norms[1])
+        up = layer.up
+        if layer.activation is F.relu and up.bias is not None and hasattr(torch, "_addmm_activation"):
+            h = torch._addmm_activation(up.bias[0], h, up.weight)
+        else:
+            h = layer.activation(up(h))
+        return self._end(layer, layer.down, h, x, norms[-1])
+
+    def _end(self, layer: Layer, linear: Linear, h: Tensor, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        if norm is None:
+            x = linear(h).add_(x)
+            return x, x
+        h, bias = torch.mm(h, linear.weight), None if linear.bias is None else linear.bias[0]
+        return add_layer_norm(h, x, norm.weight, norm.bias, norm.eps, x_bias=bias, norm_first=layer.norm_first)
 
     def start(
         self, tokens: Tensor, lengths: Tensor, shortest: int, capacity: int, keys: Any, padding: Any, beams: int
@@ -181,8 +213,8 @@ class PackedStep:
     @torch.no_grad()
     def encode(self, source: Tensor, padding: Tensor) -> Tensor:
         """Memory (B * T, C) of ``source`` (B, T), whose ``padding`` (B, T) is True where there is no token."""
-        x = self._rows(self._embed(source, 0), SourceRows(self.shape, padding))
-        return x if self.norm is None else self.norm(x)
+        x, norm = self._rows(self._embed(source, 0), SourceRows(self.shape, padding))
+        return x if norm is None else norm(x)
 
     def source(self, memory: Tensor, padding: Tensor) -> list[Tensor]:
         """Keys and values (B, T, 2, H, D) of each layer from a source's ``memory`` (B * T, C)."""

@@ -110,7 +110,7 @@ class MultiheadAttention(Attention):
         out = self._join_heads(out, query.dim())
         return self.out_proj(out) if project else out, weights
 
-    opens = forward
+    opens: Any = forward
 
     def _check(
         self,

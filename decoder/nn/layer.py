@@ -32,6 +32,8 @@ class _Layer:
     """What both layers share: torch's constructor with children of ours, and torch's names for the parts, for who
     overrides or calls them: each returns its branch, after its dropout."""
 
+    lean = False  # whether a training step computes norms and activations again, instead of keeping them (on a GPU)
+
     def __init__(
         self: Any,
         d_model: int,
@@ -110,8 +112,9 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
             return self._add_blocks(src, (self.norm1, attend), (self.norm2, self._ff_block))
         parts, first = Sublayers(self, src, 4), self.norm_first
         opened = parts.open(self.self_attn)
-        h = self.norm1(src) if first else src
-        out = self.self_attn(h, h, h, need_weights=False, **options, **opened)[0]
+        h = parts.begin(self.norm1, src)
+        with parts.reading(h):
+            out = self.self_attn(h, h, h, need_weights=False, **options, **opened)[0]
         linear = self.self_attn.out_proj if opened else None
         h, x = parts.end(out, linear, src, self.dropout1, self.norm2 if first else self.norm1)
         return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout2, None if first else self.norm2)[0]
@@ -153,11 +156,13 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
             )
         parts, first = Sublayers(self, tgt, 6), self.norm_first
         opened, open_too = parts.open(self.self_attn), parts.open(self.multihead_attn)
-        h = self.norm1(tgt) if first else tgt
-        out = self.self_attn(h, h, h, need_weights=False, **own, **opened)[0]
+        h = parts.begin(self.norm1, tgt)
+        with parts.reading(h):
+            out = self.self_attn(h, h, h, need_weights=False, **own, **opened)[0]
         linear = self.self_attn.out_proj if opened else None
         h, x = parts.end(out, linear, tgt, self.dropout1, self.norm2 if first else self.norm1)
-        out = self.multihead_attn(h, memory, memory, need_weights=False, **cross, **open_too)[0]
+        with parts.reading(h):
+            out = self.multihead_attn(h, memory, memory, need_weights=False, **cross, **open_too)[0]
         linear = self.multihead_attn.out_proj if open_too else None
         h, x = parts.end(out, linear, x, self.dropout2, self.norm3 if first else self.norm2)
         return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout3, None if first else self.norm3)[0]
