@@ -5,6 +5,7 @@ CUDA tensors and plain torch operators CPU tensors. `reference` defines each op.
 """
 
 from tileformer.kernels import launch, reference, selftest
+from tileformer.kernels.activation import bias_activation_dropout
 from tileformer.kernels.add_norm import add_layer_norm, add_rms_norm
 from tileformer.kernels.attention import attention, scaled_dot_product_attention
 from tileformer.kernels.attention.decode import append_kv_cache, decode_attention
@@ -22,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "append_kv_cache",
     "attention",
+    "bias_activation_dropout",
     "cross_entropy",
     "decode_attention",
     "dropout",
@@ -34,9 +36,3 @@ __all__ = [
     "softmax",
     "use_backend",
 ]
-
-
-def bias_activation_dropout(x, activation, *, bias=None, up=None, p=0.0, seed=None):  # TEMPORARY
-    import torch.nn.functional as F
-
-    return dropout({"relu": F.relu, "gelu": F.gelu}[activation](x if bias is None else x + bias), p, seed=seed)
