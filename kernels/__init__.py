@@ -5,7 +5,6 @@ CUDA tensors and plain torch operators CPU tensors. `reference` defines each op.
 """
 
 from tileformer.kernels import launch, reference, selftest
-from tileformer.kernels.activation import bias_activation_dropout
 from tileformer.kernels.add_norm import add_layer_norm, add_rms_norm
 from tileformer.kernels.attention import attention, scaled_dot_product_attention
 from tileformer.kernels.attention.decode import append_kv_cache, decode_attention
@@ -23,7 +22,6 @@ __all__ = [
     "add_rms_norm",
     "append_kv_cache",
     "attention",
-    "bias_activation_dropout",
     "cross_entropy",
     "decode_attention",
     "dropout",

@@ -19,44 +19,30 @@ from tileformer.kernels.backend import choose
 from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_rows, is_special, shard_seed
-from tileformer.kernels.tile_ops import activated, dropout_keep
+from tileformer.kernels.tile_ops import dropout_keep
 
 MAX_TILE = 2048
 
 
 @triton.jit(do_not_specialize=["R", "threshold"])
 def _dropout_fwd_kernel(
-    x_ptr, residual_ptr, bias_ptr, up_ptr, seed_ptr, y_ptr, x_stride, residual_stride, up_stride, R, N, threshold,
-    keep_scale, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, UP: tl.constexpr,
-    DROP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, residual_ptr, seed_ptr, y_ptr, x_stride, residual_stride, R, N, threshold, keep_scale,
+    RESIDUAL: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK_R rows and BLOCK_N columns. One axis of programs: the others end at 65,535.
-
-    y = residual + drop(x), and of `bias_activation_dropout` drop(activation(x + bias) up).
-    """
+    """A program: BLOCK_R rows and BLOCK_N columns. One axis of programs: the others end at 65,535."""
     N = N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
     residual_stride = residual_stride // ALIGN * ALIGN
-    up_stride = up_stride // ALIGN * ALIGN
     n_cols = tl.cdiv(N, BLOCK_N)
     rows = tl.program_id(0) // n_cols * BLOCK_R + tl.arange(0, BLOCK_R)
     col_start = tl.program_id(0) % n_cols * BLOCK_N
     cols = col_start + tl.arange(0, BLOCK_N)
     inside = (rows < R)[:, None] & (cols < N)
     wide = rows.to(tl.int64)[:, None]
+    keep = dropout_keep(tl.load(seed_ptr), 0, rows, col_start, threshold, BLOCK_N, False)
     # [BLOCK_R, BLOCK_N]
-    y = tl.load(x_ptr + wide * x_stride + cols, mask=inside, other=0.0).to(ACC)
-    if BIAS:
-        # [BLOCK_N]
-        y += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(ACC)
-    if ACTIVATION is not None:
-        y, _ = activated(y, ACTIVATION)
-    if UP:
-        # [BLOCK_R, BLOCK_N]
-        y *= tl.load(up_ptr + wide * up_stride + cols, mask=inside, other=0.0).to(ACC)
-    if DROP:
-        keep = dropout_keep(tl.load(seed_ptr), 0, rows, col_start, threshold, BLOCK_N, False)
-        y *= tl.where(keep, keep_scale, 0.0)
+    x = tl.load(x_ptr + wide * x_stride + cols, mask=inside, other=0.0).to(ACC)
+    y = x * tl.where(keep, keep_scale, 0.0)
     if RESIDUAL:
         # [BLOCK_R, BLOCK_N]
         y += tl.load(residual_ptr + wide * residual_stride + cols, mask=inside, other=0.0).to(ACC)
@@ -64,20 +50,13 @@ def _dropout_fwd_kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def fwd_launch(
-    r: int, n: int, stride: int, residual_stride: int, residual: bool, p: float, dtype: torch.dtype,
-    activation: str | None = None, bias: bool = False, up: bool = False, up_stride: int = 0,
-) -> Launch:  # fmt: skip
-    """Of `dropout`, or with an activation of `bias_activation_dropout`, whose kernel takes bias and up instead."""
+def _launch(r: int, n: int, stride: int, residual_stride: int, residual: bool, p: float, dtype: torch.dtype) -> Launch:
     tile = row_tile(n, MAX_TILE, 2048, 16)
     tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
     grid = lambda tile: (cdiv(r, tile["BLOCK_R"]) * cdiv(n, tile["BLOCK_N"]),)  # noqa: E731
-    flags = dict(RESIDUAL=residual, ACTIVATION=activation, BIAS=bias, UP=up, DROP=activation is None or p > 0.0)
-    flags |= row_flags(dtype, n, stride, residual_stride, up_stride)
-    scalars = (stride, residual_stride, up_stride, r, n, random.threshold(p), random.keep_scale(p))
-    plain = lambda x, residual, seed, y: (x, residual, x, x, seed, y)  # noqa: E731
-    active = lambda x, bias, up, seed, y: (x, x, bias, up, seed, y)  # noqa: E731
-    return Launch(_dropout_fwd_kernel, grid, flags, [tile], scalars, plain if activation is None else active)
+    flags = dict(RESIDUAL=residual, **row_flags(dtype, n, stride, residual_stride))
+    scalars = (stride, residual_stride, r, n, random.threshold(p), random.keep_scale(p))
+    return Launch(_dropout_fwd_kernel, grid, flags, [tile], scalars)
 
 
 def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
@@ -86,7 +65,7 @@ def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> T
     n = x.shape[-1]
     rows, stride = rows_of(x, n)
     other, other_stride = (rows, stride) if residual is None else rows_of(residual, n)
-    fwd_launch(x.numel() // max(n, 1), n, stride, other_stride, residual is not None, p, x.dtype)(rows, other, seed, y)
+    _launch(x.numel() // max(n, 1), n, stride, other_stride, residual is not None, p, x.dtype)(rows, other, seed, y)
     return y
 
 

@@ -407,20 +407,6 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     return (x if residual is None else residual + x).to(dtype)
 
 
-def bias_activation_dropout(
-    x: Tensor, activation: str, *, bias: Tensor | None = None, up: Tensor | None = None, p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """drop(activation(x + bias) up); gelu_tanh is gelu with (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2 for Phi."""
-    z = _wide(x) if bias is None else _wide(x) + bias
-    known = dict(
-        relu=lambda: z.clamp_min(0.0), silu=lambda: z * z.sigmoid(), gelu=lambda: z * torch.special.ndtr(z),
-        gelu_tanh=lambda: 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
-    )  # fmt: skip
-    y = known[activation]()
-    return dropout(y if up is None else y * up, p, seed=seed).to(x.dtype)
-
-
 def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
     """The keep mask (boolean, of `shape` (..., rows, columns)) that the kernels draw for this seed and rate.
 

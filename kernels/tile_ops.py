@@ -45,21 +45,3 @@ def store_tile(ptr, value, rows, stride, cols, in_rows, D: tl.constexpr):
     """Store the rows that lie inside, `D` columns of each."""
     offsets = rows[:, None] * stride + cols[None, :]
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=in_rows[:, None] & (cols < D)[None, :])
-
-
-@triton.jit
-def activated(z, ACTIVATION: tl.constexpr):
-    """The activation of z and its derivative. gelu: z Phi(z), Phi of the normal distribution, or with a tanh for Phi
-    (arXiv:1606.08415); silu: z sigmoid(z)."""
-    if ACTIVATION == "relu":
-        return tl.where(z < 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0)  # a NaN is one, as torch has it
-    elif ACTIVATION == "gelu":
-        phi = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-        return z * phi, phi + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        phi = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
-        return z * phi, phi + z * phi * (1.0 - phi) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    else:
-        tl.static_assert(ACTIVATION == "silu")
-        phi = 1.0 / (1.0 + tl.exp(-z))
-        return z * phi, phi + z * phi * (1.0 - phi)

@@ -42,10 +42,11 @@ ALLOWED_STACK = {
     ("bf16", "_attention_bwd_dq_kernel", 256): 32,
     ("bf16", "_attention_bwd_dkdv_kernel", 0): 32,
     ("fp32", "_attention_bwd_dkdv_kernel", 0): 16,
-    ("bf16", "_attention_fwd_kernel", 0): 24,
+    ("bf16", "_attention_fwd_kernel", 0): 32,  # 24 but for head size 32 on sm_86 and sm_89
     ("bf16", "_attention_weights_kernel", 256): 8,
     ("bf16", "_attention_fwd_kernel", 256): 32,
     ("fp32", "_decode_split_kernel", 0): 8,  # head size 16 on sm_80 alone
+    ("bf16", "_decode_split_kernel", 128): 8,  # all features at once, on sm_86 and sm_89 alone
 }
 if triton.__version__.startswith("3.8."):
     ALLOWED_STACK["bf16", "_cross_entropy_fwd_kernel", 0] = 8  # two registers, on sm_90 alone
