@@ -114,13 +114,10 @@ class Sublayers:
                     x, x_bias = F.linear(x, linear.weight), linear.bias
             elif linear is not None:
                 x = linear(x)
-            op, p = (
-                "add_rms_norm" if type(norm) is RMSNorm else "add_layer_norm",
-                dropout.p if dropout.training else 0.0,
-            )
-            norm_bias = None if type(norm) is RMSNorm else norm.bias
+            rms, p = type(norm) is RMSNorm, dropout.p if dropout.training else 0.0
+            op, bias = ("add_rms_norm", None) if rms else ("add_layer_norm", norm.bias)
             seed, first = self.seeds.pop(), self.layer.norm_first
-            y, x, total = add_norm(op, x, residual, norm.weight, norm_bias, norm.eps, x_bias, p, seed, first)
+            y, x, total = add_norm(op, x, residual, norm.weight, bias, norm.eps, x_bias, p, seed, first)
             if self.lean:
                 kept, dtype = total.detach(), y.dtype
                 self.again = lambda: norm(kept).to(dtype)
