@@ -925,7 +925,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("host", "dbias alone is not computed", "wanted = need_dweight + 2 * need_dbias", "wanted = need_dweight * (1 + 2 * need_dbias)"),
         ("dropout bits", "add_layer_norm drops other rows than dropout", "keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)\n            x *=", "keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32) + 1, 0, threshold, BLOCK_N, False)\n            x *="),
         ("dropout bits", "the backward of add_layer_norm draws others", "keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)\n            dx *=", "keep = dropout_keep(tl.load(seed_ptr), 1, rows.to(tl.int32), 0, threshold, BLOCK_N, False)\n            dx *="),
-        ("dropout", "what add_layer_norm keeps is not scaled", "x *= tl.where(keep, keep_scale, 0.0)", "x *= tl.where(keep, 1.0, 0.0)"),
+        ("dropout", "what add_layer_norm keeps is not scaled", "            x *= tl.where(keep, keep_scale, 0.0)", "            x *= tl.where(keep, 1.0, 0.0)", "_layer_norm_fwd_kernel"),
         ("backward", "the gradient of the branch is not dropped", "dx *= tl.where(keep, keep_scale, 0.0)", "dx *= tl.where(keep, keep_scale, keep_scale)"),
         ("host", "the bias of the branch is lost", "x += tl.load(x_bias_ptr", "x += 0.0 * tl.load(x_bias_ptr"),
         ("stride", "rows of the residual are as far apart as those of x", "residual_ptr + rows[:, None] * residual_stride", "residual_ptr + rows[:, None] * x_stride"),
