@@ -110,9 +110,10 @@ def _layer(first, activation="gelu", dropout=0.0, batch_first=True):
 
 @pytest.mark.interprets
 @pytest.mark.parametrize("first", [True, False], ids=["norm first", "norm last"])
-@pytest.mark.parametrize("change", ["", "time first", "hooks", "other norm", "other linear", "frozen"])
+@pytest.mark.parametrize("change", ["", "time first", "hooks", "other norm", "other linear", "frozen", "evaluation"])
 def test_a_layer_ends_its_sublayers_in_one_pass_with_the_gradients_of_its_parts(first, change):
-    layer = _layer(first, "relu" if change else "gelu", batch_first=change != "time first")
+    layer = _layer(first, "relu" if change else "gelu", 0.5 * (change == "evaluation"), change != "time first")
+    layer.train(change != "evaluation")
     seen = []
     if change == "hooks":
         for part in (layer.norm2, layer.linear1, layer.linear2, layer.self_attn, layer.multihead_attn.out_proj):
