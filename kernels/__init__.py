@@ -11,6 +11,7 @@ from tileformer.kernels.backend import use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
 from tileformer.kernels.layer_norm import layer_norm, rms_norm
+from tileformer.kernels.linear_cross_entropy import linear_cross_entropy
 from tileformer.kernels.random import dropout_keep
 from tileformer.kernels.softmax import log_softmax, softmax
 
@@ -24,6 +25,7 @@ __all__ = [
     "dropout",
     "dropout_keep",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "reference",
     "rms_norm",

@@ -105,7 +105,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("window", "the left edge is not shifted", "low + bounds.shift", "low + 0"),
         ("tail mask", "q is read past its end", "load_rows(q, batch, h, q_row, rows < bounds.q_len, F.D", "load_rows(q, batch, h, q_row, rows > -1, F.D"),
         ("causal", "the bottom right is the last real key, not the last", "k_len - q_len if ALIGN else 0", "last - q_len if ALIGN else 0"),
-        ("scale", "tanh is taken for its series too far out", "tl.where(y < 0.0625, near", "tl.where(y < 0.25, near"),
         ("key range", "the last real key is left out", "tl.where(valid, cols + 1, 0)", "tl.where(valid, cols, 0)"),
         ("key range", "the first real key is left out", "tl.where(valid, cols, k_len)", "tl.where(valid, cols + 1, k_len)"),
         ("padding", "holes are never noticed", "(n_valid < last - first)", "(n_valid < 0)"),
@@ -514,6 +513,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("int64", "dk finds batches in 32 bits", "b = (kv_head // H_kv).to(tl.int64)", "b = kv_head // H_kv"),
     ],
     "kernels/tile_ops.py": [
+        ("scale", "tanh is taken for its series too far out", "tl.where(y < 0.0625, near", "tl.where(y < 0.25, near"),
         ("shared rule", "the kernels' Philox stops a round early", "rows[:, None], 0, 7)", "rows[:, None], 0, 6)", "dropout_keep"),
         ("shared rule", "the kernels' Philox swaps two words", "tl.join(tl.join(r0, r2), tl.join(r1, r3)), (rows.shape", "tl.join(tl.join(r0, r1), tl.join(r2, r3)), (rows.shape", "dropout_keep"),
         ("dropout bits", "rows repeat after 65,536", "tl.philox(seed, words[None, :], head, rows[:, None], 0, 7)", "tl.philox(seed, words[None, :], head, rows[:, None] & 65535, 0, 7)"),
