@@ -301,15 +301,14 @@ def cross_entropy(
     classes = logits.shape[-1]
     numbers = check("cross_entropy", logits, classes, target, weight, reduction, label_smoothing, z_loss, softcap)
     backend = choose("cross_entropy", logits)
-    if backend in ("reference", "torch"):
-        options = dict(zip(OPTIONS, (ignore_index, *numbers), strict=True), reduction=reduction)
-    if backend == "reference":
-        return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
     if backend == "torch" and any(numbers[1:]):  # torch's own has neither a z-loss nor a soft cap
-        return reference.cross_entropy(logits.to(dtype), target, weight=weight, **options)
+        backend, logits = "reference", logits.to(dtype)
+    if backend == "reference":
+        options = dict(zip(OPTIONS, (ignore_index, *numbers), strict=True), reduction=reduction)
+        return reference.cross_entropy(logits, target, weight=weight, **options)
     if backend == "torch":
         options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=numbers[0])
         wide = torch.promote_types(logits.dtype, torch.float32)

@@ -20,13 +20,13 @@ from tileformer.kernels.device import wider
 from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import cdiv
 
-CHUNK = 2048  # rows at the least, where there are as many: enough for a matrix product at full speed
-BLOCK = 2**17  # logits that the torch backend works on at a time: they stay in a core's cache
+CHUNK = {"cuda": 2048, "cpu": 512}  # rows at the least, where there are as many: a matrix product at full speed
+BLOCK = 2**18  # logits that the torch backend works on at a time: they stay in a core's cache
 
 
-def chunk_rows(rows: int) -> int:
-    """Rows of a chunk: as even as multiples of 8 are, so that each chunk's rows begin at aligned addresses."""
-    return 8 * cdiv(rows, 8 * max(rows // CHUNK, 1))
+def chunk_rows(rows: int, device: str) -> int:
+    """Rows of a chunk: as even as multiples of 8 are, so that each chunk's begin at aligned addresses."""
+    return 8 * cdiv(rows, 8 * max(rows // CHUNK.get(device, CHUNK["cuda"]), 1))
 
 
 def _plain_rows(
@@ -83,7 +83,7 @@ def _in_chunks(
     of_input, *of_parameters = _shapes(input, linear_weight, wants)
     dinput = torch.empty(of_input, dtype=input.dtype, device=input.device)
     dweight, dbias = (torch.zeros(shape, dtype=wide, device=input.device) for shape in of_parameters)
-    size = chunk_rows(rows)
+    size = max(chunk_rows(rows, input.device.type), 1)
     buffer = torch.empty(min(size, rows), classes, dtype=input.dtype, device=input.device)
     for start in range(0, rows, size):
         at = slice(start, min(start + size, rows))
@@ -213,9 +213,9 @@ def linear_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """`cross_entropy` of F.linear(input, linear_weight, linear_bias), without more logits in memory than a chunk's.
 
-    With b bytes an element, R rows go in chunks of S = R / max(R // 2048, 1), rounded up to a multiple of 8. Beside its
-    arguments a forward holds at most b S (V + C) bytes and, where gradients are wanted, the gradients: b R C of the
-    input and 4 V C of the weight (and on a CPU in 16 bits 2 V C more). Backward holds these and what it returns.
+    With b bytes an element, R rows go in chunks of S = R / max(R // 2048, 1) (of 512 on a CPU), up to a multiple of 8.
+    Beside its arguments a forward holds at most b S (V + C) bytes and, where gradients are wanted, the gradients: b R C
+    of the input and 4 V C of the weight (on a CPU in 16 bits 2 V C more). Backward holds these and what it returns.
 
     Args:
         input: (R, C) or (C,) in float16, bfloat16 or float32 (float64 on the CPU's backends).
@@ -264,12 +264,12 @@ def linear_cross_entropy(
         given = [checks.name_of(x.dtype) for x in (input, linear_weight, linear_bias) if x is not None]
         raise TypeError(f"{op}: input, linear_weight and linear_bias are {', '.join(given)}: cast them to one dtype")
     backend = choose(op, input)
-    if backend == "reference" or (backend == "torch" and not is_compiling() and in_forward_mode()):
+    if backend == "torch" and not is_compiling() and in_forward_mode():  # the Function has no tangents
+        backend = "reference"
+    if backend == "reference":
         options: Any = dict(zip(OPTIONS, (ignore_index, *numbers), strict=True), reduction=reduction)
-        out = reference.linear_cross_entropy(
-            input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options
-        )
-        return out.to(dtype)
+        given = dict(linear_bias=linear_bias, weight=weight, **options)
+        return reference.linear_cross_entropy(input, linear_weight, target, **given).to(dtype)
     leaves = (input, linear_weight, linear_bias)
     asked = torch.is_grad_enabled() and reduction != "none"
     wants = [asked and x is not None and x.requires_grad for x in leaves]

@@ -19,8 +19,8 @@ from tileformer.kernels import dropout, interpreter, layer_norm, softmax, use_ba
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
 OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
-MAY_READ_THE_REFERENCE = (*OPS, "selftest")
-DEFINITIONS = (*OPS, "append_kv_cache", "decode_attention", "log_softmax", "rms_norm")
+MAY_READ_THE_REFERENCE = (*OPS, "linear_cross_entropy", "selftest")
+DEFINITIONS = (*OPS, "append_kv_cache", "decode_attention", "linear_cross_entropy", "log_softmax", "rms_norm")
 LONGEST_FILE = 500
 MOST_ARGUMENTS = 28  # of a kernel, or of a part of one
 
