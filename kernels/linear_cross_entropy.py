@@ -6,9 +6,11 @@ the loss (as Liger does, arXiv:2410.10989). Losses without a reduction, whose gr
 computed again there. The rows are cross_entropy's kernels, or on the torch backend plain operators.
 """
 
+import functools
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -86,24 +88,21 @@ def _in_chunks(
     size = max(chunk_rows(rows, input.device.type), 1)
     buffer = torch.empty(min(size, rows), classes, dtype=input.dtype, device=input.device)
     for start in range(0, rows, size):
-        at = slice(start, min(start + size, rows))
-        y, logits = target[at], buffer[: at.stop - start]
+        part = functools.partial(torch.narrow, dim=0, start=start, length=min(size, rows - start))
+        y, logits = part(target), buffer.narrow(0, 0, min(size, rows - start))
         # A NaN in an ignored row would reach dweight, times 0.
-        x = torch.where((y != options[0])[:, None], input[at], 0.0)
-        if linear_bias is None:
-            torch.mm(x, linear_weight.t(), out=logits)
-        else:
-            torch.addmm(linear_bias, x, linear_weight.t(), out=logits)
-        given = None if dloss is None else dloss[at]
+        x = part(input).masked_fill((y == options[0]).unsqueeze(1), 0.0)
+        F.linear(x, linear_weight, linear_bias, out=logits)  # type: ignore[call-arg]
+        given = None if dloss is None else part(dloss)
         if fused:
-            lse = torch.empty_like(loss[at])
-            rows_fwd(logits, y, weight, loss[at], lse, target_weight[at], *options)
+            lse = torch.empty_like(part(loss))
+            rows_fwd(logits, y, weight, part(loss), lse, part(target_weight), *options)
             if given is not None:
                 rows_bwd(given, logits, y, weight, lse, logits, *options)
         else:
-            _plain_rows(logits, y, weight, loss[at], target_weight[at], given, *options)
+            _plain_rows(logits, y, weight, part(loss), part(target_weight), given, *options)
         if wants[0]:
-            torch.mm(logits, linear_weight, out=dinput[at])
+            torch.mm(logits, linear_weight, out=part(dinput))
         if wants[1]:
             _add_product(dweight, logits.t(), x)
         if wants[2]:
@@ -154,8 +153,8 @@ def linear_cross_entropy_bwd(
     """The gradients wanted. If they are `kept`, those for a loss of 1 are given, and all rows have the same dloss."""
     if kept and len(input):  # `out`: on a GPU there is no float32 copy of a product in 16 bits
         empty = [torch.empty(n, dtype=input.dtype, device=input.device) for n in _shapes(input, linear_weight, wants)]
-        given = zip((dinput, dweight, dbias), empty, strict=True)
-        return tuple(torch.mul(x[: len(y)], dloss[:1], out=y) for x, y in given)  # type: ignore[return-value]
+        given, scale = zip((dinput, dweight, dbias), empty, strict=True), dloss.narrow(0, 0, 1)
+        return tuple(torch.mul(x.narrow(0, 0, len(y)), scale, out=y) for x, y in given)  # type: ignore[return-value]
     options = ignore_index, label_smoothing, z_loss, softcap
     _, _, *grads = _in_chunks(input, linear_weight, linear_bias, target, weight, dloss, fused, wants, *options)
     return tuple(x.to(input.dtype) for x in grads)  # type: ignore[return-value]
@@ -261,15 +260,15 @@ def linear_cross_entropy(
         input, linear_weight = input.to(low), linear_weight.to(low)
         linear_bias = None if linear_bias is None else linear_bias.to(low)
     if any(x is not None and x.dtype != input.dtype for x in (linear_weight, linear_bias)):
-        given = [checks.name_of(x.dtype) for x in (input, linear_weight, linear_bias) if x is not None]
-        raise TypeError(f"{op}: input, linear_weight and linear_bias are {', '.join(given)}: cast them to one dtype")
+        names = [checks.name_of(x.dtype) for x in (input, linear_weight, linear_bias) if x is not None]
+        raise TypeError(f"{op}: input, linear_weight and linear_bias are {', '.join(names)}: cast them to one dtype")
     backend = choose(op, input)
     if backend == "torch" and not is_compiling() and in_forward_mode():  # the Function has no tangents
         backend = "reference"
     if backend == "reference":
-        options: Any = dict(zip(OPTIONS, (ignore_index, *numbers), strict=True), reduction=reduction)
-        given = dict(linear_bias=linear_bias, weight=weight, **options)
-        return reference.linear_cross_entropy(input, linear_weight, target, **given).to(dtype)
+        given: Any = dict(zip(OPTIONS, (ignore_index, *numbers), strict=True), weight=weight, reduction=reduction)
+        out = reference.linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **given)
+        return out.to(dtype)
     leaves = (input, linear_weight, linear_bias)
     asked = torch.is_grad_enabled() and reduction != "none"
     wants = [asked and x is not None and x.requires_grad for x in leaves]
