@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import configuration_utils, masking_utils, modeling_utils  # noqa: E402
 
 from tileformer.bench.check import models  # noqa: E402
-from tileformer.decoder import huggingface  # noqa: E402
+from tileformer.decoder import huggingface, huggingface_loss  # noqa: E402
 from tileformer.kernels import use_backend  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -352,15 +352,15 @@ def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
     assert {"attention", "loss_function"} <= report.swapped.keys() and not report.left
     calls = []
 
-    def counted(name, function):
+    def counted(module, name, function):
         def call(*args, **options):
             calls.append(name)
             return function(*args, **options)
 
-        monkeypatch.setattr(huggingface, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    for name in ("attention", "cross_entropy", "rms_norm"):
-        counted(name, getattr(huggingface, name))
+    for module, name in ((huggingface, "attention"), (huggingface_loss, "cross_entropy"), (huggingface, "rms_norm")):
+        counted(module, name, getattr(module, name))
     got = net(**given)
     assert sorted(calls) == ["attention", "cross_entropy", *3 * ["rms_norm"]]
     torch.testing.assert_close(got.loss, expected.loss)
