@@ -23,6 +23,7 @@ from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import cdiv
 
 CHUNK = {"cuda": 2048, "cpu": 512}  # rows at the least, where there are as many: a matrix product at full speed
+CLASSES = 4096  # of them a CPU holds products in 16 bits at a time
 BLOCK = 2**18  # logits that the torch backend works on at a time: they stay in a core's cache
 
 
@@ -116,8 +117,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # a CPU has no such product: each chunk's is rounded before it is added
-        total += torch.mm(a, b)
+    else:  # a CPU has no such product: each chunk's is rounded before it is added, some classes at a time
+        for part, some in zip(total.split(CLASSES), a.split(CLASSES), strict=True):
+            part += torch.mm(some, b)
 
 
 def linear_cross_entropy_fwd(
@@ -188,7 +190,7 @@ class _LinearCrossEntropy(Function):
             return (None,) * 13
         *inputs, total, dinput, dweight, dbias = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:3])
-        kept = ctx.reduction != "none" and all(x or not y for x, y in zip(ctx.wants, wants, strict=True))
+        kept = all(x or not y for x, y in zip(ctx.wants, wants, strict=True))  # nothing without a reduction
         if ctx.reduction == "mean":  # where no row counts, the loss is NaN and no row has a gradient
             dloss = torch.where(total == 0.0, 0.0, dloss / total)
         if ctx.reduction != "none":
@@ -214,7 +216,8 @@ def linear_cross_entropy(
 
     With b bytes an element, R rows go in chunks of S = R / max(R // 2048, 1) (of 512 on a CPU), up to a multiple of 8.
     Beside its arguments a forward holds at most b S (V + C) bytes and, where gradients are wanted, the gradients: b R C
-    of the input and 4 V C of the weight (on a CPU in 16 bits 2 V C more). Backward holds these and what it returns.
+    of the input and 4 V C of the weight (on a CPU in 16 bits 6 C min(V, 4096) more). Backward holds these and what it
+    returns, in 16 bits on a CPU also the weight's in float32.
 
     Args:
         input: (R, C) or (C,) in float16, bfloat16 or float32 (float64 on the CPU's backends).
