@@ -216,8 +216,8 @@ def linear_cross_entropy(
 
     With b bytes an element, R rows go in chunks of S = R / max(R // 2048, 1) (of 512 on a CPU), up to a multiple of 8.
     Beside its arguments a forward holds at most b S (V + C) bytes and, where gradients are wanted, the gradients: b R C
-    of the input and 4 V C of the weight (on a CPU in 16 bits 6 C min(V, 4096) more). Backward holds these and what it
-    returns, in 16 bits on a CPU also the weight's in float32.
+    of the input and 4 V C of the weight (on a CPU in 16 bits up to 6 C min(V, 4096) more, and what torch's product
+    takes). Backward holds these and what it returns, in 16 bits on a CPU also the weight's in float32.
 
     Args:
         input: (R, C) or (C,) in float16, bfloat16 or float32 (float64 on the CPU's backends).
