@@ -304,7 +304,7 @@ def cross_entropy(
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
-    if backend == "torch" and any(numbers[1:]):  # torch's own has neither a z-loss nor a soft cap
+    if backend == "torch" and (numbers[1] or numbers[2]):  # torch's own has neither a z-loss nor a soft cap
         backend, logits = "reference", logits.to(dtype)
     if backend == "reference":
         options = dict(zip(OPTIONS, (ignore_index, *numbers), strict=True), reduction=reduction)
@@ -349,7 +349,7 @@ def check(
 ) -> tuple[float, float, float]:  # fmt: skip
     """Raise unless targets and options fit these rows; label_smoothing, z_loss and softcap (0: none) as numbers."""
     numbers: Any = label_smoothing, z_loss, 0.0 if softcap is None else softcap
-    if not all(type(x) is float for x in numbers):
+    if not type(label_smoothing) is type(z_loss) is type(numbers[2]) is float:
         numbers = tuple(checks.number(op, name, x) for name, x in zip(OPTIONS[1:], numbers, strict=True))
     if type(target) is not Tensor:
         checks.tensors(op, target=target)
