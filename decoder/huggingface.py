@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tileformer.decoder.huggingface_loss import causal_lm_loss, fuse, unfuse
 from tileformer.decoder.nn.convert import TWINS, Report, convert, swap
 from tileformer.decoder.nn.convert import revert as revert_modules
-from tileformer.kernels import attention, cross_entropy, decode_attention, rms_norm
+from tileformer.kernels import attention, decode_attention, rms_norm
 from tileformer.kernels.attention.decode.params import MAX_TOKENS
 
 NAME = "tileformer"
@@ -60,10 +60,13 @@ def _transformers(module: str = "") -> Any:
         raise ImportError("this needs transformers 5.0 or newer: pip install 'tileformer[hf]'") from error
 
 
-def use(model: Any) -> Report:
+def use(model: Any, *, fused_loss: bool = False) -> Report:
     """Let ``model`` (a ``PreTrainedModel``, alone or inside a wrapper: peft's, DataParallel, DDP, a compiled one)
     attend by our kernels, swap its modules (see ``convert``) and norms, and its loss if it is the usual one of a causal
     language model. `revert` undoes all of it.
+
+    fused_loss: that loss is computed without the logits, by `linear_cross_entropy`, where the model trains on a keyword
+    ``labels``; its output then has no logits. It raises NotImplementedError at a model that changes its logits.
 
     Returns:
         What was swapped and what was left and why. A second call changes nothing, and says so.
@@ -93,6 +96,8 @@ def use(model: Any) -> Report:
             record["loss"] = "own" if "_loss_function" in vars(part) else "by type"
             part.loss_function = causal_lm_loss
             report.swapped[f"{where}loss_function"] = "transformers' ForCausalLMLoss -> tileformer's causal_lm_loss"
+        if fused_loss:
+            fuse(model, part, where, report)
     return report
 
 
@@ -105,6 +110,7 @@ def revert(model: Any) -> Report:
     report = revert_modules(model)
     for where, part in parts.items():
         record = vars(part).pop(_RECORD, {"attention": {}, "loss": None})
+        unfuse(part)
         configs = _configs(part)
         now = {key: config._attn_implementation for key, config in configs.items()}
         ours = [key for key, x in now.items() if x == NAME]
@@ -470,16 +476,3 @@ def _masks(passed: Tensor, key: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     ):
         return dict(key_mask=mask[:, 0, 0].expand(batch, keys))
     return dict(mask=mask)
-
-
-def causal_lm_loss(
-    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100, shift_labels: Tensor | None = None, **_: Any,
-) -> Tensor:  # fmt: skip
-    """Cross-entropy of the next token, as transformers' ``ForCausalLMLoss``, without its float32 copy of the logits."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target = shift_labels.reshape(-1).to(logits.device)
-    loss = cross_entropy(logits.reshape(-1, vocab_size), target, ignore_index=ignore_index, reduction="none")
-    items = (target != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return loss.sum(dtype=torch.float32) / torch.as_tensor(items, device=loss.device)  # a sum in float16 would overflow

@@ -118,6 +118,8 @@ class Model(Decoding, nn.Module):
 
     dropout: Dropout
     conditioned = False  # whether `generate` is handed a source
+    head: Any  # (V, C), the target embedding
+    hidden: Any  # of forward's arguments: (B, T, C), of which forward's logits are F.linear(hidden, head)
     known_modules = KNOWN
 
     def __init__(self, config: DecoderLMConfig | Seq2SeqConfig) -> None:
@@ -204,7 +206,14 @@ class DecoderLM(Model):
         1]]``. cache: tokens are only those it has not seen, equally many in each row.
         Raises TypeError or ValueError on a dtype, rank or length that does not fit.
         """
-        return F.linear(self.states(tokens, cu_seqlens=cu_seqlens, cache=cache)[-1], self.embedding.weight)
+        return F.linear(self.hidden(tokens, cu_seqlens=cu_seqlens, cache=cache), self.head)
+
+    @property
+    def head(self) -> Tensor:
+        return self.embedding.weight
+
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        return self.states(tokens, cu_seqlens=cu_seqlens, cache=cache)[-1]
 
     def states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> list[Tensor]:
         """What the embedding and then each layer give, the last one after the final norm: num_layers + 1 of
@@ -322,9 +331,15 @@ class Seq2Seq(Model):
         keys; the target needs no such mask, because a causal row never sees what stands behind it.
         Raises TypeError or ValueError on a dtype, rank, length or batch that does not fit.
         """
+        return F.linear(self.hidden(src, tgt), self.head)
+
+    @property
+    def head(self) -> Tensor:
+        return self.tgt_embedding.weight
+
+    def hidden(self, src: Tensor, tgt: Tensor) -> Tensor:
         self._check(tgt, "tgt", None)
-        memory, src_padding = self.encode(src)
-        return self.decode(tgt, memory, src_padding)
+        return self._decoded(tgt, *self.encode(src))
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, T_s, C) of ``src`` (B, T_s) and its padding mask (B, T_s), True = padding."""
@@ -347,6 +362,9 @@ class Seq2Seq(Model):
 
     def decode(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T_t, V) for the token after each of ``tgt`` (B, T_t); with ``cache``, tgt is only its new part."""
+        return F.linear(self._decoded(tgt, memory, src_padding, cache), self.head)
+
+    def _decoded(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
         self._check(tgt, "tgt", cache)
         if tgt.shape[0] != memory.shape[0]:
             raise ValueError(f"tgt has {tgt.shape[0]} rows, its source {memory.shape[0]}")
@@ -366,7 +384,7 @@ class Seq2Seq(Model):
             )
         if cache is not None:
             cache.advance(T)
-        return F.linear(x, self.tgt_embedding.weight)
+        return x
 
     def read(self, tgt: Tensor, memory: Tensor, src_padding: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.decode(tgt, memory, src_padding, cache)

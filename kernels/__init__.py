@@ -12,6 +12,7 @@ from tileformer.kernels.backend import use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import bias_activation_dropout, dropout
 from tileformer.kernels.layer_norm import layer_norm, rms_norm
+from tileformer.kernels.linear_cross_entropy import linear_cross_entropy
 from tileformer.kernels.random import dropout_keep
 from tileformer.kernels.softmax import log_softmax, softmax
 
@@ -28,6 +29,7 @@ __all__ = [
     "dropout",
     "dropout_keep",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "reference",
     "rms_norm",

@@ -1,9 +1,12 @@
-"""Cross-entropy of class indices, with class weights w, label smoothing e and ignored targets.
+"""Cross-entropy of class indices, with class weights w, label smoothing e, z-loss z, soft cap and ignored targets.
 
 For a row x of V logits with target y, lse = log sum exp(x) and W = sum(w):
 
-    loss = (1 - e) w_y (lse - x_y) + (e / V) (W lse - sum(w x))
-    dloss/dx_j = softmax(x)_j ((1 - e) w_y + e W / V) - e w_j / V - (1 - e) w_y [j = y]
+    loss = (1 - e) w_y (lse - x_y) + (e / V) (W lse - sum(w x)) + z lse^2
+    dloss/dx_j = softmax(x)_j ((1 - e) w_y + e W / V + 2 z lse) - e w_j / V - (1 - e) w_y [j = y]
+
+The z-loss is PaLM's (Chowdhery et al., arXiv:2204.02311), the soft cap x = cap tanh(logits / cap) Gemma 2's
+(arXiv:2408.00118).
 
 The forward reads the logits once, with a running maximum and sum (Milakov and Gimelshein, arXiv:1805.02867); the
 backward reads them once more and keeps nothing but lse. Reductions over rows are left to torch, on the device.
@@ -13,6 +16,7 @@ the loss and the gradient; nothing is read out of bounds.
 """
 
 import functools
+import math
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -29,8 +33,11 @@ from tileformer.kernels.double_backward import backward_function
 from tileformer.kernels.launch import Launch, cdiv
 from tileformer.kernels.rows import contiguous_like, row_flags, row_tile, rows_of
 from tileformer.kernels.subclasses import by_parts, on_shards
+from tileformer.kernels.tile_ops import tanh
 
+Reduction = Literal["none", "mean", "sum"]
 MAX_TILE = 8192
+OPTIONS = ("ignore_index", "label_smoothing", "z_loss", "softcap")
 
 
 @triton.jit
@@ -50,8 +57,8 @@ def _labels(target_ptr, weight_ptr, rows, R, V, ignore_index, WEIGHT: tl.constex
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_fwd_kernel(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, lse_ptr, target_weight_ptr, logits_stride, R, V,
-    ignore_index, smoothing, share, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    ignore_index, smoothing, share, z_loss, softcap, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
+    CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: loss, log-sum-exp and w_y of BLOCK_R rows. share is smoothing / V."""
     V = V // ALIGN * ALIGN
@@ -61,6 +68,8 @@ def _cross_entropy_fwd_kernel(
     x_ptrs = logits_ptr + rows[:, None] * logits_stride
     # [BLOCK_R]
     x_y = tl.load(logits_ptr + rows * logits_stride + label, mask=label >= 0, other=0.0).to(ACC)
+    if CAP:
+        x_y = softcap * tanh(x_y / softcap)
     running_max = tl.where(label == -1, 0.0, float("-inf")).to(ACC)
     total = tl.zeros([BLOCK_R], ACC)
     smooth = tl.zeros([BLOCK_R], ACC)
@@ -69,6 +78,8 @@ def _cross_entropy_fwd_kernel(
         inside = (label != -1)[:, None] & (cols < V)
         # [BLOCK_R, BLOCK_N]
         x = tl.load(x_ptrs + cols, mask=inside, other=float("-inf")).to(ACC)
+        if CAP:
+            x = tl.where(inside, softcap * tanh(x / softcap), float("-inf"))
         new_max = tl.maximum(running_max, tl.max(x, 1))
         base = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row of -inf: exp(-inf - 0) = 0, not NaN
         total = total * tl.exp(running_max - base) + tl.sum(tl.exp(x - base[:, None]), 1)
@@ -86,6 +97,8 @@ def _cross_entropy_fwd_kernel(
         if WEIGHT:
             weight_sum = tl.load(weight_sum_ptr)
         loss = (1.0 - smoothing) * loss + share * (weight_sum * lse - smooth)
+    if Z:
+        loss += z_loss * lse * lse
     tl.store(loss_ptr + rows, tl.where(label == -1, 0.0, loss), mask=rows < R)
     tl.store(lse_ptr + rows, lse, mask=rows < R)
     tl.store(target_weight_ptr + rows, target_weight, mask=rows < R)
@@ -94,10 +107,10 @@ def _cross_entropy_fwd_kernel(
 @triton.jit(do_not_specialize=["R", "ignore_index"])
 def _cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, lse_ptr, dlogits_ptr, dloss_stride, logits_stride,
-    R, V, ignore_index, smoothing, share, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    R, V, ignore_index, smoothing, share, z_loss, softcap, WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
+    CAP: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): the gradient of BLOCK_R rows and BLOCK_N classes."""
+    """Program (i, j): the gradient of BLOCK_R rows and BLOCK_N classes. It may lie where the logits do."""
     V = V // ALIGN * ALIGN
     logits_stride = logits_stride // ALIGN * ALIGN
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -108,7 +121,11 @@ def _cross_entropy_bwd_kernel(
     dloss = tl.load(dloss_ptr + rows * dloss_stride, mask=label != -1, other=0.0).to(ACC)
     # [BLOCK_R, BLOCK_N]
     x_ptrs = logits_ptr + rows[:, None] * logits_stride + cols
-    x = tl.load(x_ptrs, mask=(label != -1)[:, None] & (cols < V), other=float("-inf")).to(ACC)
+    inside = (label != -1)[:, None] & (cols < V)
+    x = tl.load(x_ptrs, mask=inside, other=float("-inf")).to(ACC)
+    if CAP:
+        t = tanh(x / softcap)
+        x = tl.where(inside, softcap * t, float("-inf"))
     p = tl.exp(x - lse[:, None])
     is_target = cols == label[:, None]
     if SMOOTH:
@@ -123,6 +140,10 @@ def _cross_entropy_bwd_kernel(
         d = p * (target_weight + weight_sum)[:, None] - class_weight - of_target
     else:
         d = (p - tl.where(is_target, 1.0, 0.0)) * target_weight[:, None]
+    if Z:
+        d += p * (2.0 * z_loss * lse)[:, None]
+    if CAP:
+        d *= 1.0 - t * t
     d = d * dloss[:, None]  # 0 in an ignored row
     dlogits_ptrs = dlogits_ptr + rows[:, None] * V + cols
     tl.store(dlogits_ptrs, d.to(dlogits_ptr.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V))
@@ -135,29 +156,48 @@ def _weights(weight: Tensor | None, wide: torch.dtype, absent: Tensor) -> tuple[
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
-    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, ignore_index: int,
-    label_smoothing: float, dtype: torch.dtype,
+    backward: bool, shape: tuple[int, int], strides: tuple[int, ...], weight: bool, dtype: torch.dtype,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
 ) -> Launch:  # fmt: skip
-    r, v = shape
+    (r, v), share = shape, label_smoothing / max(shape[1], 1)
+    features = dict(WEIGHT=weight, SMOOTH=label_smoothing > 0.0, Z=z_loss != 0.0, CAP=softcap > 0.0)
     return Launch(
         _cross_entropy_bwd_kernel if backward else _cross_entropy_fwd_kernel,
         lambda tile: (cdiv(r, tile["BLOCK_R"]), cdiv(v, tile["BLOCK_N"])) if backward else (cdiv(r, tile["BLOCK_R"]),),
-        dict(WEIGHT=weight, SMOOTH=label_smoothing > 0.0, **row_flags(dtype, v, strides[-1])),
+        dict(**features, **row_flags(dtype, v, strides[-1])),
         [row_tile(v, MAX_TILE, 1024, 16)],
-        (*strides, r, v, ignore_index, label_smoothing, label_smoothing / max(v, 1)),
+        (*strides, r, v, ignore_index, label_smoothing, share, z_loss, softcap),
     )
 
 
+def rows_fwd(
+    logits: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, lse: Tensor, target_weight: Tensor,
+    *options: Any,
+) -> None:  # fmt: skip
+    """Write loss, log-sum-exp and w_y of each row. options: those of OPTIONS, as numbers."""
+    x, stride = rows_of(logits, logits.shape[1])
+    run = _launch(False, logits.shape, (stride,), weight is not None, logits.dtype, *options)
+    run(x, target.contiguous(), *_weights(weight, loss.dtype, x), loss, lse, target_weight)
+
+
+def rows_bwd(
+    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, dlogits: Tensor, *options: Any
+) -> None:
+    """Write the gradient of the logits, which may be the logits themselves where these are contiguous."""
+    x, stride = rows_of(logits, logits.shape[1])
+    run = _launch(True, logits.shape, (dloss.stride(0), stride), weight is not None, logits.dtype, *options)
+    run(dloss, x, target.contiguous(), *_weights(weight, lse.dtype, x), lse, dlogits)
+
+
 def cross_entropy_fwd(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
-    dtype: torch.dtype,
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float, reduction: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss in `dtype`; log-sum-exp (R,); the targets' weights (0 if ignored), or for a mean their sum."""
     loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
     lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
-    x, stride = rows_of(logits, logits.shape[1])
-    run = _launch(False, logits.shape, (stride,), weight is not None, ignore_index, label_smoothing, logits.dtype)
-    run(x, target.contiguous(), *_weights(weight, loss.dtype, x), loss, lse, target_weight)
+    options = ignore_index, label_smoothing, z_loss, softcap
+    rows_fwd(logits, target, weight, loss, lse, target_weight, *options)
     if reduction == "mean":
         target_weight = target_weight.sum()
         return (loss.sum() / target_weight).type(dtype), lse, target_weight
@@ -173,20 +213,18 @@ def _cross_entropy_fwd_fake(logits: Tensor, target: Tensor, *options: Any) -> tu
 
 def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, ignore_index: int,
-    label_smoothing: float,
+    label_smoothing: float, z_loss: float, softcap: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits."""
     dlogits = contiguous_like(logits)
-    x, stride = rows_of(logits, logits.shape[1])
-    strides = (dloss.stride(0), stride)
-    run = _launch(True, logits.shape, strides, weight is not None, ignore_index, label_smoothing, logits.dtype)
-    run(dloss, x, target.contiguous(), *_weights(weight, lse.dtype, x), lse, dlogits)
+    options = ignore_index, label_smoothing, z_loss, softcap
+    rows_bwd(dloss, logits, target, weight, lse, dlogits, *options)
     return dlogits
 
 
-def _definition(logits, target, weight, lse, ignore_index, label_smoothing):
-    options = dict(ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-    return (reference.cross_entropy(logits, target, weight=weight, **options),)
+def _definition(logits, target, weight, lse, *options):
+    named = dict(zip(OPTIONS, options, strict=True))
+    return (reference.cross_entropy(logits, target, weight=weight, reduction="none", **named),)
 
 
 class _CrossEntropy(Function):
@@ -196,7 +234,7 @@ class _CrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, weight, ctx.ignore_index, ctx.label_smoothing, ctx.reduction, _ = inputs
+        logits, target, weight, *ctx.options, ctx.reduction, _ = inputs
         _, lse, target_weight = output
         ctx.save_for_backward(logits, target, weight, lse, target_weight)
         ctx.mark_non_differentiable(lse, target_weight)
@@ -205,15 +243,13 @@ class _CrossEntropy(Function):
     @staticmethod
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 7
+            return (None,) * 9
         logits, target, weight, lse, target_weight = ctx.saved_tensors
         if ctx.reduction == "mean":
             dloss = dloss / target_weight
         if ctx.reduction != "none":
             dloss = dloss.expand(target.shape)
-        options = ctx.ignore_index, ctx.label_smoothing
-        dlogits = _cross_entropy_backward(dloss, logits, target, weight, lse, *options)
-        return dlogits, None, None, None, None, None, None
+        return _cross_entropy_backward(dloss, logits, target, weight, lse, *ctx.options), *(None,) * 8
 
 
 _cross_entropy_forward = KernelFunction(cross_entropy_fwd, _CrossEntropy)
@@ -223,9 +259,10 @@ _cross_entropy_backward = KernelFunction(cross_entropy_bwd, backward_function(_b
 
 def cross_entropy(
     logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
-    reduction: Literal["none", "mean", "sum"] = "mean", label_smoothing: float = 0.0, **wrong: NoReturn,
+    reduction: Reduction = "mean", label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
+    **wrong: NoReturn,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
+    """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it, with a z-loss and a soft cap.
 
     Args:
         logits: (R, V) or (V,) in float16, bfloat16 or float32 (float64 on the CPU's backends); a row must be
@@ -236,6 +273,8 @@ def cross_entropy(
         ignore_index: rows with this target contribute neither loss nor gradient, whatever their logits hold.
         reduction: "mean" (divided by the weight of the rows that count; NaN if there is none), "sum" or "none".
         label_smoothing: between 0 and 1.
+        z_loss: a row that counts costs this many times the square of its log-sum-exp more.
+        softcap: if positive, logits become softcap * tanh(logits / softcap) first; None or 0 is none.
 
     Returns:
         () or, for "none", like target; in the logits' dtype, under autocast in float32. Summed in float32 or wider.
@@ -253,25 +292,30 @@ def cross_entropy(
     if wrong:
         checks.misnamed("cross_entropy", wrong)
     if (type(logits) is not Tensor or logits.is_nested) and by_parts("cross_entropy", logits, 1):
-        options: Any = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+        options: Any = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
         return _on_shards(logits, target, weight, reduction, options)
-    if type(label_smoothing) is not float:
-        label_smoothing = checks.number("cross_entropy", "label_smoothing", label_smoothing)
-    _check(logits, target, weight, reduction, label_smoothing)
+    if type(logits) is not Tensor or logits.dtype not in checks.FLOATING:
+        checks.floating("cross_entropy", logits=logits)
+    if logits.dim() not in (1, 2) or logits.shape[-1] == 0:
+        raise ValueError(f"cross_entropy: logits are (R, V) or (V,), got {tuple(logits.shape)}: try .flatten(0, -2)")
+    classes = logits.shape[-1]
+    numbers = check("cross_entropy", logits, classes, target, weight, reduction, label_smoothing, z_loss, softcap)
     backend = choose("cross_entropy", logits)
-    if backend in ("reference", "torch"):
-        options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-    if backend == "reference":
-        return reference.cross_entropy(logits, target, weight=weight, **options)
     device = logits.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
+    if backend == "torch" and (numbers[1] or numbers[2]):  # torch's own has neither a z-loss nor a soft cap
+        backend, logits = "reference", logits.to(dtype)
+    if backend == "reference":
+        options = dict(zip(OPTIONS, (ignore_index, *numbers), strict=True), reduction=reduction)
+        return reference.cross_entropy(logits, target, weight=weight, **options)
     if backend == "torch":
+        options = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=numbers[0])
         wide = torch.promote_types(logits.dtype, torch.float32)
         ignored = (target == ignore_index).unsqueeze(-1)
         x = torch.where(ignored, 0.0, logits).to(wide)  # torch would hand a NaN in an ignored row on to its gradient
         return F.cross_entropy(x, target, None if weight is None else weight.to(wide), **options).to(dtype)
-    rest = weight, int(ignore_index), label_smoothing, reduction, dtype
+    rest = weight, int(ignore_index), *numbers, reduction, dtype
     if logits.dim() == 2:
         return _cross_entropy_forward(logits, target, *rest)[0]
     loss = _cross_entropy_forward(logits[None], target[None], *rest)[0]
@@ -299,25 +343,31 @@ def _on_shards(logits: Any, target: Tensor, weight: Tensor | None, reduction: An
     return total.to(losses.dtype)
 
 
-def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
-    if type(logits) is not Tensor or logits.dtype not in checks.FLOATING:
-        checks.floating("cross_entropy", logits=logits)
+def check(
+    op: str, rows: Tensor, classes: int, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: Any,
+    z_loss: Any, softcap: Any,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Raise unless targets and options fit these rows; label_smoothing, z_loss and softcap (0: none) as numbers."""
+    numbers: Any = label_smoothing, z_loss, 0.0 if softcap is None else softcap
+    if not type(label_smoothing) is type(z_loss) is type(numbers[2]) is float:
+        numbers = tuple(checks.number(op, name, x) for name, x in zip(OPTIONS[1:], numbers, strict=True))
     if type(target) is not Tensor:
-        checks.tensors("cross_entropy", target=target)
-    if target.device != logits.device:
-        checks.same_device("cross_entropy", logits, target=target)
+        checks.tensors(op, target=target)
+    if target.device != rows.device:
+        checks.same_device(op, rows, target=target)
     if target.is_floating_point():
-        raise NotImplementedError("cross_entropy: target holds class probabilities: pass indices, or use torch's own")
+        raise NotImplementedError(f"{op}: target holds class probabilities: pass indices, or use torch's own")
     if target.dtype != torch.int64:
-        raise TypeError(f"cross_entropy: target must be int64, got {checks.name_of(target.dtype)}: try target.long()")
-    if logits.dim() not in (1, 2) or logits.shape[-1] == 0:
-        raise ValueError(f"cross_entropy: logits are (R, V) or (V,), got {tuple(logits.shape)}: try .flatten(0, -2)")
-    if target.shape != logits.shape[:-1]:
-        checks.same_shape("cross_entropy", logits.shape[:-1], target=target)
-    checks.fits("cross_entropy", "weight", weight, logits, logits.shape[-1:])
+        raise TypeError(f"{op}: target must be int64, got {checks.name_of(target.dtype)}: try target.long()")
+    if target.shape != rows.shape[:-1]:
+        checks.same_shape(op, rows.shape[:-1], target=target)
+    checks.fits(op, "weight", weight, rows, (classes,))
     if weight is not None and checks.differentiated(weight):
-        raise NotImplementedError("cross_entropy: weight requires a gradient, and gets none: pass weight.detach()")
+        raise NotImplementedError(f"{op}: weight requires a gradient, and gets none: pass weight.detach()")
     if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"cross_entropy: label_smoothing must lie between 0 and 1, got {label_smoothing}")
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= numbers[0] <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must lie between 0 and 1, got {numbers[0]}")
+    if not (0.0 <= numbers[1] < math.inf and 0.0 <= numbers[2] < math.inf):
+        raise ValueError(f"{op}: z_loss and softcap are 0 or positive, got {numbers[1]} and {numbers[2]}")
+    return numbers

@@ -372,30 +372,48 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it.
+    """Cross-entropy of class indices, as torch.nn.functional.cross_entropy defines it, with a z-loss and a soft cap.
 
-    With w the class weights (1 without), e the smoothing and V classes, a row with target y has the loss
-    (1 - e) w_y (lse - x_y) + (e / V) sum_j w_j (lse - x_j); "mean" divides by the sum of w_y over rows that count.
+    With w the class weights (1 without), e the smoothing, z the z-loss and V classes, a row with target y has the loss
+    (1 - e) w_y (lse - x_y) + (e / V) sum_j w_j (lse - x_j) + z lse^2, where x is softcap * tanh(logits / softcap) if
+    there is one; "mean" divides by the sum of w_y over rows that count.
     """
     if logits.dim() == 1:
         return cross_entropy(
-            logits[None], target[None], weight=weight, ignore_index=ignore_index,
+            logits[None], target[None], weight=weight, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap,
             reduction="sum" if reduction == "none" else reduction, label_smoothing=label_smoothing,
         )  # fmt: skip
     counted, dtype = target != ignore_index, logits.dtype
     safe = torch.where(counted, target, 0)
     logits = torch.where(counted[:, None], _wide(logits), 0.0)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     weights = logits.new_ones(logits.shape[1]) if weight is None else weight.to(logits.dtype)
     log_p = logits - _softmax(logits)[1][:, None]
     target_loss = -weights[safe] * log_p.gather(1, safe[:, None])[:, 0]
     loss = (1 - label_smoothing) * target_loss
     if label_smoothing > 0.0:  # without it, a logit of -inf that is no target costs nothing; 0 * inf would
         loss = loss - label_smoothing * (log_p * weights).sum(1) / logits.shape[1]
+    if z_loss:
+        loss = loss + z_loss * _softmax(logits)[1] ** 2
     loss = torch.where(counted, loss, 0.0)
     if reduction != "none":
         loss = loss.sum() / torch.where(counted, weights[safe], 0.0).sum() if reduction == "mean" else loss.sum()
     return loss.to(dtype)
+
+
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`cross_entropy` of input linear_weight^T + linear_bias, rounded to the inputs' dtype as logits are; of an ignored
+    row the input is not read either."""
+    counted = (target != options.get("ignore_index", -100)).unsqueeze(-1)
+    logits = torch.where(counted, _wide(input), 0.0) @ _wide(linear_weight).T
+    logits = logits if linear_bias is None else logits + _wide(linear_bias)
+    return cross_entropy(logits.to(input.dtype), target, **options)
 
 
 def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from tileformer.kernels.backend import Backend, use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import dropout
 from tileformer.kernels.layer_norm import layer_norm
+from tileformer.kernels.linear_cross_entropy import linear_cross_entropy
 from tileformer.kernels.softmax import softmax
 
 TOLERANCE = 0.05  # of the largest element: garbage, not rounding, which makes 0.01 in bfloat16
@@ -38,10 +39,15 @@ CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # diffe
     "layer_norm": (dict(x=(37, 128), weight=(128,), bias=(128,)), dict(normalized_shape=(128,))),
     "softmax": (dict(x=(37, 128)), dict(scale=0.5)),
     "cross_entropy": (dict(logits=(37, 128)), dict(target=torch.arange(37), reduction="sum")),
+    "linear_cross_entropy": (  # float32 sums of products in 16 bits, the weight's gradient over two chunks
+        dict(input=(4100, 8), linear_weight=(16, 8)),
+        dict(target=torch.arange(4100) % 16, reduction="sum"),
+    ),
     "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
 }
 OPS: dict[str, Any] = {
-    op.__name__: op for op in (attention, cross_entropy, decode_attention, dropout, layer_norm, softmax)
+    op.__name__: op
+    for op in (attention, cross_entropy, decode_attention, dropout, layer_norm, linear_cross_entropy, softmax)
 }
 
 

@@ -4,6 +4,14 @@ import triton
 import triton.language as tl
 
 LN2 = 0.6931471805599453
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tanh(x):
+    y = x * x
+    near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))  # where the quotient cancels
+    return tl.where(y < 0.0625, near, 2 / (1 + tl.exp2(x * (-2 * LOG2E))) - 1)
 
 
 @triton.jit

@@ -79,6 +79,11 @@ def _ops() -> dict[str, Op]:
         "add_rms_norm last": Op(
             "add_rms_norm", dict(x=draw(3, 6), residual=draw(3, 6), weight=draw(6)), dict(eps=1e-6, norm_first=False)
         ),
+        "linear_cross_entropy": Op(
+            "linear_cross_entropy",
+            dict(input=draw(4, 5), linear_weight=draw(6, 5), linear_bias=draw(6)),
+            dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1, z_loss=0.01, softcap=4.0),
+        ),
         "dropout": Op("dropout", dict(x=draw(3, 6), residual=draw(3, 6)), dict(p=0.3, seed=seed)),
     }
 
@@ -175,6 +180,7 @@ LEARNED: dict[str, Callable[[Any], Any]] = {
     "layer_norm's eps": lambda s: kernels.layer_norm(X, 6, eps=s),
     "rms_norm's eps": lambda s: kernels.rms_norm(X, 6, eps=s),
     "label_smoothing": lambda s: kernels.cross_entropy(X, torch.tensor([0, 1, 2]), label_smoothing=s),
+    "z_loss": lambda s: kernels.linear_cross_entropy(X, X, torch.tensor([0, 1, 2]), z_loss=s),
     "a module's dropout": lambda s: decoder.MultiheadAttention(4, 2, dropout=s, dtype=X.dtype)(*[X.view(3, 1, 6)[..., :4]] * 3)[0],
     "a module's p": lambda s: modules.Dropout(s)(X),
     "a module's eps": lambda s: modules.LayerNorm(6, eps=s, dtype=X.dtype)(X),

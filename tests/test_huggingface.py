@@ -11,12 +11,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers")
 from transformers import configuration_utils, masking_utils, modeling_utils  # noqa: E402
 
 from tileformer.bench.check import models  # noqa: E402
-from tileformer.decoder import huggingface  # noqa: E402
+from tileformer.decoder import huggingface, huggingface_loss  # noqa: E402
 from tileformer.kernels import use_backend  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -64,8 +65,49 @@ def test_the_loss_of_logits_in_half_precision(dtype) -> None:
     for items in (None, 19_999, torch.tensor(19_999)):
         options = dict(labels=labels, vocab_size=50, num_items_in_batch=items)
         got = huggingface.causal_lm_loss(logits, **options)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected(logits, **options), rtol=1e-4, atol=0)
+        states = logits[..., :3].clone()
+        states.tileformer_head = head = nn.Linear(3, 50, dtype=dtype)
+        fused, of_states = huggingface.causal_lm_loss(states, **options), expected(head(states), **options)
+        assert got.dtype == fused.dtype == torch.float32
+        torch.testing.assert_close((got, fused), (expected(logits, **options), of_states), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_without_logits(dtype) -> None:
+    eager = models.eager("Llama, grouped heads").to(dtype)
+    ours = copy.deepcopy(eager)
+    before = snapshot(ours)
+    report = huggingface.use(ours, fused_loss=True)
+    assert "linear_cross_entropy" in report.swapped["lm_head"] and not report.left
+    assert huggingface.use(ours, fused_loss=True).left["lm_head"] == "it is fused with the loss already"
+    given, kept = models.inputs_of(eager, "right")
+    given |= dict(labels=given["input_ids"].masked_fill(kept == 0, -100), use_cache=False)
+    shifted = dict(shift_labels=F.pad(given["labels"], (0, 1), value=-100)[:, 1:].contiguous())
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
+    for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for more in ({}, dict(num_items_in_batch=torch.tensor(7)), shifted, dict(return_dict=False)):
+            got, expected = (x.train()(**given, **more) for x in (model, eager))
+            assert got[0].dtype == torch.float32 and len(got) == len(expected) - 1  # no logits
+            torch.testing.assert_close(got[0], expected[0], **tolerance)
+            leaves = [list(x.parameters()) for x in (model, eager)]
+            for a, b in zip(*map(torch.autograd.grad, (got[0], expected[0]), leaves), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=tolerance["atol"] * float(b.abs().max()))
+        assert model(**given | dict(labels=None)).logits is not None and model.eval()(**given).logits is not None
+    assert huggingface.revert(ours.eval()).swapped.keys() == report.swapped.keys()
+    assert snapshot(ours) == before and ours.train()(**given).logits is not None
+
+
+def test_a_loss_that_cannot_do_without_its_logits() -> None:
+    capped = models.eager("Gemma 2, soft cap")
+    huggingface.use(capped, fused_loss=True)
+    given, _ = models.inputs_of(capped, "right")
+    with pytest.raises(NotImplementedError, match="fused_loss=True a model may not change what its head gives"):
+        capped.train()(**given, labels=given["input_ids"])
+    assert capped.eval()(**given).logits.shape[-1] == capped.config.vocab_size
+    square = models.eager("Llama, grouped heads")
+    square.lm_head = nn.Linear(square.config.hidden_size, square.config.hidden_size)
+    assert "an nn.Linear to another width" in huggingface.use(square, fused_loss=True).left["lm_head"]
+    assert "not the loss of a causal" in str(huggingface.use(models.eager("DETR"), fused_loss=True).left)
 
 
 def test_a_whole_model_can_be_saved(tmp_path) -> None:
@@ -352,15 +394,15 @@ def test_what_a_wrapper_holds_is_what_runs(wrapper, monkeypatch) -> None:
     assert {"attention", "loss_function"} <= report.swapped.keys() and not report.left
     calls = []
 
-    def counted(name, function):
+    def counted(module, name, function):
         def call(*args, **options):
             calls.append(name)
             return function(*args, **options)
 
-        monkeypatch.setattr(huggingface, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    for name in ("attention", "cross_entropy", "rms_norm"):
-        counted(name, getattr(huggingface, name))
+    for module, name in ((huggingface, "attention"), (huggingface_loss, "cross_entropy"), (huggingface, "rms_norm")):
+        counted(module, name, getattr(module, name))
     got = net(**given)
     assert sorted(calls) == ["attention", "cross_entropy", *3 * ["rms_norm"]]
     torch.testing.assert_close(got.loss, expected.loss)

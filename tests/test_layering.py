@@ -19,9 +19,12 @@ from tileformer.kernels import dropout, interpreter, layer_norm, softmax, use_ba
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
 OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
-COMPOSED = ("add_norm",)  # of the kernels of other ops
+COMPOSED = ("add_norm", "linear_cross_entropy")  # of the kernels of other ops
 MAY_READ_THE_REFERENCE = (*OPS, *COMPOSED, "selftest")
-DEFINITIONS = (*OPS, "add_layer_norm", "add_rms_norm", "append_kv_cache", "decode_attention", "log_softmax", "rms_norm")
+DEFINITIONS = (
+    *OPS, "add_layer_norm", "add_rms_norm", "append_kv_cache", "bias_activation_dropout", "decode_attention",
+    "linear_cross_entropy", "log_softmax", "rms_norm",
+)  # fmt: skip
 LONGEST_FILE = 500
 MOST_ARGUMENTS = 28  # of a kernel, or of a part of one
 

@@ -100,7 +100,7 @@ GUARDED = """
         Call("attention", "weights", **options_of_attention({}, return_weights=True, return_lse=True)),
         describe("softmax", "mask", "", 2, 3, 5, 13, mask="additive", causal=True),
         describe("layer_norm", "odd", "", 7, 13, params=("weight", "bias"), axes=1),
-        describe("cross_entropy", "odd", "", 7, 13, ignored=2, weighted=True, label_smoothing=0.1),
+        describe("cross_entropy", "odd", "", 7, 13, ignored=2, weighted=True, label_smoothing=0.1, z_loss=0.01, softcap=4.0),
         describe("dropout", "odd", "", 7, 13, params=("residual",), p=0.3),
     ]
     small = [case for case in CASES if case.quick or case.name in ("cross padded", "bottom right", "no keys in sight", "two axes")] + MORE

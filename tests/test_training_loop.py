@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("safetensors", reason="the train extra is not installed")
 
-from tileformer.decoder import Seq2Seq, Seq2SeqConfig
+from tileformer.decoder import DecoderLM, DecoderLMConfig, Seq2Seq, Seq2SeqConfig
 from tileformer.training import (
     Batches,
     CheckpointError,
@@ -23,6 +23,7 @@ from tileformer.training import (
     evaluate,
     fit,
     language_loss,
+    losses,
     resolve_precision,
     sequence_loss,
 )
@@ -425,6 +426,25 @@ def test_language_loss_counts_places_that_have_a_next_token():
         expected = nn.functional.cross_entropy(logits[0, kept], batch.labels[0, kept], label_smoothing=smoothing)
         torch.testing.assert_close(language_loss(model, batch, smoothing), expected)
     assert seen["source"] is batch.source and seen["cu_seqlens"] is batch.cu_seqlens
+
+
+def test_the_losses_of_our_models_need_no_logits_where_that_is_faster(monkeypatch):
+    """On a GPU, here on the CPU; what wraps a model is called for logits."""
+    packed = Rows(torch.randint(7, (1, 6)), torch.tensor([[3, 4, 2, 0, 6, 2]]), cu_seqlens=torch.tensor([0, 4, 6]))
+    language_model = DecoderLM(DecoderLMConfig(vocab=9, d_model=16, nhead=2, num_layers=1, dropout=0.0))
+    (batch,), fused = Batches(PAIRS[:5], 5), losses.linear_cross_entropy
+    for loss_fn, model, given in ((sequence_loss, tiny(), batch), (language_loss, language_model, packed)):
+        expected = loss_fn(model, given, 0.1)
+        gradients = torch.autograd.grad(expected, list(model.parameters()))
+        with monkeypatch.context() as patch:
+            calls = []
+            patch.setattr(losses, "FUSED_ON", ("cpu",))
+            patch.setattr(losses, "linear_cross_entropy", lambda *x, **y: calls.append(x) or fused(*x, **y))  # noqa: B023
+            loss = loss_fn(model, given, 0.1)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), gradients)
+            assert len(calls) == 1 and torch.equal(loss_fn(nn.DataParallel(model), given, 0.1), expected)
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("steer", [{"patience": 1}, {"keep_best": True}, {"schedule": "plateau"}], ids=str)

@@ -1,10 +1,27 @@
-"""Losses by kind of batch: sequence to sequence, classification, language modelling. All maths is the kernels'."""
+"""Losses by kind of batch: sequence to sequence, classification, language modelling. All maths is the kernels'.
+
+On a GPU the losses of our own models are computed without their logits, by `linear_cross_entropy`; on a CPU, where the
+same bits are promised from version to version, from them.
+"""
 
 from typing import Any
 
 from torch import Tensor, nn
 
-from tileformer.kernels import cross_entropy
+from tileformer.decoder.model import Model
+from tileformer.kernels import cross_entropy, linear_cross_entropy
+
+FUSED_ON = ("cuda",)  # devices
+
+
+def _next_token_loss(model: nn.Module, labels: Tensor, label_smoothing: float, *inputs: Any, **named: Any) -> Tensor:
+    """Mean over labels above 0. A model that is wrapped is called as it is, for its logits."""
+    options: Any = dict(ignore_index=0, label_smoothing=label_smoothing)
+    if isinstance(model, Model) and labels.device.type in FUSED_ON:
+        return linear_cross_entropy(
+            model.hidden(*inputs, **named).flatten(0, 1), model.head, labels.flatten(), **options
+        )
+    return cross_entropy(model(*inputs, **named).flatten(0, 1), labels.flatten(), **options)
 
 
 def sequence_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
@@ -12,8 +29,7 @@ def sequence_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) ->
 
     batch: a `Batch`; model(source, target) gives logits (B, T_t, V).
     """
-    logits = model(batch.source, batch.target)
-    return cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=0, label_smoothing=label_smoothing)
+    return _next_token_loss(model, batch.labels, label_smoothing, batch.source, batch.target)
 
 
 def classification_loss(
@@ -38,5 +54,4 @@ def language_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) ->
 
     batch: a `PackedBatch`; model(source (1, total), cu_seqlens=...) gives logits (1, total, V).
     """
-    logits = model(batch.source, cu_seqlens=batch.cu_seqlens)
-    return cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=0, label_smoothing=label_smoothing)
+    return _next_token_loss(model, batch.labels, label_smoothing, batch.source, cu_seqlens=batch.cu_seqlens)

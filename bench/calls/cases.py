@@ -55,6 +55,7 @@ _add_norm = _calls("add_layer_norm", 37, 128, params=("residual", *AFFINE, "x_bi
 _add_rms = _calls("add_rms_norm", 37, 128, params=("residual", "weight"), eps=1e-6)
 _softmax, _log_softmax = _calls("softmax", 30, 64), _calls("log_softmax", 30, 64)
 _cross_entropy = _calls("cross_entropy", 33, 41)
+_linear_cross_entropy = _calls("linear_cross_entropy", 33, 24, 41)
 _dropout = _calls("dropout", 20, 128)
 # fmt: off
 CASES = [
@@ -294,6 +295,20 @@ CASES = [
     _cross_entropy("columns first", "the last axis is not contiguous: copied once", layouts=dict(logits="transposed"), dtypes=BF, suite=False),
     _cross_entropy("gradient of a sum", "stride 0", reduction="none", layouts=dict(logits="expanded", out="scalar"), dtypes=BF, suite=False),
     _cross_entropy("far rows", "offsets beyond 2^31 elements", 20, 41, layouts=dict(logits="far"), dtypes=BF, suite=False),
+
+    _cross_entropy("z-loss, soft cap", "all options at once", ignored=5, weighted=True, label_smoothing=0.1, z_loss=0.01, softcap=4.0, suite=False),
+    _linear_cross_entropy("mean", "ragged, ignored rows", ignored=5, suite=False),
+    _linear_cross_entropy("all options", "at once", ignored=5, weighted=True, bias=True, label_smoothing=0.1, z_loss=0.01, softcap=4.0, suite=False),
+    _linear_cross_entropy("none", "one loss a row, computed again in backward", bias=True, reduction="none", dtypes=TWO, suite=False),
+    _linear_cross_entropy("several chunks", "sums over them, the last one shorter", 4200, 3, 8, bias=True, ignored=9, dtypes=TWO, suite=False),
+    _linear_cross_entropy("ignored NaN", "what an ignored row holds reaches no weight", ignored=5, reduction="sum",
+                          edit=lambda t, o: t["input"][:5].fill_(NAN), dtypes=TWO, suite=False),
+    _linear_cross_entropy("all ignored, mean", "0 / 0, as in torch", ignored=33, dtypes=TWO, suite=False),
+    _linear_cross_entropy("no row", "nothing to launch", 0, 24, 41, reduction="sum", dtypes=BF, suite=False),
+    _linear_cross_entropy("one row", "a tile of rows that are not there", 1, 1, 41, dtypes=BF, suite=False),
+    _linear_cross_entropy("views", "a slice of wider rows, a transposed weight", bias=True, weighted=True, suite=False, dtypes=TWO,
+                          layouts=dict(input="padded", linear_weight="transposed", linear_bias="strided", target="strided", weight="strided")),
+    _linear_cross_entropy("gradient of a sum", "stride 0", reduction="none", layouts=dict(out="scalar"), dtypes=BF, suite=False),
 
     _dropout("residual", "ragged rows", 3, 7, 99, params=("residual",), p=0.3, quick=True),
     _dropout("alone", "a power of two", p=0.1, dtypes=BF),

@@ -116,6 +116,8 @@ def _row_matrix() -> Iterator[Call]:
     for classes in (4096, 32000, 131072):
         options = dict(weighted=True, label_smoothing=0.1, quick=classes == 32000)
         yield describe("cross_entropy", f"V {classes}", "blocks of classes", 8, classes, **options, **bf16)
+    capped = dict(z_loss=1e-4, softcap=30.0)
+    yield describe("cross_entropy", "V 32000 capped", "z-loss and soft cap", 8, 32000, **capped, **bf16)
 
 
 MATRIX = [*_attention_matrix(), *_decode_matrix(), *_append_matrix(), *_row_matrix()]

@@ -33,6 +33,7 @@ OURS = "tileformer"
 SLOW_START: dict[str, list[str]] = collections.defaultdict(lambda: ["torch.compile"])
 SLOW_START["attention"] += ["flex", "flag_gems", "fla"]
 GRADIENT_IN_FORWARD = {("cross_entropy", "liger")}  # a backward alone would be credited with work done before
+GRADIENT_IN_FORWARD |= {("linear_cross_entropy", name) for name in (OURS, "torch chunked", "liger")}
 _made: dict[str, tuple[Tensor, Tensor]] = {}  # of each kind, the mask it was made of last, and what was made of it
 compile_backend = "inductor"  # a dry run traces and differentiates with "aot_eager", and generates no code
 
@@ -320,6 +321,12 @@ def _from_output(module: str, forward: Any, backward: Any) -> Provider:
     return _peer(module, compute, _PLAIN)
 
 
+def _torch_linear_cross_entropy(t: Tensors, o: Options) -> Tensor:
+    _refuse({"this torch has none": not hasattr(F, "linear_cross_entropy")})
+    torchs: Any = F.linear_cross_entropy
+    return torchs(**t, **o, options=nn.LinearCrossEntropyOptions())
+
+
 def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     def forward(x: Tensor) -> Any:
         y, mask = package.dropout(x, o["p"], True)
@@ -431,6 +438,11 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
                            lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)),
         "fla": _peer("fla.modules.fused_cross_entropy",
                      lambda p, t, o: p.cross_entropy_loss(t["logits"], **o)[0].mean()),
+    },
+    "linear_cross_entropy": _torch(lambda t, o: F.cross_entropy(F.linear(t["input"], t["linear_weight"]), **o)) | {
+        "torch chunked": lambda _: _torch_linear_cross_entropy,
+        "liger": _peer("liger_kernel.ops.fused_linear_cross_entropy",
+                       lambda p, t, o: p.LigerFusedLinearCrossEntropyFunction.apply(*t.values(), o["target"])[0]),
     },
     "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"]))
     | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},

@@ -1,4 +1,4 @@
-"""The ops on rows: norms, softmax and its logarithm, cross-entropy, dropout. See ops.py."""
+"""The ops on rows: norms, softmax and its logarithm, cross-entropy (also of a linear map), dropout. See ops.py."""
 
 import functools
 import math
@@ -119,19 +119,61 @@ def _build_cross_entropy(
     generator: Generator, sizes: Sizes, *, weighted: bool = False, ignored: int = 0, **options: Any
 ) -> tuple[Tensors, Options]:
     """logits, target and maybe a weight of each class; the first `ignored` rows are."""
+    logits = 3 * normal(generator, sizes["R"], sizes["V"])
+    return dict(logits=logits), _targets(generator, sizes, weighted, ignored, options)
+
+
+def _targets(generator: Generator, sizes: Sizes, weighted: bool, ignored: int, options: Options) -> Options:
     rows, classes = sizes["R"], sizes["V"]
-    logits = 3 * normal(generator, rows, classes)
     options["target"] = torch.randint(classes, (rows,), generator=generator, device=generator.device)
     options["target"][:ignored] = -100
     if weighted:
         options["weight"] = uniform(generator, classes) + 0.1
-    return dict(logits=logits), options
+    return options
 
 
 def _cross_entropy_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     """Forward and backward need one read and one write together."""
     logits, targets = item * sizes["R"] * sizes["V"], 8 * sizes["R"]
     return Cost((logits + targets, 2 * logits + targets), both=2 * logits + targets)
+
+
+def _build_linear_cross_entropy(
+    generator: Generator, sizes: Sizes, *, weighted: bool = False, ignored: int = 0, bias: bool = False, **options: Any
+) -> tuple[Tensors, Options]:
+    """The same of a linear map whose logits have the same spread."""
+    rows, width, classes = sizes["R"], sizes["C"], sizes["V"]
+    tensors = dict(input=normal(generator, rows, width))
+    tensors["linear_weight"] = 3 * width**-0.5 * normal(generator, classes, width)
+    if bias:
+        tensors["linear_bias"] = normal(generator, classes)
+    return tensors, _targets(generator, sizes, weighted, ignored, options)
+
+
+def _linear_cross_entropy_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """input, weight, targets -> their gradients; nobody has to store logits."""
+    inputs, targets = item * sizes["C"] * (sizes["R"] + sizes["V"]), 8 * sizes["R"]
+    product = 2 * sizes["R"] * sizes["C"] * sizes["V"]
+    return Cost((inputs + targets, 2 * inputs + targets), (product, 2 * product), both=2 * inputs + targets)
+
+
+def _linear_cross_entropy_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
+    """Products of |dlogits|, in whose difference a target's 1 is as large as a row's share of the loss."""
+    counted, named = options["target"] != -100, {n: x for n, x in options.items() if n != "target"}
+    x, weight = torch.where(counted[:, None], tensors["input"], 0.0), tensors["linear_weight"]
+    bias = tensors.get("linear_bias", weight.new_zeros(len(weight)))
+    logits = (x @ weight.T + bias).requires_grad_()
+    (dlogits,) = torch.autograd.grad(reference.cross_entropy(logits, options["target"], **named), logits, grads["out"])
+    y, scores = torch.where(counted, options["target"], 0), x.abs() @ weight.abs().T + bias.abs()
+    own = torch.where(counted, options.get("weight", torch.ones_like(bias))[y], 0.0)
+    share = grads["out"].abs() / (own.sum() if options.get("reduction", "mean") == "mean" else 1.0)
+    d = dlogits.abs().scatter_add(1, y[:, None], (share * own)[:, None])
+
+    def gradients(d: Tensor) -> dict[str, Tensor]:
+        return dict(dinput=d @ weight.abs(), dlinear_weight=d.T @ x.abs(), dlinear_bias=d.sum(0))
+
+    again = {f"{name} again": x for name, x in gradients(d * scores).items()}
+    return dict(out=results["out"].new_tensor(largest(results["out"]) + largest(scores)), **gradients(d), **again)
 
 
 ROWS = ("N", "R N", "B R N", "B H T_q T_k")
@@ -145,6 +187,9 @@ ROW_OPS = {
     "cross_entropy": Op(
         ("R V",), _build_cross_entropy, _cross_entropy_cost,
         lambda tensors, _, results, grads: dict(out=largest(results["out"]) + largest(tensors["logits"])),
+    ),
+    "linear_cross_entropy": Op(
+        ("R C V",), _build_linear_cross_entropy, _linear_cross_entropy_cost, _linear_cross_entropy_error_sizes
     ),
     "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
 }  # fmt: skip

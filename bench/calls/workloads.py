@@ -66,6 +66,7 @@ def _row_workloads() -> list[Call]:
         *sweep("log_softmax", "rows", "N", 2**26, 4096, 32768),
         *sweep("cross_entropy", "classes", "V", 2**27, 4096, 32000, 50257, 131072),
         describe("cross_entropy", "smoothed", "", 4096, 32000, label_smoothing=0.1),
+        *(describe("linear_cross_entropy", f"classes V {v}", "", 4096, 2048, v, axis="V") for v in (32000, 128256)),
         *sweep("dropout", "residual", "N", 2**26, 1024, 4096, params=("residual",), p=0.1),
     ]
 

@@ -179,7 +179,7 @@ class Truth:
         self.group = s.get("H", 1) // s.get("H_kv", 1)
         attention = call.op == "attention"
         self.is_part = attention and not call.dropout and s["B"] * s["H"] * s["T_q"] * s["T_k"] > LARGEST_TRUTH
-        shape = () if call.op == "cross_entropy" else tuple(x.shape)
+        shape = () if call.op.endswith("cross_entropy") else tuple(x.shape)
         self.grad_output = _gradient(shape, x.device, x.dtype) if "backward" in call.modes else None
         rounded = {n: self.part_of(n, x) for n, x in dict(tensors, **options, dout=self.grad_output).items()}
         exact = {name: x.double() if is_floating(x) else x for name, x in rounded.items()}

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from tileformer.kernels.tile_ops import load_tile
+from tileformer.kernels.tile_ops import LOG2E, load_tile, tanh
 
-LOG2E = tl.constexpr(1.4426950408889634)
 SIZES = ["H", "group", "T_q", "T_k", "shift", "low", "high", "threshold"]  # which Triton is not to specialize on
 
 
@@ -331,10 +330,7 @@ def valid_keys(cols, first, last, key_mask_ptr, F: tl.constexpr):
 @triton.jit
 def soft_cap(s, softcap):
     """Capped base-2 scores, and the tanh."""
-    x = s / (softcap * LOG2E)
-    y = x * x
-    near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))  # where the quotient cancels
-    t = tl.where(y < 0.0625, near, 2 / (1 + tl.exp2(x * (-2 * LOG2E))) - 1)
+    t = tanh(s / (softcap * LOG2E))
     return t * (softcap * LOG2E), t
 
 
