@@ -300,7 +300,11 @@ def test_a_replayed_step_counts_as_one_that_is_taken(monkeypatch):
             state.count(tokens.shape[1])
 
         def __call__(self, tokens):
-            assert self.places == (*tokens.shape, self.state.equal_rows, *self.state.places())  # a graph writes where it was captured
+            assert self.places == (
+                *tokens.shape,
+                self.state.equal_rows,
+                *self.state.places(),
+            )  # a graph writes where it was captured
             length = self.state.length
             logits = self.run(tokens, self.state)
             self.state.length = length
