@@ -9,7 +9,7 @@ from tileformer.kernels.attention import attention, scaled_dot_product_attention
 from tileformer.kernels.attention.decode import append_kv_cache, decode_attention
 from tileformer.kernels.backend import use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
-from tileformer.kernels.dropout import dropout
+from tileformer.kernels.dropout import bias_activation_dropout, dropout
 from tileformer.kernels.layer_norm import layer_norm, rms_norm
 from tileformer.kernels.random import dropout_keep
 from tileformer.kernels.softmax import log_softmax, softmax
@@ -19,6 +19,7 @@ launch.selftest = selftest.run_once  # before a process's first launch on a GPU
 __all__ = [
     "append_kv_cache",
     "attention",
+    "bias_activation_dropout",
     "cross_entropy",
     "decode_attention",
     "dropout",

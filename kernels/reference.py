@@ -382,6 +382,20 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, residual: Tensor
     return (x if residual is None else residual + x).to(dtype)
 
 
+def bias_activation_dropout(
+    x: Tensor, activation: str, *, bias: Tensor | None = None, up: Tensor | None = None, p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """drop(activation(x + bias) * up), rows as in `dropout`; "gelu_tanh" is that of arXiv:1606.08415."""
+    z = _wide(x) if bias is None else _wide(x) + bias.to(_wide(x).dtype)
+    y = z.relu() if activation == "relu" else z * torch.sigmoid(z)
+    if activation == "gelu":
+        y = z * (1 + torch.erf(z / math.sqrt(2))) / 2
+    elif activation == "gelu_tanh":
+        y = z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
+    return dropout(y if up is None else y * _wide(up), p, seed=seed).to(x.dtype)
+
+
 def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
     """The keep mask (boolean, of `shape` (..., rows, columns)) that the kernels draw for this seed and rate.
 

@@ -71,6 +71,12 @@ def _ops() -> dict[str, Op]:
         "cross_entropy": Op(
             "cross_entropy", dict(logits=draw(4, 6)), dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1)
         ),
+        "bias_activation_dropout": Op(
+            "bias_activation_dropout",
+            dict(x=draw(3, 6), bias=draw(6), up=draw(3, 6)),
+            dict(activation="gelu", p=0.3, seed=seed),
+        ),
+        "swiglu": Op("bias_activation_dropout", dict(x=draw(3, 6), up=draw(3, 6)), dict(activation="silu")),
         "dropout": Op("dropout", dict(x=draw(3, 6), residual=draw(3, 6)), dict(p=0.3, seed=seed)),
     }
 
@@ -164,6 +170,7 @@ LEARNED: dict[str, Callable[[Any], Any]] = {
     "softmax's scale": lambda s: kernels.softmax(X, scale=s),
     "log_softmax's scale": lambda s: kernels.log_softmax(X, scale=s),
     "dropout's p": lambda s: kernels.dropout(X, s, seed=3),
+    "an activation's p": lambda s: kernels.bias_activation_dropout(X, "gelu", p=s, seed=3),
     "layer_norm's eps": lambda s: kernels.layer_norm(X, 6, eps=s),
     "rms_norm's eps": lambda s: kernels.rms_norm(X, 6, eps=s),
     "label_smoothing": lambda s: kernels.cross_entropy(X, torch.tensor([0, 1, 2]), label_smoothing=s),
@@ -216,7 +223,7 @@ def test_forward_mode_is_served_or_refused_with_the_way_out(op: Op) -> None:
         for asked in (dual, push, curve) if op.name not in ("dropout", "cross_entropy") else (dual, push):
             with pytest.raises(NotImplementedError, match=r"jacrev.*use_backend\('reference'\)"):
                 asked()
-    if op.name == "dropout" or "dropout_p" in op.options:
+    if {"p", "dropout_p"} & set(op.options):
         return  # the torch backend has bits of its own
     with use_backend("reference"):
         expected = push()

@@ -86,6 +86,7 @@ def test_bytes_are_those_of_the_tensors(workload):
         "softmax": out.numel() * item - unread,
         "log_softmax": out.numel() * item,
         "cross_entropy": inputs,
+        "bias_activation_dropout": inputs,
         "dropout": 0,
     }[workload.op]
     arrives = out.numel() * item - (unread if workload.op == "softmax" else 0)
@@ -144,7 +145,7 @@ def test_every_provider_agrees_with_the_reference(workload, monkeypatch):
 def test_names_are_unique_and_every_op_is_there():
     names = [(w.op, w.name) for w in WORKLOADS]
     assert len(set(names)) == len(names)
-    rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "dropout"}
+    rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "bias_activation_dropout", "dropout"}
     assert set(TIMED_OPS) == {"attention", "decode_attention", "decoder_layer"} | rows
     assert all(next(iter(providers.providers(op))) == providers.OURS for op in TIMED_OPS)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
 OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
 MAY_READ_THE_REFERENCE = (*OPS, "selftest")
-DEFINITIONS = (*OPS, "append_kv_cache", "decode_attention", "log_softmax", "rms_norm")
+DEFINITIONS = (*OPS, "append_kv_cache", "bias_activation_dropout", "decode_attention", "log_softmax", "rms_norm")
 LONGEST_FILE = 500
 MOST_ARGUMENTS = 28  # of a kernel, or of a part of one
 
