@@ -19,7 +19,7 @@ from tileformer.kernels.attention import attention
 from tileformer.kernels.attention.decode import decode_attention
 from tileformer.kernels.backend import Backend, use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
-from tileformer.kernels.dropout import dropout
+from tileformer.kernels.dropout import bias_activation_dropout, dropout
 from tileformer.kernels.layer_norm import layer_norm
 from tileformer.kernels.linear_cross_entropy import linear_cross_entropy
 from tileformer.kernels.softmax import softmax
@@ -43,11 +43,24 @@ CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # diffe
         dict(input=(4100, 8), linear_weight=(16, 8)),
         dict(target=torch.arange(4100) % 16, reduction="sum"),
     ),
+    "bias_activation_dropout": (
+        dict(x=(37, 128), bias=(128,), up=(37, 128)),
+        dict(activation="gelu", p=0.3, seed=torch.tensor([7])),
+    ),
     "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
 }
 OPS: dict[str, Any] = {
     op.__name__: op
-    for op in (attention, cross_entropy, decode_attention, dropout, layer_norm, linear_cross_entropy, softmax)
+    for op in (
+        attention,
+        bias_activation_dropout,
+        cross_entropy,
+        decode_attention,
+        dropout,
+        layer_norm,
+        linear_cross_entropy,
+        softmax,
+    )  # fmt: skip
 }
 
 

@@ -84,6 +84,12 @@ def _ops() -> dict[str, Op]:
             dict(input=draw(4, 5), linear_weight=draw(6, 5), linear_bias=draw(6)),
             dict(target=torch.tensor([0, 5, -100, 2]), label_smoothing=0.1, z_loss=0.01, softcap=4.0),
         ),
+        "bias_activation_dropout": Op(
+            "bias_activation_dropout",
+            dict(x=draw(3, 6), bias=draw(6), up=draw(3, 6)),
+            dict(activation="gelu", p=0.3, seed=seed),
+        ),
+        "swiglu": Op("bias_activation_dropout", dict(x=draw(3, 6), up=draw(3, 6)), dict(activation="silu")),
         "dropout": Op("dropout", dict(x=draw(3, 6), residual=draw(3, 6)), dict(p=0.3, seed=seed)),
     }
 
@@ -177,6 +183,7 @@ LEARNED: dict[str, Callable[[Any], Any]] = {
     "softmax's scale": lambda s: kernels.softmax(X, scale=s),
     "log_softmax's scale": lambda s: kernels.log_softmax(X, scale=s),
     "dropout's p": lambda s: kernels.dropout(X, s, seed=3),
+    "an activation's p": lambda s: kernels.bias_activation_dropout(X, "gelu", p=s, seed=3),
     "layer_norm's eps": lambda s: kernels.layer_norm(X, 6, eps=s),
     "rms_norm's eps": lambda s: kernels.rms_norm(X, 6, eps=s),
     "label_smoothing": lambda s: kernels.cross_entropy(X, torch.tensor([0, 1, 2]), label_smoothing=s),

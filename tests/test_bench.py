@@ -87,6 +87,7 @@ def test_bytes_are_those_of_the_tensors(workload):
         "log_softmax": out.numel() * item,
         "cross_entropy": inputs,
         "linear_cross_entropy": inputs,
+        "bias_activation_dropout": inputs,
         "dropout": 0,
     }[workload.op]
     arrives = out.numel() * item - (unread if workload.op == "softmax" else 0)
@@ -146,6 +147,7 @@ def test_names_are_unique_and_every_op_is_there():
     names = [(w.op, w.name) for w in WORKLOADS]
     assert len(set(names)) == len(names)
     rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "linear_cross_entropy", "dropout"}
+    rows |= {"add_layer_norm", "add_rms_norm", "bias_activation_dropout"}
     assert set(TIMED_OPS) == {"attention", "decode_attention", "decoder_layer"} | rows
     assert all(next(iter(providers.providers(op))) == providers.OURS for op in TIMED_OPS)
 

@@ -103,7 +103,7 @@ def test_a_rate_has_31_bits(p):
 
 def test_a_long_row_needs_one_axis_of_programs():
     """CUDA's others end at 65,535."""
-    run = MODULE._launch(3, 2**28, 2**28, 2**28, False, 0.1, torch.float32)
+    run = MODULE._launch(3, 2**28, 2**28, 2**28, 0.1, torch.float32)
     assert run.grid(run.tiles[0]) == (3 * 2**28 // run.tiles[0]["BLOCK_N"],)
 
 

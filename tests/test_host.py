@@ -23,7 +23,17 @@ from triton.compiler import CompiledKernel
 
 from tileformer.bench.recording import record
 from tileformer.bench.speed.host import compilations
-from tileformer.kernels import attention, autograd, cross_entropy, dropout, launch, layer_norm, softmax, use_backend
+from tileformer.kernels import (
+    attention,
+    autograd,
+    bias_activation_dropout,
+    cross_entropy,
+    dropout,
+    launch,
+    layer_norm,
+    softmax,
+    use_backend,
+)
 
 LAUNCHES: list[tuple[Any, ...]] = []
 
@@ -75,6 +85,7 @@ def _calls() -> list[Any]:
         target = torch.zeros(r, dtype=torch.int64)
         calls.append(lambda x=x, t=target, n=n: cross_entropy(x, t, label_smoothing=0.1 * (n == 16), reduction="sum"))
         calls.append(lambda x=x, w=weight, t=target: cross_entropy(x, t, weight=w.detach()))
+        calls.append(lambda x=x, w=weight: bias_activation_dropout(x, "gelu", bias=w, up=x, p=0.5))
         calls.append(lambda x=x, dtype=dtype: dropout(x, 0.5, residual=x.detach().to(torch.float32)))
     x = torch.ones(4, 16, dtype=torch.bfloat16)
     for dtype in dtypes:  # one shape, all aligned: only the weight's dtype tells two calls apart

@@ -15,7 +15,15 @@ import textwrap
 import pytest
 import torch
 
-from tileformer.kernels import attention, cross_entropy, dropout, layer_norm, softmax, use_backend
+from tileformer.kernels import (
+    attention,
+    bias_activation_dropout,
+    cross_entropy,
+    dropout,
+    layer_norm,
+    softmax,
+    use_backend,
+)
 
 GUARDED = """
     import ctypes, faulthandler, importlib, itertools, sys
@@ -101,10 +109,12 @@ GUARDED = """
         describe("softmax", "mask", "", 2, 3, 5, 13, mask="additive", causal=True),
         describe("layer_norm", "odd", "", 7, 13, params=("weight", "bias"), axes=1),
         describe("cross_entropy", "odd", "", 7, 13, ignored=2, weighted=True, label_smoothing=0.1, z_loss=0.01, softcap=4.0),
+        describe("bias_activation_dropout", "odd", "", 7, 13, params=("bias", "up"), activation="gelu", p=0.3),
         describe("dropout", "odd", "", 7, 13, params=("residual",), p=0.3),
     ]
     small = [case for case in CASES if case.quick or case.name in ("cross padded", "bottom right", "no keys in sight", "two axes")] + MORE
     rooms = {op: importlib.import_module("tileformer.kernels." + op) for op in ("layer_norm", "softmax", "cross_entropy", "dropout")}
+    rooms["bias_activation_dropout"] = rooms["dropout"]
     empty_like = torch.empty_like
     torch.empty, torch.empty_like, torch.Tensor.new_empty = patched, patched_like, patched_new
     with kernels.use_backend("interpret"):
@@ -226,6 +236,11 @@ ROWS = {
     "softmax": (softmax, "x"),
     "cross_entropy": (lambda x: cross_entropy(x, torch.arange(40) % 8, reduction="none"), "x"),
     "dropout": (lambda x: dropout(x, 0.4, seed=torch.tensor([5])), "x"),
+    "activation": (
+        lambda x: bias_activation_dropout(x, "gelu", bias=torch.ones(8).half(), p=0.4, seed=torch.tensor([5])),
+        "x",
+    ),
+    "up": (lambda up: bias_activation_dropout(torch.ones(40, 8).half(), "silu", up=up), "up"),
     "residual": (
         lambda residual: dropout(torch.ones(40, 8).half(), 0.4, seed=torch.tensor([5]), residual=residual),
         "residual",
@@ -238,7 +253,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_are_read_beyond_two_to_the_31(name, longest, monkeypatch):
     op, argument = ROWS[name]
-    room = sys.modules["tileformer.kernels." + ("dropout" if name == "residual" else name)]
+    room = sys.modules["tileformer.kernels." + ("dropout" if name in ("residual", "activation", "up") else name)]
     for limit in ("MAX_FWD", "MAX_BWD", "MAX_TILE") if longest else ():
         monkeypatch.setattr(room, limit, longest, raising=False)
     torch.manual_seed(0)

@@ -57,6 +57,7 @@ _softmax, _log_softmax = _calls("softmax", 30, 64), _calls("log_softmax", 30, 64
 _cross_entropy = _calls("cross_entropy", 33, 41)
 _linear_cross_entropy = _calls("linear_cross_entropy", 33, 24, 41)
 _dropout = _calls("dropout", 20, 128)
+_activation = _calls("bias_activation_dropout", 20, 128, activation="gelu")
 # fmt: off
 CASES = [
     _attention("plain", "whole tiles, no restriction", 1, 2, 2, 64, 64, 64, lse=False),
@@ -326,6 +327,27 @@ CASES = [
     _dropout("odd strides", "a slice of wider rows", params=("residual",), p=0.1, layouts=dict(x="padded", residual="transposed", out="padded"),
              dtypes=BF, suite=False),
     _dropout("gradient of a sum", "stride 0", p=0.1, layouts=dict(x="expanded", out="scalar"), dtypes=BF, suite=False),
+    _activation("feed-forward", "bias, activation and dropout", params=("bias",), p=0.1, quick=True),
+    _activation("geglu", "ragged, everything at once", 3, 7, 99, params=("bias", "up"), p=0.3, suite=False),
+    _activation("swiglu", "two inputs, nothing drawn", params=("up",), activation="silu", dtypes=TWO),
+    _activation("approximate gelu", "by a sigmoid", params=("bias",), activation="gelu_tanh", dtypes=TWO, suite=False),
+    _activation("relu", "0 and below have no gradient", params=("bias",), activation="relu", p=0.3, edit=lambda t, o: t["x"][3].zero_().sub_(t["bias"]),
+                dtypes=BF, suite=False),
+    _activation("one column", "fewer than one draw makes", 20, 1, params=("bias", "up"), p=0.3, dtypes=BF, suite=False),
+    _activation("three tiles", "columns beyond one program's", 3, 5001, params=("bias", "up"), activation="silu", p=0.3, dtypes=TWO, suite=False),
+    _activation("many rows", "of several programs, dbias is their sum", 300, 64, params=("bias",), activation="silu", dtypes=TWO, suite=False),
+    _activation("no row", "dbias is 0, though nothing runs", 0, 128, params=("bias", "up"), p=0.1, dtypes=BF, suite=False),
+    _activation("p = 1", "everything dropped", params=("bias", "up"), p=1.0, dtypes=BF, suite=False),
+    _activation("a NaN and an inf", "they stay in their columns", params=("up",), edit=lambda t, o: (t["x"][5, 9].fill_(NAN), t["x"][6, 0].fill_(INF)),
+                activation="relu", dtypes=TWO, suite=False),
+    _activation("large", "an exponential that overflows", params=("up",), activation="silu", edit=lambda t, o: t["x"].mul_(500), dtypes=TWO, suite=False),
+    _activation("float32 bias", "beside 16-bit rows", params=("bias",), fp32=("bias",), dtypes=HALF, suite=False),
+    _activation("misaligned", "no 16-byte alignment", params=("bias", "up"), p=0.1, layouts=dict.fromkeys(["x", "bias", "up", "out"], "offset"),
+                dtypes=TWO, suite=False),
+    _activation("odd strides", "slices of wider rows", params=("bias", "up"), layouts=dict(x="padded", up="transposed", bias="strided", out="padded"),
+                dtypes=BF, suite=False),
+    _activation("gradient of a sum", "stride 0", params=("bias",), layouts=dict(x="expanded", out="scalar"), dtypes=BF, suite=False),
+    _activation("far rows", "offsets beyond 2^31 elements", params=("up",), p=0.1, layouts=dict(x="far", up="far", out="far"), dtypes=BF, suite=False),
     _dropout("far rows", "offsets beyond 2^31 elements", p=0.1, layouts=dict(x="far", out="far"), dtypes=BF, suite=False),
 ]
 # fmt: on

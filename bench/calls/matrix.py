@@ -112,6 +112,15 @@ def _row_matrix() -> Iterator[Call]:
             yield describe("add_rms_norm", *norm, params=fused[:2], eps=1e-6, **bf16)
         yield describe("softmax", *warps, quick=sampled, **bf16)
         yield describe("log_softmax", *warps, **bf16)
+        options = dict(params=("bias",), activation="gelu", p=0.1, quick=sampled)
+        yield describe("bias_activation_dropout", *warps, **options, **bf16)
+        yield describe(
+            "bias_activation_dropout", f"swiglu N {n}", warps[1], 64, n, params=("up",), activation="silu", **bf16
+        )
+        if n == 4096:
+            for more in ("relu", "gelu_tanh"):
+                options = dict(params=("bias", "up"), activation=more, p=0.1, dtypes=dtypes)
+                yield describe("bias_activation_dropout", f"{more} N {n}", warps[1], 64, n, **options)
         yield describe("dropout", *warps, params=("residual",), p=0.1, **bf16)
     for classes in (4096, 32000, 131072):
         options = dict(weighted=True, label_smoothing=0.1, quick=classes == 32000)

@@ -335,6 +335,27 @@ def _flag_gems_dropout(package: Any, t: Tensors, o: Options) -> Tensor:
     return t["residual"] + _Pair.apply(forward, lambda dy, *saved: package.dropout_backward(dy, *saved), t["x"])
 
 
+def _eager_activation(t: Tensors, o: Options) -> Tensor:
+    """torch's operators, with the addition of the bias that torch's linear layer would do."""
+    kind = o["activation"].partition("_")
+    x = t["x"] + t["bias"] if "bias" in t else t["x"]
+    y = F.gelu(x, approximate=kind[2] or "none") if kind[0] == "gelu" else getattr(F, kind[0])(x)
+    return F.dropout(y * t["up"] if "up" in t else y, o.get("p", 0.0))
+
+
+def _liger_activation(call: Call) -> Function:
+    kinds = dict(silu=("swiglu", "LigerSiLUMulFunction"), gelu_tanh=("geglu", "LigerGELUMulFunction"))
+    _refuse(
+        {
+            "has swiglu and geglu (tanh) alone": call.options["activation"] not in kinds
+            or call.options["params"] != ("up",)
+        }
+    )
+    module, function = kinds[call.options["activation"]]
+    compute = lambda p, t, o: getattr(p, function).apply(t["x"], t["up"])  # noqa: E731
+    return _peer(f"liger_kernel.ops.{module}", compute)(call)
+
+
 def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
     """A layer class; its parameters become the call's very tensors (but x and memory), so that gradients are theirs."""
     sizes = (call.sizes[name] for name in ("C", "H", "F"))
@@ -446,6 +467,7 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"]))
     | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
+    "bias_activation_dropout": _torch(_eager_activation) | {"liger": _liger_activation},
     "decoder_layer": {
         OURS: partial(_layer, TransformerDecoderLayer, False),
         "eager": partial(_layer, nn.TransformerDecoderLayer, False),

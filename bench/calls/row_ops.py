@@ -1,4 +1,4 @@
-"""The ops on rows: norms, softmax and its logarithm, cross-entropy (also of a linear map), dropout. See ops.py."""
+"""The ops on rows: norms, softmax and its logarithm, cross-entropy (also of a linear map), activations, dropout."""
 
 import functools
 import math
@@ -14,11 +14,12 @@ from tileformer.kernels import reference
 def _build_rows(
     generator: Generator, sizes: Sizes, *, params: tuple[str, ...] = (), mask: str = "", axes: int = 0, **options: Any
 ) -> tuple[Tensors, Options]:
-    """x and `params`: differentiable tensors of one row ("residual": of x's shape). A norm is over the last `axes`."""
+    """x and `params`: differentiable, of one row ("residual", "up": of x's shape). A norm is over the last `axes`."""
     shape = tuple(sizes.values())
     tensors = {"x": 2 * normal(generator, *shape)}
     for param in params:
-        tensors[param] = normal(generator, *(shape if param == "residual" else shape[-1:]))  # in the order of the op
+        # In the order of the op.
+        tensors[param] = normal(generator, *(shape if param in ("residual", "up") else shape[-1:]))
     if axes:
         options["normalized_shape"] = shape[-axes:]
     if mask == "boolean":
@@ -107,6 +108,20 @@ def _dropout_cost(sizes: Sizes, options: Options, item: int) -> Cost:
     return Cost((3 * item * math.prod(sizes.values()), 2 * item * math.prod(sizes.values())))
 
 
+def _activation_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """x, bias, up -> y;  dy, x, bias, up -> dx and the gradients of the others."""
+    x, up, bias = math.prod(sizes.values()), "up" in options.get("params", ()), "bias" in options.get("params", ())
+    row = bias * sizes["N"]
+    return Cost((item * ((2 + up) * x + row), item * ((3 + 2 * up) * x + 2 * row)))
+
+
+def _activation_error_sizes(tensors: Tensors, options: Options, results: Tensors, grads: Tensors) -> Tensors:
+    """The slope of an activation is at most 1.13."""
+    dx = 1.13 * grads["out"].abs() * tensors.get("up", grads["out"].new_ones(())).abs()
+    dx = dx / (1 - options["p"]) if 0.0 < options.get("p", 0.0) < 1.0 else dx
+    return dict(dx=dx, dbias=dx.flatten(0, -2).sum(0))
+
+
 def _dropout_draw(op: Any, p: float, seed: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor of ones shows its own factors; so does its gradient."""
     x = like.new_ones(256, 128).requires_grad_()
@@ -191,5 +206,6 @@ ROW_OPS = {
     "linear_cross_entropy": Op(
         ("R C V",), _build_linear_cross_entropy, _linear_cross_entropy_cost, _linear_cross_entropy_error_sizes
     ),
+    "bias_activation_dropout": Op(ROWS, _build_rows, _activation_cost, _activation_error_sizes),
     "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
 }  # fmt: skip

@@ -67,6 +67,9 @@ def _row_workloads() -> list[Call]:
         *sweep("cross_entropy", "classes", "V", 2**27, 4096, 32000, 50257, 131072),
         describe("cross_entropy", "smoothed", "", 4096, 32000, label_smoothing=0.1),
         *(describe("linear_cross_entropy", f"classes V {v}", "", 4096, 2048, v, axis="V") for v in (32000, 128256)),
+        *sweep("bias_activation_dropout", "gelu", "N", 2**26, 4096, params=("bias",), activation="gelu", p=0.1),
+        *sweep("bias_activation_dropout", "swiglu", "N", 2**26, 4096, 8192, params=("up",), activation="silu"),
+        *sweep("bias_activation_dropout", "geglu", "N", 2**26, 4096, params=("up",), activation="gelu_tanh"),
         *sweep("dropout", "residual", "N", 2**26, 1024, 4096, params=("residual",), p=0.1),
     ]
 

@@ -35,7 +35,7 @@ TABLE = [
 ALLOWED_STACK = {
     ("fp32", "_attention_fwd_kernel", 0): 16,
     ("fp32", "_attention_fwd_kernel", 160): 32,
-    ("fp32", "_attention_bwd_dq_kernel", 0): 16,
+    ("fp32", "_attention_bwd_dq_kernel", 0): 24,  # 16 but for head sizes 80 and 96 on sm_120
     ("fp32", "_attention_bwd_dq_kernel", 160): 320,
     ("fp32", "_attention_bwd_dkdv_kernel", 160): 336,
     ("bf16", "_attention_bwd_dq_kernel", 0): 24,
@@ -44,6 +44,7 @@ ALLOWED_STACK = {
     ("fp32", "_attention_bwd_dkdv_kernel", 0): 16,
     ("bf16", "_attention_fwd_kernel", 0): 32,  # 24 but for head size 32 on sm_86 and sm_89
     ("bf16", "_attention_weights_kernel", 256): 8,
+    ("bf16", "_attention_bwd_bias_kernel", 256): 16,  # on sm_120 alone
     ("bf16", "_attention_fwd_kernel", 256): 32,
     ("fp32", "_decode_split_kernel", 0): 8,  # head size 16 on sm_80 alone
     ("bf16", "_decode_split_kernel", 128): 8,  # all features at once, on sm_86 and sm_89 alone

@@ -125,7 +125,7 @@ def _row(provider: str, kind: Callable[..., nn.Module], form: str, options: dict
     given = {a.untyped_storage().data_ptr() for a in (x, memory, mask, *layer.parameters())}
     saved: dict[int, int] = {}
 
-    def keep(a: Tensor) -> Tensor:
+    def keep(a: Any) -> Any:
         saved[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
         return a
 
