@@ -66,7 +66,7 @@ def test_the_loss_of_logits_in_half_precision(dtype) -> None:
         options = dict(labels=labels, vocab_size=50, num_items_in_batch=items)
         got = huggingface.causal_lm_loss(logits, **options)
         states = logits[..., :3].clone()
-        states.tileformer_head = head = nn.Linear(3, 50, dtype=dtype)
+        states.tileformer_head = head = nn.Linear(3, 50, dtype=dtype)  # type: ignore[attr-defined]
         fused, of_states = huggingface.causal_lm_loss(states, **options), expected(head(states), **options)
         assert got.dtype == fused.dtype == torch.float32
         torch.testing.assert_close((got, fused), (expected(logits, **options), of_states), rtol=1e-4, atol=0)
