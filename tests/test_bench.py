@@ -78,20 +78,23 @@ def test_bytes_are_those_of_the_tensors(workload):
             1
         ] * (b // len(options["lengths"]))
         return
+    made = item * sum(x.numel() for x in (out if isinstance(out, tuple) else (out,)))
     gradients = inputs
     saved = {  # what the backward reads besides the output's gradient
-        "attention": inputs + out.numel() * item - unread,
+        "attention": inputs + made - unread,
         "layer_norm": sizes.get("x", 0) + sizes.get("weight", 0),
         "rms_norm": sizes.get("x", 0) + sizes.get("weight", 0),
-        "softmax": out.numel() * item - unread,
-        "log_softmax": out.numel() * item,
+        "add_layer_norm": sizes.get("x", 0) + sizes.get("weight", 0),  # the total is as large as x
+        "add_rms_norm": sizes.get("x", 0) + sizes.get("weight", 0),
+        "softmax": made - unread,
+        "log_softmax": made,
         "cross_entropy": inputs,
         "linear_cross_entropy": inputs,
         "bias_activation_dropout": inputs,
         "dropout": 0,
     }[workload.op]
-    arrives = out.numel() * item - (unread if workload.op == "softmax" else 0)
-    forward, backward = inputs - unread + sides + out.numel() * item, saved + sides + arrives + gradients
+    arrives = made - (unread if workload.op == "softmax" else 0)
+    forward, backward = inputs - unread + sides + made, saved + sides + arrives + gradients
     if workload.op == "dropout":
         backward -= sizes["residual"]  # its gradient is the one that arrives
     if workload.op.endswith("cross_entropy"):
