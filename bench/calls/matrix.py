@@ -112,8 +112,9 @@ def _row_matrix() -> Iterator[Call]:
             yield describe("add_rms_norm", *norm, params=fused[:2], eps=1e-6, **bf16)
         yield describe("softmax", *warps, quick=sampled, **bf16)
         yield describe("log_softmax", *warps, **bf16)
-        options: dict[str, Any] = dict(params=("bias",), activation="gelu", p=0.1, quick=sampled)
-        yield describe("bias_activation_dropout", *warps, **options, **bf16)
+        yield describe(
+            "bias_activation_dropout", *warps, params=("bias",), activation="gelu", p=0.1, quick=sampled, **bf16
+        )
         yield describe(
             "bias_activation_dropout", f"swiglu N {n}", warps[1], 64, n, params=("up",), activation="silu", **bf16
         )
