@@ -12,6 +12,7 @@ from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import bias_activation_dropout, dropout
 from tileformer.kernels.layer_norm import layer_norm, rms_norm
 from tileformer.kernels.random import dropout_keep
+from tileformer.kernels.rotary import rotary, rotary_tables
 from tileformer.kernels.softmax import log_softmax, softmax
 
 launch.selftest = selftest.run_once  # before a process's first launch on a GPU
@@ -28,6 +29,8 @@ __all__ = [
     "log_softmax",
     "reference",
     "rms_norm",
+    "rotary",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "softmax",
     "use_backend",

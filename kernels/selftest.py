@@ -21,6 +21,7 @@ from tileformer.kernels.backend import Backend, use_backend
 from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import bias_activation_dropout, dropout
 from tileformer.kernels.layer_norm import layer_norm
+from tileformer.kernels.rotary import rotary
 from tileformer.kernels.softmax import softmax
 
 TOLERANCE = 0.05  # of the largest element: garbage, not rounding, which makes 0.01 in bfloat16
@@ -42,11 +43,21 @@ CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # diffe
         dict(x=(37, 128), bias=(128,), up=(37, 128)),
         dict(activation="gelu", p=0.3, seed=torch.tensor([7])),
     ),
+    "rotary": (dict(x=(1, 2, 37, 64)), dict(cos=torch.linspace(-1, 1, 37 * 32).view(37, 32), sin=torch.ones(37, 32))),
     "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
 }
 OPS: dict[str, Any] = {
     op.__name__: op
-    for op in (attention, bias_activation_dropout, cross_entropy, decode_attention, dropout, layer_norm, softmax)
+    for op in (
+        attention,
+        bias_activation_dropout,
+        cross_entropy,
+        decode_attention,
+        dropout,
+        layer_norm,
+        rotary,
+        softmax,
+    )
 }
 
 

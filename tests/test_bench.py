@@ -88,6 +88,7 @@ def test_bytes_are_those_of_the_tensors(workload):
         "cross_entropy": inputs,
         "bias_activation_dropout": inputs,
         "dropout": 0,
+        "rotary": 0,
     }[workload.op]
     arrives = out.numel() * item - (unread if workload.op == "softmax" else 0)
     forward, backward = inputs - unread + sides + out.numel() * item, saved + sides + arrives + gradients
@@ -145,7 +146,16 @@ def test_every_provider_agrees_with_the_reference(workload, monkeypatch):
 def test_names_are_unique_and_every_op_is_there():
     names = [(w.op, w.name) for w in WORKLOADS]
     assert len(set(names)) == len(names)
-    rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "bias_activation_dropout", "dropout"}
+    rows = {
+        "layer_norm",
+        "rms_norm",
+        "softmax",
+        "log_softmax",
+        "cross_entropy",
+        "bias_activation_dropout",
+        "dropout",
+        "rotary",
+    }
     assert set(TIMED_OPS) == {"attention", "decode_attention", "decoder_layer"} | rows
     assert all(next(iter(providers.providers(op))) == providers.OURS for op in TIMED_OPS)
 
