@@ -14,6 +14,7 @@ from tileformer.kernels.dropout import bias_activation_dropout, dropout
 from tileformer.kernels.layer_norm import layer_norm, rms_norm
 from tileformer.kernels.linear_cross_entropy import linear_cross_entropy
 from tileformer.kernels.random import dropout_keep
+from tileformer.kernels.rotary import rotary, rotary_tables
 from tileformer.kernels.softmax import log_softmax, softmax
 
 launch.selftest = selftest.run_once  # before a process's first launch on a GPU
@@ -33,6 +34,8 @@ __all__ = [
     "log_softmax",
     "reference",
     "rms_norm",
+    "rotary",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "softmax",
     "use_backend",

@@ -439,6 +439,16 @@ def bias_activation_dropout(
     return dropout(y if up is None else y * _wide(up), p, seed=seed).to(x.dtype)
 
 
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """The first R elements of each head, as R / 2 complex numbers, times exp(i angle) (arXiv:2104.09864)."""
+    turned = _wide(x[..., : 2 * cos.shape[-1]])
+    angle = torch.complex(cos.to(turned.dtype), sin.to(turned.dtype)).unsqueeze(-3)
+    size, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    product = torch.complex(*turned.unflatten(-1, size).unbind(axis)) * angle
+    turned = torch.stack([product.real, product.imag], axis).flatten(-2)
+    return torch.cat([turned.to(x.dtype), x[..., 2 * cos.shape[-1] :]], -1)
+
+
 def dropout_keep(seed: Tensor | None, shape: Sequence[int], p: float) -> Tensor:
     """The keep mask (boolean, of `shape` (..., rows, columns)) that the kernels draw for this seed and rate.
 

@@ -22,6 +22,7 @@ from tileformer.kernels.cross_entropy import cross_entropy
 from tileformer.kernels.dropout import bias_activation_dropout, dropout
 from tileformer.kernels.layer_norm import layer_norm
 from tileformer.kernels.linear_cross_entropy import linear_cross_entropy
+from tileformer.kernels.rotary import rotary
 from tileformer.kernels.softmax import softmax
 
 TOLERANCE = 0.05  # of the largest element: garbage, not rounding, which makes 0.01 in bfloat16
@@ -47,6 +48,7 @@ CALLS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # diffe
         dict(x=(37, 128), bias=(128,), up=(37, 128)),
         dict(activation="gelu", p=0.3, seed=torch.tensor([7])),
     ),
+    "rotary": (dict(x=(1, 2, 37, 64)), dict(cos=torch.linspace(-1, 1, 37 * 32).view(37, 32), sin=torch.ones(37, 32))),
     "dropout": (dict(x=(37, 128), residual=(37, 128)), dict(p=0.3, seed=torch.tensor([7]))),
 }
 OPS: dict[str, Any] = {
@@ -59,8 +61,9 @@ OPS: dict[str, Any] = {
         dropout,
         layer_norm,
         linear_cross_entropy,
+        rotary,
         softmax,
-    )  # fmt: skip
+    )
 }
 
 

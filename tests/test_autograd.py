@@ -90,6 +90,7 @@ def _ops() -> dict[str, Op]:
             dict(activation="gelu", p=0.3, seed=seed),
         ),
         "swiglu": Op("bias_activation_dropout", dict(x=draw(3, 6), up=draw(3, 6)), dict(activation="silu")),
+        "rotary": Op("rotary", dict(x=draw(2, 3, 5, 8)), dict(cos=draw(5, 3), sin=draw(5, 3), interleaved=True)),
         "dropout": Op("dropout", dict(x=draw(3, 6), residual=draw(3, 6)), dict(p=0.3, seed=seed)),
     }
 

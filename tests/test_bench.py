@@ -92,6 +92,7 @@ def test_bytes_are_those_of_the_tensors(workload):
         "linear_cross_entropy": inputs,
         "bias_activation_dropout": inputs,
         "dropout": 0,
+        "rotary": 0,
     }[workload.op]
     arrives = made - (unread if workload.op == "softmax" else 0)
     forward, backward = inputs - unread + sides + made, saved + sides + arrives + gradients
@@ -150,7 +151,7 @@ def test_names_are_unique_and_every_op_is_there():
     names = [(w.op, w.name) for w in WORKLOADS]
     assert len(set(names)) == len(names)
     rows = {"layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "linear_cross_entropy", "dropout"}
-    rows |= {"add_layer_norm", "add_rms_norm", "bias_activation_dropout"}
+    rows |= {"add_layer_norm", "add_rms_norm", "bias_activation_dropout", "rotary"}
     assert set(TIMED_OPS) == {"attention", "decode_attention", "decoder_layer"} | rows
     assert all(next(iter(providers.providers(op))) == providers.OURS for op in TIMED_OPS)
 

@@ -18,7 +18,7 @@ from tileformer.kernels import dropout, interpreter, layer_norm, softmax, use_ba
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "decoder", "training", "bench")  # each may import itself and what stands before it
-OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "softmax")
+OPS = ("attention", "cross_entropy", "dropout", "layer_norm", "rotary", "softmax")
 COMPOSED = ("add_norm", "linear_cross_entropy")  # of the kernels of other ops
 MAY_READ_THE_REFERENCE = (*OPS, *COMPOSED, "selftest")
 DEFINITIONS = (

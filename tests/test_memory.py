@@ -21,6 +21,7 @@ from tileformer.kernels import (
     cross_entropy,
     dropout,
     layer_norm,
+    rotary,
     softmax,
     use_backend,
 )
@@ -241,6 +242,10 @@ ROWS = {
         "x",
     ),
     "up": (lambda up: bias_activation_dropout(torch.ones(40, 8).half(), "silu", up=up), "up"),
+    "rotary": (
+        lambda x: rotary(x.view(2, 4, 5, 8), torch.ones(5, 3), torch.ones(5, 3)).view(40, 8),
+        "x",
+    ),
     "residual": (
         lambda residual: dropout(torch.ones(40, 8).half(), 0.4, seed=torch.tensor([5]), residual=residual),
         "residual",

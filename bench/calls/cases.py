@@ -57,6 +57,7 @@ _softmax, _log_softmax = _calls("softmax", 30, 64), _calls("log_softmax", 30, 64
 _cross_entropy = _calls("cross_entropy", 33, 41)
 _linear_cross_entropy = _calls("linear_cross_entropy", 33, 24, 41)
 _dropout = _calls("dropout", 20, 128)
+_rotary = _calls("rotary", 2, 3, 9, 64)
 _activation = _calls("bias_activation_dropout", 20, 128, activation="gelu")
 # fmt: off
 CASES = [
@@ -348,6 +349,18 @@ CASES = [
                 dtypes=BF, suite=False),
     _activation("gradient of a sum", "stride 0", params=("bias",), layouts=dict(x="expanded", out="scalar"), dtypes=BF, suite=False),
     _activation("far rows", "offsets beyond 2^31 elements", params=("up",), p=0.1, layouts=dict(x="far", up="far", out="far"), dtypes=BF, suite=False),
+    _rotary("llama", "halves of a head; B, T, H, D views", heads_last=True, quick=True),
+    _rotary("interleaved", "neighbours", interleaved=True, dtypes=TWO),
+    _rotary("partial", "the rest is copied; no power of two", 1, 2, 7, 80, rotated=24, dtypes=TWO, suite=False),
+    _rotary("partial, interleaved", "positions of their own", 2, 3, 7, 20, rotated=12, interleaved=True, own_positions=True, dtypes=TWO, suite=False),
+    _rotary("one pair", "the narrowest", 2, 3, 5, 2, own_positions=True, dtypes=BF, suite=False),
+    _rotary("many rows", "several programs, the last is ragged", 3, 5, 70, 40, heads_last=True, own_positions=True, dtypes=TWO, suite=False),
+    _rotary("float32 tables", "beside 16-bit rows", fp32=("cos", "sin"), dtypes=HALF, suite=False),
+    _rotary("no token", "nothing to launch", 2, 3, 0, 8, dtypes=BF, suite=False),
+    _rotary("misaligned", "no 16-byte alignment", layouts=dict.fromkeys(["x", "cos", "sin", "out"], "offset"), dtypes=TWO, suite=False),
+    _rotary("odd strides", "slices of wider rows", layouts=dict(x="padded", out="transposed", cos="padded"), dtypes=BF, suite=False),
+    _rotary("gradient of a sum", "stride 0", layouts=dict(x="expanded", out="scalar"), dtypes=BF, suite=False),
+    _rotary("far", "offsets beyond 2^31 elements", layouts=dict(x="far", out="far rows"), dtypes=BF, suite=False),
     _dropout("far rows", "offsets beyond 2^31 elements", p=0.1, layouts=dict(x="far", out="far"), dtypes=BF, suite=False),
 ]
 # fmt: on

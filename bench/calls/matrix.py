@@ -112,17 +112,23 @@ def _row_matrix() -> Iterator[Call]:
             yield describe("add_rms_norm", *norm, params=fused[:2], eps=1e-6, **bf16)
         yield describe("softmax", *warps, quick=sampled, **bf16)
         yield describe("log_softmax", *warps, **bf16)
-        yield describe(
-            "bias_activation_dropout", *warps, params=("bias",), activation="gelu", p=0.1, quick=sampled, **bf16
-        )
-        yield describe(
-            "bias_activation_dropout", f"swiglu N {n}", warps[1], 64, n, params=("up",), activation="silu", **bf16
-        )
-        if n == 4096:
-            for more in ("relu", "gelu_tanh"):
-                options = dict(params=("bias", "up"), activation=more, p=0.1, dtypes=dtypes)
-                yield describe("bias_activation_dropout", f"{more} N {n}", warps[1], 64, n, **options)
+        acts: list[tuple[str, dict[str, Any]]] = [
+            ("gelu", dict(params=("bias",), p=0.1, quick=sampled)),
+            ("silu", dict(params=("up",))),
+            *((kind, dict(params=("bias", "up"), p=0.1, dtypes=dtypes)) for kind in ("relu", "gelu_tanh") if n == 4096),
+        ]
+        for kind, more in acts:
+            more = bf16 | dict(activation=kind) | more
+            yield describe("bias_activation_dropout", f"{kind} N {n}", warps[1], 64, n, **more)
         yield describe("dropout", *warps, params=("residual",), p=0.1, **bf16)
+    heads: dict[str, tuple[int, dict[str, Any]]] = {
+        "B, T, H, D": (64, dict(heads_last=True)),
+        "interleaved": (128, dict(interleaved=True, quick=True)),
+        "partial": (128, dict(rotated=64)),
+        "partial, odd": (80, dict(rotated=32, interleaved=True)),
+    }
+    for name, (d, more) in heads.items():
+        yield describe("rotary", f"D {d} {name}", "rows of a tile", 2, 4, 64, d, fp32=("cos", "sin"), **bf16 | more)
     for classes in (4096, 32000, 131072):
         options = dict(weighted=True, label_smoothing=0.1, quick=classes == 32000)
         yield describe("cross_entropy", f"V {classes}", "blocks of classes", 8, classes, **options, **bf16)

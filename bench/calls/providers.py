@@ -356,6 +356,17 @@ def _liger_activation(call: Call) -> Function:
     return _peer(f"liger_kernel.ops.{module}", compute)(call)
 
 
+def _eager_rotary(t: Tensors, o: Options) -> Tensor:
+    """As Hugging Face's models compute it, or with complex numbers."""
+    x, cos, sin = t["x"], o["cos"], o["sin"]
+    if o.get("interleaved"):
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos.float(), sin.float())).flatten(-2).to(x.dtype)
+    cos, sin = (torch.cat([table, table], -1).to(x.dtype) for table in (cos, sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
 def _layer(kind: type[nn.Module], compiled: bool, call: Call) -> Function:
     """A layer class; its parameters become the call's very tensors (but x and memory), so that gradients are theirs."""
     sizes = (call.sizes[name] for name in ("C", "H", "F"))
@@ -468,6 +479,7 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     "dropout": _torch(lambda t, o: t["residual"] + F.dropout(t["x"], o["p"]))
     | {"flag_gems": _peer("flag_gems", _flag_gems_dropout)},
     "bias_activation_dropout": _torch(_eager_activation) | {"liger": _liger_activation},
+    "rotary": _torch(_eager_rotary),
     "decoder_layer": {
         OURS: partial(_layer, TransformerDecoderLayer, False),
         "eager": partial(_layer, nn.TransformerDecoderLayer, False),

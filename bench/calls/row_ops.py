@@ -1,4 +1,4 @@
-"""The ops on rows: norms, softmax and its logarithm, cross-entropy (also of a linear map), activations, dropout."""
+"""The ops on rows: norms, softmax, cross-entropy (also of a linear map), dropout, activations, rotary. See ops.py."""
 
 import functools
 import math
@@ -191,6 +191,22 @@ def _linear_cross_entropy_error_sizes(tensors: Tensors, options: Options, result
     return dict(out=results["out"].new_tensor(largest(results["out"]) + largest(scores)), **gradients(d), **again)
 
 
+def _build_rotary(
+    generator: Generator, sizes: Sizes, *, rotated: int = 0, own_positions: bool = False, heads_last: bool = False,
+    **options: Any,
+) -> tuple[Tensors, Options]:  # fmt: skip
+    """x, of which the first `rotated` elements turn (0: all), and tables, of each batch with `own_positions`."""
+    b, h, t, d = sizes.values()
+    x = normal(generator, b, t, h, d).transpose(1, 2) if heads_last else normal(generator, b, h, t, d)
+    angle = 6.3 * uniform(generator, *([b] if own_positions else []), t, (rotated or d) // 2)
+    return dict(x=x), dict(cos=angle.cos(), sin=angle.sin(), **options)
+
+
+def _rotary_cost(sizes: Sizes, options: Options, item: int) -> Cost:
+    """x -> y;  dy -> dx. The tables are shared by heads."""
+    return Cost((2 * item * math.prod(sizes.values()),) * 2)
+
+
 ROWS = ("N", "R N", "B R N", "B H T_q T_k")
 ROW_OPS = {
     "layer_norm": Op(ROWS, _build_rows, _norm_cost, functools.partial(_norm_error_sizes, centre=True)),
@@ -207,5 +223,6 @@ ROW_OPS = {
         ("R C V",), _build_linear_cross_entropy, _linear_cross_entropy_cost, _linear_cross_entropy_error_sizes
     ),
     "bias_activation_dropout": Op(ROWS, _build_rows, _activation_cost, _activation_error_sizes),
+    "rotary": Op(("B H T_q D",), _build_rotary, _rotary_cost),
     "dropout": Op(ROWS, _build_rows, _dropout_cost, draw=_dropout_draw),
 }  # fmt: skip

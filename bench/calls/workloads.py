@@ -70,6 +70,10 @@ def _row_workloads() -> list[Call]:
         *sweep("bias_activation_dropout", "gelu", "N", 2**26, 4096, params=("bias",), activation="gelu", p=0.1),
         *sweep("bias_activation_dropout", "swiglu", "N", 2**26, 4096, 8192, params=("up",), activation="silu"),
         *sweep("bias_activation_dropout", "geglu", "N", 2**26, 4096, params=("up",), activation="gelu_tanh"),
+        *[
+            describe("rotary", f"{name} T_q 4096", "", 4, 16, 4096, 128, axis="T_q", fp32=("cos", "sin"), **more)
+            for name, more in (("halves", dict(heads_last=True)), ("interleaved", dict(interleaved=True)))
+        ],
         *sweep("dropout", "residual", "N", 2**26, 1024, 4096, params=("residual",), p=0.1),
     ]
 

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 PEERS = {"liger": "liger-kernel", "flag_gems": "flag-gems", "fla": "fla-core"}  # distributions
 _PACKAGES = {"liger": "liger_kernel", "flag_gems": "flag_gems", "fla": "fla"}
 # Of a sweep, what enters the table: one length of attention, and row lengths on both sides of what one block holds.
-POINTS = {"T_k": (4096,), "N": (1024, 4096, 8192, 32768), "V": (32000, 131072)}
+POINTS = {"T_k": (4096,), "T_q": (4096,), "N": (1024, 4096, 8192, 32768), "V": (32000, 131072)}
 DTYPE = torch.bfloat16
 
 
@@ -114,7 +114,8 @@ def _countable(call: Call) -> Call:
     """The same call at a size that the interpreter takes in seconds: one key head, or at most 2^20 elements of rows."""
     s = call.sizes
     if "H" in s:
-        return dataclasses.replace(call, sizes={**s, "B": 1, "H": s["H"] // s["H_kv"], "H_kv": 1})
+        heads = dict(H=s["H"] // s["H_kv"], H_kv=1) if "H_kv" in s else dict(H=2)
+        return dataclasses.replace(call, sizes={**s, "B": 1, **heads})
     return dataclasses.replace(call, sizes={**s, "R": min(s["R"], 2**20 // s.get("N", s.get("V", 1)))})
 
 
