@@ -368,6 +368,7 @@ _NO_MASKS = "takes no mask", "takes padding only as packed sequences"
 _PLAIN = "takes no scale and no mask"
 _PROVIDERS: dict[str, dict[str, Provider]] = {
     "attention": _torch(_eager_attention) | {
+        "fastest": lambda call: kernels.use_backend("fastest")(function_of(kernels, call.op)),
         "sdpa": lambda _: _sdpa_attention,
         "sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
