@@ -41,6 +41,7 @@ order and formulas; what the compiler makes of it has never run: TILEFORMER_HOPP
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -110,7 +111,7 @@ def _tile(tiles, slot):
 def _slot(shared, i):
     """(slot, parity) of stage i."""
     STAGES: gl.constexpr = shared.k.shape[0]
-    return i & (STAGES - 1), i // STAGES & 1
+    return i & (STAGES - 1), (i & STAGES) // STAGES
 
 
 @gluon.jit
@@ -307,6 +308,13 @@ def _attention_fwd_hopper_kernel(
             [(_consume, first), (_consume, second), (_consume, third), (_produce, copies)],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
+
+
+def serves(features: mask.Features, dtype: torch.dtype) -> bool:
+    """Whether this kernel computes calls with such features, of 16-byte aligned tensors with keys and queries."""
+    plain = features._replace(HIGH=False, ALIGN=0, MASK_ALIGN=0, PRECISION="")
+    others = any(x for name, x in plain._asdict().items() if name not in ("D", "DV", "BLOCK_D", "BLOCK_DV"))
+    return not others and features.D == features.DV and features.D in TILES and dtype.itemsize == 2
 
 
 def descriptors(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block_n: int) -> tuple[TensorDescriptor, ...]:
