@@ -17,19 +17,20 @@ passes p's parity, and a fresh barrier counts as complete for parity 1):
     turns[group]   1       group - 1 has started the products of step p (group 0:       consumer `group`, in step p
                            the last group has started those of step p - 1)              (group 0: p - 1)
 
-Why nothing is read early: stage i is read after full's phase i // STAGES, which needs the bytes of that very copy: the
-copying warp cannot expect a later phase before empty's phase i // STAGES, to which each consumer adds one arrival, after
-its last read of stage i. Why nothing is overwritten: the same arrival. Triton lets one thread of four warps arrive, after
-a barrier of all four, and each warp has waited for its own products before.
+Why nothing is read early: stage i is read after full's phase i // STAGES, which takes the bytes of that very copy; the
+copying warp expects those of a later one only after empty's phase i // STAGES. Why nothing is overwritten: a consumer
+arrives for that phase once, after its last read of stage i. Triton lets one thread arrive for four warps, after a
+barrier of the four (tests/test_attention_hopper.py looks), and each warp has waited for its own products by then. So no
+wait misses a phase either, which a parity could not tell from the next but one: a phase that somebody waits for is
+followed by another only after an arrival of his.
 
-Why it ends: order all events by (stage or step i, then full < turn of group 0 < .. < turn of the last < empty). Each
-waits only for earlier ones: full(i) for empty(i - STAGES); turn(group, i) for turn(group - 1, i), or of the last group
-at i - 1; empty(i) for each consumer's step i, which waits for full(i) and its turn. Step i of the masked tiles also
-waits for full(i + 1), the values V(i), before it goes on to step i + 1, and after it has emptied stage i: with
-two stages that is full(i + 1) after empty(i - 1), which is earlier. The consumers' turns have one token, so no barrier
-runs ahead by two phases, which a parity could not tell apart. After the steps 0 .. n - 1 each consumer reads stage n,
-V(n - 1) alone; nobody waits for the last phases of `empty` and `turns`. A block of queries without any key has n = 1:
-one tile, wholly hidden, so that every program makes the same steps.
+Why it ends: order all events by stage or step i, and for one i: full, the turns of the groups in order, empty. Each
+waits for earlier ones alone: full(i) for empty(i - STAGES); turn(group, i) for turn(group - 1, i), or the last group's
+at i - 1; empty(i) for full(i) and the turn. But a masked step i, after it has emptied stage i, waits for full(i + 1) to
+have its own values: that waits for empty(i + 1 - STAGES), which with two stages or more is no later than empty(i - 1).
+After the steps 0 .. n - 1 each consumer reads stage n, V(n - 1) alone; nobody waits for what was emptied or whose turn
+came after that. A block of queries without any key has n = 1: one tile, wholly hidden, so that every program makes the
+same steps, and none ends before its copies have landed.
 
 Not served, and so left to the portable kernel: head sizes other than 64 and 128, float32, a left window, masks, a bias,
 padding, packed sequences, ALiBi, a soft cap, dropout, scale 0, no query or no key, expanded tensors (a stride of 0),
@@ -222,7 +223,7 @@ def _consume(shared, work, out_desc, group):
     state = Softmax(gl.zeros([ROWS, D], gl.float32, ACC), gl.full([ROWS], LOWEST, gl.float32, ROW),
                     gl.full([ROWS], 0.0, gl.float32, ROW))  # fmt: skip
     mbarrier.wait(shared.loaded, 0)
-    for i in range(work.n_masked - 1):  # not overlapped: weights that come from two loops would be repacked in each step
+    for i in range(work.n_masked - 1):  # not overlapped: of weights from two loops ptxas would repack each pair
         w, state = _masked_weights(i, state, zero, limit, shared, work, group)
         state = Softmax(_add_values(i + 1, w, state.acc, shared, group), state.running_max, state.sum)
     w, state = _masked_weights(work.n_masked - 1, state, zero, limit, shared, work, group)
@@ -320,6 +321,5 @@ def serves(features: mask.Features, dtype: torch.dtype) -> bool:
 def descriptors(q: Tensor, k: Tensor, v: Tensor, out: Tensor, block_n: int) -> tuple[TensorDescriptor, ...]:
     """What a copy reads or writes: ROWS queries or rows of the output, block_n keys or values, of one head."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    rows = (ROWS.value, block_n, block_n, ROWS.value)
-    blocks = ([1, 1, n, x.shape[3]] for x, n in zip((q, k, v, out), rows, strict=True))
-    return tuple(TensorDescriptor.from_tensor(x, block, layout) for x, block in zip((q, k, v, out), blocks, strict=True))
+    rows = ((q, ROWS.value), (k, block_n), (v, block_n), (out, ROWS.value))
+    return tuple(TensorDescriptor.from_tensor(x, [1, 1, n, x.shape[3]], layout) for x, n in rows)
