@@ -4,6 +4,7 @@ every order that a seed draws; and it compiles for sm_90. What the compiler make
 import random
 import threading
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,11 @@ class Machine:
 
     def __init__(self, seed: int) -> None:
         self.draw, self.changed = random.Random(seed), threading.Condition()
-        self.ready, self.running, self.copies, self.errors = {}, None, [], []
+        self.ready: dict[Any, Any] = {}
+        self.outstanding: dict[Any, list[Any]] = {}
+        self.copies: list[Any] = []
+        self.errors: list[BaseException] = []
+        self.running: Any = None
 
     def start(self, roles) -> None:
         threads = [threading.Thread(target=self._role, args=role) for role in roles]
@@ -42,7 +47,7 @@ class Machine:
         assert not self.copies, "a program ended before its copies"
 
     def _role(self, function, arguments) -> None:
-        self.outstanding = getattr(self, "outstanding", {}) | {threading.current_thread(): []}
+        self.outstanding[threading.current_thread()] = []
         try:
             self._resume()
             function(*arguments)
@@ -109,7 +114,7 @@ class Tile:
 
 
 class Tiles(list):
-    index = list.__getitem__
+    index = list.__getitem__  # type: ignore[assignment]
 
     def __init__(self, shape, kind) -> None:
         super().__init__(kind(shape) if kind is Tile else kind() for _ in range(shape[0]))
@@ -117,7 +122,7 @@ class Tiles(list):
 
 
 class Lanes(torch.Tensor):
-    type = types.SimpleNamespace(layout=None)
+    type = types.SimpleNamespace(layout=None)  # type: ignore[assignment]
 
 
 class Pointer(types.SimpleNamespace):
