@@ -238,7 +238,7 @@ def _qkv(t_q: int, t_k: int, heads: int = 2, heads_kv: int = 1):
     return draw(heads, t_q), draw(heads_kv, t_k), draw(heads_kv, t_k)
 
 
-LENGTHS = [(1, 1), (8, 8), (17, 63), (30, 9), (3, 64)]  # one key, whole tiles, tails, rows without a key, many stages
+LENGTHS = [(1, 1), (8, 17), (17, 63), (30, 9), (3, 64)]  # one key, whole tiles, tails, rows without a key, many stages
 
 
 @pytest.mark.parametrize(("groups", "stages"), [(2, 2), (3, 2), (2, 4)])

@@ -548,7 +548,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("barrier", "a stage is filled before it is empty", "mbarrier.wait(shared.empty.index(slot), parity ^ 1)", "mbarrier.wait(shared.empty.index(slot), parity)"),
         ("barrier", "a stage is filled without a look", "    mbarrier.wait(shared.empty.index(slot), parity ^ 1)\n", ""),
         ("barrier", "the parity of a stage never changes", "(i & STAGES) // STAGES", "0"),
-        ("barrier", "a slot follows another order than its stages", "return i & (STAGES - 1),", "return (i + 1) & (STAGES - 1),"),
         ("barrier", "fewer bytes are expected than come", "2 * BLOCK_N * shared.k.shape[4] * (KEYS + VALUES)", "2 * BLOCK_N * shared.k.shape[4]"),
         ("barrier", "queries are read before they have landed", "    mbarrier.wait(shared.loaded, 0)\n", ""),
         ("barrier", "one tile of queries completes the barrier of all", "mbarrier.init(shared.loaded, count=GROUPS)", "mbarrier.init(shared.loaded, count=1)"),
