@@ -15,10 +15,11 @@ from torch.compiler import is_compiling
 
 from tileformer.kernels import checks, device
 
-Backend = Literal["auto", "triton", "interpret", "torch", "reference"]
+Backend = Literal["auto", "fastest", "triton", "interpret", "torch", "reference"]
 BACKENDS = get_args(Backend)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_ARCH = 80
+FASTEST = "plain and causal attention in 16 bits by torch's fused kernels, all else by tileformer's"
 
 
 def _known(name: str, source: str = "") -> str:
@@ -62,7 +63,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     torch.compile made follows the thread's latest choice: let no task `await` between this and a call of it.
 
     Args:
-        name: "auto", "triton" (CUDA tensors), "interpret" (the Triton kernels on CPU tensors), "torch" or "reference".
+        name: "auto", "fastest" (as "auto", but attention goes to torch's fused kernels where they keep our rules),
+            "triton" (CUDA tensors), "interpret" (the Triton kernels on CPU tensors), "torch" or "reference".
 
     Raises:
         ValueError: for an unknown name. A backend that cannot serve a call raises at that call.
@@ -76,13 +78,13 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def choose(op: str, x: Tensor) -> str:
-    """The backend that serves this call of `op` on tensors like `x`; never "auto".
+    """The backend that serves this call of `op` on tensors like `x`; never "auto" or "fastest".
 
     Raises:
         ValueError: if the backend asked for cannot take the tensor's device or dtype.
     """
     name = _of_thread.name if is_compiling() else _choice.get()
-    if name == "auto":
+    if name in ("auto", "fastest"):
         if not x.is_cuda or x.dtype not in TRITON_DTYPES:
             return "torch"
         arch = device.arch_of(x)

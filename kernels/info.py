@@ -108,7 +108,7 @@ def collect(device: str | None = None) -> dict[str, Any]:
         problems.append(str(error))
         chosen = torch.device("cpu")
     name, why = _backend_on(chosen)
-    if name == "triton":
+    if name in ("triton", "fastest"):
         problems += missing
     return {
         "problems": problems,
@@ -144,13 +144,15 @@ def _backend_on(device: torch.device) -> tuple[str, str]:
         name = backend.choose("info", torch.empty(0, device=device))
     except ValueError as error:
         return asked, str(error)
-    if asked != "auto":
+    if asked == "fastest" and name == "triton":
+        return asked, f"asked for by TILEFORMER_BACKEND: {backend.FASTEST}"
+    if asked not in ("auto", "fastest"):
         return name, "asked for by TILEFORMER_BACKEND"
     if name == "triton":
         return name, "auto: compiled kernels serve float16, bfloat16 and float32 on this GPU (float64 goes to torch)"
     if device.type == "cuda":
-        return name, f"auto: the GPU is older than sm_{backend.OLDEST_ARCH}"
-    return name, "auto: plain torch operators serve CPU tensors"
+        return name, f"{asked}: the GPU is older than sm_{backend.OLDEST_ARCH}"
+    return name, f"{asked}: plain torch operators serve CPU tensors"
 
 
 def _tools() -> tuple[dict[str, str | None], list[str]]:

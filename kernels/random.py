@@ -56,7 +56,7 @@ def dropout_keep(seed: Tensor | int, shape: Sequence[int], p: float) -> Tensor:
     if words is None:
         raise TypeError("dropout_keep: seed is None: pass the seed that the call was given")
     checks.rate("dropout_keep", p, words, words)
-    if current_backend() in ("auto", "torch") and not words.is_cuda:
+    if current_backend() in ("auto", "fastest", "torch") and not words.is_cuda:
         return fast_keep(words, list(shape), p, 1.0, torch.float32) != 0.0
     return philox_keep(words, shape, p)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tileformer.kernels import attention, use_backend
+from tileformer.decoder.model import DecoderLM, DecoderLMConfig
+from tileformer.kernels import attention, info, reference, use_backend
 from tileformer.kernels.attention.torch_backend import FUSED_FROM
 
 
@@ -138,3 +139,107 @@ def test_padding_costs_no_more_memory_than_torchs(dtype, causal):
 
     theirs = peak(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None]))
     assert 0 < peak(lambda: attention(q, k, v, key_mask=real, causal=causal)) <= 1.5 * theirs
+
+
+NO = torch.ones(1, 1, dtype=torch.bool)
+OURS = {  # why a call is ours under "fastest": sizes of the tensors, options
+    "32 bits": (dict(dtype=torch.float32), {}),
+    "head size not of 8": (dict(d=12), {}),
+    "head size beyond what all kernels take": (dict(d=136), {}),
+    "causal, not square": (dict(t_q=9), dict(causal=True)),
+    "window": ({}, dict(window=(3, 0), causal=True)),
+    "window to the right": ({}, dict(window=(None, 3))),
+    "mask": ({}, dict(mask=NO.expand(8, 8))),
+    "bias": ({}, dict(bias=NO.bfloat16())),
+    "key mask": ({}, dict(key_mask=NO.expand(1, 8))),
+    "lengths": ({}, dict(key_lengths=torch.tensor([8]))),
+    "packed": ({}, dict(cu_seqlens_q=torch.tensor([0, 8]), cu_seqlens_k=torch.tensor([0, 8]))),
+    "ALiBi": ({}, dict(alibi_slopes=torch.ones(2))),
+    "soft cap": ({}, dict(softcap=1.0)),
+    "dropout": ({}, dict(dropout_p=0.5, seed=1)),
+    "log-sum-exp": ({}, dict(return_lse=True)),
+    "weights": ({}, dict(return_weights=True)),
+    "negative scale": ({}, dict(scale=-1.0)),
+    "no key": (dict(t_k=0), {}),
+    "no batch": (dict(b=0), {}),
+    "more heads than a grid has rows": (dict(h=2**16, t_q=1, t_k=1, d=8), {}),
+}
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """Whether a call goes to torch's fused attention where the kernels serve it, and what torch made of it."""
+    chosen = sys.modules["tileformer.kernels.attention"]
+    monkeypatch.setattr(chosen, "choose", lambda op, x: "triton")
+    monkeypatch.setattr(chosen, "_attention_forward", lambda *_: 3 * [torch.empty(())])
+    monkeypatch.setattr(chosen, "_attention_weights", lambda *_: torch.empty(()))
+    made = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *q, **kw: made.append(fused(*q, **kw)) or made[-1])
+
+    def call(q, k, v, backend="fastest", **options):
+        made.clear()
+        with use_backend(backend):
+            out = attention(q, k, v, **options)
+        assert not made or out is made[0]
+        return made[0] if made else None
+
+    return call
+
+
+@pytest.mark.parametrize("reason", OURS)
+def test_fastest_leaves_what_torch_computes_otherwise_to_the_kernels(handed_over, reason):
+    sizes, options = OURS[reason]
+    q, k, v = (x.detach() for x in _qkv(**dict(dict(t_q=8, t_k=8, dtype=torch.bfloat16), **sizes)))
+    assert handed_over(q, k, v, **options) is None
+
+
+@pytest.mark.parametrize(
+    ("t_q", "options"),
+    [
+        (8, {}),
+        (5, {}),
+        (8, dict(causal=True)),
+        (8, dict(causal="bottom_right")),
+        (5, dict(scale=0.5)),
+        (8, dict(seed=1)),
+    ],
+)
+def test_fastest_hands_plain_and_square_causal_calls_to_torch(handed_over, t_q, options):
+    q, k, v = (x.detach() for x in _qkv(h=4, t_q=t_q, t_k=8, dtype=torch.bfloat16))
+    k, v = k[:, :2], v[:, :2]  # two query heads share a key head
+    rounding = dict(rtol=0, atol=2**-7)  # of weights in 16 bits
+    torch.testing.assert_close(handed_over(q, k, v, **options), reference.attention(q, k, v, **options), **rounding)
+    for backend in ("auto", "triton"):
+        assert handed_over(q, k, v, backend, **options) is None
+    assert handed_over(q, k, v.mT.contiguous().mT) is None, "rows that are no rows"
+
+
+def test_fastest_repeats_its_bits_where_they_have_to(handed_over):
+    q, k, v = _qkv(t_q=8, t_k=8, dtype=torch.bfloat16)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        for repeats in (False, True):
+            torch.use_deterministic_algorithms(repeats)
+            assert (handed_over(q, k, v) is None) == repeats
+            with torch.no_grad():
+                assert handed_over(q, k, v) is not None, "torch's forward repeats"
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_fastest_is_auto_on_a_cpu_and_named_on_a_gpu(monkeypatch):
+    q, k, v = _qkv(t_q=8, t_k=8)
+    model = DecoderLM(DecoderLMConfig(9, d_model=8, nhead=1, num_layers=1, dim_feedforward=8, max_length=8)).eval()
+    with use_backend("fastest"):
+        assert info._backend_on(torch.device("cpu")) == ("torch", "fastest: plain torch operators serve CPU tensors")
+        assert "fused" not in model.explain()
+        out = attention(q, k, v, dropout_p=0.5, seed=1)
+        for room in ("backend", "decoder.generation.step"):
+            name = f"tileformer.{room}" if "." in room else f"tileformer.kernels.{room}"
+            monkeypatch.setattr(sys.modules[name], "choose", lambda op, x: "triton")
+        told = info._backend_on(torch.device("cpu"))
+        assert (
+            told[0] == "fastest" and "torch's fused kernels" in told[1] and "torch's fused kernels" in model.explain()
+        )
+    assert torch.equal(out, attention(q, k, v, dropout_p=0.5, seed=1)), "as auto, dropout's bits among it"

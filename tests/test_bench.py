@@ -266,7 +266,7 @@ def test_a_peers_exception_is_reported_and_stops_nothing(monkeypatch, bench):
     ("arguments", "said"),
     [
         (["attention", "--only", "D 63"], "no workload of attention has 'D 63' in its name"),
-        (["softmax", "--provider", "flashinfer"], "unknown provider 'flashinfer': there are eager, fla"),
+        (["softmax", "--provider", "flashinfer"], "unknown provider 'flashinfer': there are eager, fastest, fla"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, said):

@@ -16,7 +16,8 @@ from torch import Tensor
 from tileformer import kernels
 from tileformer.bench.calls import Call, leaves_of
 from tileformer.bench.calls.cases import CASES
-from tileformer.kernels import attention, use_backend
+from tileformer.kernels import attention, reference, use_backend
+from tileformer.kernels.attention import launchers
 from tileformer.kernels.backend import choose
 
 
@@ -139,6 +140,30 @@ def test_triton_serves_cuda_tensors_by_default() -> None:
     with use_backend("auto"):
         assert choose("attention", torch.empty(1, device="cuda", dtype=torch.bfloat16)) == "triton"
         assert choose("attention", torch.empty(1, device="cuda", dtype=torch.float64)) == "torch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("t_q", "t_k"), [(1, 1), (128, 128), (200, 1000), (1000, 200), (193, 129), (4096, 4096)])
+@pytest.mark.parametrize("causal", [False, True, "bottom_right"])
+def test_the_hopper_forward_computes_the_definition(
+    monkeypatch, d: int, t_q: int, t_k: int, causal: bool | str
+) -> None:
+    """What no machine could show so far. A wrong barrier hangs: run it under a limit, `timeout 600 make test-gpu`."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90, an H100 or H200")
+    draw = lambda h, t: torch.randn(2, t, h, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2)  # noqa: E731
+    q, k, v = draw(4, t_q), draw(2, t_k), draw(2, t_k)
+    expected = reference.attention(q.double(), k.double(), v.double(), causal=causal, return_lse=True)
+    portable = attention(q, k, v, causal=causal, return_lse=True)
+    monkeypatch.setattr(launchers, "HOPPER", True)
+    for _ in range(3):  # another order of the warps each time
+        got = attention(q, k, v, causal=causal, return_lse=True)
+        for x, y, truth in zip(got, portable, expected, strict=True):
+            seen = truth.isfinite()
+            assert torch.equal(x[~seen].double(), truth[~seen])
+            worst = (x.double() - truth)[seen].abs().max() if seen.any() else 0.0
+            assert worst <= 2 * (y.double() - truth)[seen].abs().max() + 1e-6 if seen.any() else True
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: this process interprets")

@@ -189,14 +189,18 @@ def test_a_full_disk_behind_the_output_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "tileformer: error: no space left on device\n"
 
 
-@pytest.mark.parametrize(("value", "chosen"), [("", "auto"), ("torch", "torch"), ("cuda", None)])
+@pytest.mark.parametrize(
+    ("value", "chosen"), [("", "auto"), ("torch", "torch"), ("fastest", "fastest"), ("cuda", None)]
+)
 def test_the_backend_of_the_environment(monkeypatch, value, chosen):
     monkeypatch.setenv("TILEFORMER_BACKEND", value)
     fresh = lambda: runpy.run_path(str(ROOT / "kernels" / "backend.py"))["current_backend"]()  # noqa: E731
     if chosen:
         assert fresh() == chosen
     else:
-        with pytest.raises(ValueError, match="^TILEFORMER_BACKEND: unknown backend 'cuda': choose one of auto, "):
+        with pytest.raises(
+            ValueError, match="^TILEFORMER_BACKEND: unknown backend 'cuda': choose one of auto, fastest, "
+        ):
             fresh()
 
 

@@ -28,6 +28,7 @@ attention(q, q, q, return_weights="mean")  # wrong
 attention(q, q, q, return_weights="average")
 use_backend("torchh")  # wrong
 use_backend("interpret")
+use_backend("fastest")
 cross_entropy(q, q, reduction="avg")  # wrong
 attention(q, q, q, windows=2)  # wrong
 reveal_type(attention(q, q, q))  # Tensor

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from tileformer.bench.calls import Call, Function, function_of
 from tileformer.bench.calls.op import Options, Tensors
 from tileformer.decoder import TransformerDecoderLayer
 from tileformer.kernels import device
+from tileformer.kernels.attention import launchers
 
 Provider = Callable[[Call], Function]
 OURS = "tileformer"
@@ -192,6 +194,21 @@ def _sdpa_attention(t: Tensors, o: Options) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, t["v"], mask, o.get("dropout_p", 0.0), causal, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _hopper(call: Call) -> Function:
+    """Ours with the forward of kernels/attention/hopper.py, which TILEFORMER_HOPPER=1 opts into."""
+    sizes, alone = call.sizes, call.options.keys() <= {"causal"} and not call.dropout
+    _refuse({"serves plain and causal calls": not alone, "has no such head size": sizes["D"] not in (64, 128)})
+    ours = function_of(kernels, call.op)
+
+    def run(t: Tensors, o: Options) -> Tensor:
+        dry = compile_backend != "inductor"  # which compiles it, and then runs what the CPU has
+        _refuse({"runs on sm_90 only": not dry and device.arch_of(t["q"]) != 90})
+        with mock.patch.object(launchers, "HOPPER", True):
+            return ours(t, o)
+
+    return run
 
 
 def _sdpa(backend: SDPBackend, call: Call) -> Function:
@@ -415,6 +432,8 @@ _NO_MASKS = "takes no mask", "takes padding only as packed sequences"
 _PLAIN = "takes no scale and no mask"
 _PROVIDERS: dict[str, dict[str, Provider]] = {
     "attention": _torch(_eager_attention) | {
+        "hopper": _hopper,
+        "fastest": lambda call: kernels.use_backend("fastest")(function_of(kernels, call.op)),
         "sdpa": lambda _: _sdpa_attention,
         "sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),

@@ -95,7 +95,8 @@ class Code:
             last = self.instructions[end[start] - 1]
             after = [self.labels[last.target]] if last.target else []
             if last.base == "BRX":
-                after = sorted(self.labels.values())
+                named = [self.labels[x] for x in re.findall(r"\.L_\w+", last.args) if x in self.labels]
+                after = named or sorted(self.labels.values())
             elif not (last.target or last.base in ends) or last.conditional:
                 after.append(end[start])
             follow[start] = [x for x in dict.fromkeys(after) if x < n]

@@ -21,7 +21,7 @@ from tileformer.decoder.generation.state import align_prompts, align_source
 from tileformer.decoder.generation.static import SourceRows, StaticCache
 from tileformer.decoder.sublayers import kernels_serve
 from tileformer.kernels import add_layer_norm, layer_norm
-from tileformer.kernels.backend import choose
+from tileformer.kernels.backend import FASTEST, choose, current_backend
 
 
 class Linear(NamedTuple):
@@ -416,7 +416,10 @@ class Decoding:
         """What decodes this model: a packed step, or its modules, and why."""
         with torch.no_grad():  # as `generate`
             reason = self.why_modules()
-        return "a packed step, of weights gathered once" if reason is None else f"its modules: {reason}"
+        what = "a packed step, of weights gathered once" if reason is None else f"its modules: {reason}"
+        weight = next(self.parameters())  # type: ignore[attr-defined]
+        fastest = current_backend() == "fastest" and choose("attention", weight) == "triton"
+        return f"{what}; {FASTEST}" if fastest else what
 
     def check_cache(self, reason: str | None) -> None:
         """Raise ValueError for a ``cache_dtype`` that what decodes the model does not have, for the ``reason`` why its

@@ -21,9 +21,9 @@ from tileformer.kernels.attention.params import (
     limits,
     parts_of_rows,
 )  # fmt: skip
-from tileformer.kernels.attention.torch_backend import torch_attention
+from tileformer.kernels.attention.torch_backend import fused_attention, fused_serves, torch_attention
 from tileformer.kernels.autograd import Function, KernelFunction
-from tileformer.kernels.backend import choose
+from tileformer.kernels.backend import choose, current_backend
 from tileformer.kernels.double_backward import backward_function, differentiated
 from tileformer.kernels.subclasses import attention_on_shards, is_special
 from tileformer.kernels.tile_ops import LN2
@@ -233,6 +233,9 @@ def attention(
         checks.not_traced("attention")
     if backend == "torch":
         return torch_attention(q, k, v, masks, params, return_lse, return_weights)
+    fastest = backend == "triton" and current_backend() == "fastest" and not (return_lse or return_weights)
+    if fastest and fused_serves(q, k, v, masks, params):
+        return fused_attention(q, k, v, params)
     if bias_grad and packed:
         raise NotImplementedError("attention: a bias has no gradient with packed sequences: pad them, or detach it")
     if scale < 0:  # the kernels take the maximum before they scale

@@ -7,6 +7,7 @@ What follows from shapes, strides, dtypes and options alone is worked out once f
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ OVERLAP_LEAST_KEYS = 1024  # that make up for what a tensor descriptor costs eac
 MAX_ROW_STRIDE = 2**23
 # Keys and values of the heads that run side by side: half of an A100's L2 cache, a third of an H100's.
 SECTION_BYTES = 16 << 20
+# Opts into hopper.py, which no GPU has run yet: read by the self-test too.
+HOPPER = os.environ.get("TILEFORMER_HOPPER", "0") not in ("", "0")
 
 
 def _empty_bthd(shape: Sequence[int], like: Tensor, zero: bool = False) -> Tensor:
@@ -59,6 +62,11 @@ def _tma_compatible(x: Tensor) -> bool:
     return steps and d >= 16 and d & (d - 1) == 0 and x.stride(-1) == 1
 
 
+def _reached_by_copies(*tensors: Tensor) -> bool:
+    """Whether hopper.py's descriptors, one for all heads, can reach the tensors: none expanded, none empty."""
+    return all(_tma_compatible(x) and 0 not in x.stride() and x.numel() > 0 for x in tensors)
+
+
 def _layout(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     return x.shape, x.stride(), x.dtype
 
@@ -84,17 +92,18 @@ class _Plan:
         do_strides: of the output's gradient, for a backward.
         variant: of a backward, whether the log-sum-exp has a gradient too; of the weights, whether they are averaged.
         tma: whether keys and values come through tensor descriptors, where the tables have a tile for that.
-        settings: the architecture, the precision of float32 dots, the function of the tile tables, SECTION_BYTES.
+        settings: the architecture, the precision of float32 dots, the function of the tile tables, SECTION_BYTES,
+            whether hopper.py may serve the forward.
     """
 
     def __init__(
         self, layouts: Sequence[Any], others: tuple[bool, bool, bool], sequences: int, params: AttentionParams,
-        do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int],
+        do_strides: tuple[int, ...], variant: bool, tma: bool, settings: tuple[int, str, Any, int, bool],
     ) -> None:  # fmt: skip
         (q_shape, q_strides, self.dtype), (_, k_strides, _), (v_shape, v_strides, _), mask, bias = layouts
         (self.batch, h, t_q, d), (h_kv, t_k, dv) = q_shape, v_shape[1:]
         self.params, self.bias_shape, self.variant = params, bias and tuple(bias[0]), variant
-        self.arch, precision, self.tiles_for, section_bytes = settings
+        self.arch, precision, self.tiles_for, section_bytes, self.hopper = settings
         key_mask, bounds, alibi = others
         self.strides = (q_strides, k_strides, v_strides, do_strides)
         self.mask_strides = _broadcast_strides(mask), _broadcast_strides(bias)
@@ -145,7 +154,19 @@ class _Plan:
 
     @functools.cached_property
     def forward(self) -> Launch:
+        if self.hopper and self.arch == 90 and self.params.scale > 0.0:
+            from tileformer.kernels.attention import hopper  # Gluon, whose names may change: nobody else imports it
+
+            if hopper.serves(self.features, self.dtype):
+                return self._explicit(hopper)
         return self._by_queries(_attention_fwd_kernel, 3, tiles.FORWARD, OVERLAP=0)  # unless the tile says 1
+
+    def _explicit(self, hopper: Any) -> Launch:
+        tile, (shift, _, right) = hopper.TILES[self.features.D], self.limits
+        arrange = lambda q, k, v, out, lse: (*hopper.descriptors(q, k, v, out, tile["BLOCK_N"]), lse)  # noqa: E731
+        scalars = (*self.sizes, right + shift, self.section_kv * self.group, self.heads, self.params.scale)
+        grid = lambda tile: (self.heads * cdiv(self.sizes[2], 64 * tile["GROUPS"]),)  # noqa: E731
+        return Launch(hopper._attention_fwd_hopper_kernel, grid, {}, [tile], scalars, arrange)
 
     @functools.cached_property
     def dq(self) -> Launch:
@@ -191,7 +212,7 @@ def _planned(
         (_layout(q), _layout(k), _layout(v), mask is not None and _layout(mask), bias is not None and _layout(bias)),
         (key_mask is not None, n > 0, slopes is not None), sequences, params, () if dout is None else dout.stride(),
         variant, long and _tma_compatible(k) and _tma_compatible(v),
-        (arch_of(q), dot_precision(q), tiles_for, SECTION_BYTES),
+        (arch_of(q), dot_precision(q), tiles_for, SECTION_BYTES, HOPPER and _reached_by_copies(q, k, v)),
     )  # fmt: skip
     given = (
         None if mask is None else _bytes(mask),

@@ -98,6 +98,30 @@ def torch_attention(
     return (_Plain.apply if graph else _Plain.forward)(q, k, v, key_mask, bias_, empty, keep, scale)[0]
 
 
+def fused_serves(q: Tensor, k: Tensor, v: Tensor, masks: AttentionMasks, params: AttentionParams) -> bool:
+    """Whether torch's fused attention computes this by our rules, so that the backend "fastest" may hand it over.
+
+    It does where every row sees a key and nothing but causality hides one: FlashAttention and cuDNN take such calls in
+    16 bits, of a head size that is a multiple of 8. A causal one must be square, or torch leaves them for a slower
+    kernel. Their backward adds in any order, so that a gradient is ours where bits have to repeat.
+    """
+    (b, h, t_q, d), t_k = q.shape, k.shape[2]
+    plain = all(x is None for x in masks[:6]) and params.softcap == params.dropout_p == 0.0 and not params.packed
+    causal = params.right == 0
+    seen = params.left == NO_LIMIT and (t_q == t_k if causal else params.right == NO_LIMIT)
+    shaped = d == v.shape[3] <= 128 and d % 8 == 0 and min(b, t_q, t_k) > 0 and max(b, h) < 2**16  # a grid's y and z
+    stored = q.dtype in (torch.float16, torch.bfloat16) and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    repeats = not (graph and torch.are_deterministic_algorithms_enabled())
+    return plain and seen and shaped and stored and params.scale > 0.0 and repeats
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+    """torch's own choice of kernel for a call that `fused_serves`."""
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=params.right == 0, scale=params.scale, enable_gqa=gqa)
+
+
 def _each_alone(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, params: AttentionParams, return_lse: bool
 ) -> Any:

@@ -46,6 +46,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LONGEST = 3600  # seconds; a mutant that never ends is killed too
 FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/attention/torch_backend": "test_attention_torch test_semantics test_rounding test_attention test_values test_attention_variants",
+    "kernels/attention/hopper": "test_attention_hopper",
     "kernels/attention/__init__": "test_autograd test_fuzz test_attention_variants test_attention",
     "kernels/attention/decode": "test_decode_attention test_fuzz",
     "kernels/attention/": "test_attention_ahead test_rounding test_fuzz test_attention_variants test_attention test_memory test_values",
