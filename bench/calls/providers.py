@@ -362,12 +362,8 @@ def _eager_activation(t: Tensors, o: Options) -> Tensor:
 
 def _liger_activation(call: Call) -> Function:
     kinds = dict(silu=("swiglu", "LigerSiLUMulFunction"), gelu_tanh=("geglu", "LigerGELUMulFunction"))
-    _refuse(
-        {
-            "has swiglu and geglu (tanh) alone": call.options["activation"] not in kinds
-            or call.options["params"] != ("up",)
-        }
-    )
+    other = call.options["activation"] not in kinds or call.options["params"] != ("up",)
+    _refuse({"has swiglu and geglu (tanh) alone": other})
     module, function = kinds[call.options["activation"]]
     compute = lambda p, t, o: getattr(p, function).apply(t["x"], t["up"])  # noqa: E731
     return _peer(f"liger_kernel.ops.{module}", compute)(call)
@@ -465,9 +461,6 @@ _PROVIDERS: dict[str, dict[str, Provider]] = {
     "add_rms_norm": _torch(_eager_add_norm) | {
         "liger": _peer("liger_kernel.ops.fused_add_rms_norm", lambda p, t, o: p.LigerFusedAddRMSNormFunction.apply(
             t["x"], t["residual"], t["weight"], o["eps"], 0.0, "llama", False
-        )),
-        "fla": _peer("fla.modules.norm.layernorm", lambda p, t, o: p.rms_norm(
-            t["x"], t["weight"], None, t["residual"], o["eps"], True
         )),
     },
     "softmax": _torch(_eager_softmax) | {
