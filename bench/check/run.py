@@ -10,7 +10,7 @@ Every call of bench/calls/cases.py runs on a backend and is held to
 
 Where there is a GPU the compiled kernels run on it; elsewhere the same kernels are interpreted. Plain `tileformer
 check` runs everything: minutes, interpreted; on a GPU mostly compilation, of some 360 kernels, the first time. --quick
-compiles 24. A --report can be attached to a bug.
+compiles 26. A --report can be attached to a bug.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def _finding(call: Call, dtype: str, backend: Backend, device: torch.device) -> 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tileformer check`."""
     add, ops = parser.add_argument, sorted({call.op for call in CASES})
-    add("--quick", action="store_true", help="a few calls of each op (at most 24 kernel specialisations)")
+    add("--quick", action="store_true", help="a few calls of each op (at most 26 kernel specialisations)")
     about = "also attention calls in which every two features meet, and a table of the features"
     add("--all", action="store_true", help=about)
     about = "instead whole models of torch.nn and transformers on our kernels, beside their eager selves"
