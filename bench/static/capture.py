@@ -65,11 +65,14 @@ def run(provider: str, call: Call, arch: int, count: traffic.Counter | None = No
         enter(every_configuration(choose))
         out = function(leaves, options)
         forward = len(launches)
-        grad_output = (torch.randn if count else torch.empty)(out.shape, dtype=out.dtype)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        grad_outputs = [(torch.randn if count else torch.empty)(x.shape, dtype=x.dtype) for x in outs]
         if count:
             count.phase = "backward"
-        gradients = torch.autograd.grad(out, list(leaves.values()), grad_output) if "backward" in call.modes else ()
-    return Run(dict(forward=launches[:forward], backward=launches[forward:]), tensors, [out, grad_output, *gradients])
+        gradients = torch.autograd.grad(outs, list(leaves.values()), grad_outputs) if "backward" in call.modes else ()
+    return Run(
+        dict(forward=launches[:forward], backward=launches[forward:]), tensors, [*outs, *grad_outputs, *gradients]
+    )
 
 
 def _attempt(provider: str, call: Call, arch: int, missing: str, *counted: Any) -> tuple[Run | None, Row]:
