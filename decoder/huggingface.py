@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tileformer.decoder.gated_mlp import swap_gated_mlps
 from tileformer.decoder.nn.convert import TWINS, Report, convert, swap
 from tileformer.decoder.nn.convert import revert as revert_modules
 from tileformer.kernels import attention, cross_entropy, decode_attention, rms_norm
@@ -62,8 +63,8 @@ def _transformers(module: str = "") -> Any:
 
 def use(model: Any) -> Report:
     """Let ``model`` (a ``PreTrainedModel``, alone or inside a wrapper: peft's, DataParallel, DDP, a compiled one)
-    attend by our kernels, swap its modules (see ``convert``) and norms, and its loss if it is the usual one of a causal
-    language model. `revert` undoes all of it.
+    attend by our kernels, swap its modules (see ``convert``), norms and gated MLPs, and its loss if it is the usual one
+    of a causal language model. `revert` undoes all of it.
 
     Returns:
         What was swapped and what was left and why. A second call changes nothing, and says so.
@@ -83,6 +84,7 @@ def use(model: Any) -> Report:
     register()
     report = convert(model)
     swap_norms(model, report)
+    swap_gated_mlps(model, report)
     for where, part in parts.items():
         record = vars(part).setdefault(_RECORD, {"attention": {}, "loss": None})
         _use_attention(part, f"{where}attention", record["attention"], report)
