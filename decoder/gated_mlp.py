@@ -47,7 +47,7 @@ def swap_gated_mlps(model: nn.Module, report: Report) -> None:
             report.left[name] = f"{kind.__name__}: it computes something else than down(act(gate(x)) * up(x))"
             continue
         swap(module, GatedMLP)
-        module._tileformer_activation = activation  # type: ignore[assignment]
+        module._tileformer_activation = activation
         report.swapped[name] = f"transformers' {kind.__name__} -> tileformer's bias_activation_dropout"
 
 
