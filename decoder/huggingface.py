@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tileformer.decoder.gated_mlp import swap_gated_mlps
 from tileformer.decoder.huggingface_loss import causal_lm_loss, fuse, unfuse
 from tileformer.decoder.nn.convert import TWINS, Report, convert, swap
 from tileformer.decoder.nn.convert import revert as revert_modules
@@ -62,8 +63,8 @@ def _transformers(module: str = "") -> Any:
 
 def use(model: Any, *, fused_loss: bool = False) -> Report:
     """Let ``model`` (a ``PreTrainedModel``, alone or inside a wrapper: peft's, DataParallel, DDP, a compiled one)
-    attend by our kernels, swap its modules (see ``convert``) and norms, and its loss if it is the usual one of a causal
-    language model. `revert` undoes all of it.
+    attend by our kernels, swap its modules (see ``convert``), norms and gated MLPs, and its loss if it is the usual one
+    of a causal language model. `revert` undoes all of it.
 
     fused_loss: that loss is computed without the logits, by `linear_cross_entropy`, where the model trains on a keyword
     ``labels``; its output then has no logits. It raises NotImplementedError at a model that changes its logits.
@@ -86,6 +87,7 @@ def use(model: Any, *, fused_loss: bool = False) -> Report:
     register()
     report = convert(model)
     swap_norms(model, report)
+    swap_gated_mlps(model, report)
     for where, part in parts.items():
         record = vars(part).setdefault(_RECORD, {"attention": {}, "loss": None})
         _use_attention(part, f"{where}attention", record["attention"], report)

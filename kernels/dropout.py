@@ -395,7 +395,8 @@ def bias_activation_dropout(
     if backend == "torch":
         y = _TORCH[activation](x if bias is None else x + bias)
         y = y if up is None else y * up
-        return (y if seed is None else _torch_dropout(y, None, seed, p)).to(x.dtype)
+        y = y if y.dtype == x.dtype else y.to(x.dtype)  # a wider bias makes it wide
+        return y if seed is None else _torch_dropout(y, None, seed, p)
     return _activation_forward(x, bias, up, seed, activation, p)
 
 

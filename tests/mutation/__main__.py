@@ -85,6 +85,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/export": "test_decoder_export",
     "decoder/nn/convert": "test_convert",
     "decoder/nn/modules": "test_convert test_decoder_modules test_decoder_parity",
+    "decoder/gated_mlp": "test_gated_mlp",
     "decoder/huggingface": "test_huggingface_attend test_huggingface",
     "decoder/": "test_decoder_parity test_decoder_modules test_decoder_seq2seq",
     "training/data/batches": "test_training_data test_training_stream test_training_generate",

@@ -2177,6 +2177,14 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("accumulator", "a fused loss is summed in half", "half = states.dtype.itemsize == 2", "half = False"),
         ("module", "the hooks of a fused loss stay", "            del hooks[key]", "            pass"),
     ],
+    "decoder/gated_mlp.py": [
+        ("module", "gate and up are exchanged", "gate, up = self.gate_proj(x), self.up_proj(x)", "up, gate = self.gate_proj(x), self.up_proj(x)"),
+        ("module", "every gated block is a swiglu", "gate, self._tileformer_activation, up=up", 'gate, "silu", up=up'),
+        ("loading", "a block that computes something else is swapped", "        if not activation:", "        if False:"),
+        ("loading", "a replaced forward is swapped", '"" if "forward" in vars(module) else ', ""),
+        ("module", "the kernel serves the CPU", 'in ("torch", "reference"):', "in ():"),
+        ("loading", "a block is only looked at", "        swap(module, GatedMLP)", "        pass"),
+    ],
     "decoder/huggingface.py": [
         ("decoding", "a step's mask is remembered whatever is written to it", "known[0] != (mask._version, keys, dtype)", "known[0][1:] != (keys, dtype)"),
         ("mask", "heads and tokens of a step see what the first does", "elif cut.shape[1] * cut.shape[2] > 1:", "elif cut.shape[1] > 1:"),
