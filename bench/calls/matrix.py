@@ -101,7 +101,7 @@ def _row_matrix() -> Iterator[Call]:
         sampled = n == 1024
         norm, warps = (f"N {n}", "warps and rows table", 64, n), (f"N {n}", "warps table", 64, n)
         dtypes = ("bf16",) if sampled else ("bf16", "fp32")
-        yield describe("layer_norm", *norm, params=AFFINE, axes=1, quick=sampled, dtypes=dtypes)
+        yield describe("layer_norm", *norm, params=AFFINE, axes=1, dtypes=dtypes)
         yield describe("rms_norm", *norm, params=AFFINE[:1], axes=1, eps=1e-6, **bf16)
         if n <= 8192:
             fused = ("residual", *AFFINE, "x_bias")
@@ -113,7 +113,7 @@ def _row_matrix() -> Iterator[Call]:
         yield describe("softmax", *warps, quick=sampled, **bf16)
         yield describe("log_softmax", *warps, **bf16)
         acts: list[tuple[str, dict[str, Any]]] = [
-            ("gelu", dict(params=("bias",), p=0.1, quick=sampled)),
+            ("gelu", dict(params=("bias",), p=0.1)),
             ("silu", dict(params=("up",))),
             *((kind, dict(params=("bias", "up"), p=0.1, dtypes=dtypes)) for kind in ("relu", "gelu_tanh") if n == 4096),
         ]
@@ -123,7 +123,7 @@ def _row_matrix() -> Iterator[Call]:
         yield describe("dropout", *warps, params=("residual",), p=0.1, **bf16)
     heads: dict[str, tuple[int, dict[str, Any]]] = {
         "B, T, H, D": (64, dict(heads_last=True)),
-        "interleaved": (128, dict(interleaved=True, quick=True)),
+        "interleaved": (128, dict(interleaved=True)),
         "partial": (128, dict(rotated=64)),
         "partial, odd": (80, dict(rotated=32, interleaved=True)),
     }
