@@ -138,7 +138,9 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, parts, heads):
         ctx.shape = x.shape
-        return tuple(part.transpose(1, 2) for part in x.view(*x.shape[:2], parts, heads, x.shape[2] // (parts * heads)).unbind(2))
+        return tuple(
+            part.transpose(1, 2) for part in x.view(*x.shape[:2], parts, heads, x.shape[2] // (parts * heads)).unbind(2)
+        )
 
     @staticmethod
     def backward(ctx, *grads):
