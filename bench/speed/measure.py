@@ -215,16 +215,17 @@ def passes(call: Call, function: Function, tensors: Tensors, options: Options, m
     options = {name: x for name, x in options.items() if name != "seed"}  # everybody draws, as in training
     wanted = list(leaves.values())
     run = lambda _=None: function(leaves, options)  # noqa: E731
-    out = run()
+    several = lambda out: out if isinstance(out, tuple) else (out,)  # noqa: E731
+    outs = several(run())
     if mode == "forward":
         return (lambda: None), run
-    if not out.requires_grad:
+    if not all(out.requires_grad for out in outs):
         raise Unavailable("has no backward on this device")
     # In the layout of the output, as autograd's own would be: no provider copies what another reads in place.
-    grad_output = torch.empty_like(out).copy_(_gradient(out.shape, out.device, out.dtype))
+    grads = [torch.empty_like(out).copy_(_gradient(out.shape, out.device, out.dtype)) for out in outs]
     if mode == "backward":
-        return run, lambda out: torch.autograd.grad(out, wanted, grad_output)
-    return (lambda: None), lambda _: torch.autograd.grad(run(), wanted, grad_output)
+        return run, lambda out: torch.autograd.grad(several(out), wanted, grads)
+    return (lambda: None), lambda _: torch.autograd.grad(several(run()), wanted, grads)
 
 
 @contextlib.contextmanager
