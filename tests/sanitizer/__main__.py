@@ -55,7 +55,7 @@ FAULTS = [
     Fault(
         "a race",
         "kernels/layer_norm.py",
-        "partial_ptr += pid.to(tl.int64) * 2 * N",
+        "partial_ptr += pid.to(tl.int64) * (SUMS % 2 + SUMS // 2 % 2 + SUMS // 4) * N",
         "partial_ptr += pid.to(tl.int64) * 0 * N",
         "tl.store(partial_ptr + cols, tl.sum(dweight, 0), mask=cols < N)",
         "test_rows and layer_norm",
