@@ -35,9 +35,21 @@ def dropout_keep(seed, head, rows, col_start, threshold, BLOCK_COLS: tl.constexp
 
 
 @triton.jit
-def load_tile(ptr, rows, stride, cols, in_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows of a matrix with `D` contiguous columns, 0 outside. `BOUNDED` says that some rows may lie outside."""
-    offsets = rows[:, None] * stride + cols[None, :]
+def load_tile(
+    ptr, rows, stride, cols, in_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+    THREADS: tl.constexpr = 0,
+):  # fmt: skip
+    """Rows of a matrix with `D` contiguous columns, 0 outside. `BOUNDED` says that some rows may lie outside.
+
+    In a loop, THREADS of the program, with rows from 0: a thread then keeps one offset instead of two registers for
+    each of its 16-byte loads, which lie as many rows apart as all threads load at once.
+    """
+    if THREADS and not BOUNDED:
+        APART: tl.constexpr = max(1, THREADS * 8 // BLOCK_D)
+        ptr = ptr + (rows // APART * APART).to(tl.int64)[:, None] * stride
+        offsets = (rows % APART)[:, None] * stride + cols[None, :]
+    else:
+        offsets = rows[:, None] * stride + cols[None, :]
     if BOUNDED and D < BLOCK_D:
         return tl.load(ptr + offsets, mask=in_rows[:, None] & (cols < D)[None, :], other=0.0)
     elif BOUNDED:

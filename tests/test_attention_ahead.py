@@ -108,9 +108,11 @@ def test_keys_that_a_descriptor_reaches_get_it(name: str, monkeypatch: pytest.Mo
 
 def test_only_a_row_of_its_own_works_ahead() -> None:
     assert [tile.get("OVERLAP", 0) for tile in tiles_for(FORWARD, 90, 128, torch.bfloat16, "overlap")] == [1, 0]
-    assert tiles_for(FORWARD, 80, 128, torch.bfloat16, "overlap") == tiles_for(
-        FORWARD, 80, 128, torch.bfloat16, "plain"
+    assert tiles_for(FORWARD, 120, 128, torch.bfloat16, "overlap") == tiles_for(
+        FORWARD, 120, 128, torch.bfloat16, "plain"
     )
+    four_warps = tiles_for(FORWARD, 80, 128, torch.bfloat16, "overlap")[0]  # a row of its own without descriptors
+    assert four_warps["num_warps"] == 4 and "OVERLAP" not in four_warps
 
 
 def test_memory_is_lent_where_nobody_has_set_an_allocator() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tileformer.bench.static import evidence, goals, model
+from tileformer.bench.static import evidence, goals, model, tiles
 from tileformer.bench.static.figures import short_loads
 from tileformer.bench.static.rates import RATES
 from tileformer.bench.static.sass import Code, accesses, cycles, occupancy, spills, tensor_shapes
@@ -274,3 +274,20 @@ def test_the_evidence_page_keeps_its_words_and_its_tables_are_files(tmp_path: Pa
     assert "yesterday" not in files[page] and "(evidence/skipped.md): 1 rows" in files[page]
     assert "| 90 | liger | softmax rows | has \\| none |" in files[tmp_path / "evidence" / "skipped.md"]
     assert "## Tables" in (ROOT / "docs" / "evidence.md").read_text()
+
+
+def test_the_search_takes_no_tile_that_spills_and_asks_the_replay_where_bounds_are_near() -> None:
+    trials = [
+        dict(row=(128, 32, 4, 3), stack=8, bound=1.0, replay=0.7),
+        dict(row=(128, 64, 8, 3), stack=0, bound=0.80, replay=0.5),
+        dict(row=(128, 64, 8, 2), stack=0, bound=0.79, replay=0.6),
+        dict(row=(64, 64, 8, 3), stack=0, bound=0.40, replay=0.9),
+        dict(row=(128, 128, 8, 3), problem="OutOfResources"),
+    ]
+    chosen = tiles.best(trials)
+    assert chosen and chosen["row"] == (128, 64, 8, 2) and tiles.best(trials[:1]) is None
+
+
+def test_a_search_for_no_table_says_so() -> None:
+    with pytest.raises(ValueError, match="no table, feature and head size has 'D 64' in its name"):
+        tiles.search([80], "D 64", lambda trial: None)

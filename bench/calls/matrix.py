@@ -28,6 +28,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 # Keys enough for the forward that works ahead.
 LONG: dict[str, dict[str, Any]] = {"long": dict(lse=False), "long, causal": dict(causal=True)}
 HEAD_SIZES = (16, 32, 40, 64, 80, 96, 128, 160, 192, 256)
+USED = (40, 64, 72, 80, 96, 112, 128, 160, 256)  # by published models, as 192 with values of 128 is: every feature
 # Strides of 8 mod 16, of heads and (264 keys) of dense masks; 112 is in the same column of the tables.
 RAGGED: dict[int, tuple[str, ...]] = {
     40: ("plain", "boolean mask", "bias"),
@@ -40,7 +41,7 @@ SAMPLED = {(64, "bf16", EVERY_SIZE), (64, "bf16", "weights"), (128, "bf16", "lon
 def _attention_matrix() -> Iterator[Call]:
     for size in sorted({*HEAD_SIZES, *RAGGED}):
         wanted = {EVERY_SIZE, *RAGGED.get(size, ())}
-        wanted |= FEATURES.keys() if size in (64, 128, 256) else set()
+        wanted |= FEATURES.keys() if size in USED else set()
         wanted |= LONG.keys() if size == 128 else set()
         for feature in [name for name in FEATURES | LONG if name in wanted]:
             length, h_kv = 1024 if feature in LONG else 256, 2 if feature == "padded" else 1
@@ -51,14 +52,18 @@ def _attention_matrix() -> Iterator[Call]:
                 yield _attention(size, feature, dtype, length, h_kv, keys)
     for feature in ("boolean mask", "bias"):
         yield _attention(64, feature, "bf16", 256, 1, 264)
+    for feature in FEATURES:
+        yield _attention(192, feature, "bf16", 256, 2 if feature == "padded" else 1, 256, 128)
 
 
-def _attention(size: int, feature: str, dtype: str, length: int, h_kv: int, keys: int) -> Call:
+def _attention(size: int, feature: str, dtype: str, length: int, h_kv: int, keys: int, dv: int = 0) -> Call:
     fields: dict[str, Any] = dict(dtypes=(dtype,), quick=(size, dtype, feature) in SAMPLED, lse=True)
     fields |= (FEATURES | LONG)[feature]
     if "bias" in fields:
         fields["bias"] = (1, 1, length, keys)
-    name = f"D {size} {feature}" + f", T_k {keys}" * (keys != length)
+    if dv:
+        fields["dv"] = dv
+    name = f"D {size}{f'/{dv}' if dv else ''} {feature}" + f", T_k {keys}" * (keys != length)
     return describe("attention", name, "tile table", 1, 2, h_kv, length, keys, size, **fields)
 
 

@@ -19,17 +19,13 @@ from tileformer.bench.calls import Call
 from tileformer.bench.calls.providers import OURS, providers
 from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.bench.speed.measure import DRY, Bench, Truth, ours, passes
+from tileformer.bench.static.tiles import TABLES
 from tileformer.kernels import device
-from tileformer.kernels.attention.tiles import BACKWARD_DKDV, BACKWARD_DQ, FORWARD, Row, family, tiles_for
+from tileformer.kernels.attention.tiles import FORWARD, Row, family, tiles_for
 from tileformer.kernels.launch import Launch
 
 Keep = Callable[[dict[str, Any]], None]
 Context = Callable[[Bench], contextlib.AbstractContextManager[Any]]
-TABLES = {
-    "FORWARD": (FORWARD, "_attention_fwd_kernel", "forward"),
-    "BACKWARD_DQ": (BACKWARD_DQ, "_attention_bwd_dq_kernel", "backward"),
-    "BACKWARD_DKDV": (BACKWARD_DKDV, "_attention_bwd_dkdv_kernel", "backward"),
-}
 _QUERY_ROWS: list[Row] = list(itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)))
 CANDIDATES: dict[str, list[Row]] = {
     "FORWARD": [*_QUERY_ROWS, (128, 32, 4, 2, 168), (128, 32, 4, 3, 168)],

@@ -15,7 +15,7 @@ import triton
 from tileformer import kernels
 from tileformer.bench.calls import DTYPES, Call, differentiate, function_of, leaves_of
 from tileformer.bench.recording import ARCHITECTURES, SHARED, record
-from tileformer.bench.static.figures import exact
+from tileformer.bench.static.figures import exact, per_tensor
 from tileformer.bench.tables import Column, Growing, as_json, head, line, printer
 
 TABLE = [
@@ -92,7 +92,15 @@ def rows_of(call: Call, dtype: str, arch: int, seen: set[bytes]) -> Iterator[dic
             problem = "no tensor-core instruction"
         elif re.search("attention_(fwd|bwd_dq|bwd_dkdv)", binary.name) and figures["short_loads"] > 1:
             problem = f"{figures['short_loads']} loads below 32 bits in the main loop"  # one: a small tile of a mask
-        yield dict(figures, op=call.op, workload=call.name, dtype=dtype, allowed_stack=allowed, problem=problem)
+        yield dict(
+            figures,
+            **per_tensor(launch),
+            op=call.op,
+            workload=call.name,
+            dtype=dtype,
+            allowed_stack=allowed,
+            problem=problem,
+        )
 
 
 def main(calls: Iterable[tuple[Call, str]], archs: list[int] | None, output: str | None) -> int:

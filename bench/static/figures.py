@@ -13,6 +13,8 @@ from tileformer.bench.static import model
 from tileformer.bench.static.rates import LOADS, RATES, STORES, TENSOR, Rates
 from tileformer.bench.static.sass import Code, Instruction, accesses, cycles, occupancy, spills, tensor_shapes
 
+PIPES = {"issue": "issue", "shared": "mio"}
+
 
 @functools.lru_cache(maxsize=64)
 def code_of(cubin: bytes, binary: Binary) -> Code:
@@ -33,7 +35,17 @@ def exact(launch: Launch) -> dict[str, Any]:
         narrow=sum(n for width, n in widths.items() if width not in ("128", "bulk")),
         tensor=tensor_shapes(code), old_dots=sum(i.base == "HMMA" for i in code),
         short_loads=short_loads(code_of(binary.cubin, binary)),
+        narrow_loads=sum(i.base in LOADS and i.bytes < 16 for i in main_loop(code_of(binary.cubin, binary))),
     )  # fmt: skip
+
+
+def per_tensor(launch: Launch) -> dict[str, float]:
+    """Class B: cycles of the main loop that the shared memory takes, and the issue, for one of the tensor cores."""
+    rates = RATES.get(launch.binary.arch)
+    of_pipe = cycles(main_loop(code_of(launch.binary.cubin, launch.binary)), rates) if rates else dict(tensor=0.0)
+    if not of_pipe["tensor"]:
+        return {}
+    return {f"{of}_per_tensor": round(of_pipe[pipe] / of_pipe["tensor"], 3) for of, pipe in PIPES.items()}
 
 
 def _flops(path: list[Instruction]) -> int:
@@ -60,6 +72,15 @@ def tensor_loops(code: Code) -> list[list[Instruction]]:
     return sorted(paths, key=lambda path: (len(path) / max(_flops(path), 1), len(path)))
 
 
+def main_loop(code: Code) -> list[Instruction]:
+    """The path of the loop over whole tiles: the first of `tensor_loops`, or where tcgen05 hides what a loop multiplies
+    the one with the most exponentials."""
+    paths = tensor_loops(code)
+    if paths and not _flops(paths[0]):
+        return max(paths, key=lambda path: sum(i.op.startswith("MUFU.EX2") for i in path))
+    return paths[0] if paths else []
+
+
 def short_loads(code: Code) -> int:
     """Global loads below 32 bits, too narrow for a copy ahead of time, in the tensor loop that has the fewest.
 
@@ -77,7 +98,6 @@ def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, An
         if of_pipe["tensor"]:
             replay = model.band(path, rates, blocks, launch.warps, launch.stages)
             busy = of_pipe["tensor"] * blocks * launch.warps / 4
-            row["issue_per_tensor"] = round(of_pipe["issue"] / of_pipe["tensor"], 3)
             row["tensor_share"] = round(busy / replay[0], 3)
         rows.append(row)
     return rows
@@ -140,8 +160,7 @@ def figures(launch: Launch, call: Call, mode: str, alone: bool) -> dict[str, Any
     result["blocks"] = blocks = occupancy(result["registers"], launch.binary.shared, launch.warps, rates)
     if call.flops("forward"):
         result["loops"] = loop_figures(launch, rates, blocks)
-        if result["loops"] and "issue_per_tensor" in result["loops"][0]:
-            result["issue_per_tensor"] = result["loops"][0]["issue_per_tensor"]
+        result |= per_tensor(launch)
         if mode == "forward" and not {"mask", "padding"} & call.options.keys() and call.sizes["T_q"] >= 128:
             result |= attention_share(launch, call, rates, blocks)
     else:

@@ -23,7 +23,7 @@ import triton
 from tileformer import arguments
 from tileformer.bench.calls.ops import OPS
 from tileformer.bench.recording import ARCH
-from tileformer.bench.static import capture, evidence, goals, layer
+from tileformer.bench.static import capture, evidence, goals, layer, tiles
 from tileformer.bench.static.capture import OURS, PEERS
 from tileformer.bench.static.rates import RATES
 from tileformer.bench.static.sections import Row, sections
@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--against", type=arguments.name, metavar="NAMES", help=f"other libraries, with commas: {','.join(PEERS)}")
     add("--json", type=arguments.output_file, metavar="FILE", help="also write every figure to FILE")
     add("--goals", action="store_true", help="check bench/goals.toml; exit status 1 if an A or B goal is missed")
+    about = (
+        "choose attention's tiles instead: tables, features, head sizes with TEXT in them, as 'BACKWARD_DQ plain 64'"
+    )
+    add("--tiles", type=arguments.name, metavar="TEXT", help=about)
     about = "write the goals of docs/evidence.md into FILE, behind its words, and the tables into the folder beside it"
     add("--evidence", type=arguments.output_file, metavar="FILE", help=about)
     about = "default: tileformer/static in XDG_CACHE_HOME or ~/.cache"
@@ -156,7 +160,17 @@ def _beside_peers(rows: list[Row]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table; 1 if a goal of class A or B is missed."""
+    """Print the table; 1 if a goal of class A or B is missed. With --tiles search, and return 0."""
+    if args.tiles:
+        tried: list[dict[str, Any]] = []
+        with Growing(args.json, lambda: json.dumps(tried, indent=1) + "\n") as file:
+
+            def keep(trial: dict[str, Any]) -> None:
+                tried.append(trial)
+                file.write()
+
+            tiles.search(args.arch, args.tiles, keep)
+        return 0
     peers = args.against.split(",") if args.against else []
     if set(peers) - set(PEERS):
         raise ValueError(f"--against takes {','.join(PEERS)}; got {args.against!r}")

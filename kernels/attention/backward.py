@@ -22,7 +22,8 @@ from tileformer.kernels.tile_ops import dropout_keep, load_tile, store_tile
 
 @triton.jit
 def _dq_tile(dq, block, do, lse, delta, k_ptr, v_ptr, start, keep_scale,
-             MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):  # fmt: skip
+             MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
+             THREADS: tl.constexpr):  # fmt: skip
     """Add one tile of keys to dq (without the scale)."""
     ACC: tl.constexpr = dq.dtype
     near = tl.arange(0, BLOCK_N)
@@ -31,13 +32,15 @@ def _dq_tile(dq, block, do, lse, delta, k_ptr, v_ptr, start, keep_scale,
     if MASKED:
         valid = mask.valid_keys(cols, block.first, block.last, block.key_mask, F)
     # [BLOCK_N, BLOCK_D]
-    k_tile = load_tile(k_ptr, near, block.k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
+    k_tile = load_tile(k_ptr, near, block.k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED, THREADS)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(block.q, tl.trans(k_tile), input_precision=F.PRECISION, out_dtype=ACC) * block.scale_log2
     s, t = mask.block_scores(s, block, cols, start, valid, MASKED, F)
     p = tl.exp2(s - lse[:, None])
     # [BLOCK_N, BLOCK_DV]
-    v_tile = load_tile(v_ptr, near, block.v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED)
+    v_tile = load_tile(
+        v_ptr, near, block.v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED, THREADS
+    )
     # [BLOCK_M, BLOCK_N]
     dp = tl.dot(do, tl.trans(v_tile), input_precision=F.PRECISION, out_dtype=ACC)
     if F.DROPOUT:
@@ -55,6 +58,7 @@ def _attention_bwd_dq_kernel(
     q, k, v, do, masks, out_ptr, lse_ptr, dlse_ptr, dq_ptr, safe_lse_ptr, delta_ptr,
     H, group, T_q, T_k, max_q, shift, low, high, section, n_heads, threshold, scaling,
     F: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, H, D)."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
@@ -100,13 +104,15 @@ def _attention_bwd_dq_kernel(
                 at = mask.masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
                 k_at = block.k.ptr + at.to(tl.int64) * k.strides[2]
                 v_at = block.v.ptr + at.to(tl.int64) * v.strides[2]
-                dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F)
+                dq = _dq_tile(dq, block, do_tile, lse, delta, k_at, v_at, at, scaling.keep_scale, True, BLOCK_MASKED, F,
+                              THREADS)  # fmt: skip
         else:
             k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
             v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
             for i in range((unmasked_end - unmasked_start) // BLOCK_N):
                 at = unmasked_start + i * BLOCK_N
-                dq = _dq_tile(dq, block, do_tile, lse, delta, k_ptr, v_ptr, at, scaling.keep_scale, False, BLOCK_N, F)
+                dq = _dq_tile(dq, block, do_tile, lse, delta, k_ptr, v_ptr, at, scaling.keep_scale, False, BLOCK_N, F,
+                              THREADS)  # fmt: skip
                 k_ptr += BLOCK_N * k.strides[2]
                 v_ptr += BLOCK_N * v.strides[2]
     dq_row = H * F.D * (3 if F.PARTS == 3 else 1)
@@ -146,7 +152,7 @@ class Queries(NamedTuple):
 
 @triton.jit
 def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, F: tl.constexpr):  # fmt: skip
+               BLOCK_N: tl.constexpr, F: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """Add one tile of queries, those from `start`, to dk (without the scale) and dv (without 1 / (1 - p))."""
     ACC: tl.constexpr = dk.dtype
     near = tl.arange(0, BLOCK_M)
@@ -157,7 +163,7 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
     do_stride = queries.do.strides[2]
     # [BLOCK_M, BLOCK_D]
     q_at = queries.q.ptr + start.to(tl.int64) * q_stride
-    q = load_tile(q_at, near, q_stride, tl.arange(0, F.BLOCK_D), in_q, F.D, F.BLOCK_D, MASKED)
+    q = load_tile(q_at, near, q_stride, tl.arange(0, F.BLOCK_D), in_q, F.D, F.BLOCK_D, MASKED, THREADS)
     # [BLOCK_M]
     # The scores hide rows outside; a mask here costs 50 registers.
     near_row = tl.minimum(rows, keys.q_len - 1) if MASKED else rows
@@ -179,7 +185,7 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
     p = tl.exp2(s - lse[None, :])
     # [BLOCK_M, BLOCK_DV]
     do_at = queries.do.ptr + start.to(tl.int64) * do_stride
-    do = load_tile(do_at, near, do_stride, tl.arange(0, F.BLOCK_DV), in_q, F.DV, F.BLOCK_DV, MASKED)
+    do = load_tile(do_at, near, do_stride, tl.arange(0, F.BLOCK_DV), in_q, F.DV, F.BLOCK_DV, MASKED, THREADS)
     # [BLOCK_N, BLOCK_M]
     dp = tl.dot(keys.v, tl.trans(do), input_precision=F.PRECISION, out_dtype=ACC)
     kept = p
@@ -202,6 +208,7 @@ def _attention_bwd_dkdv_kernel(
     q, k, v, do, masks, safe_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     H, group, T_q, T_k, max_k, shift, low, high, section, n_heads, threshold, scaling,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one key head. dk: (B, T_k, H_kv, D), dv: DV."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
@@ -262,7 +269,7 @@ def _attention_bwd_dkdv_kernel(
                 tl.load(masks.slopes + b * H + h) * LOG2E if F.ALIBI else 0.0, (b * H + h).to(tl.int32),
             )  # fmt: skip
             dk, dv = _dkdv_tile(dk, dv, keys, queries, at, unmasked == 0,
-                                BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F)  # fmt: skip
+                                BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F, THREADS)  # fmt: skip
     out_row = (batch * T_k + k_row) * (H_kv * F.PARTS) + h_kv
     dk = tl.where(valid[:, None], dk * scaling.scale, 0.0)
     dv = tl.where(valid[:, None], dv * scaling.keep_scale, 0.0)

@@ -39,7 +39,8 @@ def _unmasked_weights(s, running_max, scale_log2):
 
 
 @triton.jit
-def _fwd_tile(state, block, k_ptr, v_ptr, start, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
+def _fwd_tile(state, block, k_ptr, v_ptr, start, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
+              THREADS: tl.constexpr):  # fmt: skip
     """Fold one tile of keys and values, those from `start`, where k_ptr and v_ptr are, into the state."""
     ACC: tl.constexpr = state.acc.dtype
     near = tl.arange(0, BLOCK_N)
@@ -48,7 +49,7 @@ def _fwd_tile(state, block, k_ptr, v_ptr, start, MASKED: tl.constexpr, BLOCK_N: 
     if MASKED:
         valid = mask.valid_keys(cols, block.first, block.last, block.key_mask, F)
     # [BLOCK_N, BLOCK_D]
-    k_tile = load_tile(k_ptr, near, block.k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED)
+    k_tile = load_tile(k_ptr, near, block.k.strides[2], tl.arange(0, F.BLOCK_D), valid, F.D, F.BLOCK_D, MASKED, THREADS)
     # [BLOCK_M, BLOCK_N]
     s = tl.dot(block.q, tl.trans(k_tile), input_precision=F.PRECISION, out_dtype=ACC)
     if MASKED or F.MASK or F.BIAS or F.ALIBI or F.SOFTCAP:
@@ -64,7 +65,9 @@ def _fwd_tile(state, block, k_ptr, v_ptr, start, MASKED: tl.constexpr, BLOCK_N: 
     if F.DROPOUT:
         p = tl.where(dropout_keep(block.seed, block.head, block.rows, start, block.threshold, BLOCK_N, False), p, 0.0)
     # [BLOCK_N, BLOCK_DV]
-    v_tile = load_tile(v_ptr, near, block.v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED)
+    v_tile = load_tile(
+        v_ptr, near, block.v.strides[2], tl.arange(0, F.BLOCK_DV), valid, F.DV, F.BLOCK_DV, MASKED, THREADS
+    )
     # [BLOCK_M, BLOCK_DV]
     acc = tl.dot(p.to(v_tile.dtype), v_tile, state.acc * alpha[:, None], input_precision=F.PRECISION, out_dtype=ACC)
     return Softmax(acc, new_max, new_sum)
@@ -111,6 +114,7 @@ def _fwd_overlapped(state, block, n, BLOCK_N: tl.constexpr, F: tl.constexpr):
 def _attention_fwd_kernel(
     q, k, v, masks, out_ptr, lse_ptr, H, group, T_q, T_k, max_q, shift, low, high, section, n_heads, threshold, scaling,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, OVERLAP: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. out is (B, T_q, H, DV), lse (B, H, T_q) base 2."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
@@ -131,13 +135,16 @@ def _attention_fwd_kernel(
     state = Softmax(tl.zeros([BLOCK_M, BLOCK_DV], ACC), tl.full([BLOCK_M], float("-inf"), ACC),
                     tl.zeros([BLOCK_M], ACC))  # fmt: skip
     n = (unmasked_end - unmasked_start) // BLOCK_N
-    for part in tl.static_range(2):  # unmasked tiles first: the fewest registers; with OVERLAP last, see there
-        if part != OVERLAP:
-            for i in range(n_masked_left + n_masked_right):
+    # Unmasked tiles first: the fewest registers. Last with OVERLAP (see there) and with four warps, whose main loop has
+    # none left for what the masked tiles want; those wait for fewer copies then.
+    LAST: tl.constexpr = OVERLAP or THREADS == 128
+    for part in tl.static_range(2):
+        if part != LAST:
+            for i in tl.range(0, n_masked_left + n_masked_right, num_stages=2 if F.HIGH and THREADS == 128 else None):
                 at = mask.masked_tile(i, start, unmasked_end, n_masked_left, BLOCK_MASKED)
                 k_at = block.k.ptr + at.to(tl.int64) * k.strides[2]
                 v_at = block.v.ptr + at.to(tl.int64) * v.strides[2]
-                state = _fwd_tile(state, block, k_at, v_at, at, True, BLOCK_MASKED, F)
+                state = _fwd_tile(state, block, k_at, v_at, at, True, BLOCK_MASKED, F, THREADS)
         elif OVERLAP:  # only where the first key is the first of all
             if n > 0:
                 state = _fwd_overlapped(state, block, n, BLOCK_N, F)
@@ -145,7 +152,7 @@ def _attention_fwd_kernel(
             k_ptr = block.k.ptr + unmasked_start.to(tl.int64) * k.strides[2]
             v_ptr = block.v.ptr + unmasked_start.to(tl.int64) * v.strides[2]
             for i in range(n):
-                state = _fwd_tile(state, block, k_ptr, v_ptr, unmasked_start + i * BLOCK_N, False, BLOCK_N, F)
+                state = _fwd_tile(state, block, k_ptr, v_ptr, unmasked_start + i * BLOCK_N, False, BLOCK_N, F, THREADS)
                 k_ptr += BLOCK_N * k.strides[2]
                 v_ptr += BLOCK_N * v.strides[2]
 

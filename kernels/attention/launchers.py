@@ -159,7 +159,8 @@ class _Plan:
 
             if hopper.serves(self.features, self.dtype):
                 return self._explicit(hopper)
-        return self._by_queries(_attention_fwd_kernel, 3, tiles.FORWARD, OVERLAP=0)  # unless the tile says 1
+        # A tile may say more than these zeros.
+        return self._by_queries(_attention_fwd_kernel, 3, tiles.FORWARD, OVERLAP=0, THREADS=0)
 
     def _explicit(self, hopper: Any) -> Launch:
         tile, (shift, _, right) = hopper.TILES[self.features.D], self.limits
@@ -170,13 +171,13 @@ class _Plan:
 
     @functools.cached_property
     def dq(self) -> Launch:
-        return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, DLSE=self.variant)
+        return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, DLSE=self.variant, THREADS=0)
 
     @functools.cached_property
     def dkdv(self) -> Launch:
         grid = lambda tile: self.heads_kv * cdiv(self.params.max_k, tile["BLOCK_N"])  # noqa: E731
         scalars = (*self.sizes, self.params.max_k, *self.limits, self.section_kv, self.heads_kv)
-        return self._launch(_attention_bwd_dkdv_kernel, 4, tiles.BACKWARD_DKDV, grid, scalars)
+        return self._launch(_attention_bwd_dkdv_kernel, 4, tiles.BACKWARD_DKDV, grid, scalars, THREADS=0)
 
     @functools.cached_property
     def bias_gradient(self) -> Launch:

@@ -1,8 +1,9 @@
-"""Which tile each attention kernel uses: the largest that compiles without a spill and fits shared memory.
+"""Which tile each attention kernel uses: of those that keep all registers the one with the best main loop.
 
-`tests/test_aot.py` compiles these tables for every architecture. The rows were found with Triton 3.7, of tiles that do
-not spill the ones that the model of bench/static likes best. Three stages, wherever they fit: with two, a tile is asked
-for at the end of one iteration and awaited at the start of the next, so that nothing hides the way from memory.
+`tests/test_aot.py` compiles these tables for every architecture. The rows were found with Triton 3.7 and the models of
+bench/static: those of sm_80 at head sizes 64 and 128 by the bound (`tileformer bench static --tiles TEXT`), the others
+as the largest. Three stages, wherever they fit: with two, a tile is asked for at the end of one iteration and awaited
+at the start of the next, so that nothing hides the way from memory.
 """
 
 import torch
@@ -21,14 +22,17 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
     """Tiles to try, best first; the last fits any supported device.
 
     Args:
-        feature: "plain" (with causal, windows and key masks), "overlap" (plain, with keys worth tensor descriptors),
+        feature: "plain" (with causal, windows and key masks), "overlap" (plain, whole sequences of 1,024 keys and more
+            whose rows tensor descriptors reach),
             "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all" (dropout, a mask or bias,
             and ALiBi or a soft cap); float32 has rows of its own.
 
-    BLOCK_MASKED is the extent, along the axis that the kernel loops over, of a tile that crosses a bound.
+    BLOCK_MASKED is the extent, along the axis that the kernel loops over, of a tile that crosses a bound. THREADS (of
+    the program) lets its loads hold fewer registers: `load_tile`.
     """
     rows: list[Row]
     overlap = feature == "overlap" and table is FORWARD
+    spare = table is FORWARD or table is BACKWARD_DQ or table is BACKWARD_DKDV
     if arch == INTERPRETED:
         rows, masked = [(32, 32, 4, 1)], 16
     else:
@@ -36,7 +40,8 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
         if feature in ("plain", "packed") and head_dim & (head_dim - 1):
             feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
         row = table.get((family(arch), feature), {}).get(bucket)
-        overlap = overlap and row is not None
+        overlap = overlap and row is not None and family(arch) == 90
+        spare = spare and family(arch) == 80 and dtype != torch.float32
         row = row or table[family(arch), _LIKE.get(feature, feature)][bucket]
         fp32 = _FP32_FORWARD if table is FORWARD else _FP32
         rows = [fp32[bucket] if dtype == torch.float32 else row, (16, 16, 4, 1)]
@@ -49,6 +54,8 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
             tile["BLOCK_MASKED"] = min(tile["BLOCK_M" if table is BACKWARD_DKDV else "BLOCK_N"], masked)
     if overlap:
         tiles[0]["OVERLAP"] = 1
+    if spare:
+        tiles[0]["THREADS"] = 32 * tiles[0]["num_warps"]
     return tiles
 
 
@@ -64,9 +71,11 @@ _FP32_FORWARD: dict[int, Row] = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (
 _FP32: dict[int, Row] = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 FORWARD: Table = {
-    (80, "plain"): {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
-    (80, "mask"): {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
-    (80, "dropout"): {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
+    (80, "plain"): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+    (80, "overlap"): {64: (128, 64, 4, 3), 128: (128, 32, 4, 3)},
+    (80, "packed"): {128: (128, 32, 8, 3)},
+    (80, "mask"): {64: (64, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
+    (80, "dropout"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
     (80, "both"): {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 3)},
     (90, "plain"): {64: (128, 32, 4, 4, 168), 128: (128, 64, 8, 3), 256: (64, 64, 8, 3)},
     (90, "overlap"): {128: (128, 128, 8, 3)},
@@ -83,7 +92,7 @@ FORWARD: Table = {
     (120, "both"): {64: (64, 64, 8, 3), 128: (64, 32, 8, 3), 256: (64, 16, 8, 2)},
 }
 BACKWARD_DQ: Table = {
-    (80, "plain"): {64: (128, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 3)},
+    (80, "plain"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 16, 8, 3)},
     (80, "mask"): {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 2)},
     (80, "dropout"): {64: (64, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 16, 8, 3)},
     (80, "both"): {64: (64, 32, 8, 3), 128: (64, 32, 8, 3), 256: (64, 16, 8, 2)},
@@ -102,7 +111,8 @@ BACKWARD_DQ: Table = {
     (120, "both"): {64: (64, 32, 8, 3), 128: (64, 16, 8, 3), 256: (32, 16, 8, 3)},
 }
 BACKWARD_DKDV: Table = {
-    (80, "plain"): {64: (32, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 2)},
+    (80, "plain"): {64: (64, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 32, 8, 2)},
+    (80, "overlap"): {128: (32, 128, 8, 2)},
     (80, "mask"): {64: (32, 64, 8, 2), 128: (16, 64, 8, 3), 256: (16, 32, 8, 3)},
     (80, "dropout"): {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
     (80, "both"): {64: (16, 64, 8, 3), 128: (16, 64, 8, 2), 256: (16, 16, 8, 3)},
