@@ -140,5 +140,7 @@ def search(archs: list[int], only: str, keep: Callable[[dict[str, Any]], None]) 
             said = trial.get("problem") or " ".join(f"{key} {trial[key]}" for key in list(trial)[5:])
             print(f"sm_{arch} {name} {feature} {size} {trial['row']}: {said}", flush=True)
         chosen = best(tried)
+        if feature == "plain" and max(SIZES[size]) & (max(SIZES[size]) - 1):
+            feature = "ragged"  # as tiles_for
         row = "no tile keeps all registers" if chosen is None else f'({family(arch)}, "{feature}"): {chosen["row"]}'
         print(f"{name}, head size {size}: {row}", flush=True)

@@ -14,7 +14,8 @@ from tileformer.kernels.launch import Tile
 # The values of _OPTIONS; the last one only where fewer registers let another block in, or let nothing spill.
 Row = tuple[int, ...]
 _OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
-_LIKE = {"packed": "plain", "overlap": "plain", "all": "both"}  # whose row a feature takes that has none of its own
+# Whose row a feature takes that has none of its own; "ragged" is plain where the head size is no power of two.
+_LIKE = {"packed": "plain", "overlap": "plain", "ragged": "mask", "all": "both"}
 Table = dict[tuple[int, str], dict[int, Row]]  # (family of architectures, feature) -> head size up to -> tile
 
 
@@ -38,7 +39,7 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
     else:
         bucket = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
         if feature in ("plain", "packed") and head_dim & (head_dim - 1):
-            feature = "mask"  # a tile padded to a power of two masks its columns, which holds as many registers
+            feature = "ragged"  # a tile padded to a power of two masks its columns: registers, as a mask's
         row = table.get((family(arch), feature), {}).get(bucket)
         overlap = overlap and row is not None and family(arch) == 90
         spare = spare and family(arch) == 80 and dtype != torch.float32
@@ -72,9 +73,10 @@ _FP32: dict[int, Row] = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 
 
 FORWARD: Table = {
     (80, "plain"): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
-    (80, "overlap"): {64: (128, 64, 4, 3), 128: (128, 32, 4, 3)},
+    (80, "overlap"): {128: (128, 32, 4, 3)},
     (80, "packed"): {128: (128, 32, 8, 3)},
-    (80, "mask"): {64: (64, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
+    (80, "ragged"): {128: (128, 64, 8, 3)},
+    (80, "mask"): {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 3)},
     (80, "dropout"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 3)},
     (80, "both"): {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (64, 16, 8, 3)},
     (90, "plain"): {64: (128, 32, 4, 4, 168), 128: (128, 64, 8, 3), 256: (64, 64, 8, 3)},
@@ -111,7 +113,7 @@ BACKWARD_DQ: Table = {
     (120, "both"): {64: (64, 32, 8, 3), 128: (64, 16, 8, 3), 256: (32, 16, 8, 3)},
 }
 BACKWARD_DKDV: Table = {
-    (80, "plain"): {64: (64, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 32, 8, 2)},
+    (80, "plain"): {64: (64, 128, 8, 2), 128: (64, 64, 8, 1), 256: (16, 32, 8, 2)},
     (80, "overlap"): {128: (32, 128, 8, 2)},
     (80, "mask"): {64: (32, 64, 8, 2), 128: (16, 64, 8, 3), 256: (16, 32, 8, 3)},
     (80, "dropout"): {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
