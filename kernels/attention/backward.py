@@ -57,8 +57,7 @@ def _dq_tile(dq, block, do, lse, delta, k_ptr, v_ptr, start, keep_scale,
 def _attention_bwd_dq_kernel(
     q, k, v, do, masks, out_ptr, lse_ptr, dlse_ptr, dq_ptr, safe_lse_ptr, delta_ptr,
     H, group, T_q, T_k, max_q, shift, low, high, section, n_heads, threshold, scaling,
-    F: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
-    THREADS: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, H, D)."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
@@ -87,7 +86,7 @@ def _attention_bwd_dq_kernel(
     lse = tl.load(lse_ptr + at_row, mask=in_q, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.sum(out.to(ACC) * do_tile.to(ACC), 1)
-    if DLSE:
+    if F.DLSE:
         delta -= tl.load(dlse_ptr + at_row, mask=in_q, other=0.0) * LOG2E  # the gradient of a base-2 lse
     tl.store(safe_lse_ptr + at_row, lse, mask=in_out)
     tl.store(delta_ptr + at_row, delta, mask=in_out)

@@ -145,7 +145,7 @@ class _Plan:
 
         rows = self.tiles_for(table, self.arch, max(f.D, f.DV), self.dtype, self.feature)
         scalars += random.threshold(p.dropout_p), Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
-        return Launch(kernel, lambda tile: (grid(tile),), dict(F=f, **flags), rows, scalars, arrange)
+        return Launch(kernel, lambda tile: (grid(tile),), dict(F=f) | flags, rows, scalars, arrange)
 
     def _by_queries(self, kernel: Any, matrices: int, table: Table, **flags: Any) -> Launch:
         grid = lambda tile: self.heads * cdiv(self.params.max_q, tile["BLOCK_M"])  # noqa: E731
@@ -171,7 +171,8 @@ class _Plan:
 
     @functools.cached_property
     def dq(self) -> Launch:
-        return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, DLSE=self.variant, THREADS=0)
+        f = self.features._replace(DLSE=self.variant)
+        return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, F=f, THREADS=0)
 
     @functools.cached_property
     def dkdv(self) -> Launch:

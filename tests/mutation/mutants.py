@@ -461,7 +461,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("backward", "dk is not scaled", "dk * scaling.scale, 0.0)", "dk, 0.0)"),
         ("backward", "dq is scaled in base 2", "dq * scaling.scale, near_m", "dq * block.scale_log2, near_m"),
         ("swapped", "dv is made of dS", "dv = tl.dot(kept.to(do.dtype), do, dv,", "dv = tl.dot((kept * (dp - delta[None, :])).to(do.dtype), do, dv,"),
-        ("lse", "the gradient of the log-sum-exp is lost", "    if DLSE:\n        delta -=", "    if False:\n        delta -="),
+        ("lse", "the gradient of the log-sum-exp is lost", "    if F.DLSE:\n        delta -=", "    if False:\n        delta -="),
         ("lse", "the gradient of the log-sum-exp is added", "delta -= tl.load(dlse_ptr", "delta += tl.load(dlse_ptr"),
         ("lse", "the gradient of the log-sum-exp is in the wrong base", "other=0.0) * LOG2E  # the", "other=0.0)  # the"),
         ("-inf", "a row without a key is not guarded in the backward", 'lse = tl.where(lse == float("-inf"), float("inf"), lse)', "lse = lse + 0.0"),
