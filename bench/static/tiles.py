@@ -69,9 +69,18 @@ def bound_of(launch: Launch, name: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _one_after_the_other(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """The trials of two launches of a tile as one: their times add up, and the worse of each other figure."""
+    if "problem" in first or "problem" in then:
+        return first if "problem" in first else then
+    worse = {key: max(first[key], x) for key, x in then.items() if isinstance(x, int | float)}
+    times = {key: round(1 / (1 / first[key] + 1 / then[key]), 3) for key in ("bound", "replay")}
+    return then | worse | dict(blocks=min(first["blocks"], then["blocks"])) | times
+
+
 def _values(name: str, row: Row, d: int, dv: int) -> float:
     m, n, warps = row[:3]
-    sums = {"FORWARD": m * dv, "BACKWARD_DQ": m * d, "BACKWARD_DKDV": n * (d + dv)}[name]
+    sums = {"FORWARD": m * dv, "BACKWARD_DQ": m * d, "BACKWARD_DKDV": n * (d + dv if max(d, dv) <= 128 else d)}[name]
     return (sums + m * n) / (32 * warps)
 
 
@@ -84,17 +93,15 @@ def trials(arch: int, name: str, feature: str, size: str) -> Iterator[dict[str, 
     """Each candidate of a table, feature and head size: its row and `bound_of`, or why there is none."""
     table, kernel, mode = TABLES[name]
     call, (d, dv) = _call(feature, size), (max(16, 1 << (x - 1).bit_length()) for x in SIZES[size])
-    found: list[launching.Launch] = []
     shipped = tiles_for(table, arch, max(SIZES[size]), torch.bfloat16, feature)[0]
     first = tuple(shipped[option] for option in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
     rows = dict.fromkeys([first, *(row for row in CANDIDATES[name] if _values(name, row, d, dv) <= MOST_VALUES)])
     tensors, options = call.untouched_inputs(torch.bfloat16)
-    original, results = launching.Launch.__call__, []
+    original, results = launching.Launch.__call__, {}
 
     def instead(own: launching.Launch, *given: Any) -> None:
-        if own.kernel.fn.__name__ != kernel or found:
+        if own.kernel.fn.__name__ != kernel:
             return
-        found.append(own)
         for row in rows:
             # tiles_for knows what else belongs to such a row: it reads the table.
             bucket = next(x for x in (64, 128, 256) if max(SIZES[size]) <= x)
@@ -104,9 +111,10 @@ def trials(arch: int, name: str, feature: str, size: str) -> Iterator[dict[str, 
             trial = dict(table=name, arch=family(arch), feature=feature, size=size, row=row)
             try:
                 original(launching.Launch(own.kernel, own.grid, own.flags, [tile], own.scalars, own.arrange), *given)
-                results.append(trial | bound_of(launches[-1], name))
+                trial |= bound_of(launches[-1], name)
             except (OutOfResources, PTXASError, RuntimeError) as error:  # RuntimeError: MLIR's own
-                results.append(trial | dict(problem=" ".join(f"{type(error).__name__}: {error}".split())[:100]))
+                trial["problem"] = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+            results[row] = _one_after_the_other(results[row], trial) if row in results else trial
 
     patched = unittest.mock.patch.object(launching.Launch, "__call__", instead)
     with record(arch) as launches, kernels.use_backend("triton"), patched:
@@ -115,7 +123,7 @@ def trials(arch: int, name: str, feature: str, size: str) -> Iterator[dict[str, 
             function(leaves, options)
         else:
             differentiate(function, leaves, options, lambda _, x: torch.empty_like(x))
-    yield from results
+    yield from results.values()
 
 
 def best(tried: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -151,9 +151,9 @@ class Queries(NamedTuple):
 
 @triton.jit
 def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
-               BLOCK_N: tl.constexpr, F: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+               BLOCK_N: tl.constexpr, F: tl.constexpr, THREADS: tl.constexpr, ONLY: tl.constexpr):  # fmt: skip
     """Add one tile of queries, those from `start`, to dk (without the scale) and dv (without 1 / (1 - p))."""
-    ACC: tl.constexpr = dk.dtype
+    ACC: tl.constexpr = queries.safe_lse_ptr.dtype.element_ty
     near = tl.arange(0, BLOCK_M)
     cols = keys.cols[:, None]
     rows = start + near
@@ -185,20 +185,23 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
     # [BLOCK_M, BLOCK_DV]
     do_at = queries.do.ptr + start.to(tl.int64) * do_stride
     do = load_tile(do_at, near, do_stride, tl.arange(0, F.BLOCK_DV), in_q, F.DV, F.BLOCK_DV, MASKED, THREADS)
-    # [BLOCK_N, BLOCK_M]
-    dp = tl.dot(keys.v, tl.trans(do), input_precision=F.PRECISION, out_dtype=ACC)
     kept = p
     if F.DROPOUT:
         keep = dropout_keep(keys.seed, queries.head, rows, keys.col_start, keys.threshold, BLOCK_N, True)
         kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * keys.scaling.keep_scale, 0.0)
-    # [BLOCK_N, BLOCK_DV]
-    dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=F.PRECISION, out_dtype=ACC)
-    ds = p * (dp - delta[None, :])
-    if F.SOFTCAP:
-        ds *= 1 - t * t
-    # [BLOCK_N, BLOCK_D]
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=F.PRECISION, out_dtype=ACC)
+    if ONLY != "dk":
+        # [BLOCK_N, BLOCK_DV]
+        dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=F.PRECISION, out_dtype=ACC)
+    if ONLY != "dv":
+        # [BLOCK_N, BLOCK_M]
+        dp = tl.dot(keys.v, tl.trans(do), input_precision=F.PRECISION, out_dtype=ACC)
+        if F.DROPOUT:
+            dp = tl.where(keep, dp * keys.scaling.keep_scale, 0.0)
+        ds = p * (dp - delta[None, :])
+        if F.SOFTCAP:
+            ds *= 1 - t * t
+        # [BLOCK_N, BLOCK_D]
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=F.PRECISION, out_dtype=ACC)
     return dk, dv
 
 
@@ -207,9 +210,9 @@ def _attention_bwd_dkdv_kernel(
     q, k, v, do, masks, safe_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     H, group, T_q, T_k, max_k, shift, low, high, section, n_heads, threshold, scaling,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
-    THREADS: tl.constexpr,
+    THREADS: tl.constexpr, ONLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: dK and dV of BLOCK_N keys of one key head. dk: (B, T_k, H_kv, D), dv: DV."""
+    """One program: dK and dV of BLOCK_N keys of one key head, or ONLY "dk" or "dv". dk: (B, T_k, H_kv, D), dv: DV."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
     do = mask.aligned(do, F.ALIGN)
     H_kv = H // group
@@ -241,8 +244,8 @@ def _attention_bwd_dkdv_kernel(
     ACC: tl.constexpr = safe_lse_ptr.dtype.element_ty
     BLOCK_D: tl.constexpr = F.BLOCK_D
     BLOCK_DV: tl.constexpr = F.BLOCK_DV
-    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+    dk = 0.0 if ONLY == "dv" else tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dv = 0.0 if ONLY == "dk" else tl.zeros([BLOCK_N, BLOCK_DV], ACC)
     q_batch = mask.of_head(q, batch, 0, bounds.q_start, F)
     do_batch = mask.of_head(do, batch, 0, bounds.q_start, F)
     mask_batch = mask.mask_of_head(masks.mask, batch, 0, bounds, F)
@@ -268,9 +271,11 @@ def _attention_bwd_dkdv_kernel(
                 tl.load(masks.slopes + b * H + h) * LOG2E if F.ALIBI else 0.0, (b * H + h).to(tl.int32),
             )  # fmt: skip
             dk, dv = _dkdv_tile(dk, dv, keys, queries, at, unmasked == 0,
-                                BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F, THREADS)  # fmt: skip
+                                BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F, THREADS, ONLY)  # fmt: skip
     out_row = (batch * T_k + k_row) * (H_kv * F.PARTS) + h_kv
-    dk = tl.where(valid[:, None], dk * scaling.scale, 0.0)
-    dv = tl.where(valid[:, None], dv * scaling.keep_scale, 0.0)
-    store_tile(dk_ptr + out_row * F.D, dk, near_n, H_kv * F.D * F.PARTS, tl.arange(0, F.BLOCK_D), in_k, F.D)
-    store_tile(dv_ptr + out_row * F.DV, dv, near_n, H_kv * F.DV * F.PARTS, tl.arange(0, F.BLOCK_DV), in_k, F.DV)
+    if ONLY != "dv":
+        dk = tl.where(valid[:, None], dk * scaling.scale, 0.0)
+        store_tile(dk_ptr + out_row * F.D, dk, near_n, H_kv * F.D * F.PARTS, tl.arange(0, F.BLOCK_D), in_k, F.D)
+    if ONLY != "dk":
+        dv = tl.where(valid[:, None], dv * scaling.keep_scale, 0.0)
+        store_tile(dv_ptr + out_row * F.DV, dv, near_n, H_kv * F.DV * F.PARTS, tl.arange(0, F.BLOCK_DV), in_k, F.DV)

@@ -175,10 +175,16 @@ class _Plan:
         return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, F=f, THREADS=0)
 
     @functools.cached_property
-    def dkdv(self) -> Launch:
+    def dkdv(self) -> list[Launch]:
+        """One, or one for dv and one for dk."""
         grid = lambda tile: self.heads_kv * cdiv(self.params.max_k, tile["BLOCK_N"])  # noqa: E731
         scalars = (*self.sizes, self.params.max_k, *self.limits, self.section_kv, self.heads_kv)
-        return self._launch(_attention_bwd_dkdv_kernel, 4, tiles.BACKWARD_DKDV, grid, scalars, THREADS=0)
+        f = self.features
+        apart = tiles.dkdv_apart(self.arch, max(f.D, f.DV), self.dtype)
+        return [
+            self._launch(_attention_bwd_dkdv_kernel, 4, tiles.BACKWARD_DKDV, grid, scalars, THREADS=0, ONLY=only)
+            for only in (("dv", "dk") if apart else ("",))
+        ]
 
     @functools.cached_property
     def bias_gradient(self) -> Launch:
@@ -288,7 +294,8 @@ def attention_bwd(
     lse, out = lse.contiguous(), out.transpose(1, 2).contiguous()
     plan, present = _planned(q, k, v, masks, bounds, params, dout, dlse is not None)
     plan.dq(q, k, v, dout, *present, out, lse, lse if dlse is None else dlse.contiguous(), dq, safe_lse, delta)
-    plan.dkdv(q, k, v, dout, *present, safe_lse, delta, dk, dv)
+    for run in plan.dkdv:
+        run(q, k, v, dout, *present, safe_lse, delta, dk, dv)
     if params.bias_grad:
         plan.bias_gradient(q, k, v, dout, *present, safe_lse, delta, dbias)
     return dq, dk, dv, dbias
