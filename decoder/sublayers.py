@@ -49,14 +49,15 @@ class Sublayers:
         drawn = self.fused and layer.training
         self.seeds: list[Tensor | None] = [*random.new_seeds(x.device, calls)] if drawn else [None] * calls
 
-    def begin(self, norm: Any, x: Tensor) -> Tensor:
-        """What the first sublayer reads: norm(x) with norm_first, or x."""
+    def begin(self, norm: Any, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """What the first sublayer reads: norm(x) with norm_first, unless it is given as h, or x."""
         if not self.layer.norm_first:
             return x
+        h = norm(x) if h is None else h
         if self.lean:
-            kept = x.detach()
-            self.again = lambda: norm(kept)
-        return norm(x)
+            kept, dtype = x.detach(), h.dtype
+            self.again = lambda: norm(kept).to(dtype)
+        return h
 
     def open(self, attention: Any) -> dict[str, Any]:
         """Options with which an attention returns the heads before its last linear map, which `end` does: none where it

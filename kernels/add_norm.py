@@ -34,7 +34,7 @@ def add_norm_fwd(
         x_bias is not None, p,
     )  # fmt: skip
     weight, bias, x_bias = (x if param is None else param.contiguous() for param in (weight, bias, x_bias))
-    run(x, weight, bias, residual, x_bias, x if seed is None else seed, y, stats, total)
+    run(x, weight, bias, residual, x_bias, random.given(seed, x), y, stats, total)
     return y, total, stats
 
 
@@ -57,14 +57,14 @@ def add_norm_bwd(
     )  # fmt: skip
     dresidual, dx, *params = grads
     n, wanted = total.shape[-1], need_dweight + 2 * need_dbias + 4 * need_dx_bias
-    (dy, stride), (more, more_stride) = rows_of(dy, n), (total, 0) if more is None else rows_of(more, n)
+    (dy, stride), (more, more_stride) = rows_of(dy, n), (total, None) if more is None else rows_of(more, n)
     programs, _, run = bwd_launches(
         stats.shape[1], n, stride, n, centre, weight is not None, wanted, programs_for(dy), total.dtype, more_is,
         more_stride, dx.numel() > 0, p,
     )  # fmt: skip
     parts = torch.empty((programs, wanted.bit_count(), n), dtype=stats.dtype, device=stats.device)
-    seed, weight = dy if seed is None else seed, dy if weight is None else weight.contiguous()
-    run(dy, total, weight, stats, stats, more, seed, dresidual, dx if dx.numel() else dresidual, parts)
+    weight, dbranch = dy if weight is None else weight.contiguous(), dx if dx.numel() else dresidual
+    run(dy, total, weight, stats, stats, more, random.given(seed, dy), dresidual, dbranch, parts)
     if wanted:
         add_parts(parts, *[grad for grad in params if grad.numel()])
     return grads
@@ -150,7 +150,7 @@ def _gradients(ctx, dy, again, dtotal):
         return dx.to(x_dtype), dresidual.to(residual_dtype), dweight, dbias, dx_bias, *(None,) * 5
     if again is not None and dtotal is not None:
         dy, again = dy + again, None
-    more, more_is = (again, "dy") if again is not None else (dtotal, "" if dtotal is None else "dx")
+    more, more_is = (again, "dy") if again is not None else (dtotal, "dx")
     dresidual, dx, dweight, dbias, dx_bias = _backward(
         dy, more, total, weight, bias, x_bias, seed, stats, ctx.p, ctx.centre, more_is, x_dtype, residual_dtype,
         need_dx, need_dweight, need_dbias, need_dx_bias,
