@@ -50,16 +50,17 @@ def _dq_tile(dq, block, do, lse, delta, k_ptr, v_ptr, start, keep_scale,
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=F.PRECISION, out_dtype=ACC)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "max_q", "section", "n_heads", "parts"])
+@triton.jit(do_not_specialize=[*SIZES, "max_q", "section", "parts"])
 def _attention_bwd_dq_kernel(
     q, k, v, do, masks, out_ptr, lse_ptr, dlse_ptr, dq_ptr, safe_lse_ptr, delta_ptr,
-    H, group, T_q, T_k, max_q, shift, low, high, section, n_heads, parts, threshold, scaling,
+    H, group, T_q, T_k, max_q, shift, low, high, section, parts, threshold, scaling,
     F: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, parts H, D)."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
     do = mask.aligned(do, F.ALIGN)
-    head, pid_m = mask.schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
+    n_tiles = tl.cdiv(max_q, BLOCK_M)
+    head, pid_m = mask.schedule(n_tiles, tl.num_programs(0) // n_tiles, section, F.HIGH)
     bounds = mask.sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
     row_start = pid_m * BLOCK_M
     if F.PACKED:  # noqa: SIM102

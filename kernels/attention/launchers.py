@@ -148,7 +148,8 @@ class _Plan:
 
     def _by_queries(self, kernel: Any, matrices: int, table: Table, *parts: int, **flags: Any) -> Launch:
         grid = lambda tile: self.heads * cdiv(self.params.max_q, tile["BLOCK_M"])  # noqa: E731
-        scalars = (*self.sizes, self.params.max_q, *self.limits, self.section_kv * self.group, self.heads, *parts)
+        last = parts or (self.heads,)
+        scalars = (*self.sizes, self.params.max_q, *self.limits, self.section_kv * self.group, *last)
         return self._launch(kernel, matrices, table, grid, scalars, **flags)
 
     @functools.cached_property
