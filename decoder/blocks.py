@@ -6,7 +6,7 @@ Names and order of the parameters are those of torch.nn's layers, so that weight
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = LayerNorm(d_model), LayerNorm(d_model)
         self.norm3 = LayerNorm(d_model) if cross else None
         self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
-        self.dropout3 = Dropout(dropout) if cross else None
+        self.dropout3: Any = Dropout(dropout) if cross else None
         self.activation: Any = {"relu": F.relu, "gelu": F.gelu}[activation]
 
     def forward(
@@ -165,7 +165,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         h: Tensor | None,
-        following: nn.Module | None,
+        following: LayerNorm | None,
         memory: Tensor | None = None,
         *,
         memory_mask: Tensor | None = None,
@@ -215,10 +215,11 @@ class Stack(nn.Module):
 
 
 def through(
-    layers: Sequence[Any], norm: nn.Module, x: Tensor, memory: Tensor | None, caches: Any, **options: Any
+    layers: Iterable[Any], norm: nn.Module, x: Tensor, memory: Tensor | None, caches: Any, **options: Any
 ) -> list[Tensor]:
     """``x`` and what each layer gives, the last one after the norm. Where nobody has hooked a block, the last residual
     of each and the norm behind it, of the next or the final one, are one pass."""
+    layers = list(layers)
     own = bool(layers) and is_plain(norm, (LayerNorm,))
     own = own and all(is_plain(layer, (Block,)) and layer.norm_first for layer in layers)
     states, h, norms = [x], None, [*(layer.norm1 for layer in layers[1:]), norm] if own else []

@@ -38,11 +38,13 @@ def add_norm_fwd(
     return y, total, stats
 
 
-def _add_norm_fwd_fake(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    stream = torch.promote_types(x.dtype, residual.dtype)
-    total = torch.empty_like(x, dtype=stream, memory_format=torch.contiguous_format)
+def _add_norm_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
+    seed: Tensor | None, p: float, eps: float, centre: bool, norm_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total = contiguous_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
     stats = torch.empty(2, x.numel() // max(x.shape[-1], 1), dtype=wider(x.dtype), device=x.device)
-    return contiguous_like(x if options[-1] else total), total, stats
+    return contiguous_like(x if norm_first else total), total, stats
 
 
 def add_norm_bwd(
@@ -71,20 +73,17 @@ def add_norm_bwd(
 
 
 def _add_norm_bwd_fake(
-    dy: Tensor, more: Tensor | None, total: Tensor, weight: Any, bias: Any, x_bias: Any, seed: Any, stats: Any,
-    p: float, centre: bool, more_is: str, x_dtype: torch.dtype, residual_dtype: torch.dtype, *needed: bool,
+    dy: Tensor, more: Tensor | None, total: Tensor, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
+    seed: Tensor | None, stats: Tensor, p: float, centre: bool, more_is: str, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype, need_dx: bool, *needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = lambda x, dtype: torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)  # noqa: E731
     differs = p > 0.0 or x_dtype != residual_dtype
-    dx = like(total, x_dtype) if needed[0] and differs else total.new_empty((0,), dtype=x_dtype)
-    params = zip((weight, bias, x_bias), needed[1:], strict=True)
-    return (
-        like(total, residual_dtype),
-        dx,
-        *(  # type: ignore[return-value]
-            like(param, param.dtype) if need else total.new_empty((0,)) for param, need in params
-        ),
+    dx = contiguous_like(total, dtype=x_dtype) if need_dx and differs else total.new_empty((0,), dtype=x_dtype)
+    dweight, dbias, dx_bias = (
+        contiguous_like(param) if need and param is not None else total.new_empty((0,))
+        for param, need in zip((weight, bias, x_bias), needed, strict=True)
     )
+    return contiguous_like(total, dtype=residual_dtype), dx, dweight, dbias, dx_bias
 
 
 class _AddNormBackward(Function):

@@ -193,7 +193,7 @@ def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> T
 
 def _dropout_fwd_fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
     dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return contiguous_like(x, dtype=dtype)
 
 
 def bias_activation_dropout_fwd(

@@ -171,19 +171,19 @@ def _layer_norm_sums_kernel(
     tl.store(sums_ptr + R + rows, sum_gx / N, mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["R", "more_rows", "threshold"])
+@triton.jit(do_not_specialize=["R", "threshold"])
 def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, stats_ptr, sums_ptr, more_ptr, seed_ptr, dx_ptr, dbranch_ptr, partial_ptr, dy_stride,
-    x_stride, more_stride, R, more_rows, N, threshold, keep_scale,
+    x_stride, more_stride, R, N, threshold, keep_scale,
     CENTRE: tl.constexpr, WEIGHT: tl.constexpr, MORE: tl.constexpr, BRANCH: tl.constexpr, DROP: tl.constexpr,
     SUMS: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tile j of the columns, in every G-th block of rows from the i-th.
 
-    MORE: what is added, "dy" to dy or "dx", of all rows or none, to the result. BRANCH: the gradient of what was
-    dropped and added to a residual, too. SUMS: whose sums over rows are wanted, 1 dweight, 2 dbias, 4 that of dbranch;
-    their parts go to partial (G, sums, N).
+    MORE: what is added, "dy" to dy or "dx" to the result, unless more_stride is below 0. BRANCH: the gradient of what
+    was dropped and added to a residual, too. SUMS: whose sums over rows are wanted, 1 dweight, 2 dbias, 4 that of
+    dbranch; their parts go to partial (G, sums, N).
     """
     N = N // ALIGN * ALIGN
     dy_stride = dy_stride // ALIGN * ALIGN
@@ -217,7 +217,7 @@ def _layer_norm_bwd_kernel(
         inside = (rows < R)[:, None] & (cols < N)
         if MORE == "dx":
             # [BLOCK_R, BLOCK_N]
-            has_more = inside & (rows < more_rows)[:, None]
+            has_more = inside & (more_stride >= 0)
             dx += tl.load(more_ptr + rows[:, None] * more_stride + cols, mask=has_more, other=0.0).to(ACC)
         tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if DROP:
@@ -273,7 +273,7 @@ def bwd_launches(
     # A third sum, beside dropout, wants registers: 16 bytes would spill on sm_100.
     tiles = [row_tile(n, MAX_BWD, 4096, 8 if sums > 3 and n <= 4096 else 16)]
     columns, whole = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD
-    more_rows, more_stride = (0, n) if more_stride is None else (r, more_stride)
+    more_stride = -n if more_stride is None else more_stride
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
     if p:
         tiles[0]["BLOCK_N"] = max(4, tiles[0]["BLOCK_N"])
@@ -282,7 +282,7 @@ def bwd_launches(
         _layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, (dy_stride, x_stride, r, n)
     )
     flags = dict(flags, MORE=more, BRANCH=bool(branch), DROP=p > 0.0, SUMS=sums, WHOLE=whole)
-    scalars = (dy_stride, x_stride, more_stride, r, more_rows, n, random.threshold(p), random.keep_scale(p))
+    scalars = (dy_stride, x_stride, more_stride, r, n, random.threshold(p), random.keep_scale(p))
     alone = lambda dy, x, weight, stats, sums, dx, parts: (dy, x, weight, stats, sums, dy, dy, dx, dx, parts)  # noqa: E731
     grid = lambda _: (programs, columns)  # noqa: E731
     main = Launch(_layer_norm_bwd_kernel, grid, flags, tiles, scalars, alone if branch is None else None)

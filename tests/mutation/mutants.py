@@ -988,8 +988,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("grid", "one sum is made of three", 'cdiv(n, tile["BLOCK_N"]), sums)', 'cdiv(n, tile["BLOCK_N"]), 1)'),
     ],
     "kernels/add_norm.py": [
-        ("dtype", "y has the dtype of the stream", "return contiguous_like(x if options[-1] else total), total, stats", "return contiguous_like(total), total, stats"),
-        ("dtype", "the total has the dtype of the branch", "total = torch.empty_like(x, dtype=stream,", "total = torch.empty_like(x, dtype=x.dtype,"),
+        ("dtype", "y has the dtype of the stream", "return contiguous_like(x if norm_first else total), total, stats", "return contiguous_like(total), total, stats"),
+        ("dtype", "the total has the dtype of the branch", "total = contiguous_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))", "total = contiguous_like(x)"),
         ("backward", "the second gradient of y is lost", "return _gradients(ctx, again if dy is None else dy, None if dy is None else again, dtotal)", "return _gradients(ctx, again if dy is None else dy, None, dtotal)"),
         ("backward", "the gradient of y alone is lost", "return _gradients(ctx, again if dy is None else dy,", "return _gradients(ctx, dy,"),
         ("backward", "the total's gradient is lost", "dresidual = dx if dtotal is None else dx + dtotal", "dresidual = dx"),
@@ -1296,7 +1296,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("loop bound", "a program takes one block of rows", "tl.cdiv(R, BLOCK_R), tl.num_programs(0) // n_cols)", "first + 1)", "_activation_bwd_kernel"),
         ("int64", "rows of an activation's gradient are found in 32 bits", "        wide = rows.to(tl.int64)[:, None]\n        # [", "        wide = rows[:, None]\n        # ["),
         ("stride", "dy is read with the stride of x", "dy_ptr + wide * dy_stride", "dy_ptr + wide * x_stride"),
-        ("host", "rate 0 of an activation needs a seed", "        seed = None\n", "        seed = seed\n"),
         ("host", "the torch backend forgets what is beside", "y = y if up is None else y * up", "y = y"),
     ],
     "kernels/rotary.py": [
@@ -1524,12 +1523,12 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
     "decoder/sublayers.py": [
         ("module", "the residual is lost", "x = dropout(x, residual) if fuses_residual(dropout)", "x = dropout(x) if fuses_residual(dropout)"),
         ("module", "a hooked dropout of a block sees the residual", "x = dropout(x, residual) if fuses_residual(dropout) else residual + dropout(x)", "x = dropout(x, residual)"),
-        ("module", "a post-norm block has no norm", "        x = norm(x)\n        return x, x", "        return x, x"),
-        ("module", "pre-norm leaves out a norm", "return x if norm is None else norm(x), x", "return x, x"),
+        ("module", "a post-norm block has no norm", "y = x if norm is None else norm(x)", "y = norm(x) if self.layer.norm_first and norm is not None else x"),
+        ("module", "pre-norm leaves out a norm", "return y, x if self.layer.norm_first else y", "return x if self.layer.norm_first else y, x if self.layer.norm_first else y"),
         ("module", "a hooked part is passed over", 'and not any(getattr(module, hook) for hook in HOOKS)', "and True"),
         ("module", "the bias of the last linear map is lost", "x, x_bias = F.linear(x, linear.weight), linear.bias", "x, x_bias = F.linear(x, linear.weight), None"),
-        ("module", "the layer drops in evaluation", "rms, p = type(norm) is RMSNorm, dropout.p if dropout.training else 0.0", "rms, p = type(norm) is RMSNorm, dropout.p"),
-        ("module", "a fused RMS norm is a layer norm", "rms, p = type(norm) is RMSNorm,", "rms, p = type(norm) is None,"),
+        ("module", "the layer drops in evaluation", "            p = dropout.p if dropout.training else 0.0\n", "            p = dropout.p\n"),
+        ("module", "a fused RMS norm is a layer norm", "if isinstance(norm, RMSNorm) else", "if norm is None else"),
         ("backward", "gradients that lie apart are taken for neighbours", "if grad.untyped_storage().data_ptr() != grads[0].untyped_storage().data_ptr():", "if False:"),
         ("backward", "a weight's gradient has its halves exchanged", "torch.mm(rows(dv).t(), rows(y), out=dweight[c:])", "torch.mm(rows(dv).t(), rows(x), out=dweight[c:])"),
         ("backward", "a bias's second half has no gradient", "torch.sum(rows(dv), 0, out=dbias[c:])", "dbias[c:] = 0.0"),
@@ -2301,6 +2300,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
 }
 # (file, what was changed, why no test can see it)
 EQUIVALENT: list[tuple[str, str, str]] = [
+    ("kernels/dropout.py", "bias_activation_dropout: a seed that is given beside p = 0 is kept", "a rate of 0 keeps every element, whatever the seed"),
     ("kernels/dropout.py", "_dropout_fwd_kernel: tl.where(keep, x * keep_scale, x * 0.0)", "what is dropped is multiplied by 0 either way: of an infinity NaN, as the definition says"),
     (MASK, "_attention_bounds_kernel: first = 0", "keys before the first valid one then count as padding inside: more tiles are masked, none is read wrongly"),
     (MASK, "_attention_bounds_kernel: n_valid = instead of +=", "padding inside can only be reported where there is none: more tiles are masked"),
