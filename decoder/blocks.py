@@ -6,6 +6,7 @@ Names and order of the parameters are those of torch.nn's layers, so that weight
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from tileformer.decoder.generation.cache import AttentionCache, KVCache, LayerCache
 from tileformer.decoder.nn.modules import Dropout, LayerNorm
-from tileformer.decoder.sublayers import Sublayers, split_heads, two_linears
+from tileformer.decoder.sublayers import Sublayers, is_plain, split_heads, two_linears
 from tileformer.kernels import attention
 
 
@@ -142,7 +143,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = LayerNorm(d_model), LayerNorm(d_model)
         self.norm3 = LayerNorm(d_model) if cross else None
         self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
-        self.dropout3 = Dropout(dropout) if cross else None
+        self.dropout3: Any = Dropout(dropout) if cross else None
         self.activation: Any = {"relu": F.relu, "gelu": F.gelu}[activation]
 
     def forward(
@@ -158,21 +159,35 @@ class Block(nn.Module):
 
         ``options`` are those of the self-attention: causal, key_mask, cu_seqlens, max_seqlen.
         """
+        return self.between(x, None, None, memory, memory_mask=memory_mask, cache=cache, **options)[0]
+
+    def between(
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        following: LayerNorm | None,
+        memory: Tensor | None = None,
+        *,
+        memory_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` of a block with ``norm_first`` whose norm1(x) is ``h``: following(y), and y, what it returns."""
         own, cross = (None, None) if cache is None else (cache.self_attn, cache.cross_attn)
         parts, first, norms = Sublayers(self, x, 6), self.norm_first, [self.norm1, self.norm2, self.norm3]
-        norms = [*norms[1 : 2 + (self.norm3 is not None)], None] if first else norms
+        norms = [*norms[1 : 2 + (self.norm3 is not None)], following] if first else norms
         opened = parts.open(self.self_attn)
-        h = parts.begin(self.norm1, x)
+        h = parts.begin(self.norm1, x, h)
         with parts.reading(h):
             out = self.self_attn(h, h, h, cache=own, **opened, **options)[0]
         h, x = parts.end(out, self.self_attn.out_proj if opened else None, x, self.dropout1, norms[0])
         if self.multihead_attn is None:
-            return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout2, norms[1])[0]
+            return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout2, norms[1])
         opened = parts.open(self.multihead_attn)
         with parts.reading(h):
             out = self.multihead_attn(h, memory, memory, key_mask=memory_mask, cache=cross, **opened)[0]
         h, x = parts.end(out, self.multihead_attn.out_proj if opened else None, x, self.dropout2, norms[1])
-        return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout3, norms[2])[0]
+        return parts.end(parts.feed_forward(h), self.linear2, x, self.dropout3, norms[2])
 
 
 class Stack(nn.Module):
@@ -196,7 +211,24 @@ class Stack(nn.Module):
         """``x`` and what each block gives, the last one after the norm: num_layers + 1 of (B, T, C)."""
         if cache is not None and len(cache.layers) != len(self.layers):
             raise ValueError(f"the cache has {len(cache.layers)} layers, this decoder {len(self.layers)}")
-        states = [x]
-        for i, layer in enumerate(self.layers):
-            states.append(layer(states[-1], memory, cache=None if cache is None else cache.layers[i], **options))
-        return [*states[:-1], self.norm(states[-1])]
+        return through(self.layers, self.norm, x, memory, None if cache is None else cache.layers, **options)
+
+
+def through(
+    layers: Iterable[Any], norm: nn.Module, x: Tensor, memory: Tensor | None, caches: Any, **options: Any
+) -> list[Tensor]:
+    """``x`` and what each layer gives, the last one after the norm. Where nobody has hooked a block, the last residual
+    of each and the norm behind it, of the next or the final one, are one pass."""
+    layers = list(layers)
+    own = bool(layers) and is_plain(norm, (LayerNorm,))
+    own = own and all(is_plain(layer, (Block,)) and layer.norm_first for layer in layers)
+    states, h, norms = [x], None, [*(layer.norm1 for layer in layers[1:]), norm] if own else []
+    for i, layer in enumerate(layers):
+        if caches is not None:
+            options["cache"] = caches[i]
+        if own:
+            h, x = layer.between(x, h, norms[i], memory, **options)
+        else:
+            x = layer(x, *[memory] * (memory is not None), **options)
+        states.append(x)
+    return [*states[:-1], norm(x) if h is None else h.to(x.dtype)]

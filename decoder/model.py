@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.blocks import Attention, Block, Stack, check_heads
+from tileformer.decoder.blocks import Attention, Block, Stack, check_heads, through
 from tileformer.decoder.generation.cache import KVCache
 from tileformer.decoder.generation.step import Decoding, Parts
 from tileformer.decoder.nn.attention import MultiheadAttention
@@ -227,15 +227,13 @@ class DecoderLM(Model):
             options |= {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
         if not isinstance(self.layers[0], Block):
             options = self._torchs_options(T, options, cache, tokens.device)
-        states = [self._embed(self.embedding(tokens), positions)]
-        for i in range(self.num_layers):
-            layer = self.layers[0 if len(self.layers) == 1 else i]
-            if cache is not None:
-                options["cache"] = cache.layers[i] if isinstance(layer, Block) else cache.layers[i].self_attn
-            states.append(layer(states[-1], **options))
+        layers, caches = [self.layers[i if len(self.layers) > 1 else 0] for i in range(self.num_layers)], None
+        if cache is not None:
+            caches = cache.layers if isinstance(layers[0], Block) else [own.self_attn for own in cache.layers]
+        states = through(layers, self.norm, self._embed(self.embedding(tokens), positions), None, caches, **options)
         if cache is not None:
             cache.advance(T)
-        return [*states[:-1], self.norm(states[-1])]
+        return states
 
     def read(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         return self(tokens, cache=cache)

@@ -49,16 +49,17 @@ class Sublayers:
         drawn = self.fused and layer.training
         self.seeds: list[Tensor | None] = [*random.new_seeds(x.device, calls)] if drawn else [None] * calls
 
-    def begin(self, norm: Any, x: Tensor) -> Tensor:
-        """What the first sublayer reads: norm(x) with norm_first, or x."""
+    def begin(self, norm: Any, x: Tensor, h: Tensor | None = None) -> Tensor:
+        """What the first sublayer reads: norm(x) with norm_first, unless it is given as h, or x."""
         if not self.layer.norm_first:
             return x
+        h = norm(x) if h is None else h
         if self.lean:
-            kept = x.detach()
-            self.again = lambda: norm(kept)
-        return norm(x)
+            kept, dtype = x.detach(), h.dtype
+            self.again = lambda: norm(kept).to(dtype)
+        return h
 
-    def open(self, attention: Any) -> dict[str, Any]:
+    def open(self, attention: nn.MultiheadAttention) -> dict[str, Tensor | bool | None]:
         """Options with which an attention returns the heads before its last linear map, which `end` does: none where it
         cannot."""
         if not self.fused or type(attention).forward is not getattr(type(attention), "opens", None):
@@ -101,21 +102,23 @@ class Sublayers:
 
         return torch.autograd.graph.saved_tensors_hooks(keep, make)
 
-    def end(self, x: Tensor, linear: Any, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    def end(
+        self, x: Tensor, linear: nn.Linear | None, residual: Tensor, dropout: nn.Dropout, norm: nn.Module | None
+    ) -> tuple[Tensor, Tensor]:
         """linear(x), dropped, added to the residual and normalised: what the next sublayer reads, and its residual.
 
         ``norm`` is the next sublayer's with norm_first, or None behind the last.
         """
-        fused = self.fused and is_plain(norm, (LayerNorm, RMSNorm)) and len(norm.normalized_shape) == 1
-        if fused and fuses_residual(dropout):
+        fused = self.fused and is_plain(norm, (LayerNorm, RMSNorm)) and fuses_residual(dropout)
+        if fused and isinstance(norm, LayerNorm | RMSNorm) and len(norm.normalized_shape) == 1:
             x_bias = None
-            if is_plain(linear, _LINEAR):
+            if linear is not None and is_plain(linear, _LINEAR):
                 with self.reading(x):
                     x, x_bias = F.linear(x, linear.weight), linear.bias
             elif linear is not None:
                 x = linear(x)
-            rms, p = type(norm) is RMSNorm, dropout.p if dropout.training else 0.0
-            op, bias = ("add_rms_norm", None) if rms else ("add_layer_norm", norm.bias)
+            p = dropout.p if dropout.training else 0.0
+            op, bias = ("add_rms_norm", None) if isinstance(norm, RMSNorm) else ("add_layer_norm", norm.bias)
             seed, first = self.seeds.pop(), self.layer.norm_first
             y, x, total = add_norm(op, x, residual, norm.weight, bias, norm.eps, x_bias, p, seed, first)
             if self.lean:
@@ -126,10 +129,8 @@ class Sublayers:
             with self.reading(x):
                 x = linear(x)
         x = dropout(x, residual) if fuses_residual(dropout) else residual + dropout(x)
-        if self.layer.norm_first:
-            return x if norm is None else norm(x), x
-        x = norm(x)
-        return x, x
+        y = x if norm is None else norm(x)
+        return y, x if self.layer.norm_first else y
 
 
 class _SplitHeads(torch.autograd.Function):

@@ -34,15 +34,17 @@ def add_norm_fwd(
         x_bias is not None, p,
     )  # fmt: skip
     weight, bias, x_bias = (x if param is None else param.contiguous() for param in (weight, bias, x_bias))
-    run(x, weight, bias, residual, x_bias, x if seed is None else seed, y, stats, total)
+    run(x, weight, bias, residual, x_bias, random.given(seed, x), y, stats, total)
     return y, total, stats
 
 
-def _add_norm_fwd_fake(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    stream = torch.promote_types(x.dtype, residual.dtype)
-    total = torch.empty_like(x, dtype=stream, memory_format=torch.contiguous_format)
+def _add_norm_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
+    seed: Tensor | None, p: float, eps: float, centre: bool, norm_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    total = contiguous_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
     stats = torch.empty(2, x.numel() // max(x.shape[-1], 1), dtype=wider(x.dtype), device=x.device)
-    return contiguous_like(x if options[-1] else total), total, stats
+    return contiguous_like(x if norm_first else total), total, stats
 
 
 def add_norm_bwd(
@@ -57,34 +59,31 @@ def add_norm_bwd(
     )  # fmt: skip
     dresidual, dx, *params = grads
     n, wanted = total.shape[-1], need_dweight + 2 * need_dbias + 4 * need_dx_bias
-    (dy, stride), (more, more_stride) = rows_of(dy, n), (total, 0) if more is None else rows_of(more, n)
+    (dy, stride), (more, more_stride) = rows_of(dy, n), (total, None) if more is None else rows_of(more, n)
     programs, _, run = bwd_launches(
         stats.shape[1], n, stride, n, centre, weight is not None, wanted, programs_for(dy), total.dtype, more_is,
         more_stride, dx.numel() > 0, p,
     )  # fmt: skip
     parts = torch.empty((programs, wanted.bit_count(), n), dtype=stats.dtype, device=stats.device)
-    seed, weight = dy if seed is None else seed, dy if weight is None else weight.contiguous()
-    run(dy, total, weight, stats, stats, more, seed, dresidual, dx if dx.numel() else dresidual, parts)
+    weight, dbranch = dy if weight is None else weight.contiguous(), dx if dx.numel() else dresidual
+    run(dy, total, weight, stats, stats, more, random.given(seed, dy), dresidual, dbranch, parts)
     if wanted:
         add_parts(parts, *[grad for grad in params if grad.numel()])
     return grads
 
 
 def _add_norm_bwd_fake(
-    dy: Tensor, more: Tensor | None, total: Tensor, weight: Any, bias: Any, x_bias: Any, seed: Any, stats: Any,
-    p: float, centre: bool, more_is: str, x_dtype: torch.dtype, residual_dtype: torch.dtype, *needed: bool,
+    dy: Tensor, more: Tensor | None, total: Tensor, weight: Tensor | None, bias: Tensor | None, x_bias: Tensor | None,
+    seed: Tensor | None, stats: Tensor, p: float, centre: bool, more_is: str, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype, need_dx: bool, *needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = lambda x, dtype: torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)  # noqa: E731
     differs = p > 0.0 or x_dtype != residual_dtype
-    dx = like(total, x_dtype) if needed[0] and differs else total.new_empty((0,), dtype=x_dtype)
-    params = zip((weight, bias, x_bias), needed[1:], strict=True)
-    return (
-        like(total, residual_dtype),
-        dx,
-        *(  # type: ignore[return-value]
-            like(param, param.dtype) if need else total.new_empty((0,)) for param, need in params
-        ),
+    dx = contiguous_like(total, dtype=x_dtype) if need_dx and differs else total.new_empty((0,), dtype=x_dtype)
+    dweight, dbias, dx_bias = (
+        contiguous_like(param) if need and param is not None else total.new_empty((0,))
+        for param, need in zip((weight, bias, x_bias), needed, strict=True)
     )
+    return contiguous_like(total, dtype=residual_dtype), dx, dweight, dbias, dx_bias
 
 
 class _AddNormBackward(Function):
@@ -150,7 +149,7 @@ def _gradients(ctx, dy, again, dtotal):
         return dx.to(x_dtype), dresidual.to(residual_dtype), dweight, dbias, dx_bias, *(None,) * 5
     if again is not None and dtotal is not None:
         dy, again = dy + again, None
-    more, more_is = (again, "dy") if again is not None else (dtotal, "" if dtotal is None else "dx")
+    more, more_is = (again, "dy") if again is not None else (dtotal, "dx")
     dresidual, dx, dweight, dbias, dx_bias = _backward(
         dy, more, total, weight, bias, x_bias, seed, stats, ctx.p, ctx.centre, more_is, x_dtype, residual_dtype,
         need_dx, need_dweight, need_dbias, need_dx_bias,

@@ -17,16 +17,15 @@ from tileformer.kernels.launch import Launch, cdiv
 
 @triton.jit(do_not_specialize=["G"])
 def _column_sums_kernel(
-    partial_ptr, out0_ptr, out1_ptr, out2_ptr, G, N, SUMS: tl.constexpr, ACC: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Program (j, s): BLOCK_N columns of sum s, from partial (G, SUMS, N)."""
+    partial_ptr, out0_ptr, out1_ptr, out2_ptr, G, N, ACC: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Program (j, s): BLOCK_N columns of sum s, from partial (G, sums, N)."""
     near = tl.arange(0, BLOCK_G)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    which = tl.program_id(1)
+    sums, which = tl.num_programs(1), tl.program_id(1)
     total = tl.zeros([BLOCK_G, BLOCK_N], ACC)
     for start in range(0, G, BLOCK_G):
-        offsets = ((start + near).to(tl.int64)[:, None] * SUMS + which) * N + cols
+        offsets = ((start + near).to(tl.int64)[:, None] * sums + which) * N + cols
         # [BLOCK_G, BLOCK_N]
         total += tl.load(partial_ptr + offsets, mask=(start + near < G)[:, None] & (cols < N), other=0.0)
     # [BLOCK_N]
@@ -42,7 +41,7 @@ def _column_sums_kernel(
 @functools.lru_cache(maxsize=1024)
 def _launch(programs: int, sums: int, n: int, dtype: torch.dtype) -> Launch:
     grid = lambda tile: (cdiv(n, tile["BLOCK_N"]), sums)  # noqa: E731
-    flags = dict(SUMS=sums, ACC=tl.float64 if dtype == torch.float64 else tl.float32)
+    flags = dict(ACC=tl.float64 if dtype == torch.float64 else tl.float32)
     return Launch(_column_sums_kernel, grid, flags, [dict(BLOCK_G=64, BLOCK_N=32, num_warps=4)], (programs, n))
 
 

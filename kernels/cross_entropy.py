@@ -194,7 +194,7 @@ def cross_entropy_fwd(
     softcap: float, reduction: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reduced loss in `dtype`; log-sum-exp (R,); the targets' weights (0 if ignored), or for a mean their sum."""
-    loss = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
+    loss = contiguous_like(target, dtype=wider(logits.dtype))
     lse, target_weight = torch.empty_like(loss), torch.empty_like(loss)
     options = ignore_index, label_smoothing, z_loss, softcap
     rows_fwd(logits, target, weight, loss, lse, target_weight, *options)
@@ -204,9 +204,11 @@ def cross_entropy_fwd(
     return (loss if reduction == "none" else loss.sum()).type(dtype), lse, target_weight
 
 
-def _cross_entropy_fwd_fake(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction, dtype = options
-    lse = torch.empty_like(target, dtype=wider(logits.dtype), memory_format=torch.contiguous_format)
+def _cross_entropy_fwd_fake(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
+    softcap: float, reduction: str, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lse = contiguous_like(target, dtype=wider(logits.dtype))
     loss = torch.empty_like(lse, dtype=dtype) if reduction == "none" else lse.new_empty((), dtype=dtype)
     return loss, lse, lse.new_empty(()) if reduction == "mean" else torch.empty_like(lse)
 

@@ -39,7 +39,7 @@ def _dropout_fwd_kernel(
 ):  # fmt: skip
     """A program: BLOCK_R rows and BLOCK_N columns. One axis of programs: the others end at 65,535.
 
-    What is beside x, of its shape, multiplies (UP) or is added last (RESIDUAL).
+    What is beside x, of its shape, multiplies (UP) or is added last (RESIDUAL). DROP: if the threshold is above 0.
     """
     N = N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
@@ -50,8 +50,6 @@ def _dropout_fwd_kernel(
     cols = col_start + tl.arange(0, BLOCK_N)
     inside = (rows < R)[:, None] & (cols < N)
     wide = rows.to(tl.int64)[:, None]
-    if DROP:
-        keep = dropout_keep(tl.load(seed_ptr), 0, rows, col_start, threshold, BLOCK_N, False)
     # [BLOCK_R, BLOCK_N]
     x = tl.load(x_ptr + wide * x_stride + cols, mask=inside, other=0.0).to(ACC)
     if BIAS:
@@ -62,13 +60,14 @@ def _dropout_fwd_kernel(
     if UP:
         # [BLOCK_R, BLOCK_N]
         x *= tl.load(beside_ptr + wide * beside_stride + cols, mask=inside, other=0.0).to(ACC)
-    y = x
-    if DROP:
-        y = x * tl.where(keep, keep_scale, 0.0)
+    if DROP:  # noqa: SIM102
+        if threshold > 0:
+            keep = dropout_keep(tl.load(seed_ptr), 0, rows, col_start, threshold, BLOCK_N, False)
+            x *= tl.where(keep, keep_scale, 0.0)
     if RESIDUAL:
         # [BLOCK_R, BLOCK_N]
-        y += tl.load(beside_ptr + wide * beside_stride + cols, mask=inside, other=0.0).to(ACC)
-    tl.store(y_ptr + wide * N + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+        x += tl.load(beside_ptr + wide * beside_stride + cols, mask=inside, other=0.0).to(ACC)
+    tl.store(y_ptr + wide * N + cols, x.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -158,7 +157,8 @@ def _launch(
     activation: str = "", bias: bool = False, up: bool = False,
 ) -> Launch:  # fmt: skip
     grid = lambda tile: (cdiv(r, tile["BLOCK_R"]) * cdiv(n, tile["BLOCK_N"]),)  # noqa: E731
-    flags = dict(ACTIVATION=activation, BIAS=bias, UP=up, RESIDUAL=residual, DROP=p > 0.0)
+    # Training and evaluation share a binary, but of a gated block: most train without, and registers are dear there.
+    flags = dict(ACTIVATION=activation, BIAS=bias, UP=up, RESIDUAL=residual, DROP=p > 0.0 or not up)
     flags |= row_flags(dtype, n, stride, beside_stride)
     scalars = (stride, beside_stride, r, n, random.threshold(p), random.keep_scale(p))
     return Launch(_dropout_fwd_kernel, grid, flags, [_tile(n, 2048)], scalars)
@@ -193,7 +193,7 @@ def dropout_fwd(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> T
 
 def _dropout_fwd_fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float) -> Tensor:
     dtype = None if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return contiguous_like(x, dtype=dtype)
 
 
 def bias_activation_dropout_fwd(
@@ -205,7 +205,7 @@ def bias_activation_dropout_fwd(
     other, other_stride = (rows, stride) if up is None else rows_of(up, n)
     given = False, activation, bias is not None, up is not None
     run = _launch(x.numel() // max(n, 1), n, stride, other_stride, p, x.dtype, *given)
-    run(rows, rows if bias is None else bias.contiguous(), other, rows if seed is None else seed, y)
+    run(rows, rows if bias is None else bias.contiguous(), other, random.given(seed, x), y)
     return y
 
 
@@ -226,7 +226,7 @@ def bias_activation_dropout_bwd(
     if need_dbias:
         parts = x.new_empty((programs, 1, n), dtype=device.wider(x.dtype))
     shift = rows if bias is None else bias.contiguous()
-    run(dy, rows, shift, other, rows if seed is None else seed, dx, dx if up is None else dup, parts)
+    run(dy, rows, shift, other, random.given(seed, x), dx, dx if up is None else dup, parts)
     if need_dbias:
         column_sums.add_parts(parts, dbias)
     return dx, dbias, dup

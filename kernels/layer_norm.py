@@ -46,12 +46,13 @@ def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, x_bias_ptr, seed_ptr, y_ptr, stats_ptr, total_ptr, x_stride,
     residual_stride, R, N, eps, threshold, keep_scale,
     CENTRE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, X_BIAS: tl.constexpr,
-    DROP: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr, FULL: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_R rows; mean and rstd to stats (2, R). WHOLE: a tile spans the row; FULL: and no more.
 
-    ADD (of whole rows): what is normalised is total = residual + drop(x + x_bias).
+    ADD (of whole rows): what is normalised is total = residual + drop(x + x_bias). It drops if the threshold is above
+    0: training and evaluation share a binary.
     """
     N = BLOCK_N if FULL else N // ALIGN * ALIGN
     x_stride = x_stride // ALIGN * ALIGN
@@ -67,10 +68,10 @@ def _layer_norm_fwd_kernel(
         if X_BIAS:
             # [BLOCK_N]
             x += tl.load(x_bias_ptr + cols, mask=cols < N, other=0.0).to(ACC)
-        if DROP:
-            keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)
-            x *= tl.where(keep, keep_scale, 0.0)
         if ADD:
+            if threshold > 0:
+                keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)
+                x *= tl.where(keep, keep_scale, 0.0)
             residual_ptrs = residual_ptr + rows[:, None] * residual_stride
             # [BLOCK_R, BLOCK_N]
             x += tl.load(residual_ptrs + cols, mask=in_rows[:, None] & (cols < N), other=0.0).to(ACC)
@@ -180,9 +181,9 @@ def _layer_norm_bwd_kernel(
 ):  # fmt: skip
     """Program (i, j): tile j of the columns, in every G-th block of rows from the i-th.
 
-    MORE: what is added, of the layout of dy, "dy" to it or "dx" to the result. BRANCH: the gradient of what was dropped
-    and added to a residual, too. SUMS: whose sums over rows are wanted, 1 dweight, 2 dbias, 4 that of dbranch; their
-    parts go to partial (G, sums, N).
+    MORE: what is added, "dy" to dy or "dx" to the result, unless more_stride is below 0. BRANCH: the gradient of what
+    was dropped and added to a residual, too. SUMS: whose sums over rows are wanted, 1 dweight, 2 dbias, 4 that of
+    dbranch; their parts go to partial (G, sums, N).
     """
     N = N // ALIGN * ALIGN
     dy_stride = dy_stride // ALIGN * ALIGN
@@ -216,7 +217,8 @@ def _layer_norm_bwd_kernel(
         inside = (rows < R)[:, None] & (cols < N)
         if MORE == "dx":
             # [BLOCK_R, BLOCK_N]
-            dx += tl.load(more_ptr + rows[:, None] * more_stride + cols, mask=inside, other=0.0).to(ACC)
+            has_more = inside & (more_stride >= 0)
+            dx += tl.load(more_ptr + rows[:, None] * more_stride + cols, mask=has_more, other=0.0).to(ACC)
         tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if DROP:
             keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)
@@ -252,9 +254,9 @@ def fwd_launch(
     tile = row_tile(n, MAX_FWD, 2 * pow2(n) if two else 4096, 32)
     grid = lambda tile: (cdiv(r, tile["BLOCK_R"]) if n else 0,)  # noqa: E731
     add, beside = residual_stride is not None, residual_stride or stride
-    if p:
+    if add:
         tile["BLOCK_N"] = max(4, tile["BLOCK_N"])  # a Philox call makes four columns
-    flags = dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, ADD=add, X_BIAS=x_bias, DROP=p > 0.0, WHOLE=n <= MAX_FWD)
+    flags = dict(CENTRE=centre, WEIGHT=weight, BIAS=bias, ADD=add, X_BIAS=x_bias, WHOLE=n <= MAX_FWD)
     flags |= dict(FULL=full and tile["BLOCK_N"] == n, **row_flags(dtype, n, stride, beside))
     scalars = (stride, beside, r, n, eps, random.threshold(p), random.keep_scale(p))
     alone = lambda x, weight, bias, y, stats: (x, weight, bias, x, x, x, y, stats, x)  # noqa: E731
@@ -264,13 +266,14 @@ def fwd_launch(
 @functools.lru_cache(maxsize=1024)
 def bwd_launches(
     r: int, n: int, dy_stride: int, x_stride: int, centre: bool, weight: bool, sums: int, most_programs: int,
-    dtype: torch.dtype, more: str | None = None, more_stride: int = 0, branch: bool = False, p: float = 0.0,
+    dtype: torch.dtype, more: str = "", more_stride: int | None = None, branch: bool | None = None, p: float = 0.0,
 ) -> tuple[int, Launch | None, Launch]:  # fmt: skip
-    """Programs that share the rows; kernels of a long row's sums, and of dx. `sums`, `more` as the kernel's: None of
-    `layer_norm`, which has three tensors less."""
+    """Programs that share the rows; kernels of a long row's sums, and of dx. `sums`, `more` as the kernel's. `branch`
+    is None for `layer_norm`, which has three tensors less; more_stride where there is no more."""
     # A third sum, beside dropout, wants registers: 16 bytes would spill on sm_100.
     tiles = [row_tile(n, MAX_BWD, 4096, 8 if sums > 3 and n <= 4096 else 16)]
     columns, whole = cdiv(n, tiles[0]["BLOCK_N"]), n <= MAX_BWD
+    more_stride = -n if more_stride is None else more_stride
     programs = min(cdiv(r, tiles[0]["BLOCK_R"]), max(1, most_programs // max(columns, 1)))
     if p:
         tiles[0]["BLOCK_N"] = max(4, tiles[0]["BLOCK_N"])
@@ -278,11 +281,11 @@ def bwd_launches(
     sum_up = Launch(
         _layer_norm_sums_kernel, lambda tile: (cdiv(r, tile["BLOCK_R"]),), flags, tiles, (dy_stride, x_stride, r, n)
     )
-    flags = dict(flags, MORE=more or "", BRANCH=branch, DROP=p > 0.0, SUMS=sums, WHOLE=whole)
+    flags = dict(flags, MORE=more, BRANCH=bool(branch), DROP=p > 0.0, SUMS=sums, WHOLE=whole)
     scalars = (dy_stride, x_stride, more_stride, r, n, random.threshold(p), random.keep_scale(p))
     alone = lambda dy, x, weight, stats, sums, dx, parts: (dy, x, weight, stats, sums, dy, dy, dx, dx, parts)  # noqa: E731
     grid = lambda _: (programs, columns)  # noqa: E731
-    main = Launch(_layer_norm_bwd_kernel, grid, flags, tiles, scalars, alone if more is None else None)
+    main = Launch(_layer_norm_bwd_kernel, grid, flags, tiles, scalars, alone if branch is None else None)
     return programs, None if whole else sum_up, main
 
 

@@ -139,8 +139,11 @@ def linear_cross_entropy_fwd(
     return loss.to(dtype), total, *grads  # type: ignore[return-value]
 
 
-def _fwd_fake(input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, reduction, dtype, wants = rest
+def _fwd_fake(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, fused: bool, reduction: str,
+    dtype: torch.dtype, wants: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     of_input, *of_parameters = _shapes(input, linear_weight, wants)
     loss = input.new_empty(input.shape[:1] if reduction == "none" else (), dtype=dtype)
     wide = [input.new_empty(shape, dtype=wider(input.dtype)) for shape in ((), *of_parameters)]
@@ -162,8 +165,11 @@ def linear_cross_entropy_bwd(
     return tuple(x.to(input.dtype) for x in grads)  # type: ignore[return-value]
 
 
-def _bwd_fake(dloss: Tensor, input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(input.new_empty(shape) for shape in _shapes(input, linear_weight, rest[-1]))
+def _bwd_fake(
+    dloss: Tensor, input: Tensor, linear_weight: Tensor, *rest: Tensor | float | bool | list[bool] | None
+) -> tuple[Tensor, ...]:
+    wants: Any = rest[-1]
+    return tuple(input.new_empty(shape) for shape in _shapes(input, linear_weight, wants))
 
 
 def _definition(input, linear_weight, linear_bias, target, weight, dinput, dweight, dbias, *rest):

@@ -27,6 +27,16 @@ def new_seeds(device: torch.device, n: int) -> list[Tensor]:
     return list(torch.randint(SEED_LIMIT, (n, 2), device=device)[:, :1].unbind())
 
 
+def given(seed: Tensor | None, like: Tensor) -> Tensor:
+    """The seed, or what a kernel is handed in its place and does not read: of the same dtype, for the same binary."""
+    return _absent(like.device) if seed is None else seed
+
+
+@functools.lru_cache(maxsize=64)
+def _absent(device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device=device)
+
+
 def threshold(p: float) -> int:
     """Philox words whose upper 31 bits reach this are kept: a rate exact to 2**-31 that fits an int32 argument."""
     return min(int(p * 2**31), 2**31 - 1)

@@ -25,9 +25,9 @@ def rows_of(x: Tensor, n: int) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def contiguous_like(x: Tensor, *_: Any) -> Tensor:
+def contiguous_like(x: Tensor, *_: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous tensor like x, to be filled: also the fake of an op that returns one."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def row_flags(dtype: torch.dtype, n: int, *strides: int) -> dict[str, Any]:

@@ -28,6 +28,15 @@ def test_every_width_is_within_the_budget(rows, n):
         assert not finding.problems and max(finding.over_budget.values()) <= 1.0, finding
 
 
+@pytest.mark.interprets
+@pytest.mark.parametrize("name", ["torch", "interpret", "reference"])
+def test_y_has_the_dtype_of_the_branch_and_the_rest_that_of_the_stream(name):
+    x, residual = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(2, 8)
+    with use_backend(name):
+        before, after = (add_layer_norm(x, residual, norm_first=first) for first in (True, False))
+    assert [y.dtype for y in (*before, *after)] == [torch.bfloat16, *[torch.float32] * 3]
+
+
 def _call(x, residual, weight, bias, x_bias, **options):
     return add_layer_norm(x, residual, weight, bias, x_bias=x_bias, p=0.2, seed=3, **options)
 

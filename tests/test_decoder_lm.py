@@ -1,13 +1,14 @@
 """DecoderLM: the function of a plain torch.nn model, the same for a document padded, packed or read from a cache."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tileformer.decoder import DecoderLM, DecoderLMConfig, KVCache, revert
+from tileformer.decoder import DecoderLM, DecoderLMConfig, KVCache, revert, sublayers
 from tileformer.kernels import use_backend
 
 CONFIG = DecoderLMConfig(13, d_model=16, nhead=2, num_layers=2, dim_feedforward=32, max_length=12)
@@ -202,3 +203,27 @@ def test_bad_call_is_refused_in_one_line(case):
 def test_bad_config_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+class _InFloat64(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+@pytest.mark.interprets
+def test_the_norm_of_the_next_block_is_one_pass_with_the_residual_unless_a_block_is_hooked():
+    lm, tokens, outputs = model(), documents()[0][None], []
+    run = mock.Mock(wraps=sublayers.add_norm)
+    with mock.patch.object(sublayers, "add_norm", run), use_backend("interpret"):
+        states = lm.states(tokens)
+        assert run.call_count == 2 * CONFIG.num_layers
+        with torch.autocast("cpu", torch.bfloat16):
+            assert {x.dtype for x in lm.states(tokens)} == {torch.float32}
+        run.reset_mock()
+        lm.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+        for got, expected in zip(lm.states(tokens), states, strict=True):
+            torch.testing.assert_close(got, expected)
+        assert run.call_count == CONFIG.num_layers and len(outputs) == 1
+    lm.norm = _InFloat64()
+    lm.layers[0]._forward_hooks.clear()
+    assert lm.hidden(tokens).dtype == torch.float64, "what another module gives is not converted"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tileformer.decoder.generation.state import RowState
+from tileformer.kernels.backend import choose
 
 
 class AttentionCache:
@@ -81,8 +82,9 @@ class AttentionCache:
     def reach(self, T: int, mask: Tensor | None = None) -> dict[str, Any]:
         """Which keys the T newest queries see beside ``mask``, as options of the attention, once their own were
         stored."""
-        # The newest query sees every key: one query alone needs no causal mask.
-        options: dict[str, Any] = {"causal": "bottom_right" if T > 1 else False, "mask": mask}
+        # The newest query sees every key: one alone needs no causal mask, which costs the kernels less than a binary.
+        causal = T > 1 or (self.k is not None and choose("attention", self.k) in ("triton", "interpret"))
+        options: dict[str, Any] = {"causal": "bottom_right" if causal else False, "mask": mask}
         if self.row_lengths is not None:
             lengths = (self.row_lengths + T).clamp(max=self.length)
             if T == 1 and mask is None and lengths.device.type == "cpu":  # where lengths cost copies of the keys

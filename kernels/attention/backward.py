@@ -53,16 +53,17 @@ def _dq_tile(dq, block, do, lse, delta, k_ptr, v_ptr, start, keep_scale,
     return tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=F.PRECISION, out_dtype=ACC)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "max_q", "section", "n_heads"])
+@triton.jit(do_not_specialize=[*SIZES, "max_q", "section", "parts"])
 def _attention_bwd_dq_kernel(
     q, k, v, do, masks, out_ptr, lse_ptr, dlse_ptr, dq_ptr, safe_lse_ptr, delta_ptr,
-    H, group, T_q, T_k, max_q, shift, low, high, section, n_heads, threshold, scaling,
+    H, group, T_q, T_k, max_q, shift, low, high, section, parts, threshold, scaling,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, H, D)."""
+    """One program: dQ and delta of BLOCK_M queries of one head. out is (B, T_q, H, DV), dq (B, T_q, parts H, D)."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
     do = mask.aligned(do, F.ALIGN)
-    head, pid_m = mask.schedule(tl.cdiv(max_q, BLOCK_M), n_heads, section, F.HIGH)
+    n_tiles = tl.cdiv(max_q, BLOCK_M)
+    head, pid_m = mask.schedule(n_tiles, tl.num_programs(0) // n_tiles, section, F.HIGH)
     bounds = mask.sequence(masks.bounds, (head // H).to(tl.int64), T_q, T_k, shift, F.BOUNDS)
     row_start = pid_m * BLOCK_M
     if F.PACKED:  # noqa: SIM102
@@ -114,7 +115,7 @@ def _attention_bwd_dq_kernel(
                               THREADS)  # fmt: skip
                 k_ptr += BLOCK_N * k.strides[2]
                 v_ptr += BLOCK_N * v.strides[2]
-    dq_row = H * F.D * (3 if F.PARTS == 3 else 1)
+    dq_row = H * F.D * parts
     dq_at = dq_ptr + out_row * dq_row + block.h * F.D
     store_tile(dq_at, dq * scaling.scale, near_m, dq_row, tl.arange(0, F.BLOCK_D), in_out, F.D)
 
@@ -205,14 +206,14 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[*SIZES, "max_k", "section", "n_heads"])
+@triton.jit(do_not_specialize=[*SIZES, "max_k", "section", "n_heads", "parts"])
 def _attention_bwd_dkdv_kernel(
     q, k, v, do, masks, safe_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    H, group, T_q, T_k, max_k, shift, low, high, section, n_heads, threshold, scaling,
+    H, group, T_q, T_k, max_k, shift, low, high, section, n_heads, parts, threshold, scaling,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MASKED: tl.constexpr,
     THREADS: tl.constexpr, ONLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: dK and dV of BLOCK_N keys of one key head, or ONLY "dk" or "dv". dk: (B, T_k, H_kv, D), dv: DV."""
+    """One program: dK and dV of BLOCK_N keys of one key head, or ONLY "dk" or "dv". dk: (B, T_k, parts H_kv, D)."""
     q, k, v = mask.aligned(q, F.ALIGN), mask.aligned(k, F.ALIGN), mask.aligned(v, F.ALIGN)
     do = mask.aligned(do, F.ALIGN)
     H_kv = H // group
@@ -272,10 +273,10 @@ def _attention_bwd_dkdv_kernel(
             )  # fmt: skip
             dk, dv = _dkdv_tile(dk, dv, keys, queries, at, unmasked == 0,
                                 BLOCK_M if unmasked else BLOCK_MASKED, BLOCK_N, F, THREADS, ONLY)  # fmt: skip
-    out_row = (batch * T_k + k_row) * (H_kv * F.PARTS) + h_kv
+    out_row = (batch * T_k + k_row) * (H_kv * parts) + h_kv
     if ONLY != "dv":
         dk = tl.where(valid[:, None], dk * scaling.scale, 0.0)
-        store_tile(dk_ptr + out_row * F.D, dk, near_n, H_kv * F.D * F.PARTS, tl.arange(0, F.BLOCK_D), in_k, F.D)
+        store_tile(dk_ptr + out_row * F.D, dk, near_n, H_kv * F.D * parts, tl.arange(0, F.BLOCK_D), in_k, F.D)
     if ONLY != "dk":
         dv = tl.where(valid[:, None], dv * scaling.keep_scale, 0.0)
-        store_tile(dv_ptr + out_row * F.DV, dv, near_n, H_kv * F.DV * F.PARTS, tl.arange(0, F.BLOCK_DV), in_k, F.DV)
+        store_tile(dv_ptr + out_row * F.DV, dv, near_n, H_kv * F.DV * parts, tl.arange(0, F.BLOCK_DV), in_k, F.DV)

@@ -313,7 +313,7 @@ def _attention_fwd_hopper_kernel(
 
 def serves(features: mask.Features, dtype: torch.dtype) -> bool:
     """Whether this kernel computes calls with such features, of 16-byte aligned tensors with keys and queries."""
-    plain = features._replace(HIGH=False, ALIGN=0, MASK_ALIGN=0, PARTS=0, PRECISION="")
+    plain = features._replace(HIGH=False, ALIGN=0, MASK_ALIGN=0, PRECISION="")
     others = any(x for name, x in plain._asdict().items() if name not in ("D", "DV", "BLOCK_D", "BLOCK_DV"))
     return not others and features.D == features.DV and features.D in TILES and dtype.itemsize == 2
 

@@ -113,7 +113,6 @@ class _Plan:
             KEY_MASK=key_mask, BOUNDS=bounds, PACKED=bool(params.packed), ALIBI=alibi, SOFTCAP=params.softcap > 0.0,
             DROPOUT=params.dropout_p > 0.0, D=d, DV=dv, BLOCK_D=pow2(d, 16), BLOCK_DV=pow2(dv, 16), PRECISION=precision,
             ALIGN=_zero_bits(*self.strides), MASK_ALIGN=3 if mask_bits == 3 else 0,  # no binary for each odd length
-            PARTS=params.parts if do_strides else 1,
         )  # fmt: skip
         dense, bent = f.MASK or f.BIAS, f.ALIBI or f.SOFTCAP
         if f.DROPOUT:
@@ -147,9 +146,10 @@ class _Plan:
         scalars += random.threshold(p.dropout_p), Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
         return Launch(kernel, lambda tile: (grid(tile),), dict(F=f) | flags, rows, scalars, arrange)
 
-    def _by_queries(self, kernel: Any, matrices: int, table: Table, **flags: Any) -> Launch:
+    def _by_queries(self, kernel: Any, matrices: int, table: Table, *parts: int, **flags: Any) -> Launch:
         grid = lambda tile: self.heads * cdiv(self.params.max_q, tile["BLOCK_M"])  # noqa: E731
-        scalars = (*self.sizes, self.params.max_q, *self.limits, self.section_kv * self.group, self.heads)
+        last = parts or (self.heads,)
+        scalars = (*self.sizes, self.params.max_q, *self.limits, self.section_kv * self.group, *last)
         return self._launch(kernel, matrices, table, grid, scalars, **flags)
 
     @functools.cached_property
@@ -171,14 +171,15 @@ class _Plan:
 
     @functools.cached_property
     def dq(self) -> Launch:
+        parts = 3 if self.params.parts == 3 else 1
         f = self.features._replace(DLSE=self.variant)
-        return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, F=f, THREADS=0)
+        return self._by_queries(_attention_bwd_dq_kernel, 4, tiles.BACKWARD_DQ, parts, F=f, THREADS=0)
 
     @functools.cached_property
     def dkdv(self) -> list[Launch]:
         """One, or one for dv and one for dk."""
         grid = lambda tile: self.heads_kv * cdiv(self.params.max_k, tile["BLOCK_N"])  # noqa: E731
-        scalars = (*self.sizes, self.params.max_k, *self.limits, self.section_kv, self.heads_kv)
+        scalars = (*self.sizes, self.params.max_k, *self.limits, self.section_kv, self.heads_kv, self.params.parts)
         f = self.features
         apart = tiles.dkdv_apart(self.arch, max(f.D, f.DV), self.dtype)
         return [

@@ -41,7 +41,6 @@ class Features(NamedTuple):
     PRECISION: str
     ALIGN: int  # 2^ALIGN divides the strides of q, k, v and dO: `aligned`
     MASK_ALIGN: int  # of the mask and the bias
-    PARTS: int  # of the rows that gradients of q, k and v share (3), or of k and v (2)
     DLSE: bool = False  # of dq: the log-sum-exp has a gradient too
 
 
