@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import functools
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -209,6 +210,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "compile the tile tables for the architectures of --arch and run nothing; needs no GPU, and fills Triton's "
     add("--compile-only", action="store_true", help=about + "cache for one")
     add("--arch", nargs="+", help="with --compile-only: 80 86 89 90 100 120, or sm_90 (default: all)", **ARCH)
+    add("--part", type=_part, metavar="K/N", help="only each Nth call, from the Kth: all N parts are all calls")
+
+
+def _part(text: str) -> slice:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: give K/N with K from 1 to N, like 1/4")
+    return slice(int(match[1]) - 1, None, int(match[2]))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -216,7 +225,7 @@ def main(args: argparse.Namespace) -> int:
     if args.models:
         return models.main(args.backend, info.require_device(args.device), args.report)
     everything = MATRIX if args.compile_only else [*CASES, *DRAWS, *(PAIRS if args.all else ())]
-    calls = list(_chosen(everything, args))
+    calls = list(_chosen(everything, args))[args.part or slice(None)]
     if not calls:
         names = ", ".join(repr(call.name) for call in everything if not args.op or call.op in args.op)
         wanted = f"op {args.op}, case {args.case}, dtype {args.dtype}"

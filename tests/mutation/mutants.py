@@ -423,6 +423,10 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("dropout", "dP is not scaled in dk", "dp * keys.scaling.keep_scale, 0.0)", "dp, 0.0)"),
         ("dropout", "dP is not dropped in dk", "dp = tl.where(keep, dp * keys.scaling.keep_scale, 0.0)", "dp = dp * keys.scaling.keep_scale"),
         ("dropout", "dV is not dropped", "kept = tl.where(keep, p, 0.0)", "kept = p", "_dkdv_tile"),
+        ("backward", "values' gradients are added up in a launch of their own only", 'if ONLY != "dk":\n        # [', 'if ONLY == "dv":\n        # ['),
+        ("backward", "keys' gradients are added up in a launch of their own only", 'if ONLY != "dv":\n        # [', 'if ONLY == "dk":\n        # ['),
+        ("backward", "keys' gradients are stored by a launch of their own only", 'if ONLY != "dv":\n        dk =', 'if ONLY == "dk":\n        dk ='),
+        ("backward", "values' gradients are stored by a launch of their own only", 'if ONLY != "dk":\n        dv =', 'if ONLY == "dv":\n        dv ='),
         ("dropout", "dV is not scaled", "dv * scaling.keep_scale, 0.0)", "dv, 0.0)"),
         ("dropout bits", "dq draws the bits of the first head",
          "dropout_keep(block.seed, block.head, block.rows, start",
@@ -514,6 +518,8 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("int64", "dk finds batches in 32 bits", "b = (kv_head // H_kv).to(tl.int64)", "b = kv_head // H_kv"),
     ],
     "kernels/tile_ops.py": [
+        ("stride", "a thread's loads all read its first row", "ptr = ptr + (rows // APART * APART)", "ptr = ptr + (rows * 0)"),
+        ("stride", "a thread's loads count their rows twice", "offsets = (rows % APART)[:, None]", "offsets = rows[:, None]"),
         ("scale", "tanh has half its argument", "tl.exp2(x * (-2 * LOG2E))", "tl.exp2(x * (-1 * LOG2E))"),
         ("scale", "tanh near 0 loses its cube", "1 + y * (-1 / 3 + y *", "1 + y * (0.0 + y *"),
         ("scale", "tanh is taken for its series too far out", "tl.where(y < 0.0625, near", "tl.where(y < 0.25, near"),
@@ -577,6 +583,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("host", "features that it lacks are served", "return not others and", "return"),
     ],
     "kernels/attention/launchers.py": [
+        ("backward", "the launch for the keys' gradients is left out", '("dv", "dk") if apart', '("dv",) if apart'),
         ("host", "the Hopper kernel serves every architecture", "if self.hopper and self.arch == 90 and", "if self.hopper and"),
         ("host", "the Hopper kernel takes a scale of 0", "self.arch == 90 and self.params.scale > 0.0", "self.arch == 90"),
         ("layout", "the Hopper kernel takes expanded tensors", "_tma_compatible(x) and 0 not in x.stride()", "_tma_compatible(x)"),
