@@ -13,7 +13,7 @@ from torch import nn
 from tileformer import decoder, kernels
 from tileformer.bench.calls import describe
 from tileformer.bench.check.run import examine
-from tileformer.kernels import add_layer_norm, launch, reference, use_backend
+from tileformer.kernels import add_layer_norm, add_rms_norm, launch, reference, use_backend
 
 MODULE = importlib.import_module("tileformer.kernels.add_norm")
 PARAMS = ("residual", "weight", "bias", "x_bias")
@@ -35,6 +35,18 @@ def test_y_has_the_dtype_of_the_branch_and_the_rest_that_of_the_stream(name):
     with use_backend(name):
         before, after = (add_layer_norm(x, residual, norm_first=first) for first in (True, False))
     assert [y.dtype for y in (*before, *after)] == [torch.bfloat16, *[torch.float32] * 3]
+
+
+@pytest.mark.interprets
+def test_parameters_may_be_strided_and_a_small_row_meets_the_eps_of_float32():
+    x, residual, params = 1e-4 * torch.randn(2, 3, 8), torch.zeros(3, 8), torch.randn(3, 16)[:, ::2].unbind()
+    with use_backend("interpret"):
+        strided, whole = (
+            add_layer_norm(x[0], residual, w, b, x_bias=c) for w, b, c in (params, [p.contiguous() for p in params])
+        )
+        y, _ = add_rms_norm(x[0], x[1])
+    assert all(map(torch.equal, strided, whole))
+    torch.testing.assert_close(y, nn.functional.rms_norm(x.sum(0), (8,)))
 
 
 def _call(x, residual, weight, bias, x_bias, **options):
