@@ -27,10 +27,10 @@ def kernels_serve(x: Tensor) -> bool:
 
 
 def is_plain(module: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a module is of just these classes, and nobody has hooked it: what it computes may be done elsewhere."""
-    return (
-        type(module) in kinds and "forward" not in module.__dict__ and not any(getattr(module, hook) for hook in HOOKS)
-    )
+    """Whether a module is of just these classes, and nobody has hooked or compiled it alone: what it computes may be
+    done elsewhere."""
+    own = type(module) in kinds and "forward" not in module.__dict__ and module._compiled_call_impl is None
+    return own and not any(getattr(module, hook) for hook in HOOKS)
 
 
 class Sublayers:

@@ -224,6 +224,9 @@ def test_the_norm_of_the_next_block_is_one_pass_with_the_residual_unless_a_block
         for got, expected in zip(lm.states(tokens), states, strict=True):
             torch.testing.assert_close(got, expected)
         assert run.call_count == CONFIG.num_layers and len(outputs) == 1
-    lm.norm = _InFloat64()
     lm.layers[0]._forward_hooks.clear()
+    lm.layers[1]._compiled_call_impl = mock.Mock(side_effect=lm.layers[1].forward)  # as block.compile() sets it
+    lm.states(tokens)
+    assert lm.layers[1]._compiled_call_impl.called, "a block that is compiled alone is called"
+    lm.norm = _InFloat64()
     assert lm.hidden(tokens).dtype == torch.float64, "what another module gives is not converted"
