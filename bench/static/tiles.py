@@ -97,7 +97,8 @@ def trials(arch: int, name: str, feature: str, size: str) -> Iterator[dict[str, 
     first = tuple(shipped[option] for option in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
     rows = dict.fromkeys([first, *(row for row in CANDIDATES[name] if _values(name, row, d, dv) <= MOST_VALUES)])
     tensors, options = call.untouched_inputs(torch.bfloat16)
-    original, results = launching.Launch.__call__, {}
+    original = launching.Launch.__call__
+    results: dict[Row, dict[str, Any]] = {}
 
     def instead(own: launching.Launch, *given: Any) -> None:
         if own.kernel.fn.__name__ != kernel:
