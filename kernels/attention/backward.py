@@ -186,18 +186,19 @@ def _dkdv_tile(dk, dv, keys, queries, start, MASKED: tl.constexpr, BLOCK_M: tl.c
     # [BLOCK_M, BLOCK_DV]
     do_at = queries.do.ptr + start.to(tl.int64) * do_stride
     do = load_tile(do_at, near, do_stride, tl.arange(0, F.BLOCK_DV), in_q, F.DV, F.BLOCK_DV, MASKED, THREADS)
+    if ONLY != "dv":
+        # [BLOCK_N, BLOCK_M]
+        dp = tl.dot(keys.v, tl.trans(do), input_precision=F.PRECISION, out_dtype=ACC)
     kept = p
     if F.DROPOUT:
         keep = dropout_keep(keys.seed, queries.head, rows, keys.col_start, keys.threshold, BLOCK_N, True)
         kept = tl.where(keep, p, 0.0)
+        if ONLY != "dv":
+            dp = tl.where(keep, dp * keys.scaling.keep_scale, 0.0)
     if ONLY != "dk":
         # [BLOCK_N, BLOCK_DV]
         dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=F.PRECISION, out_dtype=ACC)
     if ONLY != "dv":
-        # [BLOCK_N, BLOCK_M]
-        dp = tl.dot(keys.v, tl.trans(do), input_precision=F.PRECISION, out_dtype=ACC)
-        if F.DROPOUT:
-            dp = tl.where(keep, dp * keys.scaling.keep_scale, 0.0)
         ds = p * (dp - delta[None, :])
         if F.SOFTCAP:
             ds *= 1 - t * t

@@ -424,7 +424,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("dropout", "dP is not dropped in dk", "dp = tl.where(keep, dp * keys.scaling.keep_scale, 0.0)", "dp = dp * keys.scaling.keep_scale"),
         ("dropout", "dV is not dropped", "kept = tl.where(keep, p, 0.0)", "kept = p", "_dkdv_tile"),
         ("backward", "values' gradients are added up in a launch of their own only", 'if ONLY != "dk":\n        # [', 'if ONLY == "dv":\n        # ['),
-        ("backward", "keys' gradients are added up in a launch of their own only", 'if ONLY != "dv":\n        # [', 'if ONLY == "dk":\n        # ['),
+        ("backward", "keys' gradients are added up in a launch of their own only", 'if ONLY != "dv":\n        ds', 'if ONLY == "dk":\n        ds'),
         ("backward", "keys' gradients are stored by a launch of their own only", 'if ONLY != "dv":\n        dk =', 'if ONLY == "dk":\n        dk ='),
         ("backward", "values' gradients are stored by a launch of their own only", 'if ONLY != "dk":\n        dv =', 'if ONLY == "dv":\n        dv ='),
         ("dropout", "dV is not scaled", "dv * scaling.keep_scale, 0.0)", "dv, 0.0)"),
