@@ -16,7 +16,7 @@ import pytest
 from tileformer.bench.recording import ARCHITECTURES
 
 KERNELS = pathlib.Path(__file__).parents[1] / "kernels"
-PARTS = 4  # of the table, each in a process of its own
+PARTS = 8  # of the table, each in a process of its own
 COMPILED: dict[int, list[set[str]]] = collections.defaultdict(list)  # the names in each part
 
 
