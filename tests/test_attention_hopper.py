@@ -13,8 +13,7 @@ import triton
 from tileformer.bench.calls import providers
 from tileformer.bench.calls.workloads import WORKLOADS
 from tileformer.bench.recording import SHARED, record
-from tileformer.bench.static.figures import code_of, exact, loop_figures, tensor_loops
-from tileformer.bench.static.rates import RATES
+from tileformer.bench.static.figures import code_of, exact, per_tensor, tensor_loops
 from tileformer.kernels import attention, reference, use_backend
 from tileformer.kernels.attention import hopper, launchers
 from tileformer.kernels.attention.mask import schedule
@@ -298,7 +297,7 @@ def test_it_compiles_without_a_spill(opted_in, d, dtype):
     assert figures["stack"] == figures["spill_instructions"] == figures["old_dots"] == 0
     assert figures["shared"] <= SHARED[90] and figures["accesses"]["bulk"] >= 7
     assert figures["tensor"].keys() == {"HGMMA.64x128x16", f"HGMMA.64x{d}x16"}
-    assert loop_figures(plain, RATES[90], 1)[0]["issue_per_tensor"] <= BUSY[d]
+    assert per_tensor(plain)["issue_per_tensor"] <= BUSY[d]
     for path in tensor_loops(code_of(plain.binary.cubin, plain.binary)):
         met = [i.op.split(".")[0] + "." + i.op.split(".")[1] for i in path if i.base in ("BAR", "SYNCS", "WARPGROUP")]
         arrivals = [n for n, op in enumerate(met) if op == "SYNCS.ARRIVE"]

@@ -90,7 +90,7 @@ def short_loads(code: Code) -> int:
 
 
 def loop_figures(launch: Launch, rates: Rates, blocks: int) -> list[dict[str, Any]]:
-    """Each tensor loop's cycles of a warp by pipe, issue / tensor (B), the replay's share with a busy tensor pipe."""
+    """Each tensor loop's cycles of a warp by pipe, the replay's share with a busy tensor pipe."""
     rows = []
     for path in tensor_loops(code_of(launch.binary.cubin, launch.binary)):
         of_pipe = cycles(path, rates)
