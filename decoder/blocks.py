@@ -6,7 +6,7 @@ Names and order of the parameters are those of torch.nn's layers, so that weight
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -215,19 +215,21 @@ class Stack(nn.Module):
 
 
 def through(
-    layers: Iterable[Any], norm: nn.Module, x: Tensor, memory: Tensor | None, caches: Any, **options: Any
-) -> list[Tensor]:
+    layers: Iterable[nn.Module], norm: nn.Module, x: Tensor, memory: Tensor | None,
+    caches: Sequence[LayerCache | AttentionCache] | None, **options: Any,
+) -> list[Tensor]:  # fmt: skip
     """``x`` and what each layer gives, the last one after the norm. Where nobody has hooked a block, the last residual
     of each and the norm behind it, of the next or the final one, are one pass."""
-    layers = list(layers)
-    own = bool(layers) and is_plain(norm, (LayerNorm,))
-    own = own and all(is_plain(layer, (Block,)) and layer.norm_first for layer in layers)
-    states, h, norms = [x], None, [*(layer.norm1 for layer in layers[1:]), norm] if own else []
+    layers, states, h = list(layers), [x], None
+    own = [layer for layer in layers if isinstance(layer, Block) and is_plain(layer, (Block,)) and layer.norm_first]
+    norms: list[LayerNorm] = []
+    if own and len(own) == len(layers) and isinstance(norm, LayerNorm) and is_plain(norm, (LayerNorm,)):
+        norms = [*(block.norm1 for block in own[1:]), norm]
     for i, layer in enumerate(layers):
         if caches is not None:
             options["cache"] = caches[i]
-        if own:
-            h, x = layer.between(x, h, norms[i], memory, **options)
+        if norms:
+            h, x = own[i].between(x, h, norms[i], memory, **options)
         else:
             x = layer(x, *[memory] * (memory is not None), **options)
         states.append(x)

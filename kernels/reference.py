@@ -26,7 +26,7 @@ Decided corner cases:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -357,7 +357,10 @@ def add_rms_norm(
     return _add_norm(rms_norm, x, residual, (weight, eps), *(defaults[key] for key in keys))
 
 
-def _add_norm(norm: Any, x: Tensor, residual: Tensor, params: Any, x_bias: Any, p: float, seed: Any, norm_first: bool):
+def _add_norm(
+    norm: Callable[..., Tensor], x: Tensor, residual: Tensor, params: Sequence[Tensor | float | None],
+    x_bias: Tensor | None, p: float, seed: Tensor | None, norm_first: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     stream, branch = torch.promote_types(x.dtype, residual.dtype), _wide(x)
     total = dropout(branch if x_bias is None else branch + x_bias, p, seed=seed, residual=_wide(residual))
     y = norm(total, total.shape[-1:], *params)

@@ -211,6 +211,20 @@ class _InFloat64(nn.Module):
 
 
 @pytest.mark.interprets
+def test_blocks_on_the_kernels_are_those_of_torchs_operators_and_hooked_parts_see_what_modules_see():
+    lm, tokens, branches = model(), documents()[0][None], []
+    expected = lm.states(tokens)
+    with use_backend("interpret"):
+        for got, wanted in zip(lm.states(tokens), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+        lm.norm.register_forward_hook(lambda module, args, output: output.double())
+        lm.layers[0].dropout1.register_forward_pre_hook(lambda module, args: branches.append(len(args)))
+        last = lm.states(tokens)[-1]
+    torch.testing.assert_close(last, expected[-1].double(), atol=1e-5, rtol=1e-5)  # what a hook gives is not converted
+    assert branches == [1], "the branch alone, without its residual"
+
+
+@pytest.mark.interprets
 def test_the_norm_of_the_next_block_is_one_pass_with_the_residual_unless_a_block_is_hooked():
     lm, tokens, outputs = model(), documents()[0][None], []
     run = mock.Mock(wraps=sublayers.add_norm)

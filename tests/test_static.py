@@ -288,6 +288,19 @@ def test_the_search_takes_no_tile_that_spills_and_asks_the_replay_where_bounds_a
     assert chosen and chosen["row"] == (128, 64, 8, 2) and tiles.best(trials[:1]) is None
 
 
+def test_a_search_adds_the_times_of_two_launches_and_keeps_the_worse_of_the_rest() -> None:
+    first = dict(row=(64, 64, 8, 2), stack=0, blocks=2, bound=0.5, replay=0.25, registers=200)
+    then = dict(row=(64, 64, 8, 2), stack=8, blocks=1, bound=0.5, replay=0.5, registers=100)
+    worse = dict(row=(64, 64, 8, 2), stack=8, blocks=1, bound=0.25, replay=0.167, registers=200)
+    assert tiles._one_after_the_other(first, then) == worse
+    assert tiles._one_after_the_other(first, dict(problem="OutOfResources")) == dict(problem="OutOfResources")
+
+
+def test_a_search_without_a_model_of_the_architecture_says_so() -> None:
+    with pytest.raises(ValueError, match="no bound is known for sm_120: give --arch of 80, 90, 100"):
+        tiles.search([80, 120], "FORWARD plain 64", lambda trial: None)
+
+
 def test_a_search_for_no_table_says_so() -> None:
     with pytest.raises(ValueError, match="no table, feature and head size has 'D 64' in its name"):
         tiles.search([80], "D 64", lambda trial: None)

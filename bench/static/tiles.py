@@ -141,6 +141,8 @@ def search(archs: list[int], only: str, keep: Callable[[dict[str, Any]], None]) 
     wanted = [x for x in names if only in " ".join(x[1:]) and (family(x[0]), x[2]) in TABLES[x[1]][0]]
     if not wanted:
         raise ValueError(f"no table, feature and head size has {only!r} in its name, like 'BACKWARD_DQ plain 64'")
+    if unmodelled := [arch for arch in archs if arch not in RATES]:
+        raise ValueError(f"no bound is known for sm_{unmodelled[0]}: give --arch of {', '.join(map(str, RATES))}")
     for arch, name, feature, size in wanted:
         tried: list[dict[str, Any]] = []
         for trial in trials(arch, name, feature, size):

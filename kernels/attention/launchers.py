@@ -146,10 +146,10 @@ class _Plan:
         scalars += random.threshold(p.dropout_p), Scaling(p.scale, p.softcap, random.keep_scale(p.dropout_p))
         return Launch(kernel, lambda tile: (grid(tile),), dict(F=f) | flags, rows, scalars, arrange)
 
-    def _by_queries(self, kernel: Any, matrices: int, table: Table, *parts: int, **flags: Any) -> Launch:
+    def _by_queries(self, kernel: Any, matrices: int, table: Table, last: int, **flags: Any) -> Launch:
+        """`last`: how many heads there are, or for dq, which counts them itself, gradients that share a row."""
         grid = lambda tile: self.heads * cdiv(self.params.max_q, tile["BLOCK_M"])  # noqa: E731
-        last = parts or (self.heads,)
-        scalars = (*self.sizes, self.params.max_q, *self.limits, self.section_kv * self.group, *last)
+        scalars = (*self.sizes, self.params.max_q, *self.limits, self.section_kv * self.group, last)
         return self._launch(kernel, matrices, table, grid, scalars, **flags)
 
     @functools.cached_property
@@ -160,7 +160,7 @@ class _Plan:
             if hopper.serves(self.features, self.dtype):
                 return self._explicit(hopper)
         # A tile may say more than these zeros.
-        return self._by_queries(_attention_fwd_kernel, 3, tiles.FORWARD, OVERLAP=0, THREADS=0)
+        return self._by_queries(_attention_fwd_kernel, 3, tiles.FORWARD, self.heads, OVERLAP=0, THREADS=0)
 
     def _explicit(self, hopper: Any) -> Launch:
         tile, (shift, _, right) = hopper.TILES[self.features.D], self.limits

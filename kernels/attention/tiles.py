@@ -1,9 +1,10 @@
-"""Which tile each attention kernel uses: of those that keep all registers the one with the best main loop.
+"""Which tile each attention kernel uses: of those that spill next to nothing the one with the best main loop.
 
 `tests/test_aot.py` compiles these tables for every architecture. The rows were found with Triton 3.7 and the models of
-bench/static: those of sm_80 at head sizes 64 and 128 by the bound (`tileformer bench static --tiles TEXT`), the others
-as the largest. Three stages, wherever they fit: with two, a tile is asked for at the end of one iteration and awaited
-at the start of the next, so that nothing hides the way from memory.
+bench/static: those of sm_80 at head sizes 64 and 128, and of dK and dV beyond 128 but for sm_100, by the bound of the
+loop (`tileformer bench static --tiles TEXT`), the others as the largest without a spill. Three stages, wherever they
+fit: with two, a tile is asked for at the end of one iteration and awaited at the start of the next, so that nothing
+hides the way from memory.
 """
 
 import torch
@@ -24,9 +25,8 @@ def tiles_for(table: Table, arch: int, head_dim: int, dtype: torch.dtype, featur
 
     Args:
         feature: "plain" (with causal, windows and key masks), "overlap" (plain, whole sequences of 1,024 keys and more
-            whose rows tensor descriptors reach),
-            "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout", "both", or "all" (dropout, a mask or bias,
-            and ALiBi or a soft cap); float32 has rows of its own.
+            whose rows tensor descriptors reach), "packed", "mask" (2-D, a bias, ALiBi or a soft cap), "dropout",
+            "both", or "all" (dropout, a mask or bias, and ALiBi or a soft cap); float32 has rows of its own.
 
     BLOCK_MASKED is the extent, along the axis that the kernel loops over, of a tile that crosses a bound. THREADS (of
     the program) lets its loads hold fewer registers: `load_tile`.

@@ -52,7 +52,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "kernels/attention/": "test_attention_ahead test_rounding test_fuzz test_attention_variants test_attention test_memory test_values",
     "kernels/add_norm": "test_add_norm test_autograd test_layering",
     "kernels/column_sums": "test_layer_norm test_add_norm",
-    "decoder/sublayers": "test_add_norm test_decoder_modules test_decoder_parity",
+    "decoder/sublayers": "test_add_norm test_decoder_modules test_decoder_parity test_decoder_lm",
     "kernels/layer_norm": "test_add_norm test_layer_norm test_rounding test_rms_norm test_values test_autograd test_memory",
     "kernels/softmax": "test_softmax test_rounding test_values test_autograd test_memory",
     "kernels/linear_cross_entropy": "test_linear_cross_entropy test_autograd test_values",
