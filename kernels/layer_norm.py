@@ -215,10 +215,10 @@ def _layer_norm_bwd_kernel(
             mean_gx = tl.load(sums_ptr + R + rows, mask=rows < R, other=0.0)
         dx = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
         inside = (rows < R)[:, None] & (cols < N)
-        if MORE == "dx":
-            # [BLOCK_R, BLOCK_N]
-            has_more = inside & (more_stride >= 0)
-            dx += tl.load(more_ptr + rows[:, None] * more_stride + cols, mask=has_more, other=0.0).to(ACC)
+        if MORE == "dx":  # noqa: SIM102
+            if more_stride >= 0:
+                # [BLOCK_R, BLOCK_N]
+                dx += tl.load(more_ptr + rows[:, None] * more_stride + cols, mask=inside, other=0.0).to(ACC)
         tl.store(dx_ptr + rows[:, None] * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if DROP:
             keep = dropout_keep(tl.load(seed_ptr), 0, rows.to(tl.int32), 0, threshold, BLOCK_N, False)

@@ -55,9 +55,11 @@ def _norm_error_sizes(tensors: Tensors, options: Options, results: Tensors, grad
 
 
 def _add_norm_cost(sizes: Sizes, options: Options, item: int) -> Cost:
-    """x, residual, parameters -> y, total;  total, dy, dtotal, weight -> dx, dresidual, the parameters' gradients."""
+    """x, residual, parameters -> y, total;  total, dy, dtotal, weight -> dx, dresidual (one tensor where nothing is
+    dropped), the parameters' gradients."""
     x, row, params = math.prod(sizes.values()), sizes["N"], len(options["params"]) - 1
-    return Cost((item * (4 * x + params * row), item * (5 * x + (1 + params) * row)))
+    backward = (5 if options.get("p") else 4) * x
+    return Cost((item * (4 * x + params * row), item * (backward + (1 + params) * row)))
 
 
 def _add_norm_error_sizes(t: Tensors, options: Options, results: Tensors, grads: Tensors, centre: bool) -> Tensors:
