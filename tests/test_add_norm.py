@@ -72,6 +72,21 @@ def test_each_gradient_alone_is_the_one_beside_all_others(first):
 
 
 @pytest.mark.interprets
+@pytest.mark.parametrize("wide", [0, 1], ids=["gradient of y", "gradient of the total"])
+def test_each_gradient_that_arrives_has_rows_as_far_apart_as_its_own_are(wide):
+    torch.manual_seed(0)
+    given = [torch.randn(7, 80 if i == wide else 64)[:, :64] for i in range(2)]
+    x, residual = torch.randn(7, 64, requires_grad=True), torch.randn(7, 64)
+    expected, got = (_gradient_of_x(name, x, residual, given) for name in ("reference", "interpret"))
+    torch.testing.assert_close(got, expected)
+
+
+def _gradient_of_x(name, x, residual, given):
+    with use_backend(name):
+        return torch.autograd.grad(add_layer_norm(x, residual), x, given)[0]
+
+
+@pytest.mark.interprets
 def test_two_handles_of_y_are_one_memory_and_their_gradients_are_added_by_the_kernel():
     x, residual = torch.randn(4, 16, requires_grad=True), torch.randn(4, 16)
     launched = []
