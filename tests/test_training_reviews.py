@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from tileformer.bench.check.budget import assert_within_budget
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, revert
+from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint, generate, train
 from tileformer.training.data import corpora
 from tileformer.training.data.batches import LabelledBatches, PackedBatches
 from tileformer.training.data.text import Labelled
-from tileformer.training.data.tokens import Tokenizer
 from tileformer.training.finetune import texts
 from tileformer.training.loop import fit
 from tileformer.training.recipes import reviews

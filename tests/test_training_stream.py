@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="the finetune extra is not installed")
 
+from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.training.data.batches import PackedBatches
 from tileformer.training.data.stream import GROUP, StreamedBatches, StreamedRows
-from tileformer.training.data.tokens import Tokenizer
 
 # 120 distinct lines of 1 to 17 characters in two files, a blank one here and there, the last without its end.
 LINES = [chr(0x4E00 + number) + "好" * (number % 17) for number in range(120)]

@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
+from tileformer import files
 from tileformer.training.data import text
 from tileformer.training.data.text import Labelled
 
@@ -93,23 +94,23 @@ CHINESE = "今天我们去看了那个房间，感觉很好。\n服务员的态�
     ],
 )  # fmt: skip
 def test_an_encoding_is_suggested_only_where_the_text_would_read(content, encoding, advice):
-    with pytest.raises(text.UnreadableError) as caught:
-        text.decode(content, "x.txt", encoding)
+    with pytest.raises(files.UnreadableError) as caught:
+        files.decode(content, "x.txt", encoding)
     assert str(caught.value).endswith(f"text; {advice}") and str(caught.value).startswith("x.txt:")
 
 
 def test_lines_of_files_as_people_have_them():
     for encoding in ("utf-8-sig", "utf-16", "utf-32"):  # each with a mark
         for end in ("\n", "\r\n", "\r"):
-            assert text.lines_of(end.join(["好", "", "b"]).encode(encoding), "x") == ["好", "", "b"]
+            assert files.lines_of(end.join(["好", "", "b"]).encode(encoding), "x") == ["好", "", "b"]
     content = b"a\n\xff\nb\0\nc\n"
-    with pytest.raises(text.UnreadableError, match="x:2: byte 0xff"):
-        text.lines_of(content, "x")
-    first, second, third, *others = text.lines_of(content + b"d", "x", skip_bad_lines=True)
+    with pytest.raises(files.UnreadableError, match="x:2: byte 0xff"):
+        files.lines_of(content, "x")
+    first, second, third, *others = files.lines_of(content + b"d", "x", skip_bad_lines=True)
     assert [first, *others] == ["a", "c", "d"]
     assert str(second) == "x:2: '\ufffd' is not utf-8 text" and str(third) == "x:3: 'b\\x00' is not utf-8 text"
-    with pytest.raises(text.UnreadableError, match="reads as gb18030"):  # the file, not a line of it
-        text.lines_of(CHINESE.encode("gb18030") + b"ok", "x", skip_bad_lines=True)
+    with pytest.raises(files.UnreadableError, match="reads as gb18030"):  # the file, not a line of it
+        files.lines_of(CHINESE.encode("gb18030") + b"ok", "x", skip_bad_lines=True)
 
 
 def test_bad_lines_of_a_labelled_file_can_be_left_out(file):

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tileformer.training.files import PathLike, quote, read_json, shorten, to_json
+from tileformer.files import PathLike, quote, read_json, shorten, to_json
 from tileformer.training.state import OLD_NAMES, CheckpointError, Saved, parse
 
 FORMAT = "tileformer checkpoint 1"

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tileformer.training.files import PathLike, to_json, write
+from tileformer.files import PathLike, to_json, write
 
 Record = dict[str, Any]
 RECORDED = ("step", "tokens", "loss", "lr")  # what every line says

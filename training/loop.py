@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from tileformer.files import quote, shorten, to_json
 from tileformer.training import checkpoint
-from tileformer.training.files import quote, shorten, to_json
 from tileformer.training.log import open_log
 from tileformer.training.losses import sequence_loss
 from tileformer.training.optimizers import Groups, learning_rate_factor, make_optimizer, shrink

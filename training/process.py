@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tileformer import arguments
-from tileformer.training.files import PathLike, shorten
+from tileformer.files import PathLike, shorten
 
 LOCK = ".lock"
 _held: dict[Path, int] = {}  # the locks of this process, and the thread that took each

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tileformer.extras import optional_import
-from tileformer.training.files import PathLike
+from tileformer.files import PathLike
 
 Objective = Callable[[dict[str, Any]], float]
 Score = Callable[[Sequence[int], Sequence[int]], float]

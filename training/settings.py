@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tileformer.training.files import quote
+from tileformer.files import quote
 
 CHOICES = {
     "optimizer": ("adamw", "sgd", "rmsprop"),

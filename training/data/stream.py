@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tileformer.decoder.tokenizer import Tokenizer
+from tileformer.files import decode, is_damaged
 from tileformer.training.data.batches import PackedBatch, Resumable, check_fits, pack, pieces
-from tileformer.training.data.text import decode, is_damaged
-from tileformer.training.data.tokens import Tokenizer
 
 GROUP = 16  # blocks whose lines are shuffled together: neighbours come from as many parts of the corpus
 

@@ -4,8 +4,6 @@ A text's part is decided by the hash of its key (its letters, ideographs and dig
 and spacing), so the same text never stands on both sides of a split, whatever the order or the number of lines.
 """
 
-import codecs
-import contextlib
 import hashlib
 import html
 import re
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tileformer.training.files import PathLike, quote
+from tileformer.files import PathLike, lines_of, quote
 
 HIDDEN = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
 # Tags that end a line of text are a space; the others (<b>, <span>) stand inside words of Chinese, and leave nothing.
@@ -126,64 +124,6 @@ def read_labelled(
     return Labelled(tuple(texts), tuple(ids[label] for label in seen), known)
 
 
-def lines_of(
-    content: bytes, path: PathLike, encoding: str = "utf-8", skip_bad_lines: bool = False
-) -> list[str | ValueError]:
-    """The lines of all of a file, whatever ends them; a byte-order mark of UTF-16 or UTF-32 goes before `encoding`.
-
-    skip_bad_lines: one with bytes that are no text is the ValueError that names it, as long as most lines are text;
-    without, and where few are, that of `decode` is raised.
-    """
-    encoding = _marked(content) or encoding
-    try:
-        return [*_split(decode(content, path, encoding))]
-    except UnreadableError:
-        lines = _split(content.decode(encoding, "replace").removeprefix("\ufeff"))
-        if not skip_bad_lines or 2 * sum(map(is_damaged, lines)) > sum(bool(line.strip()) for line in lines):
-            raise
-    return [
-        UnreadableError(f"{path}:{number}: {quote(line, 40)} is not {encoding} text") if is_damaged(line) else line
-        for number, line in enumerate(lines, 1)
-    ]
-
-
-def _split(text: str) -> list[str]:
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def is_damaged(line: str) -> bool:
-    """Whether a line that was decoded with "replace" had bytes that are no text."""
-    return "\ufffd" in line or "\0" in line
-
-
-class UnreadableError(ValueError):
-    """Bytes that are no text in the encoding they were read in."""
-
-
-def decode(content: bytes, path: PathLike, encoding: str = "utf-8", *, line: int = 1, at: int = 0) -> str:
-    """`content`, which stands at byte `at`, in line `line`, of the file `path`, as text without a byte-order mark.
-
-    Raises UnreadableError that names file:line, the byte and its offset, and the encoding that would fit, if one does;
-    ValueError for an encoding that Python does not know.
-    """
-    try:
-        text = content.decode(encoding)
-    except LookupError:
-        raise ValueError(f"{path}: Python knows no encoding {encoding!r}; try utf-8 or gb18030") from None
-    except UnicodeError as error:
-        start = getattr(error, "start", 0)
-    else:
-        if "\0" not in text:
-            return text if at else text.removeprefix("\ufeff")
-        start = content.index(b"\0")
-    number = line + content.count(b"\n", 0, start)
-    found = f"{path}:{number}: byte 0x{content[start]:02x} at offset {at + start:,} is not {encoding} text"
-    if at:  # a line alone says little of what the file is
-        with open(path, "rb") as file:
-            content = file.read(min(at, 1 << 20)) + content
-    raise UnreadableError(f"{found}; {_advice(content, encoding)}")
-
-
 def deduplicate(labelled: Labelled, clean: Callable[[str], str] = clean) -> tuple[Labelled, dict[str, int]]:
     """One text for each key, the first; none for a key under 2 characters, or one that stands under several labels.
 
@@ -247,51 +187,3 @@ def subset(labelled: Labelled, n: int, seed: int) -> Labelled:
     for group in groups.values():
         shares += [((rank + 0.5) / len(group) if rank else 0.0, number) for rank, number in enumerate(group)]
     return labelled.pick(sorted(number for _, number in sorted(shares)[:n]))
-
-
-def _marked(content: bytes) -> str | None:
-    """The encoding that a byte-order mark tells, of those that a plain "utf-8" cannot read."""
-    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16"}
-    marks[codecs.BOM_UTF16_BE] = "utf-16"
-    return next((name for mark, name in marks.items() if content.startswith(mark)), None)
-
-
-def _advice(content: bytes, encoding: str) -> str:
-    """What to do about bytes that are no `encoding` text: another encoding only where all read as a text in it."""
-    marked = _marked(content)
-    for name, end in (("utf-16-le", b"\n\0"), ("utf-16-be", b"\0\n")):
-        marked = marked or (name if end in content else None)
-    if fits := marked or _encoding_of(content, encoding):
-        return f"it reads as {fits}: give that encoding"
-    lines = _split(content.decode(encoding, "replace"))
-    most = "no usual encoding fits" if _mostly_damaged("".join(lines)) else "most of it is"
-    bad = f"{sum(map(is_damaged, lines)):,} of {len(lines):,} lines"
-    return f"{most}: mend {bad}, or leave them out with --skip-bad-lines (skip_bad_lines=True)"
-
-
-def _mostly_damaged(text: str) -> bool:
-    return sum(c in "\ufffd\0" for c in text) > sum("\x7f" < c != "\ufffd" for c in text)
-
-
-# Whether a character is frequent in what people write in an encoding: bytes of another one read as rare ones.
-FREQUENT: dict[str, Callable[[str], bool]] = {
-    "utf-8": lambda c: True,
-    "gb18030": lambda c: b"\xa1" <= c.encode("gb2312", "ignore") < b"\xd8",
-    "big5": lambda c: b"\xa1" <= c.encode("big5", "ignore") < b"\xc7",
-    "cp1252": lambda c: c.isalpha() or c in "‘’“”–—…€°§«»¿¡·",
-}
-
-
-def _encoding_of(content: bytes, encoding: str) -> str | None:
-    """The usual encoding in which all of `content` is a text that people write. None when there is none."""
-    for name, frequent in FREQUENT.items():
-        if name != "utf-8" and not _mostly_damaged(content.decode(encoding, "replace")):
-            return None  # a few bad bytes in a good file
-        with contextlib.suppress(UnicodeDecodeError):
-            text = content.decode(name)
-            beyond = [c for c in text if c > "\x7f"]
-            rare = sum(not frequent(c) for c in beyond)
-            crowded = name == "cp1252" and 2 * len(beyond) > sum(c.isalpha() for c in text)
-            if beyond and "\0" not in text and 10 * rare <= len(beyond) and not crowded:
-                return name
-    return None

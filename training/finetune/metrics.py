@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 
 from tileformer.extras import optional_import
-from tileformer.training.files import PathLike
+from tileformer.files import PathLike
 
 Interval = tuple[float, float]
 Classes = Sequence[int]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 
 from tileformer.extras import optional_import
-from tileformer.training.files import PathLike
+from tileformer.files import PathLike
 from tileformer.training.log import records
 
 CJK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")

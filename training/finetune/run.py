@@ -18,9 +18,9 @@ import torch
 
 from tileformer import arguments
 from tileformer.extras import optional_import
+from tileformer.files import quote, to_json, write
 from tileformer.kernels.info import require_device
 from tileformer.training import checkpoint, process
-from tileformer.training.files import quote, to_json, write
 from tileformer.training.finetune import metrics, plots, table, texts
 from tileformer.training.finetune.methods import METHODS, probabilities
 from tileformer.training.recipes import RECIPES

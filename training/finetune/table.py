@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from tileformer.files import read_json, to_json, write
 from tileformer.training import checkpoint
 from tileformer.training.data import text
-from tileformer.training.files import read_json, to_json, write
 from tileformer.training.finetune import baseline, metrics, texts
 from tileformer.training.finetune.methods import METHODS, Context, probabilities
 from tileformer.training.loop import resolve_precision

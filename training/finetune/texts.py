@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from tileformer.decoder import Classifier, DecoderLMConfig
+from tileformer.decoder.tokenizer import Tokenizer
+from tileformer.files import quote, to_json, write
 from tileformer.training import checkpoint
 from tileformer.training.data import text
-from tileformer.training.data.tokens import Tokenizer
-from tileformer.training.files import quote, to_json, write
 from tileformer.training.finetune.methods import METHODS, probabilities
 
 LONGEST = 128  # tokens of a text that a model reads, begin included; 18 % of the reviews are longer

@@ -26,10 +26,10 @@ from typing import Any
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
 from tileformer.extras import optional_import
+from tileformer.files import quote
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
 from tileformer.training.data.batches import Batches, Pair, pad
-from tileformer.training.files import quote
 from tileformer.training.loop import Report
 from tileformer.training.losses import sequence_loss
 from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale

@@ -29,11 +29,11 @@ import torch
 from tileformer import arguments
 from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
 from tileformer.decoder.generation import Options
+from tileformer.files import quote
 from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint
 from tileformer.training.data import corpora, text
 from tileformer.training.data.batches import BOS, PackedBatches, pad
-from tileformer.training.files import quote
 from tileformer.training.loop import Report
 from tileformer.training.losses import language_loss
 from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from tileformer import arguments
-from tileformer.decoder.generation import Options
+from tileformer.decoder.command import Decoding
+from tileformer.files import quote
 from tileformer.kernels.info import require_device
 from tileformer.training import checkpoint, process
 from tileformer.training.data.text import Labelled
-from tileformer.training.files import quote
 from tileformer.training.loop import AnyBatches, LossFunction, Report, fit, resolve_precision
 from tileformer.training.settings import Settings
 
@@ -48,21 +48,6 @@ class Data:
     facts: Sequence[str] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How `tileformer generate` lets a model that is decoded write.
-
-    prompt(vocabulary, input): the ids that `decoder.generate` reads. text(vocabulary, input, ids): what the new ones
-    say. line(input, text): what is printed. options, max_length (of new tokens): unless the user asks for others.
-    """
-
-    prompt: Callable[[Any, Any], list[int]]
-    text: Callable[[Any, Any, list[int]], str]
-    line: Callable[[Any, str], str]
-    options: Options = field(default_factory=Options)
-    max_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 
 from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
 from tileformer.decoder.generation import Options
+from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.training.data import corpora
 from tileformer.training.data.batches import PackedBatches
-from tileformer.training.data.tokens import Tokenizer
 from tileformer.training.finetune import texts
 from tileformer.training.finetune.metrics import perplexity
 from tileformer.training.loop import Report

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="the finetune extra is not installed")
 
-from tileformer.training.data import tokens
-from tileformer.training.data.tokens import KINDS, Tokenizer
+from tileformer.decoder import tokenizer as module
+from tileformer.decoder.tokenizer import FORMAT, KINDS, Tokenizer
 
 TEXTS = ["今天天气很好，我们去公园。 very good <eos> 12", "今天 我们 very ok", "天气好　good\n"] * 2
 
@@ -97,9 +97,15 @@ def test_ids_of_another_vocabulary_are_refused():
     "content, message",
     [
         ("", r"damaged or truncated; expected JSON"),
-        ("[]", r"expected format 'tileformer tokenizer 1', found None"),
-        ('{"format": "tileformer tokenizer 1", "kind": "letters"}', r"expected format"),
-        ('{"format": "tileformer tokenizer 2", "kind": "bpe"}', r"expected format .* found 'tileformer tokenizer 2'"),
+        ("[]", r"expected a tokenizer.json of the tokenizers library, found \[\]"),
+        (
+            '{"format": "tileformer tokenizer 1", "kind": "letters"}',
+            r"expected a kind of characters, bpe, words, found",
+        ),
+        (
+            '{"format": "tileformer tokenizer 2", "kind": "bpe"}',
+            r"expected a tokenizer.json .* found 'tileformer tokenizer 2'",
+        ),
         ('{"format": "tileformer tokenizer 1", "kind": "bpe"}', r"damaged; .*'tokenizer'"),
         (
             '{"format": "tileformer tokenizer 1", "kind": "bpe", "tokenizer": {}}',
@@ -141,12 +147,11 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
 @pytest.mark.parametrize("kind", ["characters", "bpe"])
 def test_wrong_ids_and_rules_are_named(kind, where, value, message, tmp_path):
     train(kind).save(path := tmp_path / "tokenizer.json")
-    content = json.loads(path.read_text("utf-8"))
-    inner = content["tokenizer"]
+    content = inner = json.loads(path.read_text("utf-8"))
     for name in where[:-1]:
         inner = inner[name]
     inner[where[-1]] = value
-    path.write_text(json.dumps(content), "utf-8")
+    path.write_text(json.dumps({"format": FORMAT, "kind": kind, "tokenizer": content}), "utf-8")  # as once written
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.load(path)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
@@ -162,14 +167,15 @@ def test_a_panic_of_the_library_is_an_error(tmp_path, monkeypatch):
         raise PanicException("called `Result::unwrap()` on an `Err` value")
 
     train("bpe").save(path := tmp_path / "tokenizer.json")
-    monkeypatch.setattr(tokens, "_rules", panics)
+    monkeypatch.setattr(module, "_rules", panics)
     with pytest.raises(ValueError, match="damaged; the tokenizers library says: called `Result"):
         Tokenizer.load(path)
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
     train("characters").save(tmp_path / "tokenizer.json")
-    changed = json.loads((tmp_path / "tokenizer.json").read_text("utf-8")) | {"kind": "words"}
+    plain = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    changed = {"format": FORMAT, "kind": "words", "tokenizer": plain | {"pre_tokenizer": None}}
     (tmp_path / "words.json").write_text(json.dumps(changed))
     monkeypatch.setitem(__import__("sys").modules, "rjieba", None)
     with pytest.raises(ValueError, match=r'rjieba is not installed: pip install "tileformer\[data\]"'):
