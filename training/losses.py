@@ -14,9 +14,10 @@ from tileformer.kernels import cross_entropy, linear_cross_entropy
 FUSED_ON = ("cuda",)  # devices
 
 
-def _next_token_loss(model: nn.Module, labels: Tensor, label_smoothing: float, *inputs: Any, **named: Any) -> Tensor:
-    """Mean over labels above 0. A model that is wrapped is called as it is, for its logits."""
-    options: Any = dict(ignore_index=0, label_smoothing=label_smoothing)
+def _next_token_loss(model: nn.Module, batch: Any, label_smoothing: float, *inputs: Any, **named: Any) -> Tensor:
+    """Mean over the labels that are not ignored. A model that is wrapped is called as it is, for its logits."""
+    labels = batch.labels
+    options: Any = dict(ignore_index=getattr(batch, "ignored", 0), label_smoothing=label_smoothing)
     if isinstance(model, Model) and labels.device.type in FUSED_ON:
         return linear_cross_entropy(
             model.hidden(*inputs, **named).flatten(0, 1), model.head, labels.flatten(), **options
@@ -25,11 +26,11 @@ def _next_token_loss(model: nn.Module, labels: Tensor, label_smoothing: float, *
 
 
 def sequence_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the next symbol in nats, over labels that are not padding (id 0). Shape ().
+    """Mean cross-entropy of the next symbol in nats, over labels that are not `batch.ignored`. Shape ().
 
     batch: a `Batch`; model(source, target) gives logits (B, T_t, V).
     """
-    return _next_token_loss(model, batch.labels, label_smoothing, batch.source, batch.target)
+    return _next_token_loss(model, batch, label_smoothing, batch.source, batch.target)
 
 
 def classification_loss(
@@ -50,8 +51,8 @@ def classification_loss(
 
 
 def language_loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the next token in nats, over positions that have one (label above 0). Shape ().
+    """Mean cross-entropy of the next token in nats, over positions that have one. Shape ().
 
     batch: a `PackedBatch`; model(source (1, total), cu_seqlens=...) gives logits (1, total, V).
     """
-    return _next_token_loss(model, batch.labels, label_smoothing, batch.source, cu_seqlens=batch.cu_seqlens)
+    return _next_token_loss(model, batch, label_smoothing, batch.source, cu_seqlens=batch.cu_seqlens)

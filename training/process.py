@@ -128,7 +128,9 @@ def command(verb: str, add_arguments: Callable[[argparse.ArgumentParser], None],
     for name, usual in vars(parser.parse_args([args.recipe])).items():
         value = getattr(args, name)
         if value != usual and name not in ("recipe", "resume", "overwrite"):
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            flag = f"--{name.replace('_', '-')}"
+            for one in value if isinstance(value, list) else [value]:
+                words += [flag, *([] if one is True else [str(one)])]
     return shlex.join([*words, "--resume"])
 
 

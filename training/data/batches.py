@@ -9,12 +9,25 @@ import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 PAD, BOS, EOS = 0, 1, 2  # what the losses leave out, and what frames a sequence
+
+
+class Frame(NamedTuple):
+    """Ids of a vocabulary: what fills a row up, begins it (None: nothing does) and ends it; and the label that the
+    losses leave out, -100 where padding is also a token."""
+
+    pad: int = PAD
+    bos: int | None = BOS
+    eos: int = EOS
+    ignored: int = PAD
+
+
+OURS = Frame()
 Pair = tuple[Sequence[int], Sequence[int]]
 Augment = Callable[[list[int], random.Random], list[int]]
 B = TypeVar("B")
@@ -48,6 +61,7 @@ class Batch(Movable):
     labels: Tensor
     source_tokens: int
     label_tokens: int
+    ignored: int = PAD
 
     @property
     def tokens(self) -> int:
@@ -90,13 +104,20 @@ class PackedBatch(Movable):
     labels: Tensor
     cu_seqlens: Tensor
     longest: int
+    ignored: int = PAD
+    prompt_tokens: int = 0
 
     @property
     def tokens(self) -> int:
         """Positions in the batch, bos too. Each is read and predicts in one step of one decoder, so it counts once."""
         return self.source.shape[1]
 
-    source_tokens = label_tokens = tokens
+    source_tokens = tokens
+
+    @property
+    def label_tokens(self) -> int:
+        """Positions whose next id counts in the loss: not those in a prompt."""
+        return self.tokens - self.prompt_tokens
 
 
 class Resumable(Generic[B]):
@@ -183,18 +204,22 @@ class Bucketed(Resumable[B]):
 class Batches(Bucketed[Batch]):
     """Batches of (source, target) id sequences, similar lengths together; `seed`, `pool`, errors: see `Bucketed`."""
 
-    def __init__(self, pairs: Sequence[Pair], batch_size: int, *, seed: int | None = None, pool: int = 50) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], batch_size: int, *, seed: int | None = None, pool: int = 50, frame: Frame = OURS
+    ) -> None:
         super().__init__([(len(source), len(target)) for source, target in pairs], batch_size, seed, pool)
-        self.pairs = pairs
+        self.pairs, self.frame = pairs, frame
 
     def _collate(self, entry: list[int]) -> Batch:
-        pairs = [self.pairs[row] for row in entry]
+        pairs, frame = [self.pairs[row] for row in entry], self.frame
+        begin = [] if frame.bos is None else [frame.bos]
         return Batch(
-            pad([list(source) for source, _ in pairs]),
-            pad([[BOS, *target] for _, target in pairs]),
-            pad([[*target, EOS] for _, target in pairs]),
+            pad([list(source) for source, _ in pairs], frame.pad),
+            pad([[*begin, *target] for _, target in pairs], frame.pad),
+            pad([[*target, frame.eos] for _, target in pairs], frame.ignored),
             sum(len(source) for source, _ in pairs),
             sum(len(target) + 1 for _, target in pairs),
+            frame.ignored,
         )
 
 
@@ -245,15 +270,24 @@ class PackedBatches(Resumable[PackedBatch]):
     With a `seed` the documents are shuffled in each epoch, without they keep their order; each batch takes as many of
     the next ones as fit. longest: a document of more ids is cut into pieces of at most so many, which become documents
     of their own (a model's max_length - 1, for bos); None: never. The ids are kept in 4 bytes each, so `rows` may be a
-    generator.
+    generator. prompts: how many ids at the beginning of each row are given, and are not learned.
 
-    Raises ValueError for no documents, an empty one, and one that fits no batch.
+    Raises ValueError for no documents, an empty one, one that fits no batch, and one that is nothing but its prompt.
     """
 
     def __init__(
-        self, rows: Iterable[Sequence[int]], batch_tokens: int, *, seed: int | None = None, longest: int | None = None
+        self,
+        rows: Iterable[Sequence[int]],
+        batch_tokens: int,
+        *,
+        seed: int | None = None,
+        longest: int | None = None,
+        frame: Frame = OURS,
+        prompts: Sequence[int] | None = None,
     ) -> None:
-        self.batch_tokens, self.seed = batch_tokens, seed
+        if longest is not None and prompts is not None:
+            raise ValueError("a row with a prompt is not cut: leave out longest=, and rows that are too long")
+        self.batch_tokens, self.seed, self.frame, self.prompts = batch_tokens, seed, frame, prompts
         self.ids, self.starts = array("i"), array("q", [0])
         for number, row in enumerate(rows):
             if not len(row):
@@ -285,27 +319,35 @@ class PackedBatches(Resumable[PackedBatch]):
         return plan
 
     def _collate(self, entry: list[int]) -> PackedBatch:
-        return pack(self.ids[self.starts[number] : self.starts[number + 1]] for number in entry)
+        rows = (self.ids[self.starts[number] : self.starts[number + 1]] for number in entry)
+        return pack(rows, self.frame, self.prompts and [self.prompts[number] for number in entry])
 
 
-def pad(rows: Sequence[list[int]]) -> Tensor:
-    """Rows as one tensor (B, T) int64, filled up with PAD on the right."""
+def pad(rows: Sequence[list[int]], filler: int = PAD) -> Tensor:
+    """Rows as one tensor (B, T) int64, filled up on the right."""
     width = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
 
 
-def pack(rows: Iterable[Sequence[int]]) -> PackedBatch:
-    """One batch of these documents, in this order, each framed by bos and eos."""
+def pack(rows: Iterable[Sequence[int]], frame: Frame = OURS, prompts: Sequence[int] | None = None) -> PackedBatch:
+    """One batch of these documents, in this order, each framed; the labels inside of a prompt are left out."""
     source: list[int] = []
     labels: list[int] = []
-    ends, longest = [0], 0
-    for row in rows:
-        source += (BOS, *row)
-        labels += (*row, EOS)
-        longest = max(longest, len(row) + 1)
+    ends, longest, given = [0], 0, 0
+    begin = () if frame.bos is None else (frame.bos,)
+    for number, row in enumerate(rows):
+        source += (*begin, *row)
+        behind = [*row, frame.eos][1 - len(begin) :]
+        if prompts is not None:
+            prompt = prompts[number] + len(begin) - 1
+            if prompts[number] > len(row) or prompt < 0:
+                raise ValueError(f"a prompt of {prompts[number]} ids in a row of {len(row)}")
+            behind[:prompt], given = [frame.ignored] * prompt, given + prompt
+        labels += behind
+        longest = max(longest, len(source) - ends[-1])
         ends.append(len(source))
     starts = torch.tensor(ends, dtype=torch.int32)
-    return PackedBatch(torch.tensor([source]), torch.tensor([labels]), starts, longest)
+    return PackedBatch(torch.tensor([source]), torch.tensor([labels]), starts, longest, frame.ignored, given)
 
 
 def pieces(row: Sequence[int], longest: int | None) -> list[Sequence[int]]:

@@ -32,7 +32,7 @@ from tileformer.training.data import corpora, text
 from tileformer.training.data.batches import Batches, Pair, pad
 from tileformer.training.loop import Report
 from tileformer.training.losses import sequence_loss
-from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale
+from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale, configured
 from tileformer.training.settings import Settings
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
@@ -239,7 +239,7 @@ RECIPE = Recipe(
     quick=QUICK,
     full=FULL,
     data=read,
-    config=lambda args, data: Seq2SeqConfig(*SIZES, max_length=32, **args.scale.model),
+    config=lambda args, data: configured(args, Seq2SeqConfig, src_vocab=SIZES[0], tgt_vocab=SIZES[1], max_length=32),
     config_type=Seq2SeqConfig,
     model=Seq2Seq,
     loss=partial(sequence_loss, label_smoothing=0.1),

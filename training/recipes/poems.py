@@ -36,7 +36,7 @@ from tileformer.training.data import corpora, text
 from tileformer.training.data.batches import BOS, PackedBatches, pad
 from tileformer.training.loop import Report
 from tileformer.training.losses import language_loss
-from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale
+from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale, configured
 from tileformer.training.settings import Settings
 
 FORMS = {"4x5": (4, 5), "4x7": (4, 7), "8x5": (8, 5), "8x7": (8, 7)}  # lines x characters
@@ -231,7 +231,7 @@ RECIPE = Recipe(
     quick=QUICK,
     full=FULL,
     data=read,
-    config=lambda args, data: DecoderLMConfig(data.vocabulary.size, max_length=LONGEST, **args.scale.model),
+    config=lambda args, data: configured(args, DecoderLMConfig, vocab=data.vocabulary.size, max_length=LONGEST),
     config_type=DecoderLMConfig,
     model=DecoderLM,
     loss=language_loss,

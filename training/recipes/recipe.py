@@ -6,8 +6,9 @@
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import nn
 
 from tileformer import arguments
 from tileformer.decoder.command import Decoding
+from tileformer.decoder.pretrained import CONFIG, Writing, save_pretrained
+from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.files import quote
 from tileformer.kernels.info import require_device
-from tileformer.training import checkpoint, process
+from tileformer.training import checkpoint, overrides, process
 from tileformer.training.data.text import Labelled
 from tileformer.training.loop import AnyBatches, LossFunction, Report, fit, resolve_precision
 from tileformer.training.settings import Settings
@@ -39,6 +42,8 @@ class Data:
 
     vocabulary: what the ids mean. test: what is measured on. facts: lines that a run prints first. meta: JSON that each
     checkpoint keeps; a run is resumed only with the same. files: by name, what is saved (`save(path)`) in the run.
+    tokens: a budget that fits these data, for a recipe of any. tokenizer, target_tokenizer, writing: of the folder that
+    a run ends in, see `save_pretrained`.
     """
 
     train: AnyBatches
@@ -48,6 +53,10 @@ class Data:
     facts: Sequence[str] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    tokenizer: Tokenizer | None = None
+    target_tokenizer: Tokenizer | None = None
+    writing: Writing = Writing()
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ class Recipe:
     For `tileformer generate`: vocabulary(path, meta, config) is what a checkpoint's ids mean, CheckpointError if they
     do not fit the model; parse(vocabulary, text) is an input or a ValueError; decoding says how its answer is written,
     or show(model, vocabulary, inputs) gives a line for each. For `tileformer finetune`: labelled() are the texts to
-    classify. about: its first line is shown by --list.
+    classify. about: its first line is shown by --list. options: what --set data.KEY may say, and what it is else;
+    `args.options` has them all.
     """
 
     name: str
@@ -82,6 +92,7 @@ class Recipe:
     labelled: Callable[[], Labelled] | None = None
     about: str = ""
     example: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
@@ -95,7 +106,38 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="remove the run in the output folder first")
     add("--tokens", type=arguments.TOKENS, metavar="N", help="token budget instead of the recipe's own")
+    about = "tables [model], [settings], [loss] and [data] of what to do otherwise"
+    add("--config", type=arguments.input_file, metavar="FILE", help=about)
+    about = "one key of them, such as model.d_model=256 or settings.lr=0.002; any number of times"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
     recipe.arguments(parser.add_argument_group(f"of {recipe.name}"))
+
+
+def configured(args: argparse.Namespace, kind: type[Any], **sizes: Any) -> Any:
+    """The configuration of this ``kind`` with the sizes that the data give and what the user asks for.
+
+    Raises ValueError for a key that the configuration does not have, or that the data decide.
+    """
+    given = dict(args.scale.model)
+    decided = {name: sizes.pop(name) for name in ("vocab", "src_vocab", "tgt_vocab") if name in sizes}
+    known = {x.name: None if x.default is MISSING else x.default for x in fields(kind) if x.name not in decided}
+    return kind(**decided, **sizes | overrides.check("model", given, known))
+
+
+def _changed(recipe: Recipe, scale: Scale, args: argparse.Namespace) -> tuple[Scale, LossFunction, dict[str, Any]]:
+    """Scale and loss with what the user asks for, and what of it a checkpoint has to remember."""
+    tables, _ = overrides.read(args.config, args.set)
+    usual = {x.name: getattr(scale.settings, x.name) for x in fields(Settings)}
+    usual["valid_every"] = None
+    settings = replace(scale.settings, **overrides.check("settings", tables["settings"], usual))
+    known = {"batch": scale.batch, **recipe.options}
+    given = overrides.check("data", tables["data"], known)
+    args.options = {**recipe.options, **given}
+    keywords = dict(recipe.loss.keywords) if isinstance(recipe.loss, partial) else {}
+    losses = overrides.check("loss", tables["loss"], {"label_smoothing": 0.0, **keywords})
+    scale = Scale(settings, given.get("batch", scale.batch), {**scale.model, **tables["model"]})
+    asked = {name: table for name, table in (("data", given), ("loss", losses)) if table}
+    return scale, partial(recipe.loss, **losses) if losses else recipe.loss, asked
 
 
 def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report:
@@ -107,7 +149,8 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         parser = argparse.ArgumentParser(recipe.name)
         add_arguments(parser, recipe)
         args = parser.parse_args(args)
-    args.scale = recipe.full if recipe.full and args.full else recipe.quick
+    scale = recipe.full if recipe.full and args.full else recipe.quick
+    args.scale, loss, asked = _changed(recipe, scale, args)
     process.require_single()
     device, output = require_device(args.device), args.output
     torch.set_num_threads(args.threads)
@@ -125,26 +168,45 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
             print(fact)
         for name, content in ({} if args.resume else data.files).items():  # a run keeps its own, `fit` refuses another
             content.save(output / name)
+        (output / CONFIG).unlink(missing_ok=True)  # what a run before this one ended in
         torch.manual_seed(args.seed)
         config = recipe.config(args, data)
         model = recipe.model(config).to(device)
-        tokens = args.tokens or args.scale.settings.tokens
+        fitting = None if args.scale.settings.tokens != scale.settings.tokens else data.tokens
+        tokens = args.tokens or fitting or args.scale.settings.tokens
         settings = replace(args.scale.settings, tokens=tokens, precision=args.precision)
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f"{device.type} {resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads"
         budget = f"budget {tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}"
         print(f"model {size:.2f}M parameters, {where}; {budget}", flush=True)
-        meta = {"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed}
+        meta = {"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed, "asked": asked}
         how: Any = {"folder": output, "resume": args.resume, "overwrite": args.overwrite, "meta": meta}
-        report = fit(model, data.train, settings, recipe.loss, valid=data.valid, **how)
+        report = fit(model, data.train, settings, loss, valid=data.valid, **how)
         spent = f"{report.core_seconds:.1f} core-seconds ({report.wall_seconds:.1f} s)"
         speed = f"{report.tokens / report.core_seconds:,.0f} tokens per core-second"
         print(f"trained {report.steps:,} steps, {report.tokens:,} tokens in {spent}: {speed}")
-        for line in recipe.evaluate(model.eval(), data, report, args):
-            print(line, flush=True)
+        said = [*_printed(recipe.evaluate(model.eval(), data, report, args))]
+        if data.tokenizer is not None:
+            named = {"tokenizer": data.tokenizer, "target_tokenizer": data.target_tokenizer, "writing": data.writing}
+            save_pretrained(model, output, card=_card(recipe, data, report, said), **named)
     use = f"; use it: tileformer generate --checkpoint {output} {recipe.example}" if recipe.example else ""
     print(f"checkpoint {report.checkpoint}{use}")
     return report
+
+
+def _printed(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        print(line, flush=True)
+        yield line
+
+
+def _card(recipe: Recipe, data: Data, report: Report, said: Sequence[str]) -> str:
+    """Where a model comes from and how good it is, in Markdown."""
+    spent = f"{report.steps:,} steps, {report.tokens:,} tokens, {report.core_seconds:,.0f} core-seconds"
+    loss = "" if report.valid_loss is None else f"; validation loss {report.valid_loss:.4f} nats"
+    about = recipe.about.splitlines()[0] if recipe.about else recipe.name
+    shown = "\n".join(["```", *data.facts, f"trained {spent}{loss}", *said, "```"])
+    return f"# {about}\n\nTrained from scratch by `tileformer train {recipe.name}`.\n\n{shown}\n"
 
 
 def load(recipe: Recipe, path: Path, device: torch.device) -> tuple[Any, Any]:

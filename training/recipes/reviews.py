@@ -27,7 +27,7 @@ from tileformer.training.finetune import texts
 from tileformer.training.finetune.metrics import perplexity
 from tileformer.training.loop import Report
 from tileformer.training.losses import language_loss
-from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale
+from tileformer.training.recipes.recipe import Data, Decoding, Recipe, Scale, configured
 from tileformer.training.settings import Settings
 
 LEARNING = Settings(2_400_000, lr=2e-3, schedule="wsd", decay=0.5, warmup=0.05, save_every=1000)
@@ -86,7 +86,7 @@ RECIPE = Recipe(
     quick=QUICK,
     full=FULL,
     data=read,
-    config=lambda args, data: texts.make_config(data.vocabulary, **args.scale.model),
+    config=lambda args, data: configured(args, DecoderLMConfig, **vars(texts.make_config(data.vocabulary))),
     config_type=DecoderLMConfig,
     model=DecoderLM,
     loss=language_loss,
