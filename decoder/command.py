@@ -31,7 +31,9 @@ import torch
 from tileformer import arguments
 from tileformer.decoder import chat
 from tileformer.decoder.generation import Options, generate, stream
-from tileformer.decoder.pretrained import load, load_writing
+from tileformer.decoder.heads import Classifier
+from tileformer.decoder.pretrained import Writing, load, load_writing
+from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.extras import optional_import
 from tileformer.files import lines_of, quote
 from tileformer.kernels.info import require_device
@@ -97,18 +99,21 @@ Opener = Callable[[argparse.Namespace, torch.device], Opened]
 
 
 def open_folder(args: argparse.Namespace, device: torch.device) -> Opened:
-    """The folder ``args.checkpoint`` of a model, as it is to be used. ValueError: damaged, or of a model without text."""
+    """The folder ``args.checkpoint`` of a model, as it is to be used. ValueError: damaged, or without a tokenizer."""
     model, tokenizer = load(args.checkpoint, device=device)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint}: a model without tokenizer.json reads no text")
-    if not hasattr(model, "eos_id"):
+    if isinstance(model, Classifier):
         if args.chat:
             raise ValueError("--chat: a classifier does not talk")
         return Opened(model, tokenizer, _row, None, _classes)
-    writing, pattern = load_writing(args.checkpoint), None
-    if writing.pattern:
-        pattern = re.compile(writing.pattern)
-    frame = chat.framed(tokenizer) if args.chat else None
+    return from_text(model, tokenizer, load_writing(args.checkpoint), args.chat)
+
+
+def from_text(model: Any, tokenizer: Tokenizer, writing: Writing, talks: bool = False) -> Opened:
+    """A model that reads and writes by its tokenizer; ``talks``: an input is framed by its chat template."""
+    pattern = re.compile(writing.pattern) if writing.pattern else None
+    frame = chat.framed(tokenizer) if talks else None
 
     def parse(_: Any, word: str) -> tuple[str, list[int]]:
         if pattern and not pattern.fullmatch(word):
@@ -127,13 +132,10 @@ def open_folder(args: argparse.Namespace, device: torch.device) -> Opened:
         prompt = tokenizer.decode(one[1]) if "{prompt}" in shown else ""
         return shown.replace("{input}", one[0]).replace("{prompt}", prompt).replace("{text}", said)
 
-    decoding = Decoding(
-        lambda _, one: one[1],
-        lambda _, one, ids: tokenizer.target.decode(ids),
-        line,
-        writing.options,
-        writing.max_new_tokens,
-    )
+    def text(_: Any, one: tuple[str, list[int]], ids: list[int]) -> str:
+        return tokenizer.target.decode([number for number in ids if number != model.eos_id])
+
+    decoding = Decoding(lambda _, one: one[1], text, line, writing.options, writing.max_new_tokens)
     return Opened(model, tokenizer, parse, decoding)
 
 

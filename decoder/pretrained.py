@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import tileformer
+from tileformer.decoder.adapters import add_bottlenecks
 from tileformer.decoder.generation import Options
 from tileformer.decoder.heads import Classifier
 from tileformer.decoder.model import DecoderLM, DecoderLMConfig, ModelConfig, Seq2Seq, Seq2SeqConfig
@@ -204,7 +205,8 @@ def _described(model: nn.Module, classes: list[str]) -> tuple[dict[str, Any], It
     if kind not in KINDS or type(model) is not KINDS[kind][0]:
         raise TypeError(f"a folder holds one of {', '.join(KINDS)} or a Classifier of one, got a {kind}")
     head = {"architectures": [kind], "model_type": OURS, "tileformer_version": tileformer.__version__}
-    return head | asdict(model.config), _own(model)
+    adapters = {"adapters": model.adapters} if hasattr(model, "adapters") else {}
+    return head | asdict(model.config) | adapters, _own(model)
 
 
 def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -302,6 +304,8 @@ def _blank(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Iterator[tu
     with torch.device("meta"):
         try:
             blank = model(made)
+            if config.get("adapters"):
+                add_bottlenecks(blank, config["adapters"])
             if kind == "Classifier":
                 blank = Classifier(blank, config["num_classes"], pool=config["pool"], mix=config["mix"])
                 blank.classes = [str(config["id2label"][str(i)]) for i in range(len(config.get("id2label") or {}))]

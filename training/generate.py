@@ -31,11 +31,13 @@ __all__ = ["add_arguments", "main"]
 
 def main(args: argparse.Namespace) -> int:
     """Print one line for each input; 1 if there are some that cannot be read. ValueError: the checkpoint, or all."""
-    return command.main(args, command.open_folder if is_folder(args.checkpoint) else open_run)
+    path = args.checkpoint
+    ready = is_folder(path) and not (checkpoint.steps_in(path) or (path / checkpoint.STATE).exists())
+    return command.main(args, command.open_folder if ready else open_run)
 
 
 def open_run(args: argparse.Namespace, device: torch.device) -> command.Opened:
-    """A run that has not written a folder, by its recipe."""
+    """A run, by its recipe: it knows more of a text than its tokenizer does."""
     path = checkpoint.latest(args.checkpoint)
     meta = checkpoint.read_state(path).get("meta", {})
     name = meta.get("recipe")
@@ -46,4 +48,7 @@ def open_run(args: argparse.Namespace, device: torch.device) -> command.Opened:
         raise ValueError(f"--chat: a model of {name} has no chat template")
     if "method" in meta:
         return command.Opened(*texts.load_classifier(path, device), texts.parse, None, texts.show)
-    return command.Opened(*load(recipe, path, device), recipe.parse, recipe.decoding, recipe.show)
+    model, vocabulary = load(recipe, path, device)
+    if recipe.writing is not None:
+        return command.from_text(model, vocabulary, recipe.writing)
+    return command.Opened(model, vocabulary, recipe.parse, recipe.decoding, recipe.show)

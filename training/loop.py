@@ -126,13 +126,15 @@ def fit(
     meta: dict[str, Any] | None = None,
     groups: Groups | None = None,
     backward: Backward = backward_once,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
     """Train `model` where it stands, until `settings.tokens` are spent or `settings.patience` is at an end.
 
     batches: endless by repetition; valid: evaluated as `settings.valid_every` says. folder: where `log.jsonl` and
     checkpoints go (None: nowhere). meta: JSON-able facts stored with each checkpoint (the model's configuration, the
     vocabulary). groups: learning rates by layer, see `make_optimizer`. backward: runs forward and backward of one batch
-    as `backward_once` does, for methods that need more than one of each. With `resume` the newest checkpoint in
+    as `backward_once` does, for methods that need more than one of each. on_record: called with each line of the log,
+    such as a tracker's (`trackers`). With `resume` the newest checkpoint in
     `folder` is continued, and on a CPU with the same thread count the final weights are, bit for bit, those of a run
     that never stopped. With `overwrite` a run that is there goes, once everything else is known to fit.
 
@@ -246,7 +248,10 @@ def fit(
                     saving = saving or state.ended(settings) or improved and settings.keep_best
                     if improved and settings.keep_best and folder is None:
                         best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-                record(state.last | {"core_seconds": round(time.process_time() - core_start, 2)})
+                entry = state.last | {"core_seconds": round(time.process_time() - core_start, 2)}
+                record(entry)
+                if on_record is not None:
+                    on_record(entry)
                 loss_sum.zero_()
                 skipped.zero_()
                 state.pending_steps, state.pending_tokens, window_start = 0, 0, time.process_time()

@@ -1,5 +1,14 @@
-"""Hyper-parameters by grid or random search (optuna), and scores on few data by k-fold validation (scikit-learn)."""
+"""Hyper-parameters by grid or random search (optuna), and scores on few data by k-fold validation (scikit-learn).
 
+Examples:
+    tileformer search pairs --data FILE.tsv --config FILE.toml --trials 20
+
+The file's table [search] says what to try: `"settings.lr" = { low = 1e-4, high = 1e-2, log = true }` is a range,
+`"model.d_model" = [64, 128, 256]` a list; where all are lists and no --trials is given, each combination is tried.
+Finished trials are kept in the output folder: a search that was stopped goes on.
+"""
+
+import argparse
 import hashlib
 import itertools
 import math
@@ -10,12 +19,70 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from tileformer import arguments
 from tileformer.extras import optional_import
-from tileformer.files import PathLike
+from tileformer.files import PathLike, quote
+from tileformer.training import overrides, process
+from tileformer.training.recipes import RECIPES, recipe
 
 Objective = Callable[[dict[str, Any]], float]
 Score = Callable[[Sequence[int], Sequence[int]], float]
 Space = Mapping[str, Sequence[Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tileformer search`: those of `tileformer train RECIPE`, and how many choices to try."""
+    recipes = parser.add_subparsers(dest="recipe", metavar="RECIPE", help="what to train")
+    for value in RECIPES.values():
+        one = recipes.add_parser(value.name, help=value.about.splitlines()[0].partition(": ")[2])
+        recipe.add_arguments(one, value)
+        one.add_argument("--trials", type=arguments.COUNT, metavar="N", help="random choices (default: all of lists)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the trials, best first, and the words that train the best. ValueError: nothing to search, or wrong data."""
+    if args.recipe is None:
+        raise ValueError(f"no recipe given; there is: {', '.join(RECIPES)}")
+    process.require_single()
+    _, table = overrides.read(args.config, args.set)
+    space = {name: _range(name, given) for name, given in table.items()}
+    if not space:
+        raise ValueError("nothing to search: give --config FILE with a table [search]")
+    args.output = args.output / "search" if args.output.name != "search" else args.output
+    with process.lock(args.output):
+        kept = args.output / "trials.sqlite"
+        torch.set_num_threads(args.threads)
+
+        def objective(parameters: dict[str, Any]) -> float:
+            loss = recipe.trial(RECIPES[args.recipe], args, parameters)
+            print(f"{loss:.4f}  {_words(parameters)}", flush=True)
+            return loss
+
+        if args.trials is None and all(isinstance(values, list) for values in space.values()):
+            trials = grid_search(objective, space, storage=kept)
+        else:
+            trials = random_search(objective, space, args.trials or 20, seed=args.seed, storage=kept)
+    print("best first:")
+    for trial in trials[:10]:
+        print(f"  {trial.value:.4f}  {_words(trial.parameters)}")
+    return 0
+
+
+def _words(parameters: Mapping[str, Any]) -> str:
+    return " ".join(f"--set {name}={value}" for name, value in parameters.items())
+
+
+def _range(name: str, given: Any) -> Any:
+    """A list, or a range as `random_search` takes it."""
+    if isinstance(given, list) and given:
+        return given
+    if isinstance(given, dict) and given.keys() <= {"low", "high", "log"} and {"low", "high"} <= given.keys():
+        low, high = given["low"], given["high"]
+        if all(isinstance(x, int | float) for x in (low, high)) and low < high and (low > 0 or not given.get("log")):
+            return (low, high, "log") if given.get("log") else (low, high)
+    raise ValueError(f"search {name}: expected a list, or {{ low = 1, high = 2, log = true }}, got {quote(given)}")
 
 
 @dataclass(frozen=True)

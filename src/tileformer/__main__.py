@@ -16,7 +16,9 @@ VERBS = {
     "check": "tileformer.bench.check.run",
     "bench": "tileformer.bench.speed.run",
     "train": "tileformer.training.train",
+    "search": "tileformer.training.search",
     "finetune": "tileformer.training.finetune.run",
+    "evaluate": "tileformer.training.measure",
     "generate": "tileformer.training.generate",
 }
 ABOUT = """Fused Triton kernels for Transformers: look at this machine, check the kernels on it, train and use a model.

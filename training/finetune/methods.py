@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tileformer.decoder import Classifier, DecoderLM, DecoderLMConfig, LoadReport, load_matching
+from tileformer.decoder.adapters import Bottleneck, add_bottlenecks
 from tileformer.extras import optional_import
 from tileformer.training import checkpoint
 from tileformer.training.data.augment import token_dropout
@@ -196,29 +197,10 @@ def _lora(context: Context, model: Model, rank: int = 8) -> Classifier:
     return model
 
 
-class Bottleneck(nn.Module):
-    """x + up(gelu(down(x))), of width `size` between; it starts as the identity (Houlsby et al. 2019)."""
-
-    def __init__(self, width: int, size: int = 32) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(nn.functional.gelu(self.down(x)))
-
-
 def _with_bottlenecks(backbone: DecoderLM, classes: int) -> Classifier:
-    """A classifier with a bottleneck behind attention and one behind the feed-forward of every layer.
-
-    A module of our own: peft has no bottleneck adapters, and its (IA)3 cannot reach packed q, k and v.
-    """
-    model: Model = Classifier(backbone, classes)
-    width = backbone.config.d_model
-    for layer in model.backbone.layers:
-        layer.self_attn.out_proj = nn.Sequential(layer.self_attn.out_proj, Bottleneck(width))
-        layer.linear2 = nn.Sequential(layer.linear2, Bottleneck(width))
+    """A classifier with a bottleneck behind attention and one behind the feed-forward of every layer."""
+    model = Classifier(backbone, classes)
+    add_bottlenecks(model)
     return model
 
 

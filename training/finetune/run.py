@@ -1,6 +1,8 @@
-"""Fine-tune a pretrained model to classify texts, by any method, beside the TF-IDF baseline on the same split.
+"""Fine-tune a model: one that writes on your pairs or texts; one that classifies beside the TF-IDF baseline.
 
 Examples:
+    tileformer finetune pairs --checkpoint FOLDER --data FILE.tsv --method lora    source<TAB>target, a prompt and its
+    tileformer finetune text --checkpoint FOLDER --data FILE.txt                   answer to a decoder alone
     tileformer finetune --list
     tileformer train reviews                                   the pretrained model, once
     tileformer finetune reviews --method lora --labels 1000
@@ -21,21 +23,29 @@ from tileformer.extras import optional_import
 from tileformer.files import quote, to_json, write
 from tileformer.kernels.info import require_device
 from tileformer.training import checkpoint, process
-from tileformer.training.finetune import metrics, plots, table, texts
+from tileformer.training.finetune import metrics, own, plots, table, texts
 from tileformer.training.finetune.methods import METHODS, probabilities
 from tileformer.training.recipes import RECIPES
+
+OWN = ("pairs", "text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tileformer finetune`."""
     add = parser.add_argument
-    add("recipe", nargs="?", help="what to fine-tune: reviews")
+    add("recipe", nargs="?", help="pairs, text, or what to classify: reviews")
     add("--list", action="store_true", help="list the methods and stop")
     about = "how; --list names them (default full; with --table all, or several: a,b)"
     add("--method", type=arguments.name, metavar="M", help=about)
     add("--labels", default="all", metavar="N", help="texts of the train part whose label is used (default all)")
-    about = "your own label<TAB>text instead of the recipe's texts"
+    about = "your own source<TAB>target, texts, or label<TAB>text instead of the recipe's"
     add("--data", type=arguments.input_file, metavar="FILE", help=about)
+    about = "of pairs and text: what to validate on (default 5 %% of --data by hash)"
+    add("--valid", type=arguments.input_file, metavar="FILE", help=about)
+    add("--tokens", type=arguments.TOKENS, metavar="N", help="of pairs and text: token budget (default three epochs)")
+    about = "of pairs and text: tables [settings] and [data], or one key of them (settings.lr=0.001, data.rank=16)"
+    add("--config", type=arguments.input_file, metavar="FILE", help=about)
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
     add("--encoding", type=arguments.encoding, default="utf-8", metavar="E", help="of --data (default utf-8)")
     add("--skip-bad-lines", action="store_true", help="leave out lines of --data that cannot be read, and say how many")
     add("--checkpoint", type=arguments.input_path, metavar="PATH", help="the pretrained model (default runs/RECIPE)")
@@ -56,9 +66,11 @@ def main(args: argparse.Namespace) -> int:
         for method in METHODS.values():
             print(f"{method.name:<{width}}  {method.about}")
         return 0
-    _check(args)
     process.require_single()
     again = process.command("finetune", add_arguments, args)
+    if args.recipe in OWN:
+        return own.main(args, again)
+    _check(args)
     args.device = require_device(args.device).type
     args.checkpoint = args.checkpoint or Path("runs") / args.recipe
     if args.checkpoint.exists():
@@ -134,7 +146,10 @@ def _check(args: argparse.Namespace) -> None:
     known = [name for name, recipe in RECIPES.items() if recipe.labelled]
     if args.recipe not in known:
         found = "no recipe given" if args.recipe is None else f"no recipe {quote(args.recipe)}"
-        raise ValueError(f"{found}; to fine-tune there is: {', '.join(known)}")
+        raise ValueError(f"{found}; to fine-tune there is: {', '.join((*OWN, *known))}")
+    for name in ("valid", "tokens", "config", "set"):
+        if getattr(args, name):
+            raise ValueError(f"--{name} is of {' and '.join(OWN)}: a classifier's split and settings are the table's")
     method = args.method or "full"
     names = method.split(",") if args.table else [method]
     allowed = {*METHODS, table.BASELINE} if args.table else {*METHODS}

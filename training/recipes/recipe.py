@@ -70,9 +70,9 @@ class Recipe:
 
     For `tileformer generate`: vocabulary(path, meta, config) is what a checkpoint's ids mean, CheckpointError if they
     do not fit the model; parse(vocabulary, text) is an input or a ValueError; decoding says how its answer is written,
-    or show(model, vocabulary, inputs) gives a line for each. For `tileformer finetune`: labelled() are the texts to
-    classify. about: its first line is shown by --list. options: what --set data.KEY may say, and what it is else;
-    `args.options` has them all.
+    or writing, of a vocabulary that is a `Tokenizer`, or show(model, vocabulary, inputs) gives a line for each. For
+    `tileformer finetune`: labelled() are the texts to classify. about: its first line is shown by --list. options: what
+    --set data.KEY may say, and what it is else; `args.options` has them all.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Recipe:
     parse: Callable[[Any, str], Any] = lambda vocabulary, text: text
     show: Callable[[Any, Any, Sequence[Any]], Iterable[str]] = lambda model, vocabulary, inputs: inputs
     decoding: Decoding | None = None
+    writing: Writing | None = None
     labelled: Callable[[], Labelled] | None = None
     about: str = ""
     example: str = ""
@@ -124,9 +125,13 @@ def configured(args: argparse.Namespace, kind: type[Any], **sizes: Any) -> Any:
     return kind(**decided, **sizes | overrides.check("model", given, known))
 
 
-def _changed(recipe: Recipe, scale: Scale, args: argparse.Namespace) -> tuple[Scale, LossFunction, dict[str, Any]]:
-    """Scale and loss with what the user asks for, and what of it a checkpoint has to remember."""
-    tables, _ = overrides.read(args.config, args.set)
+def _changed(
+    recipe: Recipe, args: argparse.Namespace, parameters: Mapping[str, Any] | None = None
+) -> tuple[LossFunction, dict[str, Any]]:
+    """The loss with what the user, or a search, asks for, and what a checkpoint has to remember; `args.scale` and
+    `args.options` are what is asked for."""
+    scale = recipe.full if recipe.full and args.full else recipe.quick
+    tables = overrides.put(overrides.read(args.config, args.set)[0], parameters or {})
     usual = {x.name: getattr(scale.settings, x.name) for x in fields(Settings)}
     usual["valid_every"] = None
     settings = replace(scale.settings, **overrides.check("settings", tables["settings"], usual))
@@ -135,9 +140,32 @@ def _changed(recipe: Recipe, scale: Scale, args: argparse.Namespace) -> tuple[Sc
     args.options = {**recipe.options, **given}
     keywords = dict(recipe.loss.keywords) if isinstance(recipe.loss, partial) else {}
     losses = overrides.check("loss", tables["loss"], {"label_smoothing": 0.0, **keywords})
-    scale = Scale(settings, given.get("batch", scale.batch), {**scale.model, **tables["model"]})
+    if settings.tokens != scale.settings.tokens:
+        args.tokens = args.tokens or settings.tokens
+    args.scale = Scale(settings, given.get("batch", scale.batch), {**scale.model, **tables["model"]})
     asked = {name: table for name, table in (("data", given), ("loss", losses)) if table}
-    return scale, partial(recipe.loss, **losses) if losses else recipe.loss, asked
+    return partial(recipe.loss, **losses) if losses else recipe.loss, asked
+
+
+def _built(recipe: Recipe, data: Data, args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Settings]:
+    """Configuration, model, and how it learns."""
+    torch.manual_seed(args.seed)
+    config = recipe.config(args, data)
+    tokens = args.tokens or data.tokens or args.scale.settings.tokens
+    settings = replace(args.scale.settings, tokens=tokens, precision=args.precision)
+    return config, recipe.model(config).to(device), settings
+
+
+def trial(recipe: Recipe, args: argparse.Namespace, parameters: Mapping[str, Any]) -> float:
+    """The validation loss that a recipe comes to with other ``parameters``, by their SECTION.KEY; nothing is kept."""
+    args = argparse.Namespace(**vars(args))
+    loss, _ = _changed(recipe, args, parameters)
+    data = recipe.data(args)
+    _, model, settings = _built(recipe, data, args, require_device(args.device))
+    report = fit(model, data.train, settings, loss, valid=data.valid)
+    if report.valid_loss is None:
+        raise ValueError(f"{recipe.name} holds nothing out to choose by")
+    return report.valid_loss
 
 
 def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report:
@@ -149,8 +177,7 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         parser = argparse.ArgumentParser(recipe.name)
         add_arguments(parser, recipe)
         args = parser.parse_args(args)
-    scale = recipe.full if recipe.full and args.full else recipe.quick
-    args.scale, loss, asked = _changed(recipe, scale, args)
+    loss, asked = _changed(recipe, args)
     process.require_single()
     device, output = require_device(args.device), args.output
     torch.set_num_threads(args.threads)
@@ -166,19 +193,14 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         data = recipe.data(args)
         for fact in data.facts:
             print(fact)
-        for name, content in ({} if args.resume else data.files).items():  # a run keeps its own, `fit` refuses another
-            content.save(output / name)
-        (output / CONFIG).unlink(missing_ok=True)  # what a run before this one ended in
-        torch.manual_seed(args.seed)
-        config = recipe.config(args, data)
-        model = recipe.model(config).to(device)
-        fitting = None if args.scale.settings.tokens != scale.settings.tokens else data.tokens
-        tokens = args.tokens or fitting or args.scale.settings.tokens
-        settings = replace(args.scale.settings, tokens=tokens, precision=args.precision)
+        config, model, settings = _built(recipe, data, args, device)
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f"{device.type} {resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads"
-        budget = f"budget {tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}"
+        budget = f"budget {settings.tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}"
         print(f"model {size:.2f}M parameters, {where}; {budget}", flush=True)
+        (output / CONFIG).unlink(missing_ok=True)  # what a run before this one ended in
+        for name, content in ({} if args.resume else data.files).items():  # a run keeps its own, `fit` refuses another
+            content.save(output / name)
         meta = {"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed, "asked": asked}
         how: Any = {"folder": output, "resume": args.resume, "overwrite": args.overwrite, "meta": meta}
         report = fit(model, data.train, settings, loss, valid=data.valid, **how)
