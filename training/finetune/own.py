@@ -149,6 +149,8 @@ def main(args: argparse.Namespace, again: str) -> int:
         raise ValueError(f"{args.output}: a model is already here; choose another --output")
     writing = load_writing(args.checkpoint)
     how: dict[str, Any] = {"encoding": args.encoding, "skip_bad_lines": args.skip_bad_lines}
+    read: Any
+    of: Any
     if args.recipe == "pairs":
         read, of = own.pairs_of, lambda pair: pair[0]
     elif model.conditioned:
@@ -158,8 +160,8 @@ def main(args: argparse.Namespace, again: str) -> int:
     rows = read(args.data, **how)
     train, valid = (rows, read(args.valid, **how)) if args.valid else own.hold_out(rows, of)
     size = args.options["batch"] or (32 if model.conditioned else 1024)
-    make = measure.pair_batches if args.recipe == "pairs" else measure.text_batches
-    batches = [make(model, tokenizer, train, writing.add_bos, size, args.seed)]
+    make: Any = measure.pair_batches if args.recipe == "pairs" else measure.text_batches
+    batches: list[Any] = [make(model, tokenizer, train, writing.add_bos, size, args.seed)]
     batches.append(make(model, tokenizer, valid, writing.add_bos, size))
     width = next(p for p in model.parameters() if p.dim() == 2).shape[1]
     each = sum(batch.tokens for batch in batches[0])
@@ -170,7 +172,7 @@ def main(args: argparse.Namespace, again: str) -> int:
     settings = replace(settings, tokens=args.tokens or settings.tokens, precision=args.precision)
     loss = sequence_loss if model.conditioned else language_loss
     with process.lock(args.output), process.interruptible(again, lambda: any(args.output.glob("stages/*/step-*"))):
-        return _run(args, model, tokenizer, writing, Task(args, *batches, loss, settings), valid)
+        return _run(args, model, tokenizer, writing, Task(args, batches[0], batches[1], loss, settings), valid)
 
 
 def _run(args: argparse.Namespace, model: Any, tokenizer: Any, writing: Any, task: Task, valid: Sequence[Any]) -> int:

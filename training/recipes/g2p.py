@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from tileformer.decoder import Seq2Seq, Seq2SeqConfig, generate
+from tileformer.decoder.pretrained import Writing
+from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.extras import optional_import
 from tileformer.files import quote
 from tileformer.training import checkpoint
@@ -199,9 +201,20 @@ def read(args: argparse.Namespace) -> Data:
         Batches(to_pairs(parts["train"]), args.scale.batch, seed=args.seed),
         Batches(to_pairs(parts["valid"]), 256),
         test=parts,
+        tokenizer=letters(),
+        target_tokenizer=Tokenizer.of_symbols(PHONES, RESERVED, spaced=True),
+        writing=Writing(line="{input}  {text}"),
         facts=(f"CMUdict {version}, sha256 {checksum}", facts),
         meta={"letters": LETTERS, "phones": PHONE_NAMES, "dictionary": checksum, "split_by": args.split_by},
     )
+
+
+def letters() -> Tokenizer:
+    """What reads a word, as `spelled` does."""
+    normalizers, regex = optional_import("tokenizers.normalizers"), optional_import("tokenizers").Regex
+    forms = [normalizers.Replace(regex(f"[{TYPED}]"), "'"), normalizers.NFKC(), normalizers.Lowercase()]
+    forms += [normalizers.Replace(regex(r"\p{Cf}"), ""), normalizers.Strip()]
+    return Tokenizer.of_symbols([*LETTERS], RESERVED, spaced=False, rules=normalizers.Sequence(forms))
 
 
 def evaluate(model: Seq2Seq, data: Data, report: Report, args: argparse.Namespace) -> Iterator[str]:

@@ -60,12 +60,13 @@ def read_pairs(args: argparse.Namespace) -> Data:
     frame = frame if frame == own.OURS else frame._replace(ignored=-100)
     tokens = sum(len(source) + len(target) + 1 for source, target in rows["train"])
     sizes = f"{sides[0].size:,} and {sides[1].size:,} ids of {sides[0].kind}"
+    sides[0].target = sides[1]
     counts = ", ".join(f"{name} {len(part):,}" for name, part in rows.items())
     gone = f"; {lost:,} of over {args.options['longest']} ids left out" if lost else ""
     return Data(
         Batches(rows["train"], args.scale.batch, seed=args.seed, frame=frame),
         Batches(rows["valid"], 256, frame=frame),
-        vocabulary=max(max(map(len, pair)) for part in rows.values() for pair in part) + 1,
+        vocabulary=sides[0],
         test=valid,
         facts=(f"{len(pairs):,} pairs: {counts}{gone}; {sizes}",),
         meta=_meta(args, *sides),
@@ -73,6 +74,7 @@ def read_pairs(args: argparse.Namespace) -> Data:
         tokens=min(max(LEAST, EPOCHS * tokens), MOST),
         tokenizer=sides[0],
         target_tokenizer=sides[1],
+        longest=max(max(map(len, pair)) for part in rows.values() for pair in part) + 1,
     )
 
 
@@ -98,12 +100,12 @@ def pairs_config(args: argparse.Namespace, data: Data) -> Any:
     source, target = data.tokenizer, data.target_tokenizer
     ids = {f"{name}_id": getattr(target, f"{name}_id") for name in ("pad", "bos", "eos")}
     sizes = {"src_vocab": getattr(source, "size", 0), "tgt_vocab": getattr(target, "size", 0)}
-    return configured(args, Seq2SeqConfig, **sizes, **ids, max_length=max(16, data.vocabulary))
+    return configured(args, Seq2SeqConfig, **sizes, **ids, max_length=max(16, data.longest or 0))
 
 
 def evaluate_pairs(model: Any, data: Data, report: Any, args: argparse.Namespace) -> Iterator[str]:
     """Scores of what is held out, and some of it as the model writes it."""
-    scores, written = measured_pairs(model, data.tokenizer, data.test)
+    scores, written = measured_pairs(model, data.vocabulary, data.test)
     yield from lines_about(scores, f"held out, {len(data.test):,} pairs, greedy:")
     for (source, target), text in [*zip(data.test, written, strict=True)][:SHOWN]:
         yield f"  {source}  ->  {text}" + ("" if text == target else f"   true: {target}")
@@ -131,7 +133,7 @@ def read_texts(args: argparse.Namespace) -> Data:
     return Data(
         PackedBatches(rows["train"], batch, seed=args.seed, longest=longest - 1, frame=frame),
         PackedBatches(rows["valid"], batch, longest=longest - 1, frame=frame),
-        vocabulary=longest,
+        vocabulary=tokenizer,
         test=sum(map(len, valid)) / max(1, sum(map(len, rows["valid"]))),
         facts=(f"{len(texts):,} documents: {counts}; {tokenizer.size:,} ids of {tokenizer.kind}",),
         meta=_meta(args, tokenizer),
@@ -139,6 +141,7 @@ def read_texts(args: argparse.Namespace) -> Data:
         tokens=min(max(LEAST, EPOCHS * sum(map(len, rows["train"]))), MOST),
         tokenizer=tokenizer,
         writing=WRITTEN,
+        longest=longest,
     )
 
 

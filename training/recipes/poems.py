@@ -29,6 +29,9 @@ import torch
 from tileformer import arguments
 from tileformer.decoder import DecoderLM, DecoderLMConfig, generate
 from tileformer.decoder.generation import Options
+from tileformer.decoder.pretrained import Writing
+from tileformer.decoder.tokenizer import Tokenizer
+from tileformer.extras import optional_import
 from tileformer.files import quote
 from tileformer.kernels import cross_entropy
 from tileformer.training import checkpoint
@@ -188,8 +191,23 @@ def read(args: argparse.Namespace) -> Data:
         vocabulary,
         parts,
         (source, count),
+        tokenizer=Tokenizer.of_symbols([*FORMS, *vocabulary.symbols], SPECIAL, spaced=False, rules=without_colons()),
+        writing=Writing(
+            Options(temperature=1.0, top_p=TOP_P, seed=0),
+            None,
+            True,
+            "{prompt}{text}",
+            f"({'|'.join(FORMS)})([:：].*)?",
+            f"{', '.join(FORMS)} (lines x characters), or FORM:BEGINNING",
+        ),
         meta={"characters": characters},
     )
+
+
+def without_colons() -> Any:
+    """What reads FORM:BEGINNING as a form and what stands behind it."""
+    normalizers, regex = optional_import("tokenizers.normalizers"), optional_import("tokenizers").Regex
+    return normalizers.Replace(regex("[:：]"), "")
 
 
 def evaluate(model: DecoderLM, data: Data, report: Report, args: argparse.Namespace) -> Iterator[str]:

@@ -42,8 +42,8 @@ class Data:
 
     vocabulary: what the ids mean. test: what is measured on. facts: lines that a run prints first. meta: JSON that each
     checkpoint keeps; a run is resumed only with the same. files: by name, what is saved (`save(path)`) in the run.
-    tokens: a budget that fits these data, for a recipe of any. tokenizer, target_tokenizer, writing: of the folder that
-    a run ends in, see `save_pretrained`.
+    tokens: a budget that fits these data, and longest: the ids of a row, for a recipe of any. tokenizer,
+    target_tokenizer, writing: of the folder that a run ends in, see `save_pretrained`.
     """
 
     train: AnyBatches
@@ -54,6 +54,7 @@ class Data:
     meta: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
+    longest: int | None = None
     tokenizer: Tokenizer | None = None
     target_tokenizer: Tokenizer | None = None
     writing: Writing = Writing()
@@ -209,7 +210,11 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         print(f"trained {report.steps:,} steps, {report.tokens:,} tokens in {spent}: {speed}")
         said = [*_printed(recipe.evaluate(model.eval(), data, report, args))]
         if data.tokenizer is not None:
-            named = {"tokenizer": data.tokenizer, "target_tokenizer": data.target_tokenizer, "writing": data.writing}
+            named: Any = {
+                "tokenizer": data.tokenizer,
+                "target_tokenizer": data.target_tokenizer,
+                "writing": data.writing,
+            }
             save_pretrained(model, output, card=_card(recipe, data, report, said), **named)
     use = f"; use it: tileformer generate --checkpoint {output} {recipe.example}" if recipe.example else ""
     print(f"checkpoint {report.checkpoint}{use}")
