@@ -199,9 +199,10 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         where = f"{device.type} {resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads"
         budget = f"budget {settings.tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}"
         print(f"model {size:.2f}M parameters, {where}; {budget}", flush=True)
-        (output / CONFIG).unlink(missing_ok=True)  # what a run before this one ended in
-        for name, content in ({} if args.resume else data.files).items():  # a run keeps its own, `fit` refuses another
-            content.save(output / name)
+        if not args.resume:  # which `fit` may refuse, and nothing is lost
+            (output / CONFIG).unlink(missing_ok=True)  # what a run before this one ended in
+            for name, content in data.files.items():
+                content.save(output / name)
         meta = {"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed, "asked": asked}
         how: Any = {"folder": output, "resume": args.resume, "overwrite": args.overwrite, "meta": meta}
         report = fit(model, data.train, settings, loss, valid=data.valid, **how)
