@@ -14,6 +14,8 @@ from tileformer.decoder.nn.convert import convert, revert
 from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.nn.modules import CrossEntropyLoss, LayerNorm, LogSoftmax, RMSNorm, Softmax
 from tileformer.decoder.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from tileformer.decoder.pretrained import load, save_pretrained
+from tileformer.decoder.tokenizer import Tokenizer
 
 __all__ = [
     "Classifier",
@@ -33,6 +35,7 @@ __all__ = [
     "Seq2SeqConfig",
     "Softmax",
     "Tagger",
+    "Tokenizer",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
@@ -43,8 +46,10 @@ __all__ = [
     "generate",
     "generate_speculatively",
     "incremental",
+    "load",
     "load_matching",
     "revert",
+    "save_pretrained",
     "stream",
     "to_ctranslate2",
 ]

@@ -1,10 +1,14 @@
 """Classifier and Tagger: a head on the states of a DecoderLM, or of a Seq2Seq's encoder."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from tileformer.decoder.model import DecoderLM, Seq2Seq
+from tileformer.decoder.model import DecoderLM, DecoderLMConfig, ModelConfig, Seq2Seq, Seq2SeqConfig
 from tileformer.decoder.nn.modules import Dropout
+from tileformer.decoder.pretrained import KINDS, Saved
 
 POOLS = ("mean", "last", "first")
 
@@ -47,13 +51,15 @@ class Head(nn.Module):
         return self.linear(self.dropout(x))
 
 
-class Classifier(nn.Module):
+class Classifier(Saved, nn.Module):
     """Tokens in, logits of one class a row out.
 
     ``backbone`` is trained with it unless frozen; ``head`` is all that is new. The states of a row are pooled over its
     tokens, never over padding: their mean, the last, or the first (which sees the rest only in a Seq2Seq's encoder).
     Raises ValueError for an unknown pool or no classes.
     """
+
+    configs = (DecoderLMConfig, Seq2SeqConfig, ModelConfig)
 
     def __init__(
         self,
@@ -68,12 +74,23 @@ class Classifier(nn.Module):
         if pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         self.backbone = backbone
+        self.config = backbone.config
+        self.classes: list[str] = []
         self.pool = pool
         self.head = Head(backbone, num_classes, mix, dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, num_classes) of ``tokens`` (B, T) int64, padded with the backbone's ``pad_id`` behind each row."""
         return self.head(self.features(tokens))
+
+    def described(self) -> dict[str, Any]:
+        head = {"num_classes": self.head.linear.out_features, "pool": self.pool, "mix": self.head.mix is not None}
+        return self.backbone.described() | {"backbone": type(self.backbone).__name__} | head
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any]) -> "Classifier":
+        backbone = KINDS[config["backbone"]].blank(config)
+        return cls(backbone, config["num_classes"], pool=config["pool"], mix=config["mix"])
 
     def features(self, tokens: Tensor) -> Tensor:
         """The pooled states (B, C); 0 for a row that is all padding."""

@@ -14,6 +14,7 @@ from tileformer.decoder.nn.attention import MultiheadAttention
 from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEncoderLayer
 from tileformer.decoder.nn.modules import Dropout, LayerNorm
 from tileformer.decoder.nn.transformer import TransformerDecoder, TransformerEncoder
+from tileformer.decoder.pretrained import Saved
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ KNOWN = frozenset(
 )
 
 
-class Model(Decoding, nn.Module):
+class Model(Decoding, Saved, nn.Module):
     """What both models share: their ids and sizes, and how tokens enter.
 
     Tokens and positions start at a standard deviation of d_model**-0.5 and enter the model scaled by sqrt(d_model)
@@ -188,6 +189,8 @@ class DecoderLM(Model):
         >>> model(torch.tensor([[1, 3, 4]])).shape
         torch.Size([1, 3, 20])
     """
+
+    configs = (DecoderLMConfig, ModelConfig)
 
     def __init__(self, config: DecoderLMConfig) -> None:
         super().__init__(config)
@@ -305,6 +308,7 @@ class Seq2Seq(Model):
         torch.Size([1, 2, 30])
     """
 
+    configs = (Seq2SeqConfig, ModelConfig)
     conditioned = True
 
     def __init__(self, config: Seq2SeqConfig | ModelConfig) -> None:

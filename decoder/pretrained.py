@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 import tileformer
 from tileformer.decoder.adapters import add_bottlenecks
-from tileformer.decoder.generation import Options
-from tileformer.decoder.heads import Classifier
-from tileformer.decoder.model import DecoderLM, DecoderLMConfig, ModelConfig, Seq2Seq, Seq2SeqConfig
+from tileformer.decoder.generation.options import Options
 from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.extras import optional_import
 from tileformer.files import PathLike, quote, read_json, shorten, to_json, write
@@ -39,11 +37,7 @@ TOKENIZER, TARGET, RULES, TEMPLATE = (
 INDEX, CARD = "model.safetensors.index.json", "README.md"
 OURS = "tileformer"  # model_type of a form that transformers does not know
 SHARD = 5 * 10**9  # bytes of a weight file
-# The kinds of models, and the dataclasses that may say what one is made of.
-KINDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "Seq2Seq": (Seq2Seq, (Seq2SeqConfig, ModelConfig)),
-    "DecoderLM": (DecoderLM, (DecoderLMConfig, ModelConfig)),
-}
+KINDS: dict[str, type[Saved]] = {}  # the models that a folder may hold, by the name of their class
 OPTIONS = (  # of `Options`, what a generation_config.json may say
     "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams", "length_penalty", "repetition_penalty",
     "no_repeat_ngram_size", "min_new_tokens",
@@ -63,11 +57,49 @@ class Writing(NamedTuple):
     expected: str = ""
 
 
-def model_of(config: Any) -> nn.Module:
-    """The model, all weights at random, that one of our configurations describes."""
-    for model, kinds in KINDS.values():
-        if type(config) in kinds and (type(config) is not ModelConfig or model.conditioned == bool(config.src_vocab)):
-            return model(config)
+class Saved:
+    """What a model needs to be saved as a folder: ``config``, one of the dataclasses ``configs``."""
+
+    configs: tuple[Any, ...] = ()
+    config: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith("tileformer.decoder") and "configs" in cls.__dict__:
+            KINDS[cls.__name__] = cls
+
+    def save_pretrained(self, folder: PathLike, **options: Any) -> Path:
+        """See `save_pretrained`."""
+        model: Any = self
+        return save_pretrained(model, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: PathLike, **options: Any) -> Any:
+        """The model that `load` gives, without its tokenizer. TypeError where the folder holds another kind."""
+        model, _ = load(folder, **options)
+        if not isinstance(model, cls):
+            raise TypeError(f"{folder}: a {type(model).__name__}, expected a {cls.__name__}")
+        return model
+
+    def described(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        adapters = {"adapters": self.adapters} if hasattr(self, "adapters") else {}
+        return asdict(self.config) | adapters
+
+    @classmethod
+    def blank(cls, config: Mapping[str, Any]) -> Any:
+        """The model that ``config`` describes. ValueError, TypeError or KeyError where it does not."""
+        model: Any = cls(_config(config, cls.configs))  # type: ignore[call-arg]
+        if config.get("adapters"):
+            add_bottlenecks(model, config["adapters"])
+        return model
+
+
+def model_of(config: Any) -> Any:
+    """The model that writes, all weights at random, which one of our configurations describes."""
+    for kind in KINDS.values():
+        if type(config) in kind.configs and getattr(kind, "conditioned", None) == bool(getattr(config, "src_vocab", 0)):
+            return kind(config)  # type: ignore[call-arg]
     raise TypeError(f"no model is made of a {type(config).__name__}; there is: {', '.join(KINDS)}")
 
 
@@ -94,14 +126,21 @@ def save_pretrained(
         >>> save_pretrained(model, "runs/small")  # doctest: +SKIP
         >>> model, tokenizer = load("runs/small")  # doctest: +SKIP
     """
-    folder, config, named = Path(folder), *_described(model, list(classes))
+    kind, folder = type(model).__name__, Path(folder)
+    if not isinstance(model, Saved) or KINDS.get(kind) is not type(model):
+        raise TypeError(f"a folder holds one of {', '.join(KINDS)}, got a {kind}")
+    names = dict(enumerate(classes))
+    config = {"architectures": [kind], "model_type": OURS, "tileformer_version": tileformer.__version__}
+    config |= model.described() | ({"id2label": names} if names else {})
+    if names and len(names) != config.get("num_classes"):
+        raise ValueError(f"a {kind} of {config.get('num_classes', 'no')} classes got {len(names)} names")
     for made, size in zip((tokenizer, target_tokenizer), _sizes(model), strict=False):
         if made is not None and made.size > size:
             raise ValueError(f"a tokenizer of {made.size:,} ids does not fit a model of {size:,}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    _write_weights(folder, dict(named), shard)
+    _write_weights(folder, dict(_own(model)), shard)
     for name, made in ((TOKENIZER, tokenizer), (TARGET, target_tokenizer)):
         if made is not None:
             made.save(folder / name)
@@ -112,7 +151,6 @@ def save_pretrained(
         write(folder / RULES, to_json(_rules(tokenizer, writing or Writing()), indent=1, ensure_ascii=False) + "\n")
         if tokenizer.chat_template:
             write(folder / TEMPLATE, tokenizer.chat_template)
-    kind = config["architectures"][0]
     write(folder / CARD, f"---\nlibrary_name: tileformer\ntags: [{kind}]\n---\n\n{card.strip() or f'# A {kind}'}\n")
     write(folder / CONFIG, to_json(config | {"dtype": dtype}, indent=1) + "\n")
     return folder
@@ -190,25 +228,6 @@ def is_folder(path: PathLike) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def _described(model: Any, classes: list[str]) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    """What config.json says of a model, and its tensors by the names that the file gives them."""
-    if isinstance(model, Classifier):
-        backbone, named = _described(model.backbone, [])
-        if backbone["model_type"] != OURS:
-            raise TypeError("a Classifier of a pretrained form is not written")
-        head = {"num_classes": model.head.linear.out_features, "pool": model.pool, "mix": model.head.mix is not None}
-        if classes and len(classes) != head["num_classes"]:
-            raise ValueError(f"a Classifier of {head['num_classes']} classes got {len(classes)} names")
-        ours = {"architectures": ["Classifier"], "backbone": backbone["architectures"][0]}
-        return backbone | ours | head | {"id2label": dict(enumerate(classes))}, _own(model)
-    kind = type(model).__name__
-    if kind not in KINDS or type(model) is not KINDS[kind][0]:
-        raise TypeError(f"a folder holds one of {', '.join(KINDS)} or a Classifier of one, got a {kind}")
-    head = {"architectures": [kind], "model_type": OURS, "tileformer_version": tileformer.__version__}
-    adapters = {"adapters": model.adapters} if hasattr(model, "adapters") else {}
-    return head | asdict(model.config) | adapters, _own(model)
-
-
 def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model, each once: a tied one by its first name."""
     seen: set[int] = set()
@@ -220,7 +239,7 @@ def _own(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _sizes(model: Any) -> tuple[int, ...]:
     """The vocabularies that a model reads first and then, if they are two, writes."""
-    config = model.backbone.config.general() if isinstance(model, Classifier) else model.config.general()
+    config = model.config.general()
     return (config.src_vocab, config.vocab) if config.src_vocab else (config.vocab,)
 
 
@@ -284,52 +303,40 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
-
-
-def _blank(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, Iterator[tuple[str, Tensor]]]:
+def _blank(folder: Path, config: dict[str, Any]) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
     """The model of a configuration on the meta device, and its tensors by our names, read one by one."""
     where = folder / CONFIG
     get, names = _weights(folder)
     if config["model_type"] != OURS:
         raise ValueError(f"{where}: no form of ours is a model_type {quote(config['model_type'])}")
     kind = (config.get("architectures") or [None])[0]
-    backbone = config.get("backbone") if kind == "Classifier" else kind
-    if backbone not in KINDS:
-        raise ValueError(
-            f"{where}: expected architectures of {', '.join(KINDS)} or Classifier, found {quote(backbone)}"
-        )
-    model, dataclasses = KINDS[backbone]
-    made = _config(where, config, dataclasses)
+    if kind not in KINDS:
+        raise ValueError(f"{where}: expected architectures of {', '.join(KINDS)}, found {quote(kind)}")
     with torch.device("meta"):
         try:
-            blank: Any = model(made)
-            if config.get("adapters"):
-                add_bottlenecks(blank, config["adapters"])
-            if kind == "Classifier":
-                blank = Classifier(blank, config["num_classes"], pool=config["pool"], mix=config["mix"])
-                blank.classes = [str(config["id2label"][str(i)]) for i in range(len(config.get("id2label") or {}))]
+            blank = KINDS[kind].blank(config)
+            labels = config.get("id2label") or {}
+            blank.classes = [str(labels[str(i)]) for i in range(len(labels))]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where}: {shorten(error)}") from None
+            lacks = "it lacks " if isinstance(error, KeyError) else ""
+            raise ValueError(f"{where}: {lacks}{shorten(error)}") from None
     return blank, ((name, get(name)) for name in names)
 
 
-def _config(where: Path, config: Mapping[str, Any], kinds: tuple[Any, ...]) -> Any:
+def _config(config: Mapping[str, Any], kinds: tuple[Any, ...]) -> Any:
     """The dataclass of which ``config`` holds all that has no default. ValueError for a value of another type."""
     for kind in kinds:
         known = {field.name: field for field in fields(kind)}
         needed = {name for name, field in known.items() if field.default is field.default_factory}
-        if needed <= config.keys() and not {"src_vocab"} & (config.keys() - known.keys()):
-            try:
-                made = kind(**{name: value for name, value in config.items() if name in known})
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{where}: {shorten(error)}") from None
-            for name, value in vars(made).items():
-                usual = known[name].default
-                if isinstance(usual, int | float | str) and not isinstance(value, type(usual) | int | type(None)):
-                    raise ValueError(f"{where}: expected {name} as a {type(usual).__name__}, found {quote(value)}")
-            return made
-    raise ValueError(f"{where}: it lacks {min(needed - config.keys(), default='src_vocab')}")
+        if not needed <= config.keys():
+            continue
+        made = kind(**{name: value for name, value in config.items() if name in known})
+        for name, value in vars(made).items():
+            usual = known[name].default
+            if isinstance(usual, int | float | str) and not isinstance(value, type(usual) | int | type(None)):
+                raise ValueError(f"expected {name} as a {type(usual).__name__}, found {quote(value)}")
+        return made
+    raise KeyError(min(needed - config.keys()))
 
 
 def _weights(folder: Path) -> tuple[Callable[[str], Tensor], list[str]]:

@@ -150,9 +150,7 @@ WRITTEN = Writing(Options(temperature=0.8, top_p=0.95, seed=0), None, True, "{pr
 
 def text_config(args: argparse.Namespace, data: Data) -> Any:
     ids = {f"{name}_id": getattr(data.tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
-    return configured(
-        args, DecoderLMConfig, vocab=getattr(data.tokenizer, "size", 0), max_length=data.longest, **ids
-    )
+    return configured(args, DecoderLMConfig, vocab=getattr(data.tokenizer, "size", 0), max_length=data.longest, **ids)
 
 
 def evaluate_text(model: Any, data: Data, report: Any, args: argparse.Namespace) -> Iterator[str]:
