@@ -79,7 +79,7 @@ def test_training_on_pairs_of_ones_own(monkeypatch, tmp_path, capsys):
     Path("pairs.tsv").write_text(
         "".join(f"{word}\t{word[::-1].upper()}\n" for word in ("abc", "bca", "acb", "cab") * 16)
     )
-    code = blocks(README, "python")[2]
+    code = blocks((ROOT / "docs" / "training.md").read_text(), "python")[0]
     assert len([line for line in code.splitlines() if line]) <= 12 and "tokens=400_000" in code
     with torch.random.fork_rng():
         exec(code.replace("400_000", "8_000"), {})
@@ -94,7 +94,7 @@ def test_links_lead_to_files():
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith(f"{REPOSITORY}/blob/main/"):
-                file = ROOT / target.removeprefix(f"{REPOSITORY}/blob/main/")
+                file = ROOT / target.removeprefix(f"{REPOSITORY}/blob/main/").partition("#")[0]
             elif target.startswith(("https://", "#")):
                 continue
             else:

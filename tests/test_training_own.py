@@ -274,3 +274,22 @@ def test_a_frame_of_another_vocabulary_ignores_no_real_label():
 
     assert own.frame_of(Model()) == Frame(2, 1, 2, -100)
     assert own.frame_of(Model(), add_bos=False).bos is None and Frame().ignored == PAD
+
+
+def test_a_budget_in_minutes_becomes_tokens(run, place, monkeypatch):
+    from tileformer.training.recipes import recipe
+
+    monkeypatch.setattr(recipe, "REHEARSED", 300)
+    words = ["train", "pairs", "--data", "pairs.tsv", "--output", "runs/minutes", "--core-minutes", "0.01", *SMALL]
+    run(*words)
+    (step,) = (place / "runs/minutes").glob("step-*")
+    tokens = json.loads((step / "state.json").read_text())["settings"]["tokens"]
+    assert tokens > 300
+    run(*words, "--resume")
+    assert json.loads((step / "state.json").read_text())["settings"]["tokens"] == tokens
+    first = ["train", "pairs", "--data", "pairs.tsv", "--output", "runs/tokens", "--tokens", tokens, *SMALL]
+    run(*first)  # and learns what a run of so many tokens does
+    assert all(
+        torch.equal(x, load(place / "runs/tokens")[0].state_dict()[name])
+        for name, x in load(place / "runs/minutes")[0].state_dict().items()
+    )

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
@@ -25,6 +26,9 @@ from tileformer.training import checkpoint, overrides, process
 from tileformer.training.data.text import Labelled
 from tileformer.training.loop import AnyBatches, LossFunction, Report, fit, resolve_precision
 from tileformer.training.settings import Settings
+
+
+REHEARSED = 20_000  # tokens, by which the speed of a run is told
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="remove the run in the output folder first")
     add("--tokens", type=arguments.TOKENS, metavar="N", help="token budget instead of the recipe's own")
+    about = "budget in minutes of CPU time instead, from the speed of the first steps"
+    add("--core-minutes", type=arguments.number(100_000), metavar="M", help=about)
     about = "tables [model], [settings], [loss] and [data] of what to do otherwise"
     add("--config", type=arguments.input_file, metavar="FILE", help=about)
     about = "one key of them, such as model.d_model=256 or settings.lr=0.002; any number of times"
@@ -157,6 +163,22 @@ def _built(recipe: Recipe, data: Data, args: argparse.Namespace, device: torch.d
     return config, recipe.model(config).to(device), settings
 
 
+def _affordable(args: argparse.Namespace, data: Data, model: nn.Module, settings: Settings, loss: LossFunction) -> int:
+    """How many tokens ``args.core_minutes`` pay for: those of the run that is resumed, or by the speed of a rehearsal
+    on a copy, from whose state nothing is kept."""
+    if args.resume:
+        return int(checkpoint.read_training_state(checkpoint.latest(args.output)).settings["tokens"])
+    position, spent = data.train.state_dict(), 0.0
+    with torch.random.fork_rng():
+        rehearsal = copy.deepcopy(model)
+        short = replace(settings, schedule="constant", warmup=0.0, valid_every="save", patience=0, keep_best=False)
+        for tokens in (1, REHEARSED):  # the first steps pay for what is made once
+            report = fit(rehearsal, data.train, replace(short, tokens=tokens, log_every=10**9), loss)
+            spent = report.core_seconds
+    data.train.load_state_dict(position)
+    return max(1, round(report.tokens * 60 * args.core_minutes / max(spent, 1e-6)))
+
+
 def trial(recipe: Recipe, args: argparse.Namespace, parameters: Mapping[str, Any]) -> float:
     """The validation loss that a recipe comes to with other ``parameters``, by their SECTION.KEY; nothing is kept."""
     args = argparse.Namespace(**vars(args))
@@ -195,6 +217,8 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
         for fact in data.facts:
             print(fact)
         config, model, settings = _built(recipe, data, args, device)
+        if args.core_minutes:
+            settings = replace(settings, tokens=_affordable(args, data, model, settings, loss))
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         where = f"{device.type} {resolve_precision(settings.precision, device)}, {torch.get_num_threads()} threads"
         budget = f"budget {settings.tokens:,} tokens, {args.scale.batch:,} a batch, seed {args.seed}"
