@@ -15,6 +15,7 @@ from tileformer.decoder.nn.layer import TransformerDecoderLayer, TransformerEnco
 from tileformer.decoder.nn.modules import CrossEntropyLoss, LayerNorm, LogSoftmax, RMSNorm, Softmax
 from tileformer.decoder.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
 from tileformer.decoder.pretrained import load, save_pretrained
+from tileformer.decoder.recurrent import RecurrentConfig, RecurrentLM, RecurrentSeq2Seq
 from tileformer.decoder.tokenizer import Tokenizer
 
 __all__ = [
@@ -31,6 +32,9 @@ __all__ = [
     "MultiheadAttention",
     "Options",
     "RMSNorm",
+    "RecurrentConfig",
+    "RecurrentLM",
+    "RecurrentSeq2Seq",
     "Seq2Seq",
     "Seq2SeqConfig",
     "Softmax",

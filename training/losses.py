@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tileformer.decoder.model import Model
+from tileformer.decoder.recurrent import Recurrent
 from tileformer.kernels import cross_entropy, linear_cross_entropy
 
 FUSED_ON = ("cuda",)  # devices
@@ -18,7 +19,7 @@ def _next_token_loss(model: nn.Module, batch: Any, label_smoothing: float, *inpu
     """Mean over the labels that are not ignored. A model that is wrapped is called as it is, for its logits."""
     labels = batch.labels
     options: Any = dict(ignore_index=getattr(batch, "ignored", 0), label_smoothing=label_smoothing)
-    if isinstance(model, Model) and labels.device.type in FUSED_ON:
+    if isinstance(model, Model | Recurrent) and labels.device.type in FUSED_ON:
         return linear_cross_entropy(
             model.hidden(*inputs, **named).flatten(0, 1), model.head, labels.flatten(), **options
         )

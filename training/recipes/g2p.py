@@ -187,7 +187,7 @@ def check_symbols(path: Path, meta: Mapping[str, Any], config: Seq2SeqConfig) ->
     """CheckpointError for a model of other letters or phones."""
     if (meta.get("letters"), meta.get("phones")) != (LETTERS, PHONE_NAMES):
         raise checkpoint.CheckpointError(f"{path}: expected a model of this version's letters and phones")
-    checkpoint.check_vocabulary(path, (config.src_vocab, config.tgt_vocab), SIZES)
+    checkpoint.check_vocabulary(path, (config.general().src_vocab, config.general().vocab), SIZES)
 
 
 def read(args: argparse.Namespace) -> Data:

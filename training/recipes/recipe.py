@@ -18,7 +18,8 @@ from torch import nn
 
 from tileformer import arguments
 from tileformer.decoder.command import Decoding
-from tileformer.decoder.pretrained import CONFIG, Writing, save_pretrained
+from tileformer.decoder.pretrained import CONFIG, Writing, model_of, save_pretrained
+from tileformer.decoder.recurrent import CELLS, RecurrentConfig
 from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.files import quote
 from tileformer.kernels.info import require_device
@@ -27,7 +28,8 @@ from tileformer.training.data.text import Labelled
 from tileformer.training.loop import AnyBatches, LossFunction, Report, fit, resolve_precision
 from tileformer.training.settings import Settings
 
-
+DECODERS = ("transformer", *(f"{cell}{way}" for cell in CELLS for way in ("", "+attention")))
+DECIDED = ("vocab", "src_vocab", "tgt_vocab", "cell", "attention")  # by the data, or by the name of the decoder
 REHEARSED = 20_000  # tokens, by which the speed of a run is told
 
 
@@ -122,14 +124,28 @@ def add_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
 
 
 def configured(args: argparse.Namespace, kind: type[Any], **sizes: Any) -> Any:
-    """The configuration of this ``kind`` with the sizes that the data give and what the user asks for.
+    """The configuration of this ``kind`` with the sizes that the data give and what the user asks for; a
+    `RecurrentConfig` where that is another decoder.
 
     Raises ValueError for a key that the configuration does not have, or that the data decide.
     """
-    given = dict(args.scale.model)
-    decided = {name: sizes.pop(name) for name in ("vocab", "src_vocab", "tgt_vocab") if name in sizes}
+    asked = dict(args.asked)
+    decoder = asked.pop("decoder", "transformer")
+    if decoder not in DECODERS:
+        raise ValueError(f"model.decoder must be one of {', '.join(DECODERS)}, got {quote(decoder)}")
+    usual = {name: value for name, value in args.scale.model.items() if name not in args.asked}
+    if decoder != "transformer":
+        kind, usual = RecurrentConfig, {name: usual[name] for name in ("dropout",) if name in usual}
+        sizes["vocab"] = sizes.pop("tgt_vocab", None) or sizes["vocab"]
+        cell, _, attends = decoder.partition("+")
+        sizes |= {"cell": cell, "attention": bool(attends)}
+        if sizes.get("src_vocab"):
+            sizes["num_encoder_layers"] = asked.get("num_encoder_layers", 2)
+        elif attends:
+            raise ValueError(f"model.decoder={decoder}: attention is over a source, and {args.recipe} has none")
+    decided = {name: sizes.pop(name) for name in DECIDED if name in sizes}
     known = {x.name: None if x.default is MISSING else x.default for x in fields(kind) if x.name not in decided}
-    return kind(**decided, **sizes | overrides.check("model", given, known))
+    return kind(**decided, **usual | sizes | overrides.check("model", asked, known))
 
 
 def _changed(
@@ -149,6 +165,7 @@ def _changed(
     losses = overrides.check("loss", tables["loss"], {"label_smoothing": 0.0, **keywords})
     if settings.tokens != scale.settings.tokens:
         args.tokens = args.tokens or settings.tokens
+    args.asked = tables["model"]
     args.scale = Scale(settings, given.get("batch", scale.batch), {**scale.model, **tables["model"]})
     asked = {name: table for name, table in (("data", given), ("loss", losses)) if table}
     return partial(recipe.loss, **losses) if losses else recipe.loss, asked
@@ -160,7 +177,8 @@ def _built(recipe: Recipe, data: Data, args: argparse.Namespace, device: torch.d
     config = recipe.config(args, data)
     tokens = args.tokens or data.tokens or args.scale.settings.tokens
     settings = replace(args.scale.settings, tokens=tokens, precision=args.precision)
-    return config, recipe.model(config).to(device), settings
+    make = model_of if isinstance(config, RecurrentConfig) else recipe.model
+    return config, make(config).to(device), settings
 
 
 def _affordable(args: argparse.Namespace, data: Data, model: nn.Module, settings: Settings, loss: LossFunction) -> int:
@@ -228,6 +246,8 @@ def run(recipe: Recipe, args: argparse.Namespace | Sequence[str] = ()) -> Report
             for name, content in data.files.items():
                 content.save(output / name)
         meta = {"recipe": recipe.name, "model": asdict(config), **data.meta, "seed": args.seed, "asked": asked}
+        if isinstance(config, RecurrentConfig):
+            meta["decoder"] = config.cell
         how: Any = {"folder": output, "resume": args.resume, "overwrite": args.overwrite, "meta": meta}
         report = fit(model, data.train, settings, loss, valid=data.valid, **how)
         spent = f"{report.core_seconds:.1f} core-seconds ({report.wall_seconds:.1f} s)"
@@ -269,5 +289,6 @@ def load(recipe: Recipe, path: Path, device: torch.device) -> tuple[Any, Any]:
         raise checkpoint.CheckpointError(f"{path}: expected a model of the {recipe.name} recipe, found {found}")
     if "method" in meta:
         raise checkpoint.CheckpointError(f"{path}: expected the pretrained language model, found a classifier of it")
-    model: Any = checkpoint.build(path, recipe.config_type, recipe.model)
+    kind, make = (RecurrentConfig, model_of) if "decoder" in meta else (recipe.config_type, recipe.model)
+    model: Any = checkpoint.build(path, kind, make)
     return model.to(device).eval(), recipe.vocabulary(path, meta, model.config)
