@@ -152,7 +152,8 @@ class BothWays(nn.Module):
         lengths = real.sum(1, keepdim=True)
         places = torch.arange(x.shape[1], device=x.device)
         reverse = torch.where(real, lengths - 1 - places, places)[..., None]  # its own inverse
-        for i, (there, back) in enumerate(zip(self.forwards, self.backwards, strict=True)):
+        pairs: Any = zip(self.forwards, self.backwards, strict=True)
+        for i, (there, back) in enumerate(pairs):
             x = x if i == 0 else self.dropout(x)
             ahead = there(x, there.begin(x))[0]
             turned = back(x.gather(1, reverse.expand_as(x)), back.begin(x))[0]
@@ -196,8 +197,9 @@ class RecurrentState:
 class Recurrent(Saved, nn.Module):
     """What both models share: an embedding, which is the output projection too, a recurrence, and decoding."""
 
-    configs = ()
     conditioned = False
+    hidden: Any
+    encoder: Any
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__()
