@@ -95,7 +95,7 @@ class PackedStep:
         packed = dict(zip(layers, self._gather(layers), strict=True))
         self.layers = [packed[layer] for layer in parts.layers]
         self.uniform = len({layer.norm_first for layer in self.layers}) == 1
-        self.norm = None if parts.norm is None else _norm(parts.norm)
+        self.norm = None if parts.norm is None else norm_of(parts.norm)
         self.embed, self.project = parts.embed, parts.project
         if self.embed is None:
             self.embed = self._embed
@@ -106,14 +106,14 @@ class PackedStep:
         self.like = layers[0].linear1.weight.detach()  # of the step's dtype, on its device
         first = layers[0].self_attn
         self.shape = (len(self.layers), first.num_heads, first.head_dim)
-        self.versions = _versions(parts)
+        self.versions = versions(parts)
 
     def is_current(self, parts: Parts) -> bool:
         """Whether the model still has the weights that were gathered.
 
         A parameter tells by its version what was written to it, but for what was written to its ``.data``: copies are
         compared by one row as well."""
-        if self.versions != _versions(parts):
+        if self.versions != versions(parts):
             return False
         if parts.embed is None:
             position = parts.position.weight.detach()[0].to(self.positions.dtype) * self.scale
@@ -199,8 +199,7 @@ class PackedStep:
     ) -> tuple[Tensor, StaticCache]:
         """`Decodable.start` for aligned prompts of ``lengths`` (B,), and what `source` made of a source."""
         host = choose("decode_attention", self.like) == "torch" and self.like.device.type == "cpu"
-        kind = StaticCache if host and self.cache_dtype is None else DeviceCache
-        state = kind(self.shape, len(tokens), capacity, self.like, keys, padding, self.cache_dtype)
+        state = self.cache(len(tokens), capacity, host, keys, padding)
         state.step = self
         logits = self(tokens, state, last=lengths - 1)
         if shortest < tokens.shape[1]:
@@ -209,6 +208,11 @@ class PackedStep:
             state.branch(beams, capacity - shortest)  # a short prompt has more room behind it
             logits = logits.repeat_interleave(beams, 0)
         return logits, state
+
+    def cache(self, rows: int, capacity: int, host: bool, keys: Any = None, padding: Any = None) -> StaticCache:
+        """An empty state of so many rows, read and written on the host or by kernels."""
+        kind = StaticCache if host and self.cache_dtype is None else DeviceCache
+        return kind(self.shape, rows, capacity, self.like, keys, padding, self.cache_dtype)
 
     @torch.no_grad()
     def encode(self, source: Tensor, padding: Tensor) -> Tensor:
@@ -263,13 +267,13 @@ def _row(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()[None]
 
 
-def _norm(norm: Any) -> Norm:
+def norm_of(norm: Any) -> Norm:
     return Norm(tuple(norm.normalized_shape), _detached(norm.weight), _detached(norm.bias), norm.eps)
 
 
 def _norms(layer: Any) -> tuple[Norm, ...]:
     norms = (getattr(layer, name, None) for name in ("norm1", "norm2", "norm3"))
-    return tuple(_norm(norm) for norm in norms if norm is not None)
+    return tuple(norm_of(norm) for norm in norms if norm is not None)
 
 
 def _affine(linear: Any) -> tuple[Tensor, Tensor | None]:
@@ -289,7 +293,7 @@ def _parameters(parts: Parts) -> Iterator[Tensor]:
         yield from (parameter for parameter in module._parameters.values() if parameter is not None)
 
 
-def _versions(parts: Parts) -> list[tuple[int, int, int]]:
+def versions(parts: Parts) -> list[tuple[int, int, int]]:
     # What was made in inference mode counts no versions; it cannot be trained.
     return [(id(x), 0 if x.is_inference() else x._version, x.data_ptr()) for x in _parameters(parts)]
 
@@ -336,7 +340,7 @@ def packed_step(model: Any, parts: Parts, name: str = "decoder") -> PackedStep:
         steps.pop(name, None)  # two steps' copies are never held at once
         share = model.step_memory if name == "decoder" else 0.0  # an encoder runs once
         total = sum(p.numel() * p.element_size() for p in model.parameters())
-        steps[name] = PackedStep(parts, int(share * total))
+        steps[name] = model.packed(parts, int(share * total))
     steps[name].captures, steps[name].cache_dtype = model.step_captures, model.cache_dtype
     return steps[name]
 
@@ -347,6 +351,10 @@ class Decoding:
     A model says what it reads at every step beside its tokens (``inputs_of`` a source), gives the logits of tokens
     (``read``, as its forward), and names its ``parts`` and the modules that a `PackedStep` may stand for.
     """
+
+    def packed(self, parts: Parts, memory: int) -> PackedStep:
+        """The step over some parts, gathered."""
+        return PackedStep(parts, memory)
 
     step_memory = 0.3  # bytes of a step's copies at the most, as a share of the weights'
     step_captures = True  # on a GPU: as a CUDA graph, from a state's second step on
@@ -447,7 +455,7 @@ class Decoding:
 
     def why_modules(self) -> str | None:
         for cls in type(self).__mro__:
-            if cls.__module__ == "tileformer.decoder.model":
+            if cls.__module__.startswith("tileformer.decoder."):
                 break
             if own := _READERS & vars(cls).keys():
                 return f"{cls.__qualname__} has a {min(own)} of its own"
