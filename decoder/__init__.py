@@ -1,5 +1,7 @@
 """Modules with torch.nn's constructors and state_dict keys on our kernels, and models built from them."""
 
+from tileformer.decoder import name_maps  # noqa: F401 (what folders of others are called)
+from tileformer.decoder.causal import CausalConfig, CausalLM
 from tileformer.decoder.export import to_ctranslate2
 from tileformer.decoder.generation import Options, generate, stream
 from tileformer.decoder.generation.cache import KVCache
@@ -19,6 +21,8 @@ from tileformer.decoder.recurrent import RecurrentConfig, RecurrentLM, Recurrent
 from tileformer.decoder.tokenizer import Tokenizer
 
 __all__ = [
+    "CausalConfig",
+    "CausalLM",
     "Classifier",
     "CrossEntropyLoss",
     "DecoderLM",

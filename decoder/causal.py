@@ -174,7 +174,8 @@ class CausalBlock(nn.Module):
         self.linear1 = nn.Linear(C, width, bias=config.bias)
         self.linear2 = nn.Linear(config.dim_feedforward, C, bias=config.bias)
         self.norm1, self.norm2 = _norm(config), _norm(config)
-        self.norm3, self.norm4 = (_norm(config), _norm(config)) if config.sandwich else (None, None)
+        self.norm3 = _norm(config) if config.sandwich else None
+        self.norm4 = _norm(config) if config.sandwich else None
         self.dropout1, self.dropout2 = Dropout(config.dropout), Dropout(config.dropout)
         self.activation, self.gated = config.activation, config.gated
 
@@ -249,7 +250,8 @@ class CausalLM(Decoding, Saved, nn.Module):
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         if tokens.dtype != torch.int64 or tokens.dim() != 2:
             raise TypeError(f"tokens must be token ids (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
-        T, packed = tokens.shape[1], {}
+        T = tokens.shape[1]
+        packed: dict[str, Any] = {}
         if cu_seqlens is not None:
             if cache is not None or len(tokens) != 1:
                 raise ValueError(f"packed tokens are (1, total) and take no cache, got {tuple(tokens.shape)}")

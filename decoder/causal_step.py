@@ -1,4 +1,4 @@
-"""CausalStep: the packed step of pretrained decoders: grouped heads, rotation, RMS norms, gates, windows and soft caps."""
+"""CausalStep: the packed step of pretrained decoders: grouped heads, rotation, RMS norms, gates, windows, caps."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ class GroupedDeviceCache(DeviceCache):
         keys, values, scales = parts_of(self.kv[layer], self.head_dim)
         if n > SHORT and self.length:
             raise ValueError(f"{n} tokens are a prompt, and this cache has read {self.length}: start with them")
-        append_kv_cache(*kv.unbind(0), keys, values, self.filled, beams=self.beams, **scales)
+        append_kv_cache(kv[0], kv[1], keys, values, self.filled, beams=self.beams, **scales)
         window = form.windows[layer]
         options: dict[str, Any] = {"scale": form.scale, "softcap": form.softcap or 0.0}
         if window is not None:

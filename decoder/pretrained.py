@@ -37,6 +37,19 @@ TOKENIZER, TARGET, RULES, TEMPLATE = (
 INDEX, CARD = "model.safetensors.index.json", "README.md"
 OURS = "tileformer"  # model_type of a form that transformers does not know
 SHARD = 5 * 10**9  # bytes of a weight file
+
+
+class Form(NamedTuple):
+    """How a model stands in a folder of other libraries: `name_maps` has the functions."""
+
+    model: Any
+    config_from: Callable[[Mapping[str, Any]], Any]
+    config_to: Callable[[Any], dict[str, Any]]
+    weights_from: Callable[..., Iterator[tuple[str, Tensor]]]
+    weights_to: Callable[..., Iterator[tuple[str, Tensor]]]
+
+
+FORMS: dict[str, Form] = {}  # by the model_type of config.json
 KINDS: dict[str, type[Saved]] = {}  # the models that a folder may hold, by the name of their class
 OPTIONS = (  # of `Options`, what a generation_config.json may say
     "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams", "length_penalty", "repetition_penalty",
@@ -132,6 +145,14 @@ def save_pretrained(
     names = dict(enumerate(classes))
     config = {"architectures": [kind], "model_type": OURS, "tileformer_version": tileformer.__version__}
     config |= model.described() | ({"id2label": names} if names else {})
+    form = FORMS.get(str(config.get("family")))
+    if form is not None and "adapters" not in config:
+        try:
+            config = form.config_to(model.config)
+        except ValueError:  # a shape that no family has is written as ours
+            form = None
+    else:
+        form = None
     if names and len(names) != config.get("num_classes"):
         raise ValueError(f"a {kind} of {config.get('num_classes', 'no')} classes got {len(names)} names")
     for made, size in zip((tokenizer, target_tokenizer), _sizes(model), strict=False):
@@ -140,7 +161,8 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    _write_weights(folder, dict(_own(model)), shard)
+    own = dict(_own(model)) if form is None else dict(form.weights_to(model.config, model.state_dict()))
+    _write_weights(folder, own, shard)
     for name, made in ((TOKENIZER, tokenizer), (TARGET, target_tokenizer)):
         if made is not None:
             made.save(folder / name)
@@ -173,7 +195,7 @@ def load(
     folder = Path(folder)
     config = _read_config(folder)
     model, tensors = _blank(folder, config)
-    _assign(folder, model, tensors, dtype, torch.device(device))
+    assign(folder, model, tensors, dtype, torch.device(device))
     return model.eval(), load_tokenizer(folder)
 
 
@@ -307,8 +329,16 @@ def _blank(folder: Path, config: dict[str, Any]) -> tuple[Any, Iterator[tuple[st
     """The model of a configuration on the meta device, and its tensors by our names, read one by one."""
     where = folder / CONFIG
     get, names = _weights(folder)
+    if (form := FORMS.get(config["model_type"])) is not None:
+        try:
+            made = form.config_from(config)
+            with torch.device("meta"):
+                return form.model(made), form.weights_from(made, get, names)
+        except ValueError as error:
+            raise ValueError(f"{where}: {shorten(error)}") from None
     if config["model_type"] != OURS:
-        raise ValueError(f"{where}: no form of ours is a model_type {quote(config['model_type'])}")
+        known = ", ".join((OURS, *FORMS))
+        raise ValueError(f"{where}: model_type {quote(config['model_type'])} is none that we have: {known}")
     kind = (config.get("architectures") or [None])[0]
     if kind not in KINDS:
         raise ValueError(f"{where}: expected architectures of {', '.join(KINDS)}, found {quote(kind)}")
@@ -368,7 +398,7 @@ def _weights(folder: Path) -> tuple[Callable[[str], Tensor], list[str]]:
     return lambda name: opened[name].get_tensor(name), list(opened)
 
 
-def _assign(
+def assign(
     folder: Path,
     model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],

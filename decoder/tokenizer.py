@@ -43,6 +43,7 @@ class Tokenizer:
     eos_id: Any
     unk_id: Any
     chat_template: str | None = None
+    add_bos = False  # whether a text of its model begins with bos
     target: "Tokenizer"  # what reads the ids that the model writes; itself, unless they are another vocabulary's
 
     def __init__(self, kind: str, made: Any, **special: int | None) -> None:
