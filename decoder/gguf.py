@@ -106,9 +106,7 @@ def convert_gguf(path: PathLike, folder: PathLike, *, dtype: torch.dtype = torch
     """Write the model of a GGUF file as a folder that `load`, transformers and others read; gives the folder."""
     model, tokenizer = load_gguf(path, dtype=dtype)
     writing = Writing(add_bos=tokenizer.add_bos, line="{prompt}{text}")
-    card = (
-        f"# {Path(path).name}\n\nFrom a quantised file: fine to fine-tune, not for claims on the original."
-    )
+    card = f"# {Path(path).name}\n\nFrom a quantised file: fine to fine-tune, not for claims on the original."
     return save_pretrained(model, folder, tokenizer=tokenizer, writing=writing, card=card)
 
 
