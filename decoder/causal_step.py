@@ -184,10 +184,23 @@ def _split(qkv: Tensor, rows: int, heads_kv: int, groups: int, size: int) -> tup
     return x[:, : groups * heads_kv], x[:, groups * heads_kv :].unflatten(1, (2, heads_kv)).transpose(0, 1)
 
 
-class GroupedCache(StaticCache):
-    """A `StaticCache` whose heads of keys and values have groups of queries, with windows and a soft cap."""
+class Grouped(StaticCache):
+    """What both caches of grouped heads share."""
 
     form: Form
+
+    def branch(self, beams: int, steps: int) -> None:
+        """See `StaticCache.branch`. ValueError where a window is shorter than what beams come to: the slots that they
+        share are not in the order of their tokens."""
+        windows = [window for window in self.form.windows if window is not None]
+        if windows and self.length + steps > min(windows):
+            reached = f"a window of {min(windows)} tokens, got up to {self.length + steps}"
+            raise ValueError(f"beams stay inside of {reached}: use_cache=False, or no beams")
+        super().branch(beams, steps)
+
+
+class GroupedCache(Grouped):
+    """A `StaticCache` whose heads of keys and values have groups of queries, with windows and a soft cap."""
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         B, n, form = self.kv.shape[2], self.n, self.form
@@ -204,14 +217,12 @@ class GroupedCache(StaticCache):
                 options["window"] = (window - 1, 0)
             return attention(q, *kv.unbind(0), **options).transpose(1, 2).reshape(B * n, -1)
         sees = self.sees_now
-        if window is not None and self.slots > window:
+        if window is not None and self.length + n > window:
             sees = self._within(window, sees)
         return self._grouped(q, self.keys[layer], self.values[layer], sees)
 
     def _within(self, window: int, sees: Tensor | None) -> Tensor:
         """``sees`` without the keys before the window of each query."""
-        if self.beams > 1:
-            raise ValueError("beams of a model with a window do not go beyond it: decode greedily, or without beams")
         end = self.keys[0].shape[2]
         last = self.at[1] if self.at is not None else torch.arange(end - self.n, end, device=self.kv.device)[None]
         far = torch.arange(end, device=self.kv.device) <= last[:, None, :, None] - window
@@ -231,10 +242,8 @@ class GroupedCache(StaticCache):
         return out.view(B, H * G * D) if n == 1 else out.transpose(1, 2).reshape(B * n, H * G * D)
 
 
-class GroupedDeviceCache(DeviceCache):
+class GroupedDeviceCache(Grouped, DeviceCache):
     """A `DeviceCache` whose heads of keys and values have groups of queries, with windows and a soft cap."""
-
-    form: Form
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         R, n, form = len(self.row_lengths), self.n, self.form
@@ -245,9 +254,7 @@ class GroupedDeviceCache(DeviceCache):
         append_kv_cache(kv[0], kv[1], keys, values, self.filled, beams=self.beams, **scales)
         window = form.windows[layer]
         options: dict[str, Any] = {"scale": form.scale, "softcap": form.softcap or 0.0}
-        if window is not None:
-            if self.beams > 1 and self.capacity > window:
-                raise ValueError("beams of a model with a window do not go beyond it: decode without beams")
+        if window is not None and self.beams == 1:  # beams stay inside of it
             options["window"] = (window - 1, 0)
         if n > SHORT:
             out = attention(q, *kv.unbind(0), causal=True, **options)
