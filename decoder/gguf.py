@@ -133,7 +133,7 @@ def _config(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
         "model_type": "llama", "vocab_size": len(fields.get("tokenizer.ggml.tokens") or ()), "hidden_size": width,
         "intermediate_size": need("feed_forward_length"), "num_hidden_layers": need("block_count"),
         "num_attention_heads": heads, "num_key_value_heads": fields.get("llama.attention.head_count_kv") or heads,
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon", float), "hidden_act": "silu",
+        "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon', float):.7g}"), "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": float(theta)},
         "max_position_embeddings": need("context_length"), "tie_word_embeddings": False,
         **{f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id")

