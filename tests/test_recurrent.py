@@ -176,6 +176,13 @@ def test_steps_stay_where_a_graph_was_captured(monkeypatch):
     found = [generate(model, SRC, 9, options=how) for how in options]
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
     assert [places[0] for places in made] == [12, 4]  # beams stay where they are
+    (_, state), (_, plain) = (begin(torch.ones_like(SRC[:, :1]), capacity=9, source=SRC) for begin in (capturing, start))
+    for step in range(6):
+        if step == 3:
+            state.select(rows := torch.tensor([3, 2, 1, 0]))
+            plain.select(rows)
+        assert model.step(tokens := torch.tensor([3, 4, 5, 6]), state).equal(model.step(tokens, plain))
+    assert len(made) == 4  # and are captured anew where they have moved
 
 
 def test_what_a_graph_would_not_repeat_is_not_captured():
