@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.blocks import check_heads
-from tileformer.decoder.causal_step import CausalStep, Form
+from tileformer.decoder.causal_step import CausalStep
 from tileformer.decoder.generation.cache import AttentionCache, KVCache
+from tileformer.decoder.generation.static import Form
 from tileformer.decoder.generation.step import Decoding, Parts
 from tileformer.decoder.nn.modules import Dropout, LayerNorm, RMSNorm
 from tileformer.decoder.pretrained import Saved
@@ -152,13 +153,9 @@ class CausalAttention(nn.Module):
         options: dict[str, Any] = {"causal": True, **packed, **self.options}
         if cache is not None:
             k, v = cache.store(k, v)
-            options |= cache.reach(q.shape[2])
+            options |= cache.reach(q.shape[2], aligned=self.window is not None)
         if self.window is not None:
-            options |= {"window": (self.window - 1, 0)}
-            if cache is not None:  # a query stands where its row's keys end, also one alone
-                options |= {"causal": "bottom_right", "mask": None}
-                if cache.row_lengths is not None:
-                    options["key_lengths"] = (cache.row_lengths + q.shape[2]).clamp(max=cache.length)
+            options["window"] = (self.window - 1, 0)
         return self.out_proj(attention(q, k, v, **options).transpose(1, 2).flatten(2))
 
 
@@ -213,7 +210,6 @@ class CausalLM(Decoding, Saved, nn.Module):
     configs = (CausalConfig,)
     conditioned = False
     known_modules = KNOWN
-    pages = False  # keys and values in pages have no groups or windows of layers yet
 
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()
@@ -293,17 +289,12 @@ class CausalLM(Decoding, Saved, nn.Module):
         return Parts([*self.layers], self.norm, modules, self.embedding, self.position, self.config.embed_scale)
 
     def packed(self, parts: Parts, memory: int) -> CausalStep:
-        return CausalStep(parts, memory, self.form())
-
-    def form(self) -> Form:
-        """What the packed step has to know beside the parts."""
         config, positions = self.config, torch.arange(self.max_length, device=self.embedding.weight.device)
         turn = None if self.position is not None else tables(config, positions)
         groups = config.nhead // (config.nhead_kv or config.nhead)
-        return Form(
-            groups, config.scale, config.attention_softcap, tuple(config.windows()), turn, self._tables()[-1],
-            config.logit_softcap,
-        )  # fmt: skip
+        windows = config.windows() if config.window is not None else ()
+        form = Form(groups, config.scale, config.attention_softcap or 0.0, tuple(windows))
+        return CausalStep(parts, memory, form, turn, self._tables()[-1], config.logit_softcap)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is not None:
