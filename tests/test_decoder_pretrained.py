@@ -107,7 +107,7 @@ def test_how_a_model_writes_is_kept(tmp_path):
 
 
 def test_models_and_vocabularies_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(TypeError, match="a folder holds one of DecoderLM, Seq2Seq, .*Classifier, got a Linear"):
+    with pytest.raises(TypeError, match="a folder holds one of .*DecoderLM, Seq2Seq, .* got a Linear"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path / "x")
     large = Tokenizer.of_symbols([chr(0x4E00 + i) for i in range(90)], spaced=False)
     with pytest.raises(ValueError, match="a tokenizer of 93 ids does not fit a model of"):
@@ -138,7 +138,7 @@ def edit(name, **values):
         (lambda x: (x / "config.json").write_text("{"), "damaged or truncated; expected JSON"),
         (lambda x: (x / "config.json").write_text("[]"), "expected an object with a model_type"),
         (edit("config.json", model_type="bert"), "model_type 'bert'"),
-        (edit("config.json", architectures=["Bert"]), "expected architectures of DecoderLM, Seq2Seq"),
+        (edit("config.json", architectures=["Bert"]), "DecoderLM, Seq2Seq, "),
         (edit("config.json", d_model="16"), "/config.json: "),
         (edit("config.json", d_model=17), "a width of 17 cannot be split into 2 heads"),
         (edit("config.json", num_decoder_layers=3), ": the weights lack transformer.decoder.layers.2"),

@@ -185,7 +185,7 @@ def test_the_table_shows_mean_and_student_interval():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "no recipe given; to fine-tune there is: reviews"),
+        ([], "no recipe given; to fine-tune there is: pairs, text, reviews"),
         (["g2p"], "no recipe 'g2p'"),
         (["reviews", "--method", "magic"], "no method 'magic'; there is: scratch"),
         (["reviews", "--method", "full,lora"], "no method 'full,lora'"),
