@@ -18,6 +18,7 @@ from tileformer.decoder.causal_step import CausalStep
 from tileformer.decoder.generation.cache import AttentionCache, KVCache
 from tileformer.decoder.generation.static import Form
 from tileformer.decoder.generation.step import Decoding, Parts
+from tileformer.decoder.model import check_tokens, longest_document, packed_positions
 from tileformer.decoder.nn.modules import Dropout, LayerNorm, RMSNorm
 from tileformer.decoder.pretrained import Saved
 from tileformer.decoder.sublayers import Sublayers
@@ -85,6 +86,8 @@ class CausalConfig:
         for name, known in (("activation", ACTIVATIONS), ("norm", ("rms", "layer"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.rope_scaling is not None:
+            _check_scaling(self)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.window is not None and self.window < 1:
@@ -106,7 +109,7 @@ class CausalConfig:
 
     @property
     def scale(self) -> float:
-        return self.attention_scale or self.size**-0.5
+        return self.size**-0.5 if self.attention_scale is None else self.attention_scale
 
     def windows(self) -> list[int | None]:
         """The window of each layer."""
@@ -116,6 +119,17 @@ class CausalConfig:
         return self
 
     src_vocab = 0  # no field: it has no source
+
+
+def _check_scaling(config: CausalConfig) -> None:
+    """ValueError for a scaling without its numbers, before any position is asked for."""
+    said = config.rope_scaling
+    if config.rope_theta is None:
+        raise ValueError(f"rope_scaling {said} needs rope_theta: learned positions are not scaled")
+    try:
+        tables(config, torch.zeros(1, device="cpu"))
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError):
+        raise ValueError(f"rope_scaling {said}: expected a rope_type and its numbers, such as factor") from None
 
 
 def tables(config: CausalConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,29 +258,19 @@ class CausalLM(Decoding, Saved, nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        if tokens.dtype != torch.int64 or tokens.dim() != 2:
-            raise TypeError(f"tokens must be token ids (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
-        T = tokens.shape[1]
-        packed: dict[str, Any] = {}
+        check_tokens(tokens, "tokens")
+        T, packed = tokens.shape[1], {}
+        if cache is not None and len(cache.layers) != self.num_layers:
+            raise ValueError(f"the cache has {len(cache.layers)} layers, this model {self.num_layers}")
+        longest = longest_document(tokens, cu_seqlens, cache, self.max_length)
         if cu_seqlens is not None:
-            if cache is not None or len(tokens) != 1:
-                raise ValueError(f"packed tokens are (1, total) and take no cache, got {tuple(tokens.shape)}")
-            index = torch.arange(T, device=tokens.device, dtype=cu_seqlens.dtype)
-            positions = index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
-            longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" else min(T, self.max_length)
-            packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-            packed |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        elif cache is not None:
-            longest, start = cache.layers[0].self_attn.keys_after(*tokens.shape), cache.length
-            positions = torch.arange(start, start + T, device=tokens.device)
-            if cache.row_lengths is not None:
-                positions = cache.positions(T)
+            positions = packed_positions(T, cu_seqlens)
+            packed = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest)
+        elif cache is not None and cache.row_lengths is not None:
+            positions = cache.positions(T)
         else:
-            longest, positions = T, torch.arange(T, device=tokens.device)
-        if longest > self.max_length:
-            raise ValueError(
-                f"tokens reach {longest} in one document, this model was built for max_length {self.max_length}"
-            )
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + T, device=tokens.device)
         x = self.embedding(tokens) * self.config.embed_scale
         turn = None
         if self.position is not None:

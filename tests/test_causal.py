@@ -153,6 +153,8 @@ def test_documents_see_nothing_of_each_other_and_every_weight_learns(form):
     assert all(g is not None and g.isfinite().all() and g.any() for g in learned.values())
     truth = torch.nn.functional.cross_entropy(model(batch.source, cu_seqlens=batch.cu_seqlens)[0], batch.labels[0])
     assert loss.item() == pytest.approx(truth.item())
+    tokens = torch.full((1, 90), 5)  # what stands behind the last document has a position, too
+    assert model(tokens, cu_seqlens=torch.tensor([0, 3]))[:, :3].allclose(model(tokens[:, :3]), atol=1e-11)
     if model.config.pad_id is None:
         assert not learned["embedding.weight"][-1].any() and model(batch.source).shape[-1] == 40
 
@@ -185,6 +187,11 @@ def test_weights_that_change_are_gathered_again():
         (dict(pad_id=2), "pad_id 2 is also bos_id or eos_id"),
         (dict(dropout=1), r"dropout must be in \[0, 1\)"),
         (dict(num_layers=0), "num_layers must be at least 1"),
+        (dict(rope_scaling=dict(rope_type="yarn")), "yarn takes factor, .* got none"),
+        (dict(rope_scaling=dict(rope_type="su", factor=2.0)), "rope_type must be one of llama3, yarn, got 'su'"),
+        (dict(rope_scaling=dict(rope_type="linear")), "expected a rope_type and its numbers, such as factor"),
+        (dict(rope_scaling=[2.0]), "expected a rope_type and its numbers, such as factor"),
+        (dict(rope_scaling=LLAMA3, rope_theta=None), "needs rope_theta: learned positions are not scaled"),
     ],
 )
 def test_what_makes_no_model(options, message):
@@ -196,8 +203,12 @@ def test_tokens_that_do_not_fit():
     model = made("llama")
     with pytest.raises(ValueError, match="tokens reach 65 in one document, this model was built for max_length 64"):
         model(torch.ones(1, 65, dtype=torch.int64))
-    with pytest.raises(TypeError, match="tokens must be token ids"):
+    with pytest.raises(TypeError, match=r"tokens must hold token ids \(int64\), got torch.float32"):
         model(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"tokens must be \(B, T\), got \(2,\)"):
+        model(torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the cache has 2 layers, this model 3"):
+        model(torch.ones(1, 2, dtype=torch.int64), cache=KVCache(2, 8))
     with pytest.raises(ValueError, match="packed tokens are"):
         model(torch.ones(2, 2, dtype=torch.int64), cu_seqlens=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="a CausalLM has no source"):
