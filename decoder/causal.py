@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.blocks import check_heads
-from tileformer.decoder.causal_step import CausalStep, Form
+from tileformer.decoder.causal_step import CausalStep
 from tileformer.decoder.generation.cache import AttentionCache, KVCache
+from tileformer.decoder.generation.static import Form
 from tileformer.decoder.generation.step import Decoding, Parts
+from tileformer.decoder.model import check_tokens, longest_document, packed_positions
 from tileformer.decoder.nn.modules import Dropout, LayerNorm, RMSNorm
 from tileformer.decoder.pretrained import Saved
 from tileformer.decoder.sublayers import Sublayers
@@ -84,6 +86,8 @@ class CausalConfig:
         for name, known in (("activation", ACTIVATIONS), ("norm", ("rms", "layer"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.rope_scaling is not None:
+            _check_scaling(self)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.window is not None and self.window < 1:
@@ -105,7 +109,7 @@ class CausalConfig:
 
     @property
     def scale(self) -> float:
-        return self.attention_scale or self.size**-0.5
+        return self.size**-0.5 if self.attention_scale is None else self.attention_scale
 
     def windows(self) -> list[int | None]:
         """The window of each layer."""
@@ -115,6 +119,17 @@ class CausalConfig:
         return self
 
     src_vocab = 0  # no field: it has no source
+
+
+def _check_scaling(config: CausalConfig) -> None:
+    """ValueError for a scaling without its numbers, before any position is asked for."""
+    said = config.rope_scaling
+    if config.rope_theta is None:
+        raise ValueError(f"rope_scaling {said} needs rope_theta: learned positions are not scaled")
+    try:
+        tables(config, torch.zeros(1, device="cpu"))
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError):
+        raise ValueError(f"rope_scaling {said}: expected a rope_type and its numbers, such as factor") from None
 
 
 def tables(config: CausalConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,13 +167,9 @@ class CausalAttention(nn.Module):
         options: dict[str, Any] = {"causal": True, **packed, **self.options}
         if cache is not None:
             k, v = cache.store(k, v)
-            options |= cache.reach(q.shape[2])
+            options |= cache.reach(q.shape[2], aligned=self.window is not None)
         if self.window is not None:
-            options |= {"window": (self.window - 1, 0)}
-            if cache is not None:  # a query stands where its row's keys end, also one alone
-                options |= {"causal": "bottom_right", "mask": None}
-                if cache.row_lengths is not None:
-                    options["key_lengths"] = (cache.row_lengths + q.shape[2]).clamp(max=cache.length)
+            options["window"] = (self.window - 1, 0)
         return self.out_proj(attention(q, k, v, **options).transpose(1, 2).flatten(2))
 
 
@@ -213,7 +224,6 @@ class CausalLM(Decoding, Saved, nn.Module):
     configs = (CausalConfig,)
     conditioned = False
     known_modules = KNOWN
-    pages = False  # keys and values in pages have no groups or windows of layers yet
 
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()
@@ -248,29 +258,19 @@ class CausalLM(Decoding, Saved, nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        if tokens.dtype != torch.int64 or tokens.dim() != 2:
-            raise TypeError(f"tokens must be token ids (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
-        T = tokens.shape[1]
-        packed: dict[str, Any] = {}
+        check_tokens(tokens, "tokens")
+        T, packed = tokens.shape[1], {}
+        if cache is not None and len(cache.layers) != self.num_layers:
+            raise ValueError(f"the cache has {len(cache.layers)} layers, this model {self.num_layers}")
+        longest = longest_document(tokens, cu_seqlens, cache, self.max_length)
         if cu_seqlens is not None:
-            if cache is not None or len(tokens) != 1:
-                raise ValueError(f"packed tokens are (1, total) and take no cache, got {tuple(tokens.shape)}")
-            index = torch.arange(T, device=tokens.device, dtype=cu_seqlens.dtype)
-            positions = index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
-            longest = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" else min(T, self.max_length)
-            packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-            packed |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        elif cache is not None:
-            longest, start = cache.layers[0].self_attn.keys_after(*tokens.shape), cache.length
-            positions = torch.arange(start, start + T, device=tokens.device)
-            if cache.row_lengths is not None:
-                positions = cache.positions(T)
+            positions = packed_positions(T, cu_seqlens)
+            packed = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest)
+        elif cache is not None and cache.row_lengths is not None:
+            positions = cache.positions(T)
         else:
-            longest, positions = T, torch.arange(T, device=tokens.device)
-        if longest > self.max_length:
-            raise ValueError(
-                f"tokens reach {longest} in one document, this model was built for max_length {self.max_length}"
-            )
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + T, device=tokens.device)
         x = self.embedding(tokens) * self.config.embed_scale
         turn = None
         if self.position is not None:
@@ -293,17 +293,12 @@ class CausalLM(Decoding, Saved, nn.Module):
         return Parts([*self.layers], self.norm, modules, self.embedding, self.position, self.config.embed_scale)
 
     def packed(self, parts: Parts, memory: int) -> CausalStep:
-        return CausalStep(parts, memory, self.form())
-
-    def form(self) -> Form:
-        """What the packed step has to know beside the parts."""
         config, positions = self.config, torch.arange(self.max_length, device=self.embedding.weight.device)
         turn = None if self.position is not None else tables(config, positions)
         groups = config.nhead // (config.nhead_kv or config.nhead)
-        return Form(
-            groups, config.scale, config.attention_softcap, tuple(config.windows()), turn, self._tables()[-1],
-            config.logit_softcap,
-        )  # fmt: skip
+        windows = config.windows() if config.window is not None else ()
+        form = Form(groups, config.scale, config.attention_softcap or 0.0, tuple(windows))
+        return CausalStep(parts, memory, form, turn, self._tables()[-1], config.logit_softcap)
 
     def inputs_of(self, source: Tensor | None) -> tuple[Tensor, ...]:
         if source is not None:

@@ -154,11 +154,42 @@ class Model(Decoding, Saved, nn.Module):
         wide = torch.promote_types(words.dtype, torch.float32)  # a sum of two halves is rounded once
         return self.dropout(torch.add(positions.to(wide) * scale, words, alpha=scale).to(words.dtype))
 
-    def _check_tokens(self, tokens: Tensor, name: str) -> None:
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"{name} must hold token ids (int64), got {tokens.dtype}")
-        if tokens.dim() != 2:
-            raise ValueError(f"{name} must be (B, T), got {tuple(tokens.shape)}")
+
+def check_tokens(tokens: Tensor, name: str) -> None:
+    """TypeError or ValueError for what is no (B, T) int64."""
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"{name} must hold token ids (int64), got {tokens.dtype}")
+    if tokens.dim() != 2:
+        raise ValueError(f"{name} must be (B, T), got {tuple(tokens.shape)}")
+
+
+def longest_document(tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None, max_length: int) -> int:
+    """A bound of the lengths of what ``tokens`` (B, T) are, with what a cache has read. ValueError beyond max_length,
+    or for packed tokens of another form."""
+    if cu_seqlens is None:
+        longest = _end(tokens, cache)
+    elif cache is not None or tokens.shape[0] != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            "packed tokens are (1, total) with cu_seqlens (N + 1,) and no cache, "
+            f"got {tuple(tokens.shape)} and {tuple(cu_seqlens.shape)}"
+        )
+    elif cu_seqlens.device.type == "cpu":
+        longest = int(cu_seqlens.diff().max())
+    else:  # a GPU is not waited for: there an index outside the positions stops the program
+        longest = min(tokens.shape[1], max_length)
+    if longest > max_length:
+        raise ValueError(
+            f"tokens reach {longest} in one document, this model was built for max_length "
+            f"{max_length}: shorten it or build a longer model"
+        )
+    return longest
+
+
+def packed_positions(T: int, cu_seqlens: Tensor) -> Tensor:
+    """Position (T,) of each packed token in its document; 0 for tokens past the last one, however many."""
+    index = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    positions = index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
+    return positions.masked_fill(index >= cu_seqlens[-1], 0)
 
 
 def _end(tokens: Tensor, cache: KVCache | None) -> int:
@@ -226,7 +257,7 @@ class DecoderLM(Model):
         if cu_seqlens is None:
             positions = _positions(self.position, T, cache)
         else:
-            positions = self.position(self._packed_positions(T, cu_seqlens))
+            positions = self.position(packed_positions(T, cu_seqlens))
             options |= {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
         if not isinstance(self.layers[0], Block):
             options = self._torchs_options(T, options, cache, tokens.device)
@@ -261,37 +292,14 @@ class DecoderLM(Model):
             options["src_mask"] = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
         return options | {"is_causal": True}
 
-    @staticmethod
-    def _packed_positions(T: int, cu_seqlens: Tensor) -> Tensor:
-        """Position (T,) of each packed token in its document; 0 for tokens past the last one, however many."""
-        index = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        positions = index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
-        return positions.masked_fill(index >= cu_seqlens[-1], 0)
-
     def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> int:
         """A bound of the documents' lengths."""
-        self._check_tokens(tokens, "tokens")
+        check_tokens(tokens, "tokens")
         if cache is not None and len(cache.layers) != self.num_layers:
             raise ValueError(f"the cache has {len(cache.layers)} layers, this model {self.num_layers}")
         if cache is not None and not all(isinstance(layer, Block | TransformerEncoderLayer) for layer in self.layers):
             raise TypeError("a layer that is not tileformer's takes no cache: use_cache=False, or `convert` the model")
-        if cu_seqlens is None:
-            longest = _end(tokens, cache)
-        elif cache is not None or tokens.shape[0] != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            raise ValueError(
-                "packed tokens are (1, total) with cu_seqlens (N + 1,) and no cache, "
-                f"got {tuple(tokens.shape)} and {tuple(cu_seqlens.shape)}"
-            )
-        elif cu_seqlens.device.type == "cpu":
-            longest = int(cu_seqlens.diff().max())
-        else:  # a GPU is not waited for: there an index outside the positions stops the program
-            longest = min(tokens.shape[1], self.max_length)
-        if longest > self.max_length:
-            raise ValueError(
-                f"tokens reach {longest} in one document, this model was built for max_length "
-                f"{self.max_length}: shorten it or build a longer model"
-            )
-        return longest
+        return longest_document(tokens, cu_seqlens, cache, self.max_length)
 
 
 class Seq2Seq(Model):
@@ -413,7 +421,7 @@ class Seq2Seq(Model):
         return self._embed(self.src_embedding(src), _positions(self.src_position, src.shape[1], None))
 
     def _check(self, tokens: Tensor, name: str, cache: KVCache | None) -> None:
-        self._check_tokens(tokens, name)
+        check_tokens(tokens, name)
         if (end := _end(tokens, cache)) > self.max_length:
             raise ValueError(
                 f"{name} reaches {end} tokens, this model was built for max_length "

@@ -24,8 +24,8 @@ SCALED = ("default", "linear", "llama3", "yarn")
 # What has one value in the models that we compute; another one is refused.
 FIXED = {
     "quantization_config": None, "partial_rotary_factor": 1.0, "add_cross_attention": False, "num_local_experts": None,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "use_sliding_window": False,
-    "use_bidirectional_attention": None, "is_decoder": None,
+    "num_experts": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "use_sliding_window": False, "use_bidirectional_attention": False,
 }  # fmt: skip
 
 
@@ -44,46 +44,34 @@ def config_from(hf: Mapping[str, Any]) -> CausalConfig:
     if family not in ARCHITECTURES:
         raise ValueError(f"model_type {quote(family)} is none that we have: {', '.join(ARCHITECTURES)}")
     for name, value in FIXED.items():
-        if hf.get(name, value) not in (value, None) and not (name == "is_decoder"):
+        if hf.get(name) not in (None, value):
             raise ValueError(f"{name} {quote(hf[name])} is not computed, only {value}")
-    vocab, eos = _need(hf, "vocab_size"), hf.get("eos_token_id")
-    eos = eos[-1] if isinstance(eos, list) else eos  # of a model that talks the last is the end of what it says
-    bos = hf.get("bos_token_id")
-    eos = (bos if bos is not None else vocab - 1) if eos is None else eos
-    bos, pad = eos if bos is None else bos, hf.get("pad_token_id")
-    own = pad is None or pad in (bos, eos) or not 0 <= pad < vocab
-    shared: dict[str, Any] = dict(vocab=vocab, bos_id=bos, eos_id=eos, pad_id=None if own else pad, family=family)
+    shared: dict[str, Any] = dict(_ids(hf), family=family)
     act = hf.get("hidden_activation") or hf.get("hidden_act") or hf.get("activation_function")
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise ValueError(f"activation {quote(act)} is not computed: {', '.join(ACTIVATIONS)}")
     shared["activation"] = ACTIVATIONS[act]
     if family == "gpt2":
-        C = _need(hf, "n_embd")
+        C = _whole(hf, "n_embd")
         return CausalConfig(
-            **shared, d_model=C, nhead=_need(hf, "n_head"), num_layers=_need(hf, "n_layer"),
-            dim_feedforward=hf.get("n_inner") or 4 * C, gated=False, norm="layer", rope_theta=None, qkv_bias=True,
-            norm_eps=hf.get("layer_norm_epsilon", 1e-5), out_bias=True, bias=True, max_length=_need(hf, "n_positions"),
-            tied=hf.get("tie_word_embeddings", True),
+            **shared, d_model=C, nhead=_whole(hf, "n_head"), num_layers=_whole(hf, "n_layer"),
+            dim_feedforward=_whole(hf, "n_inner", 4 * C), gated=False, norm="layer", rope_theta=None, qkv_bias=True,
+            norm_eps=_real(hf, "layer_norm_epsilon", 1e-5), out_bias=True, bias=True,
+            max_length=_whole(hf, "n_positions"), tied=_flag(hf, "tie_word_embeddings", True),
         )  # fmt: skip
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-    kind = rope.setdefault("rope_type", rope.pop("type", "default"))
-    if kind not in SCALED:
-        raise ValueError(f"rope_type {quote(kind)} is not computed: {', '.join(SCALED)}")
-    biased, gemma = bool(hf.get("attention_bias")), family == "gemma2"
+    biased, gemma, heads = _flag(hf, "attention_bias"), family == "gemma2", _whole(hf, "num_attention_heads")
+    C, longest = _whole(hf, "hidden_size"), _whole(hf, "max_position_embeddings")
+    theta, scaling = _rope(hf, longest)
     return CausalConfig(
-        **shared, d_model=_need(hf, "hidden_size"), nhead=_need(hf, "num_attention_heads"),
-        num_layers=_need(hf, "num_hidden_layers"), dim_feedforward=_need(hf, "intermediate_size"),
-        nhead_kv=hf.get("num_key_value_heads") or _need(hf, "num_attention_heads"),
-        head_dim=hf.get("head_dim") or _need(hf, "hidden_size") // _need(hf, "num_attention_heads"),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta), rope_scaling=None if kind == "default" else rope, qkv_bias=biased or family == "qwen2",
-        out_bias=biased, bias=bool(hf.get("mlp_bias")), qk_norm=family == "qwen3", window=_window(hf, family),
-        alternating=gemma, attention_softcap=hf.get("attn_logit_softcapping"),
-        logit_softcap=hf.get("final_logit_softcapping"), sandwich=gemma,
-        attention_scale=_need(hf, "query_pre_attn_scalar") ** -0.5 if gemma else None,
-        embed_scale=_need(hf, "hidden_size") ** 0.5 if gemma else 1.0,
-        tied=hf.get("tie_word_embeddings", gemma), max_length=_need(hf, "max_position_embeddings"),
+        **shared, d_model=C, nhead=heads, num_layers=_whole(hf, "num_hidden_layers"),
+        dim_feedforward=_whole(hf, "intermediate_size"), nhead_kv=_whole(hf, "num_key_value_heads", heads),
+        head_dim=_whole(hf, "head_dim", C // heads), norm_eps=_real(hf, "rms_norm_eps", 1e-6), rope_theta=theta,
+        rope_scaling=scaling, qkv_bias=biased or family == "qwen2", out_bias=biased and family != "qwen2",
+        bias=_flag(hf, "mlp_bias"), qk_norm=family == "qwen3", window=_window(hf, family), alternating=gemma,
+        attention_softcap=_real(hf, "attn_logit_softcapping"), logit_softcap=_real(hf, "final_logit_softcapping"),
+        attention_scale=_whole(hf, "query_pre_attn_scalar") ** -0.5 if gemma else None,
+        embed_scale=C**0.5 if gemma else 1.0, sandwich=gemma, tied=_flag(hf, "tie_word_embeddings", gemma),
+        max_length=longest,
     )  # fmt: skip
 
 
@@ -213,22 +201,69 @@ def weights_to(config: CausalConfig, state: Mapping[str, Tensor]) -> Iterator[tu
         yield from zip(theirs, tensor.split(sizes), strict=True)
 
 
+def _ids(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of the vocabulary, and its special ids; those that a file leaves out are the end's."""
+    vocab, (bos, eos, pad) = _whole(hf, "vocab_size"), (hf.get(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    if isinstance(eos, list):
+        eos = eos[-1] if eos else None  # of a model that talks the last is the end of what it says
+    for name, number in (("bos", bos), ("eos", eos), ("pad", pad)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise ValueError(f"expected {name}_token_id as a whole number, found {quote(number)}")
+    eos = (bos if bos is not None else vocab - 1) if eos is None else eos
+    bos = eos if bos is None else bos
+    own = pad is None or pad in (bos, eos) or not 0 <= pad < vocab
+    return dict(vocab=vocab, bos_id=bos, eos_id=eos, pad_id=None if own else pad)
+
+
+def _rope(hf: Mapping[str, Any], longest: int) -> tuple[float, dict[str, Any] | None]:
+    """The base of the rotary positions, and how they are scaled; `CausalConfig` checks the numbers of that."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"expected rope_parameters as an object, found {quote(rope)}")
+    rope = {name: value for name, value in rope.items() if value is not None}
+    if (share := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"partial_rotary_factor {quote(share)} is not computed, only 1.0")
+    theta: float = _real({"rope_theta": rope.pop("rope_theta", hf.get("rope_theta"))}, "rope_theta", 10000.0)
+    kind = rope.setdefault("rope_type", rope.pop("type", "default"))
+    if not isinstance(kind, str) or kind not in SCALED:
+        raise ValueError(f"rope_type {quote(kind)} is not computed: {', '.join(SCALED)}")
+    if kind in ("llama3", "yarn"):
+        rope.setdefault("original_max_position_embeddings", longest)
+    return theta, None if kind == "default" else rope
+
+
 def _window(hf: Mapping[str, Any], family: str) -> int | None:
     """The window of a config.json, whose list of layers has to be that of its family."""
-    window, n = hf.get("sliding_window"), _need(hf, "num_hidden_layers")
-    if family not in ("mistral", "gemma2"):
-        window = None
+    n, window = _whole(hf, "num_hidden_layers"), None
+    if family in ("mistral", "gemma2") and hf.get("sliding_window", 4096) is not None:  # theirs, where it is left out
+        window = _whole(hf, "sliding_window", 4096)
     kinds, full, sliding = hf.get("layer_types"), "full_attention", "sliding_attention"
     usual = [sliding if window and (family == "mistral" or i % 2 == 0) else full for i in range(n)]
-    if kinds is not None and list(kinds) != usual:
+    if kinds is not None and kinds != usual:
         raise ValueError(f"layer_types {quote(kinds)} are not computed for a {family}, only {quote(usual)}")
     return window
 
 
-def _need(hf: Mapping[str, Any], name: str) -> int:
-    value = hf.get(name)
+def _whole(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = default if hf.get(name) is None else hf[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"expected {name} as a whole number from 1 on, found {quote(value)}")
+    return value
+
+
+def _real(hf: Mapping[str, Any], name: str, default: float | None = None) -> Any:
+    value = default if hf.get(name) is None else hf[name]
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"expected {name} as a number above 0, found {quote(value)}")
+    return float(value)
+
+
+def _flag(hf: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = default if hf.get(name) is None else hf[name]
+    if not isinstance(value, bool):
+        raise ValueError(f"expected {name} as true or false, found {quote(value)}")
     return value
 
 

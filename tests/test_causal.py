@@ -7,6 +7,7 @@ import torch
 
 from tileformer.decoder import CausalConfig, CausalLM, Engine, generate, generate_speculatively, stream
 from tileformer.decoder.generation.cache import KVCache
+from tileformer.decoder.generation.paged import PagedCache, PagePool
 from tileformer.kernels import use_backend
 from tileformer.training.data.batches import Frame, PackedBatches
 from tileformer.training.losses import language_loss
@@ -81,7 +82,7 @@ def test_logits_of_steps_are_those_of_the_whole_row(form):
 
 
 @pytest.mark.interprets
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["llama3", "gpt2", "qwen3", "gemma2"])
 def test_the_kernels_decode_it_too(form):
     """The cache with lengths on the device, and every op that a GPU would run, interpreted."""
     model = made(form, torch.float32)
@@ -91,31 +92,52 @@ def test_the_kernels_decode_it_too(form):
     assert found.equal(generate(model, prompts, 4))
 
 
-@pytest.mark.parametrize("form", ["llama", "gpt2", "qwen3"])
-def test_beams_and_drafts_and_the_engine(form):
+@pytest.mark.parametrize("form", FORMS)
+def test_beams_and_drafts(form):
     model = made(form)
     prompts = rows(model.pad_id, 6, 3)
-    beams = generate(model, prompts, 6, num_beams=3)
-    assert beams.equal(generate(model, prompts, 6, num_beams=3, use_cache=False))
-    greedy = generate(model, prompts, 9)
-    assert generate_speculatively(model, prompts, 9).tolist() == greedy.tolist()
-    engine = Engine(model, slots=1)
-    ids = [engine.add(row[row != model.pad_id], max_length=9) for row in prompts]
-    said = {i: [] for i in ids}
-    for event in engine.run():
-        said[event.id] += [event.token] * (event.token is not None)
-    assert [*said.values()] == [[t for t in row if t != model.pad_id] for row in greedy.tolist()]
-    with pytest.raises(TypeError, match="a CausalLM keeps no pages yet"):
-        Engine(model, slots=1, pages=8)
+    beams = generate(model, prompts, 20, num_beams=3)  # long enough to give up slots
+    assert beams.equal(generate(model, prompts, 20, num_beams=3, use_cache=False))
+    with use_backend("reference"):  # as on a GPU, where slots are kept
+        assert generate(model, prompts, 20, num_beams=3).equal(beams)
+    assert generate_speculatively(model, prompts, 9).tolist() == generate(model, prompts, 9).tolist()
 
 
-def test_beams_do_not_go_beyond_a_window():
-    model = made("mistral")
-    inside = rows(model.pad_id, 2)
-    assert generate(model, inside, 3, num_beams=2).equal(generate(model, inside, 3, num_beams=2, use_cache=False))
-    with pytest.raises(ValueError, match="beams .* a window of 5 tokens, got up to 13"):
-        generate(model, inside, 12, num_beams=2)
-    assert generate(model, inside, 12, num_beams=2, use_cache=False).shape[0] == 1
+@pytest.mark.parametrize("by", ["a step", "its modules"])
+@pytest.mark.parametrize("form", ["llama", "gpt2", "qwen3", "gemma2"])
+def test_an_engine_with_slots_and_with_pages(form, by):
+    """Two prompts begin alike, and share pages; each slot is used again."""
+    model = made(form)
+    if by == "its modules":
+        model.layers[0].register_forward_hook(lambda *_: None)
+    shared = rows(model.pad_id, 20)[0].tolist()
+    prompts = [shared[:6], [*shared, 5], [*shared, 7, 9], shared[5:8]]
+    expected = [generate(model, torch.tensor([row]), 9)[0].tolist() for row in prompts]
+    for options in (dict(slots=2), dict(slots=2, pages=8), dict(slots=1, pages=6)):
+        engine = Engine(model, **options)
+        said = {engine.add(torch.tensor(row), max_length=9): [] for row in prompts}
+        for event in engine.run():
+            said[event.id] += [event.token] * (event.token is not None)
+        assert [*said.values()] == expected, options
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt2", "qwen3", "gemma2"])
+@torch.no_grad()
+def test_keys_in_8_bits_in_slots_and_in_pages(form):
+    model, prompts = made(form), rows(0, 18, 18)
+    exact, exact_state = model.start(prompts, capacity=50)
+    model.cache_dtype = torch.int8
+    logits, state = model.start(prompts, capacity=50)
+    paged = PagedCache(PagePool(8), 2, 50)
+    paged.insert(torch.tensor([0, 1]), model.start(prompts, capacity=50)[1])
+    assert logits.allclose(exact)  # a prompt attends to its own keys as they are
+    for n in (1, 3, 1, 20):  # the last is a prompt's size, which slots take only at their start
+        new = torch.randint(3, 40, (2, n))
+        other = model.step(new, paged)
+        if n < 20:
+            assert other.allclose(model.step(new, state), atol=1e-9)
+        expected = model.step(new, exact_state)
+        assert 0 < (other - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -131,6 +153,8 @@ def test_documents_see_nothing_of_each_other_and_every_weight_learns(form):
     assert all(g is not None and g.isfinite().all() and g.any() for g in learned.values())
     truth = torch.nn.functional.cross_entropy(model(batch.source, cu_seqlens=batch.cu_seqlens)[0], batch.labels[0])
     assert loss.item() == pytest.approx(truth.item())
+    tokens = torch.full((1, 90), 5)  # what stands behind the last document has a position, too
+    assert model(tokens, cu_seqlens=torch.tensor([0, 3]))[:, :3].allclose(model(tokens[:, :3]), atol=1e-11)
     if model.config.pad_id is None:
         assert not learned["embedding.weight"][-1].any() and model(batch.source).shape[-1] == 40
 
@@ -163,6 +187,11 @@ def test_weights_that_change_are_gathered_again():
         (dict(pad_id=2), "pad_id 2 is also bos_id or eos_id"),
         (dict(dropout=1), r"dropout must be in \[0, 1\)"),
         (dict(num_layers=0), "num_layers must be at least 1"),
+        (dict(rope_scaling=dict(rope_type="yarn")), "yarn takes factor, .* got none"),
+        (dict(rope_scaling=dict(rope_type="su", factor=2.0)), "rope_type must be one of llama3, yarn, got 'su'"),
+        (dict(rope_scaling=dict(rope_type="linear")), "expected a rope_type and its numbers, such as factor"),
+        (dict(rope_scaling=[2.0]), "expected a rope_type and its numbers, such as factor"),
+        (dict(rope_scaling=LLAMA3, rope_theta=None), "needs rope_theta: learned positions are not scaled"),
     ],
 )
 def test_what_makes_no_model(options, message):
@@ -174,8 +203,12 @@ def test_tokens_that_do_not_fit():
     model = made("llama")
     with pytest.raises(ValueError, match="tokens reach 65 in one document, this model was built for max_length 64"):
         model(torch.ones(1, 65, dtype=torch.int64))
-    with pytest.raises(TypeError, match="tokens must be token ids"):
+    with pytest.raises(TypeError, match=r"tokens must hold token ids \(int64\), got torch.float32"):
         model(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"tokens must be \(B, T\), got \(2,\)"):
+        model(torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="the cache has 2 layers, this model 3"):
+        model(torch.ones(1, 2, dtype=torch.int64), cache=KVCache(2, 8))
     with pytest.raises(ValueError, match="packed tokens are"):
         model(torch.ones(2, 2, dtype=torch.int64), cu_seqlens=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="a CausalLM has no source"):

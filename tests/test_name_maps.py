@@ -87,6 +87,18 @@ def hf(form="llama", **changes):
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window True is not computed, only False"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types .* are not computed for a mistral"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not computed"),
+        ("llama", {"num_experts": 8}, "num_experts 8 is not computed, only None"),
+        ("llama", {"rope_parameters": [1]}, r"expected rope_parameters as an object, found \[1\]"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not computed"),
+        ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "expected rope_theta as a number above 0, found '1e4'"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "yarn takes factor, .* got original_max_position"),
+        ("llama", {"rms_norm_eps": 0}, "expected rms_norm_eps as a number above 0, found 0"),
+        ("llama", {"head_dim": "8"}, "expected head_dim as a whole number from 1 on, found '8'"),
+        ("llama", {"hidden_act": ["silu"]}, r"activation \['silu'\] is not computed"),
+        ("llama", {"eos_token_id": "</s>"}, "expected eos_token_id as a whole number, found '</s>'"),
+        ("llama", {"eos_token_id": 50}, "eos_id 50 is outside the vocabulary of 50"),
+        ("llama", {"layer_types": 2}, "layer_types 2 are not computed for a llama"),
+        ("llama", {"tie_word_embeddings": "yes"}, "expected tie_word_embeddings as true or false, found 'yes'"),
         ("gpt2", {"n_embd": None}, "expected n_embd as a whole number from 1 on, found None"),
     ],
 )
@@ -99,6 +111,17 @@ def test_ids_of_a_configuration():
     config = config_from(hf(eos_token_id=[7, 9], bos_token_id=None, pad_token_id=9))
     assert (config.eos_id, config.bos_id, config.pad_id, config.padding) == (9, 9, None, 50)
     assert config_from(hf(pad_token_id=4)).padding == 4
+
+
+def test_what_a_configuration_leaves_out_is_what_transformers_takes():
+    known = hf("mistral", sliding_window=None, layer_types=None)
+    assert config_from(known).window is None
+    del known["sliding_window"]
+    assert config_from(known).window == transformers.MistralConfig().sliding_window
+    scaled = config_from(hf(rope_parameters=dict(rope_type="yarn", factor=2.0))).rope_scaling
+    assert scaled["original_max_position_embeddings"] == 64
+    assert config_from(hf("gemma2", use_bidirectional_attention=False)).sandwich
+    assert config_from(hf("qwen2", attention_bias=True)).out_bias is False  # it has none there
 
 
 def test_a_form_that_no_family_has_is_written_as_ours(tmp_path):

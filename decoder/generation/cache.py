@@ -79,15 +79,17 @@ class AttentionCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def reach(self, T: int, mask: Tensor | None = None) -> dict[str, Any]:
+    def reach(self, T: int, mask: Tensor | None = None, aligned: bool = False) -> dict[str, Any]:
         """Which keys the T newest queries see beside ``mask``, as options of the attention, once their own were
-        stored."""
+        stored. ``aligned``: the newest stands at each row's last key, also alone, for a window."""
         # The newest query sees every key: one alone needs no causal mask, which costs the kernels less than a binary.
-        causal = T > 1 or (self.k is not None and choose("attention", self.k) in ("triton", "interpret"))
+        causal = T > 1 or aligned or (self.k is not None and choose("attention", self.k) in ("triton", "interpret"))
         options: dict[str, Any] = {"causal": "bottom_right" if causal else False, "mask": mask}
         if self.row_lengths is not None:
             lengths = (self.row_lengths + T).clamp(max=self.length)
-            if T == 1 and mask is None and lengths.device.type == "cpu":  # where lengths cost copies of the keys
+            if (
+                T == 1 and mask is None and not aligned and lengths.device.type == "cpu"
+            ):  # where lengths cost copies of the keys
                 keys = torch.arange(self.length, device=lengths.device)
                 options["mask"] = (keys < lengths[:, None])[:, None, None]
             else:

@@ -48,8 +48,8 @@ class DeviceCache(StaticCache):
     descends: Any = None
     equal_rows = True  # as far as the host knows
 
-    def __init__(self, shape: tuple[int, int, int], rows: int, capacity: int, like: Tensor, *source: object) -> None:
-        super().__init__(shape, rows, capacity, like, *source)  # type: ignore[arg-type]
+    def __init__(self, shape: tuple[int, int, int], rows: int, capacity: int, like: Tensor, *options: object) -> None:
+        super().__init__(shape, rows, capacity, like, *options)  # type: ignore[arg-type]
         self.row_lengths = torch.zeros(rows, dtype=torch.int32, device=like.device)
         self.live = torch.ones_like(self.row_lengths)
         self.captured: CapturedStep | None = None
@@ -60,6 +60,7 @@ class DeviceCache(StaticCache):
         tensors = [self.kv, self.row_lengths, self.live]
         tensors += [] if self.source is None else [self.source, self.source_lengths, self.source_starts]
         tensors += [] if self.descends is None else [self.descends, self.slot_lengths]
+        tensors += [] if self.slot_positions is None else [self.slot_positions]
         return tuple(x.data_ptr() for x in tensors)
 
     def replayed(self, tokens: Tensor, run: Callable[..., Tensor]) -> Tensor:
@@ -93,6 +94,7 @@ class DeviceCache(StaticCache):
         self._check_room(n)
         self.n = n
         lengths = self.row_lengths
+        self.windowed = {}
         # Of unequal rows some may be full, or released. Equal ones have room: three launches less.
         self.reached = lengths + n
         if not self.equal_rows:
@@ -111,17 +113,28 @@ class DeviceCache(StaticCache):
         return positions if self.equal_rows else positions.clamp(max=self.capacity - 1)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        R, n = len(self.row_lengths), self.n
-        q, k, v = qkv.view(R, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        R, n, options = len(self.row_lengths), self.n, self.form.options(layer)
+        q, (k, v) = self.form.split(qkv, R, self.heads, self.head_dim)
         keys, values, scales = parts_of(self.kv[layer], self.head_dim)
         if n > SHORT and self.length:
             raise ValueError(f"{n} tokens are a prompt, and this cache has read {self.length}: start with them")
         append_kv_cache(k, v, keys, values, self.filled, beams=self.beams, **scales)
         if n > SHORT:
-            out = attention(q, k, v, causal=True)
+            out = attention(q, k, v, causal=True, **options)
         else:
-            out = decode_attention(q, keys, values, self.filled, beams=self.beams, descends=self.descends, **scales)
+            if self.slot_positions is not None and (window := self.form.window(layer)):
+                options |= dict(window=None, bias=self._within_beams(window))
+            options |= dict(beams=self.beams, descends=self.descends, **scales)
+            out = decode_attention(q, keys, values, self.filled, **options)
         return out.transpose(1, 2).reshape(R * n, -1)
+
+    def _within_beams(self, window: int) -> Tensor:
+        """-inf for the slots before the window of each beam, else 0, (R, 1, 1, slots): slots are not in the order of
+        their tokens."""
+        if window not in self.windowed and self.slot_positions is not None:
+            far = self.slot_positions.repeat_interleave(self.beams, 0) <= self.row_lengths[:, None] - window
+            self.windowed[window] = torch.zeros(far.shape, device=far.device).masked_fill_(far, float("-inf"))
+        return self.windowed[window][:, None, None]
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:
         R, n, sees = len(self.row_lengths), self.n, self.source_sees
@@ -162,7 +175,10 @@ class DeviceCache(StaticCache):
         self.beam_index = torch.arange(beams, device=kv.device)
         self.own_bits = (1 << self.beam_index).to(torch.int32).expand(B, beams)
         self.descends = torch.zeros(B, kv.shape[4], dtype=torch.int32, device=kv.device)
-        prompt = torch.arange(kv.shape[4], device=kv.device) < self.slot_lengths[:, None]
+        slots, before = torch.arange(kv.shape[4], device=kv.device), self.slot_lengths[:, None]
+        prompt = slots < before
+        if any(self.form.windows):
+            self.slot_positions = torch.where(prompt, slots, before + (slots - before) // beams)
         self.descends.masked_fill_(prompt, (1 << beams) - 1)
 
     def reorder(self, rows: Tensor) -> None:

@@ -121,8 +121,6 @@ class Engine:
             raise ValueError(f"capacity must be between 1 and the {limit} tokens that the model reads, got {capacity}")
         if pages is not None and not isinstance(model, Decoding):
             raise TypeError(f"{type(model).__name__} keeps its own state of each row, not in pages: leave pages out")
-        if pages is not None and not getattr(model, "pages", True):
-            raise TypeError(f"a {type(model).__name__} keeps no pages yet: leave pages out, and give slots")
         if isinstance(model, Decoding):
             with torch.no_grad():
                 model.check_cache(model.why_modules())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.generation.state import RowState, insert_fixed
-from tileformer.decoder.generation.static import parts_of
+from tileformer.decoder.generation.static import Form, parts_of
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 from tileformer.kernels.attention.decode.params import MAX_TOKENS
 
@@ -195,19 +195,21 @@ class PagedCache:
     begin = positions
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """``qkv`` (R * n, 3 * H * D), projected of the new tokens: store the keys, attend what each row sees, (R * n,
-        H * D)."""
+        """``qkv`` (R * n, (H + 2 H_kv) * D), projected of the new tokens: store the keys, attend what each row sees,
+        (R * n, H * D)."""
         R, n = self.write_to[0].shape
-        q, k, v = qkv.view(R, n, 3, self.pool.kv.shape[4], -1).transpose(1, 3).unbind(2)
-        keys, values, scales = parts_of(self.pool.kv[layer], q.shape[3])
+        form, heads = Form() if self.step is None else self.step.form, self.pool.kv.shape[4]
+        options, head_dim = form.options(layer), qkv.shape[1] // ((form.groups + 2) * heads)
+        q, (k, v) = form.split(qkv, R, heads, head_dim)
+        keys, values, scales = parts_of(self.pool.kv[layer], head_dim)
         append_kv_cache(k, v, keys, values, self.seen, page_table=self.table, **scales)
         if n <= MAX_TOKENS:
-            out = decode_attention(q, keys, values, self.seen, page_table=self.table, **scales)
+            out = decode_attention(q, keys, values, self.seen, page_table=self.table, **scales, **options)
         else:
             k, v = self.gather(keys, n), self.gather(values, n)
             if scales:
                 k, v = ((x * self.gather(y, n)[..., None]).to(q) for x, y in zip((k, v), scales.values(), strict=True))
-            out = attention(q, k, v, causal="bottom_right", key_lengths=self.seen)
+            out = attention(q, k, v, causal="bottom_right", key_lengths=self.seen, **options)
         return out.transpose(1, 2).reshape(R * n, -1)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,5 +365,6 @@ class _LayerPages:
     def store(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.cache.store(self.layer, k.transpose(1, 2), v.transpose(1, 2))
 
-    def reach(self, T: int, mask: Tensor | None = None) -> dict[str, Any]:
-        return {"causal": "bottom_right" if T > 1 else False, "mask": mask, "key_lengths": self.cache.seen}
+    def reach(self, T: int, mask: Tensor | None = None, aligned: bool = False) -> dict[str, Any]:
+        causal = "bottom_right" if T > 1 or aligned else False
+        return {"causal": causal, "mask": mask, "key_lengths": self.cache.seen}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,33 @@ from tileformer.kernels import attention
 
 SHORT = 16  # new tokens from which scores are worth a kernel that never stores them
 STEPS_BETWEEN_COMPACTIONS = 16
+
+
+class Form(NamedTuple):
+    """How the heads of a decoder attend, in every cache: ``groups`` query heads share a head of keys and values; scale
+    None is head_dim ** -0.5; ``windows``: how many keys a query sees in each layer, itself among them. () has none."""
+
+    groups: int = 1
+    scale: float | None = None
+    softcap: float = 0.0
+    windows: tuple[int | None, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def options(self, layer: int) -> dict[str, Any]:
+        """Of `attention` and `decode_attention`."""
+        window = self.window(layer)
+        return dict(scale=self.scale, softcap=self.softcap, window=None if window is None else (window - 1, 0))
+
+    def split(self, qkv: Tensor, rows: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """``qkv`` (rows * n, (groups + 2) * heads * head_dim): q (rows, groups * heads, n, head_dim), and keys and
+        values (2, rows, heads, n, head_dim)."""
+        qkv, H = qkv.view(rows, -1, (self.groups + 2) * heads, head_dim).transpose(1, 2), self.groups * heads
+        return qkv[:, :H], qkv[:, H:].unflatten(1, (2, heads)).transpose(0, 1)
+
+
+PLAIN = Form()
 
 
 def eight_bit_width(head_dim: int) -> int:
@@ -53,10 +80,12 @@ class StaticCache(RowState):
     slots) is 0 where a beam descends from what stands in a slot, else -inf; choosing other beams chooses other rows of
     it. Slots from which no beam descends are given up every few steps.
 
-    Args: ``shape`` (layers, heads, head size); ``rows``; ``capacity`` in tokens; ``like``, a tensor of the dtype and on
-    the device of the model; ``source``, keys and values (B, T, 2, H, D) of each layer, with ``padding`` (B, T), True
-    where there is no key.
+    Args: ``shape`` (layers, heads of keys, head size); ``rows``; ``capacity`` in tokens; ``like``, a tensor of the
+    dtype and on the device of the model; ``source``, keys and values (B, T, 2, H, D) of each layer, with ``padding``
+    (B, T), True where there is no key; ``form``, of the attention among the rows' own tokens.
     """
+
+    slot_positions: Tensor | None = None  # (B, slots), where beams share slots and a layer has a window
 
     def __init__(
         self,
@@ -67,11 +96,12 @@ class StaticCache(RowState):
         source: list[Tensor] | None = None,
         padding: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        form: Form = PLAIN,
     ) -> None:
         self.step: Any = None  # the weights that it was begun with
+        self.form = form
         layers, self.heads, self.head_dim = shape
         self.capacity, self.length, self.slots, self.beams = capacity, 0, 0, 1
-        self.scale = self.head_dim**-0.5
         # Finite from the start: what a shorter row has not written yet is read, and multiplied by zero.
         width, dtype = (self.head_dim, like.dtype) if dtype is None else (eight_bit_width(self.head_dim), dtype)
         self.kv = like.new_zeros(layers, 2, rows, self.heads, capacity, width, dtype=dtype)
@@ -120,6 +150,7 @@ class StaticCache(RowState):
         self.n = n
         self.at: tuple[Tensor, Tensor] | None = None
         self.sees_now: Tensor | None = None
+        self.windowed: dict[int, Tensor] = {}
         where: int | Tensor = self.length
         if self.beams > 1:
             if n > 1:
@@ -127,6 +158,9 @@ class StaticCache(RowState):
             self.sees_now = self._own_slots(end)
             if self.row_lengths is not None:
                 where = self.positions(1)
+            if self.slot_positions is not None:
+                new = where if isinstance(where, int) else where.view(R, self.beams)
+                self.slot_positions[:, self.slots : end] = new
         elif self.row_lengths is not None:
             where = self.positions(n)
             end = min(end, self.capacity)
@@ -164,29 +198,56 @@ class StaticCache(RowState):
         return self.kv.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """``qkv`` (R * n, 3 * H * D), projected of the new tokens: store the keys, attend what each row sees, (R * n,
-        H * D)."""
-        B, n, K = self.kv.shape[2], self.n, self.beams
+        """``qkv`` (R * n, (H + 2 H_kv) * D), projected of the new tokens: store the keys, attend what each row sees,
+        (R * n, H * D)."""
+        B, n = self.kv.shape[2], self.n
         # Beams of a source stand where its tokens do: as many queries of one row.
-        qkv = qkv.view(B, n * K, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, kv = self.form.split(qkv, B, self.heads, self.head_dim)
         if self.at is None:
-            self.new[layer].copy_(qkv[1:])
+            self.new[layer].copy_(kv)
         else:
             rows, positions = self.at
-            self.kv[layer].transpose(2, 3)[:, rows, positions] = qkv[1:].transpose(2, 3)
+            self.kv[layer].transpose(2, 3)[:, rows, positions] = kv.transpose(2, 3)
         if n > SHORT and self.at is None and n == self.slots:
-            out = attention(*qkv, causal=True)
+            out = attention(q, *kv.unbind(0), causal=True, **self.form.options(layer))
             return out.transpose(1, 2).reshape(B * n, -1)
-        return self._attend(qkv[0], self.keys[layer], self.values[layer], self.sees_now)
+        keys, values, sees, window = self.keys[layer], self.values[layer], self.sees_now, self.form.window(layer)
+        if window is not None and self.length + n > window:
+            if sees is None:  # one token of equal rows
+                keys, values = keys[..., -window:], values[:, -window:]
+            else:
+                sees = self._within(window, sees)
+        return self._attend(q, keys, values, sees, self.form)
+
+    def _within(self, window: int, sees: Tensor) -> Tensor:
+        """What each new token ``sees``, (B or 1, 1, queries, end), without the keys before its window."""
+        if window not in self.windowed:
+            end = sees.shape[3]
+            if self.slot_positions is None:
+                new, slots = self._new_positions(), torch.arange(end, device=sees.device)
+            else:
+                new, slots = self.slot_positions[:, end - self.beams : end], self.slot_positions[:, None, None, :end]
+            self.windowed[window] = sees.masked_fill(slots <= new[:, None, :, None] - window, float("-inf"))
+        return self.windowed[window]
+
+    def _new_positions(self) -> Tensor:
+        """Of the tokens that are being read, (R or 1, n)."""
+        if self.at is not None:
+            return self.at[1]
+        return torch.arange(self.slots - self.n, self.slots, device=self.kv.device)[None]
 
     def attend_source(self, layer: int, q: Tensor) -> Tensor:
         """``q`` (R * n, H * D) against the keys of each row's source, (R * n, H * D)."""
         q = q.view(self.kv.shape[2], self.n * self.beams, self.heads, self.head_dim).transpose(1, 2)
         return self._attend(q, self.source_keys[layer], self.source_values[layer], self.source_sees)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, sees: Tensor | None) -> Tensor:
-        B, H, n, D = q.shape
-        scores = torch.baddbmm(self.ignored, q.reshape(B * H, n, D), keys, beta=0, alpha=self.scale)
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, sees: Tensor | None, form: Form = PLAIN) -> Tensor:
+        """The heads of a group are as many more queries of one head of keys."""
+        (B, H, n, D), G, scale = q.shape, form.groups, form.scale
+        scale = self.head_dim**-0.5 if scale is None else scale
+        scores = torch.baddbmm(self.ignored, q.reshape(B * H // G, G * n, D), keys, beta=0, alpha=scale)
+        if form.softcap > 0.0:
+            scores.div_(form.softcap).tanh_().mul_(form.softcap)
         if sees is not None:
             scores.view(B, H, n, scores.shape[2]).add_(sees)
         out = torch.bmm(torch.softmax(scores, -1), values)
@@ -208,6 +269,8 @@ class StaticCache(RowState):
             hidden = torch.arange(self.length, device=kv.device) >= self.row_lengths[:, None]
             self.sees[:, :, : self.length].masked_fill_(hidden[:, None], float("-inf"))
             self.row_lengths = self.row_lengths.repeat_interleave(beams)
+        if any(self.form.windows):
+            self.slot_positions = torch.arange(kv.shape[4], device=kv.device).repeat(B, 1)
         alone = torch.eye(beams, dtype=torch.bool, device=kv.device)
         self.own = kv.new_zeros(beams, beams).masked_fill_(~alone, float("-inf"))
         self.steps_to_compaction = STEPS_BETWEEN_COMPACTIONS
@@ -234,6 +297,8 @@ class StaticCache(RowState):
 
     def _select_sources(self, sources: Tensor, rows: Tensor) -> None:
         self.sees = self.sees.index_select(0, sources)
+        if self.slot_positions is not None:
+            self.slot_positions = self.slot_positions.index_select(0, sources)
         self.select_lengths(rows)
         self.assign(*([x.index_select(0, sources) for x in xs] for xs in (self.growing(), self.fixed())))
 
@@ -247,6 +312,8 @@ class StaticCache(RowState):
             index = order[None, :, None, :, None].expand(*kv.shape[:3], -1, kv.shape[4])
             kv[..., :kept, :] = kv.gather(3, index)
         self.sees[:, :, :kept] = self.sees.gather(2, order[:, None].expand(-1, self.beams, -1))
+        if self.slot_positions is not None:
+            self.slot_positions[:, :kept] = self.slot_positions.gather(1, order)
         self.slots = kept
 
     def _separate(self) -> None:
@@ -256,7 +323,7 @@ class StaticCache(RowState):
         rows = torch.arange(len(order), device=order.device)
         kv = self.kv.new_zeros(*self.kv.shape[:2], len(rows), self.heads, self.capacity, self.kv.shape[5])
         kv[..., :length, :] = self.kv[:, :, rows[:, None] // K, :, order].permute(2, 3, 0, 4, 1, 5)
-        self.beams, self.slots = 1, length
+        self.beams, self.slots, self.slot_positions = 1, length, None
         self.assign([kv.movedim(2, 0)], [x.repeat_interleave(K, 0) for x in self.fixed()])
 
     def _seen_by_beams(self) -> Tensor:

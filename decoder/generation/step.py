@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tileformer.decoder.generation.cache import KVCache, TokenState
 from tileformer.decoder.generation.device import DeviceCache
 from tileformer.decoder.generation.state import align_prompts, align_source
-from tileformer.decoder.generation.static import SourceRows, StaticCache
+from tileformer.decoder.generation.static import Form, SourceRows, StaticCache
 from tileformer.decoder.sublayers import kernels_serve
 from tileformer.kernels import add_layer_norm, layer_norm
 from tileformer.kernels.backend import FASTEST, choose, current_backend
@@ -87,6 +87,7 @@ class PackedStep:
 
     captures = True  # whether a step on a GPU becomes a CUDA graph
     cache_dtype: torch.dtype | None = None  # of keys and values, the weights' where it is None
+    form = Form()  # of the attention among the rows' own tokens
 
     def __init__(self, parts: Parts, memory: int) -> None:
         self.copies: list[tuple[Tensor, Tensor]] = []  # each with the parameter that it is a copy of
@@ -199,7 +200,8 @@ class PackedStep:
     ) -> tuple[Tensor, StaticCache]:
         """`Decodable.start` for aligned prompts of ``lengths`` (B,), and what `source` made of a source."""
         host = choose("decode_attention", self.like) == "torch" and self.like.device.type == "cpu"
-        state = self.cache(len(tokens), capacity, host, keys, padding)
+        kind = StaticCache if host and self.cache_dtype is None else DeviceCache
+        state = kind(self.shape, len(tokens), capacity, self.like, keys, padding, self.cache_dtype, self.form)
         state.step = self
         logits = self(tokens, state, last=lengths - 1)
         if shortest < tokens.shape[1]:
@@ -208,11 +210,6 @@ class PackedStep:
             state.branch(beams, capacity - shortest)  # a short prompt has more room behind it
             logits = logits.repeat_interleave(beams, 0)
         return logits, state
-
-    def cache(self, rows: int, capacity: int, host: bool, keys: Any = None, padding: Any = None) -> StaticCache:
-        """An empty state of so many rows, read and written on the host or by kernels."""
-        kind = StaticCache if host and self.cache_dtype is None else DeviceCache
-        return kind(self.shape, rows, capacity, self.like, keys, padding, self.cache_dtype)
 
     @torch.no_grad()
     def encode(self, source: Tensor, padding: Tensor) -> Tensor:
