@@ -176,7 +176,9 @@ def test_steps_stay_where_a_graph_was_captured(monkeypatch):
     found = [generate(model, SRC, 9, options=how) for how in options]
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
     assert [places[0] for places in made] == [12, 4]  # beams stay where they are
-    (_, state), (_, plain) = (begin(torch.ones_like(SRC[:, :1]), capacity=9, source=SRC) for begin in (capturing, start))
+    (_, state), (_, plain) = (
+        begin(torch.ones_like(SRC[:, :1]), capacity=9, source=SRC) for begin in (capturing, start)
+    )
     for step in range(6):
         if step == 3:
             state.select(rows := torch.tensor([3, 2, 1, 0]))
