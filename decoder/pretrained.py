@@ -196,7 +196,7 @@ def load(
     """
     folder = Path(folder)
     config = _read_config(folder)
-    model, tensors = _blank(folder, config)
+    model, tensors = _blank(folder, config, dtype)
     assign(folder, model, tensors, dtype, torch.device(device))
     return model.eval(), load_tokenizer(folder)
 
@@ -327,10 +327,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _blank(folder: Path, config: dict[str, Any]) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
+def _blank(folder: Path, config: dict[str, Any], dtype: torch.dtype | None) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
     """The model of a configuration on the meta device, and its tensors by our names, read one by one."""
     where = folder / CONFIG
-    get, names = _weights(folder)
+    read, names = _weights(folder)
+
+    def get(name: str) -> Tensor:
+        x = read(name)  # what is computed of it is computed in the dtype that was asked for
+        return x if dtype is None or not x.is_floating_point() else x.to(dtype)
+
     if (form := FORMS.get(config["model_type"])) is not None:
         try:
             made = form.config_from(config)

@@ -162,3 +162,12 @@ def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_gemmas_norms_are_one_more_in_the_dtype_that_is_asked_for(tmp_path):
+    model = theirs("gemma2").bfloat16()
+    model.save_pretrained(tmp_path)
+    ours, _ = load(tmp_path, dtype=torch.float32)
+    assert ours.norm.weight.equal(model.model.norm.weight.float() + 1) and ours.head.dtype == torch.float32
+    halves, _ = load(tmp_path)  # rounded once
+    assert halves.norm.weight.equal((model.model.norm.weight.float() + 1).bfloat16())
