@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from tileformer.decoder import CausalConfig, CausalLM, Engine, generate, generate_speculatively, stream
+from tileformer.decoder import (
+    CausalConfig,
+    CausalLM,
+    Engine,
+    causal,
+    generate,
+    generate_speculatively,
+    stream,
+    sublayers,
+)
 from tileformer.decoder.generation.cache import KVCache
 from tileformer.decoder.generation.paged import PagedCache, PagePool
 from tileformer.kernels import use_backend
@@ -77,6 +86,14 @@ def test_logits_of_steps_are_those_of_the_whole_row(form):
         ]
         assert torch.cat(steps)[:, :40].allclose(whole[2:], atol=1e-11)
         cache = KVCache(3, 12)
+        states = model.states(row)
+        hooked = [layer.register_forward_hook(lambda *_: None) for layer in model.layers]
+        assert len(states) == 4 and all(
+            x.allclose(y, atol=1e-11) for x, y in zip(states, model.states(row), strict=True)
+        )
+        assert model._logits(states[-1], model.head)[0].equal(whole)
+        for handle in hooked:
+            handle.remove()
         parts = [model(part, cache=cache) for part in row.split([5, 1, 6], 1)]
         assert torch.cat(parts, 1)[0].allclose(whole, atol=1e-11)
 
@@ -214,3 +231,25 @@ def test_tokens_that_do_not_fit():
     with pytest.raises(ValueError, match="a CausalLM has no source"):
         model.start(torch.ones(1, 1, dtype=torch.int64), capacity=3, source=torch.ones(1, 1), use_cache=False)
     assert dataclasses.replace(model.config, pad_id=0).padding == 0
+
+
+@pytest.mark.interprets
+@pytest.mark.parametrize("form", ["qwen3", "gemma2", "gpt2"])
+def test_a_layers_end_and_the_next_ones_norm_are_one_pass(form, monkeypatch):
+    """Where kernels serve; gradients and all but the last bits are those of plain operators."""
+    model = made(form, torch.float32)
+    tokens, passes = rows(0, 5), []
+    for op in ("add_norm", "bias_activation_dropout"):
+        home = sublayers if op == "add_norm" else causal
+        plain = getattr(home, op)
+        monkeypatch.setattr(home, op, lambda *a, plain=plain, **k: passes.append(1) or plain(*a, **k))
+    expected = torch.autograd.grad(model(tokens).square().mean(), model.parameters())
+    assert len(passes) == 3  # activations alone
+    with use_backend("reference"):
+        reference = torch.autograd.grad(model(tokens).square().mean(), model.parameters())
+    assert len(passes) == 6
+    with use_backend("interpret"):
+        found = torch.autograd.grad(model(tokens).square().mean(), model.parameters())
+    assert len(passes) == 6 + 3 + 6  # two norms a layer
+    for x, y, z in zip(found, expected, reference, strict=True):
+        assert x.allclose(y, rtol=1e-3, atol=1e-5 * float(y.abs().max())) and z.allclose(y, rtol=1e-3, atol=1e-4)

@@ -38,6 +38,9 @@ class Form(NamedTuple):
         return qkv[:, :H], qkv[:, H:].unflatten(1, (2, heads)).transpose(0, 1)
 
 
+PLAIN = Form()
+
+
 def eight_bit_width(head_dim: int) -> int:
     """Bytes of a row in 8 bits with its scale behind it: whole vectors of 16, so that rows lie as kernels load them."""
     return -(-head_dim // 16) * 16 + 16
@@ -93,7 +96,7 @@ class StaticCache(RowState):
         source: list[Tensor] | None = None,
         padding: Tensor | None = None,
         dtype: torch.dtype | None = None,
-        form: Form = Form(),
+        form: Form = PLAIN,
     ) -> None:
         self.step: Any = None  # the weights that it was begun with
         self.form = form
@@ -238,7 +241,7 @@ class StaticCache(RowState):
         q = q.view(self.kv.shape[2], self.n * self.beams, self.heads, self.head_dim).transpose(1, 2)
         return self._attend(q, self.source_keys[layer], self.source_values[layer], self.source_sees)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, sees: Tensor | None, form: Form = Form()) -> Tensor:
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, sees: Tensor | None, form: Form = PLAIN) -> Tensor:
         """The heads of a group are as many more queries of one head of keys."""
         (B, H, n, D), G, scale = q.shape, form.groups, form.scale
         scale = self.head_dim**-0.5 if scale is None else scale
