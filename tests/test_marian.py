@@ -45,6 +45,15 @@ def test_steps_are_the_whole_and_rows_are_alone():
     assert found[1].tolist()[: len(alone := generate(model, SOURCE[1:, :3], 8)[0].tolist())] == alone
     greedy, beams = (generate(model, SOURCE, 8, num_beams=k, n_best=1)[1] for k in (1, 4))
     assert (beams >= greedy - 1e-6).all()
+    with torch.no_grad():
+        ragged = model.start(torch.tensor([[31, 5, 6], [31, 9, 30]]), capacity=4, source=SOURCE)[1]
+        both = model.step(torch.tensor([6, 3]), ragged)
+        assert ragged.lengths.tolist() == [4, 3] and torch.allclose(
+            both[0], model(SOURCE[:1], torch.tensor([[31, 5, 6, 6]]))[0, -1]
+        )
+        assert torch.allclose(both[1], model(SOURCE[1:], torch.tensor([[31, 9, 3]]))[0, -1])
+        for padded in (SOURCE[1:], SOURCE[1:].roll(2, 1)):
+            assert torch.allclose(model(padded, tgt[1:]), model(SOURCE[1:, :3], tgt[1:]))
     with pytest.raises(ValueError, match="is conditioned on a source"):
         model.start(tgt, capacity=4)
     with pytest.raises(ValueError, match="token id 40 is outside"):

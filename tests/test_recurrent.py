@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from tileformer.decoder import Engine, RecurrentConfig, RecurrentLM, RecurrentSeq2Seq, generate, generate_speculatively
+from tileformer.decoder import (
+    Engine,
+    Options,
+    RecurrentConfig,
+    RecurrentLM,
+    RecurrentSeq2Seq,
+    generate,
+    generate_speculatively,
+)
+from tileformer.decoder.generation import hidden_state
 from tileformer.decoder.recurrent import CELLS, SSRU
 from tileformer.kernels import use_backend
 from tileformer.training.data.batches import Batches, PackedBatches
@@ -90,6 +99,116 @@ def test_padding_is_never_read_and_an_empty_source_is_zeros(cell, attends):
         assert end[1].eq(0).all() and padding.tolist() == [[False, True], [True, True]]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_of_a_source_is_left_out_wherever_it_stands(training):
+    model, tgt = seq2seq("gru", True, dropout=0.0).train(training), torch.tensor([[1, 4]] * 3)
+    with torch.no_grad():
+        said = model(torch.tensor([[3, 4, 0, 0], [0, 0, 3, 4], [3, 0, 4, 0]]), tgt)
+        assert said[0].equal(said[1]) and said[0].equal(said[2])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_is_read_where_there_is_nothing(cell):
+    model, none = seq2seq(cell, True), SRC[:, :0]
+    with torch.no_grad():
+        assert model(SRC, none).shape == (4, 0, 30) and model(SRC[:0], SRC[:0]).shape == (0, 5, 30)
+        assert model(none, SRC).equal(model(torch.zeros_like(SRC), SRC))
+    assert generate(model, SRC[:0]).shape == (0, 0)
+    assert generate(model, none, 3).equal(generate(model, torch.zeros_like(SRC), 3))
+    assert language(cell)(none).shape == (4, 0, 30)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_go_through_steps(cell):
+    model, tgt = seq2seq(cell, True), torch.tensor([[1, 4, 6]] * 4)
+    found = []
+    for stepwise in (False, True):
+        model.zero_grad()
+        if stepwise:
+            logits, state = model.start(tgt[:, :1], capacity=3, source=SRC)
+            logits = torch.stack([logits, *(model.step(tgt[:, t], state) for t in (1, 2))], 1)
+        else:
+            logits = model(SRC, tgt)
+        logits.square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(a.allclose(b, atol=1e-9) for a, b in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_a_released_row_reads_nothing():
+    model = language("gru")
+    _, state = model.start(torch.tensor([[1, 3], [1, 4]]), capacity=9)
+    state.release(torch.tensor([1]))
+    model.step(torch.tensor([5, 5]), state)
+    assert state.lengths.tolist() == [3, 0]
+    logits, other = model.start(torch.tensor([[1, 7, 8]]), capacity=9)
+    state.insert(torch.tensor([1]), other)
+    assert model.step(torch.tensor([6, 6]), state)[1:].allclose(model.step(torch.tensor([6]), other))
+    assert state.lengths.tolist() == [4, 4]
+
+
+@torch.no_grad()
+def test_steps_stay_where_a_graph_was_captured(monkeypatch):
+    """What a CUDA graph does, without one: it runs the step over the same tensors."""
+    model, made = seq2seq("lstm", True), []
+
+    class Replayed:
+        def __init__(self, run, tokens, state, places):
+            made.append(places)
+            self.run, self.state, self.places = run, state, places
+
+        def __call__(self, tokens):
+            tensors = (self.state.hidden, self.state.lengths, self.state.live, *self.state.source)
+            assert self.places == (len(tokens), *(x.data_ptr() for x in tensors))
+            return self.run(tokens, self.state)
+
+    options = [Options(num_beams=3, min_new_tokens=7), Options(min_new_tokens=7)]
+    expected = [generate(model, SRC, 9, options=how) for how in options]
+    monkeypatch.setattr(hidden_state, "CapturedStep", Replayed)
+    start = model.start
+
+    def capturing(*inputs, **options):
+        logits, state = start(*inputs, **options)
+        state.captures = True
+        return logits, state
+
+    monkeypatch.setattr(model, "start", capturing)
+    found = [generate(model, SRC, 9, options=how) for how in options]
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    assert [places[0] for places in made] == [12, 4]  # beams stay where they are
+    (_, state), (_, plain) = (
+        begin(torch.ones_like(SRC[:, :1]), capacity=9, source=SRC) for begin in (capturing, start)
+    )
+    for step in range(6):
+        if step == 3:
+            state.select(rows := torch.tensor([3, 2, 1, 0]))
+            plain.select(rows)
+        assert model.step(tokens := torch.tensor([3, 4, 5, 6]), state).equal(model.step(tokens, plain))
+    assert len(made) == 4  # and are captured anew where they have moved
+
+
+def test_what_a_graph_would_not_repeat_is_not_captured():
+    model = seq2seq("gru", True)
+    assert not model._is_plain()  # gradients are recorded
+    with torch.no_grad():
+        assert model._is_plain() and not model.train()._is_plain()
+        hook = model.eval().out.register_forward_hook(lambda *_: None)
+        assert not model._is_plain()
+        hook.remove()
+        with torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else torch.autocast("cpu"):
+            assert model._is_plain() is not torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("cell", CELLS)
+def test_captured_steps_say_what_plain_ones_do(cell):
+    model = seq2seq(cell, True).float().cuda()
+    captured = [generate(model, SRC.cuda(), 9, num_beams=k) for k in (1, 3)]
+    model.step_captures = False
+    assert all(a.equal(generate(model, SRC.cuda(), 9, num_beams=k)) for a, k in zip(captured, (1, 3), strict=True))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_weight_learns(cell):
     model = seq2seq(cell, True, dropout=0.5).train()
@@ -144,8 +263,12 @@ def test_an_lstm_is_torchs():
     ("options", "message"),
     [
         (dict(cell="rnn"), "cell must be one of lstm, gru, ssru, got 'rnn'"),
-        (dict(d_model=18, nhead=4), "d_model 18 is divided into two directions and 4 heads: take a multiple of 8"),
+        (
+            dict(d_model=18, nhead=4, src_vocab=5),
+            "d_model 18 is divided into two directions and 4 heads: take a multiple of 8",
+        ),
         (dict(attention=True), "attention is over a source"),
+        (dict(src_vocab=-1), "src_vocab and num_encoder_layers must be at least 0, got -1 and 0"),
         (dict(num_layers=0), "num_layers must be at least 1"),
         (dict(eos_id=1), "pad_id, bos_id and eos_id must be three ids"),
         (dict(dropout=1.0), r"dropout must be in \[0, 1\)"),
@@ -171,6 +294,8 @@ def test_what_it_refuses():
         lm(torch.ones(1, 21, dtype=torch.int64))
     with pytest.raises(TypeError, match="tokens must be token ids"):
         lm(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"packed tokens are \(1, total\) .* got \(2, 2\) and \(3,\)"):
+        lm(torch.ones(2, 2, dtype=torch.int64), cu_seqlens=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="tgt has 1 rows, its source 4"):
         model(SRC, torch.tensor([[1]]))
     with pytest.raises(ValueError, match="capacity must be from the 1 tokens of a prompt to the model's 20, got 30"):

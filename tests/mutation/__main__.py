@@ -79,6 +79,7 @@ FIRST = {  # the test files to begin with, for a mutant of each file
     "decoder/generation/engine": "test_decoder_engine test_decoder_admission test_decoder_engine_faults",
     "decoder/generation/paged": "test_decoder_cache_dtype test_decoder_paged test_decoder_engine",
     "decoder/generation/speculative": "test_decoder_speculative",
+    "decoder/generation/hidden_state": "test_recurrent test_marian",
     "decoder/generation/": "test_decoder_search test_decoder_options test_decoder_generation test_decoder_decodable test_decoder_seq2seq",
     "decoder/nn/transformer": "test_decoder_parity test_decoder_modules test_decoder_seq2seq test_convert",
     "decoder/loading": "test_decoder_loading",
