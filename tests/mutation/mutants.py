@@ -1962,9 +1962,13 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("loading", "the first of several ends is the end", "eos = eos[-1] if eos", "eos = eos[0] if eos"),
     ],
     "decoder/gguf.py": [
-        ("loading", "heads keep llama.cpp's order", "x = x.view(heads[part], -1, 2, *x.shape[1:]).transpose(1, 2)", "x = x.view(heads[part], -1, 2, *x.shape[1:])"),
+        ("loading", "heads keep llama.cpp's order", "x = x.view(n, -1, 2, *x.shape[1:]).transpose(1, 2)", "x = x.view(n, -1, 2, *x.shape[1:])"),
+        ("loading", "Qwen's heads are turned too", 'heads = heads if config["model_type"] == "llama" else {}', "pass"),
+        ("loading", "divisors of no scaling are read as one", "        if torch.allclose(torch.atan2(sin, cos) * divisors, frequency, rtol=1e-4):", "        if True:"),
+        ("text", "a piece that is a token is put together", 'dict(ignore_merges=True) if pre == "llama-bpe" else {}', "{}"),
+        ("text", "a turn has no end", 'ids["eos"] if ids["eot"] is None else ids["eot"]', 'ids["eos"]'),
         ("loading", "a kind that we do not read is tried", "        if kind not in KINDS:\n", "        if False:\n"),
-        ("loading", "experts are left out", 'for key in ("expert_count", "rope.scaling.type"):', 'for key in ("rope.scaling.type",):'),
+        ("loading", "experts are left out", 'for key in ("expert_count", "rope.scaling.type",', 'for key in ("rope.scaling.type",'),
     ],
     "decoder/marian.py": [
         ("loading", "8 bits are not transposed", "x.reshape(shape[::-1]).T.copy()", "x.reshape(shape)"),
