@@ -238,14 +238,14 @@ def test_generate_refuses_what_is_no_model_of_a_recipe(tmp_path):
     with pytest.raises(ValueError, match="expected a checkpoint"):
         call(generate, "--checkpoint", tmp_path, "hello")
     (tmp_path / "state.json").write_text('{"format": "tileformer checkpoint 1", "meta": {"recipe": "soup"}}')
-    with pytest.raises(ValueError, match=r"expected a model of a recipe \(g2p, .*\), found 'soup'"):
+    with pytest.raises(ValueError, match=r"expected a model of a recipe \(pairs, text, g2p, .*\), found 'soup'"):
         call(generate, "--checkpoint", tmp_path, "hello")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "no recipe given; there is: g2p"),
+        ([], "no recipe given; there is: pairs, text, g2p"),
         (["g2p", "--resume", "--overwrite"], "choose one"),
         (["g2p", "--resume", "--output", "nowhere"], "nowhere: expected a checkpoint"),
     ],

@@ -212,10 +212,6 @@ def test_a_file_that_is_no_pairs_is_one_line(run, tmp_path, content, message):
     "words, message",
     [
         (["train", "pairs"], "your own data are needed: --data FILE"),
-        (
-            ["train", "pairs", "--data", "pairs.tsv", "--tokenizer", "words2"],
-            "expected characters, bpe, or a tokenizer.json",
-        ),
         (["train", "pairs", "--data", "pairs.tsv", "--set", "lr=3"], "expected SECTION.KEY=VALUE"),
         (["train", "pairs", "--data", "pairs.tsv", "--set", "setings.lr=3"], "no section setings; there is: settings"),
         (

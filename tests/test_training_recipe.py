@@ -56,6 +56,7 @@ def test_options_stand_where_they_belong(capsys):
         "train g2p",
         "train poems",
         "train reviews",
+        "finetune",
     ]
     assert "PER 9.6 %," in texts["train g2p"] and all(name in texts["train"] for name in RECIPES)
 
@@ -66,7 +67,7 @@ def test_options_stand_where_they_belong(capsys):
         ("train poems --split-by stem", "unrecognized arguments: --split-by stem"),
         ("train g2p --data x", "unrecognized arguments: --data x"),
         ("train soup", "argument RECIPE: invalid choice: 'soup' (choose from"),
-        ("train", "no recipe given; there is: g2p, poems, reviews"),
+        ("train", "no recipe given; there is: pairs, text, g2p, poems, reviews"),
     ],
 )
 def test_an_option_of_another_recipe_is_one_line(words, message, capsys):

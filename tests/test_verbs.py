@@ -22,7 +22,9 @@ from tileformer import arguments
 SAMPLE = 12
 BASE = {  # what a verb needs beside the argument that is tried
     "train": ["poems"],
+    "search": ["poems"],
     "finetune": ["reviews"],
+    "evaluate": ["--checkpoint={model}", "--data={tmp}/file"],
     "generate": ["--checkpoint={model}"],
     "check": ["--quick", "--op=dropout", "--backend=torch", "--device=cpu"],
 }

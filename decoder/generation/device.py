@@ -114,7 +114,7 @@ class DeviceCache(StaticCache):
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         R, n, options = len(self.row_lengths), self.n, self.form.options(layer)
-        q, (k, v) = self.form.split(qkv, R, self.heads, self.head_dim)
+        q, (k, v) = self.form.split(qkv, R, n, self.heads, self.head_dim)
         keys, values, scales = parts_of(self.kv[layer], self.head_dim)
         if n > SHORT and self.length:
             raise ValueError(f"{n} tokens are a prompt, and this cache has read {self.length}: start with them")

@@ -200,7 +200,7 @@ class PagedCache:
         R, n = self.write_to[0].shape
         form, heads = PLAIN if self.step is None else self.step.form, self.pool.kv.shape[4]
         options, head_dim = form.options(layer), qkv.shape[1] // ((form.groups + 2) * heads)
-        q, (k, v) = form.split(qkv, R, heads, head_dim)
+        q, (k, v) = form.split(qkv, R, n, heads, head_dim)
         keys, values, scales = parts_of(self.pool.kv[layer], head_dim)
         append_kv_cache(k, v, keys, values, self.seen, page_table=self.table, **scales)
         if n <= MAX_TOKENS:

@@ -31,10 +31,11 @@ class Form(NamedTuple):
         window = self.window(layer)
         return dict(scale=self.scale, softcap=self.softcap, window=None if window is None else (window - 1, 0))
 
-    def split(self, qkv: Tensor, rows: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    def split(self, qkv: Tensor, rows: int, n: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """``qkv`` (rows * n, (groups + 2) * heads * head_dim): q (rows, groups * heads, n, head_dim), and keys and
         values (2, rows, heads, n, head_dim)."""
-        qkv, H = qkv.view(rows, -1, (self.groups + 2) * heads, head_dim).transpose(1, 2), self.groups * heads
+        H = self.groups * heads
+        qkv = qkv.view(rows, n, (self.groups + 2) * heads, head_dim).transpose(1, 2)
         return qkv[:, :H], qkv[:, H:].unflatten(1, (2, heads)).transpose(0, 1)
 
 
@@ -202,7 +203,7 @@ class StaticCache(RowState):
         (R * n, H * D)."""
         B, n = self.kv.shape[2], self.n
         # Beams of a source stand where its tokens do: as many queries of one row.
-        q, kv = self.form.split(qkv, B, self.heads, self.head_dim)
+        q, kv = self.form.split(qkv, B, n * self.beams, self.heads, self.head_dim)
         if self.at is None:
             self.new[layer].copy_(kv)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tileformer import arguments
 from tileformer.decoder.tokenizer import KINDS, Tokenizer
 from tileformer.files import lines_of, quote
 from tileformer.training.data.batches import OURS, PAD, Frame
@@ -115,14 +116,15 @@ def hold_out(items: Sequence[T], of: Callable[[T], str]) -> tuple[list[T], list[
     return parts
 
 
+def tokenizer_kind(text: str) -> str:
+    """A kind of tokenizer, or a file that is there: the type of an argument."""
+    return text if text in KINDS else str(arguments.input_file(text))
+
+
 def tokenizer_of(kind: str, texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A tokenizer of a kind, learned on ``texts``, or a file's. ValueError for neither."""
+    """A tokenizer of a kind, learned on ``texts``, or a file's. ValueError for a file without three ids."""
     if kind in KINDS:
         return Tokenizer.train(texts, kind, vocabulary, 1)
-    if not Path(kind).is_file():
-        raise ValueError(
-            f"--tokenizer {quote(kind)}: expected characters, bpe, or a tokenizer.json; there is no such file"
-        )
     tokenizer = Tokenizer.load(kind)
     ids = {name: getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
     if None in ids.values() or len(set(ids.values())) < 3:

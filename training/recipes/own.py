@@ -39,7 +39,7 @@ def add_arguments(parser: Any) -> None:
     about = "what to validate on (default 5 %% of --data by hash)"
     add("--valid", type=arguments.input_file, metavar="FILE", help=about)
     about = "characters, bpe, or a tokenizer.json (default characters)"
-    add("--tokenizer", default="characters", metavar="KIND", help=about)
+    add("--tokenizer", type=own.tokenizer_kind, default="characters", metavar="KIND", help=about)
     add("--encoding", type=arguments.encoding, default="utf-8", metavar="E", help="of the files (default utf-8)")
     add("--skip-bad-lines", action="store_true", help="leave out lines that cannot be read, and say how many")
 
@@ -173,7 +173,7 @@ def tokenizer_in(path: Path, meta: Any, config: Any) -> Tokenizer:
 COMMON = {"vocabulary": 8000}
 PAIRS = Recipe(
     name="pairs",
-    about="pairs: your own source<TAB>target lines, an encoder-decoder; `--data FILE.tsv`",
+    about="pairs: your own source<TAB>target lines, an encoder-decoder",
     quick=QUICK,
     data=read_pairs,
     config=pairs_config,
@@ -189,7 +189,7 @@ PAIRS = Recipe(
 )
 TEXT = Recipe(
     name="text",
-    about="text: your own texts, a decoder alone; `--data FILE.txt`",
+    about="text: your own texts, a decoder alone",
     quick=replace(QUICK, batch=1024),
     data=read_texts,
     config=text_config,

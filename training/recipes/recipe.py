@@ -145,7 +145,7 @@ def configured(args: argparse.Namespace, kind: type[Any], **sizes: Any) -> Any:
             raise ValueError(f"model.decoder={decoder}: attention is over a source, and {args.recipe} has none")
     decided = {name: sizes.pop(name) for name in DECIDED if name in sizes}
     known = {x.name: None if x.default is MISSING else x.default for x in fields(kind) if x.name not in decided}
-    return kind(**decided, **usual | sizes | overrides.check("model", asked, known))
+    return kind(**decided, **sizes | usual | overrides.check("model", asked, known))
 
 
 def _changed(
