@@ -118,7 +118,7 @@ class CausalConfig:
     def general(self) -> CausalConfig:
         return self
 
-    src_vocab = 0  # no field: it has no source
+    src_vocab = num_encoder_layers = 0  # no fields: it has no source
 
 
 def _check_scaling(config: CausalConfig) -> None:

@@ -8,10 +8,14 @@ import torch
 from tileformer.decoder import (
     CausalConfig,
     CausalLM,
+    Classifier,
     Engine,
+    Tagger,
     causal,
     generate,
     generate_speculatively,
+    load,
+    save_pretrained,
     stream,
     sublayers,
 )
@@ -253,3 +257,17 @@ def test_a_layers_end_and_the_next_ones_norm_are_one_pass(form, monkeypatch):
     assert len(passes) == 6 + 3 + 6  # two norms a layer
     for x, y, z in zip(found, expected, reference, strict=True):
         assert x.allclose(y, rtol=1e-3, atol=1e-5 * float(y.abs().max())) and z.allclose(y, rtol=1e-3, atol=1e-4)
+
+
+def test_heads_on_its_states(tmp_path):
+    """A classifier of it is a folder of ours, whatever family the decoder is of."""
+    pytest.importorskip("safetensors", reason="the train extra is not installed")
+    model = made("qwen3")
+    for pool in ("mean", "last"):
+        judge = Classifier(model, 3, pool=pool, mix=True).double().eval()
+        batch = rows(model.pad_id, 5, 3)
+        assert judge(batch)[1].allclose(judge(batch[1:, :3])[0], atol=1e-11)
+    save_pretrained(judge, tmp_path, classes=("a", "b", "c"))
+    again, _ = load(tmp_path)
+    assert again(batch).equal(judge(batch)) and again.classes == ["a", "b", "c"]
+    assert Tagger(model, 4).double()(batch).shape == (2, 5, 4)
