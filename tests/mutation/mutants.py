@@ -1509,7 +1509,7 @@ MUTANTS: dict[str, list[tuple[str, ...]]] = {
         ("module", "a head reads the embedding", "return states[-1] if self.mix is None", "return states[0] if self.mix is None"),
         ("dropout", "a head does not drop", "self.linear(self.dropout(x))", "self.linear(x)"),
         ("module", "a head's rate of dropout is ignored", "self.dropout = Dropout(dropout)", "self.dropout = Dropout()"),
-        ("module", "padding is what has id 0", "real = tokens != self.backbone.config.pad_id", "real = tokens != 0"),
+        ("module", "padding is what has id 0", "real = tokens != self.backbone.pad_id", "real = tokens != 0"),
         ("module", "a head without outputs is built", "if outputs < 1:", "if outputs < 0:"),
         ("module", "a tagger reads no mix", "self.head(self.head.combine(self.backbone.states(tokens)))", "self.head(self.backbone.states(tokens)[-1])"),
     ],
