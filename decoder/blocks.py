@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tileformer.decoder.generation.cache import AttentionCache, KVCache, LayerCache
-from tileformer.decoder.nn.modules import Dropout, LayerNorm
+from tileformer.decoder.nn.modules import Dropout, LayerNorm, RMSNorm
 from tileformer.decoder.sublayers import Sublayers, is_plain, split_heads, two_linears
 from tileformer.kernels import attention
 
@@ -216,14 +216,15 @@ class Stack(nn.Module):
 
 def through(
     layers: Iterable[nn.Module], norm: nn.Module, x: Tensor, memory: Tensor | None,
-    caches: Sequence[LayerCache | AttentionCache] | None, **options: Any,
+    caches: Sequence[LayerCache | AttentionCache] | None, keep: bool = True, **options: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """``x`` and what each layer gives, the last one after the norm. Where nobody has hooked a block, the last residual
-    of each and the norm behind it, of the next or the final one, are one pass."""
+    """``x`` and what each layer gives, the last one after the norm; not ``keep``: that alone. Where nobody has hooked a
+    block, the last residual of each and the norm behind it, of the next or the final one, are one pass."""
     layers, states, h = list(layers), [x], None
-    own = [layer for layer in layers if isinstance(layer, Block) and is_plain(layer, (Block,)) and layer.norm_first]
-    norms: list[LayerNorm] = []
-    if own and len(own) == len(layers) and isinstance(norm, LayerNorm) and is_plain(norm, (LayerNorm,)):
+    # Of a class that says itself how it joins the next one: a subclass may compute something else.
+    own: list[Any] = [y for y in layers if "between" in vars(type(y)) and is_plain(y, (type(y),)) and y.norm_first]
+    norms: list[nn.Module] = []
+    if own and len(own) == len(layers) and is_plain(norm, (LayerNorm, RMSNorm)):
         norms = [*(block.norm1 for block in own[1:]), norm]
     for i, layer in enumerate(layers):
         if caches is not None:
@@ -232,5 +233,5 @@ def through(
             h, x = own[i].between(x, h, norms[i], memory, **options)
         else:
             x = layer(x, *[memory] * (memory is not None), **options)
-        states.append(x)
+        states = [*states, x] if keep else [x]
     return [*states[:-1], norm(x) if h is None else h.to(x.dtype)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tileformer.decoder.blocks import check_heads
+from tileformer.decoder.blocks import check_heads, through
 from tileformer.decoder.causal_step import CausalStep
 from tileformer.decoder.generation.cache import AttentionCache, KVCache
 from tileformer.decoder.generation.static import Form
@@ -118,7 +118,7 @@ class CausalConfig:
     def general(self) -> CausalConfig:
         return self
 
-    src_vocab = 0  # no field: it has no source
+    src_vocab = num_encoder_layers = 0  # no fields: it has no source
 
 
 def _check_scaling(config: CausalConfig) -> None:
@@ -191,16 +191,24 @@ class CausalBlock(nn.Module):
         self.activation, self.gated = config.activation, config.gated
 
     def forward(self, x: Tensor, turn: Any, cache: AttentionCache | None = None, **packed: Any) -> Tensor:
+        """(B, T, C) of ``x`` (B, T, C); ``turn``, ``cache`` and ``packed`` as of `CausalAttention`."""
+        return self.between(x, None, None, turn=turn, cache=cache, **packed)[0]
+
+    def between(
+        self, x: Tensor, h: Tensor | None, following: nn.Module | None, memory: None = None, *, turn: Any,
+        cache: AttentionCache | None = None, **packed: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``forward`` of a block whose norm1(x) is ``h``: following(y), and y, what it returns. See `through`."""
         parts = Sublayers(self, x, 2)
-        h = self.self_attn(self.norm1(x), turn, cache, **packed)
+        h = self.self_attn(self.norm1(x) if h is None else h, turn, cache, **packed)
         h = h if self.norm3 is None else self.norm3(h)
         h, x = parts.end(h, None, x, self.dropout1, self.norm2)
         h = self.linear1(h)
         gate, up = h.chunk(2, -1) if self.gated else (h, None)
         h = bias_activation_dropout(gate, self.activation, up=up)
         if self.norm4 is None:
-            return parts.end(h, self.linear2, x, self.dropout2, None)[0]
-        return parts.end(self.norm4(self.linear2(h)), None, x, self.dropout2, None)[0]
+            return parts.end(h, self.linear2, x, self.dropout2, following)
+        return parts.end(self.norm4(self.linear2(h)), None, x, self.dropout2, following)
 
 
 def _norm(config: CausalConfig) -> nn.Module:
@@ -258,6 +266,13 @@ class CausalLM(Decoding, Saved, nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        return self.states(tokens, cu_seqlens=cu_seqlens, cache=cache, keep=False)[-1]
+
+    def states(
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None, keep: bool = True
+    ) -> list[Tensor]:
+        """What the embedding and then each layer give, the last one after the final norm: num_layers + 1 of
+        (B, T, C); not ``keep``: the last alone, and the memory of the others is free as soon as they are read."""
         check_tokens(tokens, "tokens")
         T, packed = tokens.shape[1], {}
         if cache is not None and len(cache.layers) != self.num_layers:
@@ -277,12 +292,11 @@ class CausalLM(Decoding, Saved, nn.Module):
             x = x + self.position(positions)
         else:
             turn = tables(self.config, positions)
-        x = self.dropout(x)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, turn, None if cache is None else cache.layers[i].self_attn, **packed)
+        caches = None if cache is None else [own.self_attn for own in cache.layers]
+        states = through(self.layers, self.norm, self.dropout(x), None, caches, keep, turn=turn, **packed)
         if cache is not None:
             cache.advance(T)
-        return self.norm(x)
+        return states
 
     def read(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """As `forward`, with a column for padding where that has an id of its own."""

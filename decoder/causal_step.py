@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tileformer.decoder.generation.static import Form
 from tileformer.decoder.generation.step import Linear, PackedStep, Parts, norm_of, versions
 from tileformer.decoder.sublayers import kernels_serve
-from tileformer.kernels import add_rms_norm, rms_norm
+from tileformer.kernels import add_rms_norm, bias_activation_dropout, rms_norm, rotary
 
 
 class RMS(NamedTuple):
@@ -33,7 +33,7 @@ class RMS(NamedTuple):
 class CausalLayer(NamedTuple):
     norms: tuple[Any, ...]  # before attention, before feed-forward; and behind each, or None
     head_norms: tuple[Any, Any]  # of queries and keys
-    activation: Any
+    activation: str
     gated: bool
     qkv: Linear
     out: Linear
@@ -82,7 +82,7 @@ class CausalStep(PackedStep):
             CausalLayer(
                 tuple(map(_norm, (x.norm1, x.norm2, x.norm3, x.norm4))),
                 (_norm(x.self_attn.q_norm), _norm(x.self_attn.k_norm)),
-                ACTIVATIONS[x.activation],
+                x.activation,
                 x.gated,
                 **linears,
             )
@@ -121,16 +121,22 @@ class CausalStep(PackedStep):
         return F.embedding(at.flatten(), table)
 
     def _through(self, x: Tensor, state: Any, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        fused = kernels_serve(x)
+        fused, half = kernels_serve(x), self.size // 2
+        if fused and turn is not None:
+            turn = turn[0][..., :half], turn[1][..., half:]
         h = self.layers[0].norms[0](x)
         for i, layer in enumerate(self.layers):
             _, second, *behind = layer.norms
-            y = layer.out(state.attend(i, self._turned(layer, layer.qkv(h), turn)))
+            y = layer.out(state.attend(i, self._turned(layer, layer.qkv(h), turn, fused)))
             h, x = self._add(y if behind[0] is None else behind[0](y), x, second, fused)
             h = layer.up(h)
             gate, up = h.chunk(2, -1) if layer.gated else (h, None)
-            h = layer.activation(gate)
-            y = layer.down(h if up is None else h.mul_(up))
+            if fused:
+                h = bias_activation_dropout(gate, layer.activation, up=up)
+            else:
+                h = ACTIVATIONS[layer.activation](gate)
+                h = h if up is None else h.mul_(up)
+            y = layer.down(h)
             y = y if behind[1] is None else behind[1](y)
             if i + 1 == len(self.layers):
                 return y.add_(x)
@@ -144,7 +150,7 @@ class CausalStep(PackedStep):
         x = y.add_(x)
         return norm(x), x
 
-    def _turned(self, layer: CausalLayer, qkv: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _turned(self, layer: CausalLayer, qkv: Tensor, turn: tuple[Tensor, Tensor] | None, fused: bool) -> Tensor:
         """Queries and keys of ``qkv`` (rows, heads * size) normalised and rotated, in place."""
         rows = qkv.view(len(qkv), -1, self.size)
         if layer.head_norms[0] is not None:
@@ -153,6 +159,9 @@ class CausalStep(PackedStep):
                 part.copy_(norm(part))
         if turn is not None:
             x = rows[:, : self.rotated]
+            if fused:  # each row is a batch of one token
+                x.copy_(rotary(x[:, :, None], *turn)[:, :, 0])
+                return qkv
             x.copy_(torch.addcmul(x * turn[0], torch.roll(x, self.size // 2, -1), turn[1]))
         return qkv
 

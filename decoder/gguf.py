@@ -1,9 +1,9 @@
-"""GGUF files, as llama.cpp writes them: a model of Llama's form in one file, with its tokenizer and chat template.
+"""GGUF files, as llama.cpp writes them: a Llama or a Qwen 2 or 3 in one file, with its tokenizer and chat template.
 
     folder = convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "runs/smollm2")        # then load(folder)
 
-Read by the package `gguf`; weights in 4 or 8 bits become float32, and queries and keys get back the order of Hugging
-Face's files: llama.cpp's has the two halves of each head interleaved.
+Read by the package `gguf`; weights in 4 or 8 bits become float32, and a Llama's queries and keys get back the order of
+Hugging Face's files: llama.cpp's has the two halves of each head interleaved.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from tileformer.decoder.pretrained import Writing, assign, save_pretrained
 from tileformer.decoder.tokenizer import Tokenizer
 from tileformer.extras import optional_import
 from tileformer.files import PathLike, quote, shorten
+from tileformer.kernels import rotary_tables
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_1")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LAYER = {
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-DIGITS = ("smollm", "smollm2")  # pre-tokenisers that cut numbers into digits before GPT-2's rules
-PRE = ("gpt-2", "gpt2", *DIGITS)
+FREQS = "rope_freqs.weight"  # what divides the frequencies of a Llama 3.1 and later, in the place of its numbers
+# How a text is cut before byte pairs are joined, by the names that llama.cpp has for it; "": by GPT-2's rules.
+CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+CUT += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DIGITS = ("smollm", "smollm2")  # of which each is a piece before GPT-2's rules
+PRE = {"gpt-2": "", "gpt2": "", **dict.fromkeys(DIGITS, ""), "llama-bpe": CUT, "qwen2": CUT.replace("{1,3}", "")}
 
 
 class GGUF(NamedTuple):
@@ -58,13 +65,14 @@ def read_gguf(path: PathLike) -> GGUF:
     config = _config(path, fields)
     tensors = {}
     for tensor in reader.tensors:
-        name, kind = _name(path, tensor.name), tensor.tensor_type.name
+        name, kind = _name(path, tensor.name, config["model_type"]), tensor.tensor_type.name
         if kind not in KINDS:
             raise ValueError(f"{path}: {tensor.name} is {kind}, we read {', '.join(KINDS)}: convert the file to one")
         tensors[name] = tensor
     if "lm_head.weight" not in tensors:
         config["tie_word_embeddings"] = True
-    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    heads = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
+    heads = heads if config["model_type"] == "llama" else {}
 
     def get(name: str) -> Tensor:
         tensor = tensors[name]
@@ -76,11 +84,14 @@ def read_gguf(path: PathLike) -> GGUF:
         except Exception as error:
             raise ValueError(f"{path}: {tensor.name} is damaged ({shorten(error)})") from None
         x = x.reshape([int(n) for n in reversed(tensor.shape)])
-        part = name.rpartition("self_attn.")[2][0]
-        if "self_attn." in name and part in heads and len(x) % (2 * heads[part]) == 0:
-            x = x.view(heads[part], -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+        n = next((n for part, n in heads.items() if part in name), 0)
+        if n and len(x) % (2 * n) == 0:
+            x = x.view(n, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
         return x
 
+    if FREQS in tensors:
+        config["rope_parameters"] |= _llama3(path, get(FREQS), config)
+        del tensors[FREQS]
     return GGUF(config, tuple(tensors), get, _tokenizer(path, fields))
 
 
@@ -112,43 +123,61 @@ def convert_gguf(path: PathLike, folder: PathLike, *, dtype: torch.dtype = torch
 
 def _config(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
     family = fields.get("general.architecture")
-    if family != "llama":
-        raise ValueError(f"{path}: architecture {quote(family)}, we read llama")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {quote(family)}, we read {', '.join(ARCHITECTURES)}")
 
     def need(key: str, kind: Any = int) -> Any:
-        value = fields.get(f"llama.{key}")
+        value = fields.get(f"{family}.{key}")
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{path}: expected llama.{key} as a number, found {quote(value)}")
+            raise ValueError(f"{path}: expected {family}.{key} as a number, found {quote(value)}")
         return kind(value)
 
-    for key in ("expert_count", "rope.scaling.type"):
-        if fields.get(f"llama.{key}") not in (None, 0, "none"):
-            raise ValueError(f"{path}: llama.{key} {quote(fields[f'llama.{key}'])} is not read")
+    for key in ("expert_count", "rope.scaling.type", "attention.sliding_window"):
+        if fields.get(f"{family}.{key}") not in (None, 0, "none"):
+            raise ValueError(f"{path}: {family}.{key} {quote(fields[f'{family}.{key}'])} is not read")
     heads, width = need("attention.head_count"), need("embedding_length")
-    size = fields.get("llama.rope.dimension_count") or width // heads
-    if size != width // heads:
-        raise ValueError(f"{path}: llama.rope.dimension_count {size} turns a part of a head of {width // heads}")
-    theta = fields.get("llama.rope.freq_base") or 10000.0
+    size = fields.get(f"{family}.attention.key_length") or width // max(heads, 1)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if fields.get(f"{family}.{key}") not in (None, size):
+            raise ValueError(f"{path}: {family}.{key} {quote(fields[f'{family}.{key}'])} is not a head's size, {size}")
+    theta = need("rope.freq_base", float) if f"{family}.rope.freq_base" in fields else 10000.0
+    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
     return {
-        "model_type": "llama", "vocab_size": len(fields.get("tokenizer.ggml.tokens") or ()), "hidden_size": width,
-        "intermediate_size": need("feed_forward_length"), "num_hidden_layers": need("block_count"),
-        "num_attention_heads": heads, "num_key_value_heads": fields.get("llama.attention.head_count_kv") or heads,
+        "model_type": family, "vocab_size": len(fields.get("tokenizer.ggml.tokens") or ()), "hidden_size": width,
+        "intermediate_size": need("feed_forward_length"), "num_hidden_layers": need("block_count"), "head_dim": size,
+        "num_attention_heads": heads, "num_key_value_heads": fields.get(f"{family}.attention.head_count_kv") or heads,
         "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon', float):.7g}"), "hidden_act": "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(theta)},
-        "max_position_embeddings": need("context_length"), "tie_word_embeddings": False,
-        **{f"{name}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id")
-           for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))},
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "max_position_embeddings": need("context_length"), "tie_word_embeddings": False, "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"] if ids["eot"] is None else ids["eot"],  # a turn's end
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }  # fmt: skip
 
 
-def _name(path: Path, name: str) -> str:
+def _llama3(path: Path, divisors: Tensor, config: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of Llama 3.1's scaling that make these divisors of the frequencies; ValueError where none does."""
+    theta, size = config["rope_parameters"]["rope_theta"], config["head_dim"]
+    known = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    said: dict[str, Any] = dict(rope_type="llama3", **known)
+    if divisors.shape == (size // 2,) and divisors.isfinite().all():
+        said["factor"] = round(float(divisors.max()), 3)
+        cos, sin = (x[0].double() for x in rotary_tables(size, torch.ones(1), theta, said))
+        frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+        if torch.allclose(torch.atan2(sin, cos) * divisors, frequency, rtol=1e-4):
+            return said
+    raise ValueError(f"{path}: {FREQS} {tuple(divisors.shape)} is not the scaling of Llama 3.1, {said}")
+
+
+def _name(path: Path, name: str, family: str) -> str:
     """The name that Hugging Face's files have for a tensor."""
     first, *rest = name.split(".")
     if first == "blk" and len(rest) == 3 and rest[0].isdecimal() and rest[1] in LAYER:
         return f"model.layers.{rest[0]}.{LAYER[rest[1]]}.{rest[2]}"
     if first in WHOLE and rest == ["weight"]:
         return f"{WHOLE[first]}.weight"
-    raise ValueError(f"{path}: unknown tensor {quote(name)} in a file of architecture llama")
+    if name == FREQS:
+        return name
+    raise ValueError(f"{path}: unknown tensor {quote(name)} in a file of architecture {family}")
 
 
 def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
@@ -163,17 +192,24 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
     tokenizers = optional_import("tokenizers")
     try:
         pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-        made = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(tokens)}, pairs))
+        options = dict(ignore_merges=True) if pre == "llama-bpe" else {}  # a piece that is a token is that token
+        made = tokenizers.Tokenizer(tokenizers.models.BPE({text: i for i, text in enumerate(tokens)}, pairs, **options))
     except Exception as error:
         raise ValueError(f"{path}: damaged; the tokenizers library says: {shorten(error)}") from None
-    rules = [tokenizers.pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS else []
-    rules.append(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    cut, rules = PRE[pre], [tokenizers.pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS else []
+    if cut:
+        rules.append(tokenizers.pre_tokenizers.Split(tokenizers.Regex(cut), "isolated"))
+    rules.append(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(rules)
     made.decoder = tokenizers.decoders.ByteLevel()
-    special = [text for text, kind in zip(tokens, types, strict=True) if kind == 3]
-    made.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    if pre == "qwen2":
+        made.normalizer = tokenizers.normalizers.NFC()
+    for number, add in ((3, made.add_special_tokens), (4, made.add_tokens)):  # control, and the maker's own
+        texts = [text for text, kind in zip(tokens, types, strict=True) if kind == number]
+        add([tokenizers.AddedToken(text, special=number == 3, normalized=False) for text in texts])
     keys = {"bos_id": "bos", "eos_id": "eos", "pad_id": "padding", "unk_id": "unknown"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    ids["eos_id"] = ids["eos_id"] if (eot := fields.get("tokenizer.ggml.eot_token_id")) is None else eot
     tokenizer = Tokenizer("other", tokenizers.Tokenizer.from_str(json.dumps(json.loads(made.to_str()))), **ids)
     template = fields.get("tokenizer.chat_template")
     tokenizer.chat_template = template if isinstance(template, str) else None

@@ -1,4 +1,4 @@
-"""Classifier and Tagger: a head on the states of a DecoderLM, or of a Seq2Seq's encoder."""
+"""Classifier and Tagger: a head on the states of a DecoderLM or CausalLM, or of a Seq2Seq's encoder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tileformer.decoder.causal import CausalLM
 from tileformer.decoder.model import DecoderLM, DecoderLMConfig, ModelConfig, Seq2Seq, Seq2SeqConfig
 from tileformer.decoder.nn.modules import Dropout
 from tileformer.decoder.pretrained import KINDS, Saved
@@ -32,7 +33,7 @@ class LayerMix(nn.Module):
 class Head(nn.Module):
     """All that a task adds to a backbone: perhaps a ``LayerMix``, then dropout and one linear layer."""
 
-    def __init__(self, backbone: DecoderLM | Seq2Seq, outputs: int, mix: bool, dropout: float) -> None:
+    def __init__(self, backbone: DecoderLM | CausalLM | Seq2Seq, outputs: int, mix: bool, dropout: float) -> None:
         super().__init__()
         if outputs < 1:
             raise ValueError(f"a head needs at least 1 output, got {outputs}")
@@ -63,7 +64,7 @@ class Classifier(Saved, nn.Module):
 
     def __init__(
         self,
-        backbone: DecoderLM | Seq2Seq,
+        backbone: DecoderLM | CausalLM | Seq2Seq,
         num_classes: int,
         *,
         pool: str = "mean",
@@ -94,7 +95,7 @@ class Classifier(Saved, nn.Module):
 
     def features(self, tokens: Tensor) -> Tensor:
         """The pooled states (B, C); 0 for a row that is all padding."""
-        real = tokens != self.backbone.config.pad_id
+        real = tokens != self.backbone.pad_id
         states = self.head.combine(self.backbone.states(tokens)).masked_fill(~real[..., None], 0.0)
         if self.pool == "mean":
             wide = torch.promote_types(states.dtype, torch.float32)  # a sum of long rows is beyond float16
@@ -107,7 +108,7 @@ class Tagger(nn.Module):
     """Tokens in, logits of one tag a token out. A ``DecoderLM`` judges a token by what stands before it and itself."""
 
     def __init__(
-        self, backbone: DecoderLM | Seq2Seq, num_tags: int, *, mix: bool = False, dropout: float = 0.1
+        self, backbone: DecoderLM | CausalLM | Seq2Seq, num_tags: int, *, mix: bool = False, dropout: float = 0.1
     ) -> None:
         super().__init__()
         self.backbone = backbone

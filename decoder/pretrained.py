@@ -146,7 +146,7 @@ def save_pretrained(
     config = {"architectures": [kind], "model_type": OURS, "tileformer_version": tileformer.__version__}
     config |= model.described() | ({"id2label": names} if names else {})
     form = FORMS.get(str(config.get("family")))
-    if form is not None and "adapters" not in config:
+    if form is not None and type(model) is form.model and "adapters" not in config:
         try:
             config = form.config_to(model.config)
         except ValueError:  # a shape that no family has is written as ours

@@ -87,9 +87,8 @@ class AttentionCache:
         options: dict[str, Any] = {"causal": "bottom_right" if causal else False, "mask": mask}
         if self.row_lengths is not None:
             lengths = (self.row_lengths + T).clamp(max=self.length)
-            if (
-                T == 1 and mask is None and not aligned and lengths.device.type == "cpu"
-            ):  # where lengths cost copies of the keys
+            # There lengths cost copies of the keys.
+            if T == 1 and mask is None and not aligned and lengths.device.type == "cpu":
                 keys = torch.arange(self.length, device=lengths.device)
                 options["mask"] = (keys < lengths[:, None])[:, None, None]
             else:

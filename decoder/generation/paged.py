@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tileformer.decoder.generation.cache import AttentionCache, LayerCache
 from tileformer.decoder.generation.state import RowState, insert_fixed
-from tileformer.decoder.generation.static import Form, parts_of
+from tileformer.decoder.generation.static import PLAIN, parts_of
 from tileformer.kernels import append_kv_cache, attention, decode_attention
 from tileformer.kernels.attention.decode.params import MAX_TOKENS
 
@@ -198,7 +198,7 @@ class PagedCache:
         """``qkv`` (R * n, (H + 2 H_kv) * D), projected of the new tokens: store the keys, attend what each row sees,
         (R * n, H * D)."""
         R, n = self.write_to[0].shape
-        form, heads = Form() if self.step is None else self.step.form, self.pool.kv.shape[4]
+        form, heads = PLAIN if self.step is None else self.step.form, self.pool.kv.shape[4]
         options, head_dim = form.options(layer), qkv.shape[1] // ((form.groups + 2) * heads)
         q, (k, v) = form.split(qkv, R, n, heads, head_dim)
         keys, values, scales = parts_of(self.pool.kv[layer], head_dim)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tileformer.decoder.generation.cache import KVCache, TokenState
 from tileformer.decoder.generation.device import DeviceCache
 from tileformer.decoder.generation.state import align_prompts, align_source
-from tileformer.decoder.generation.static import Form, SourceRows, StaticCache
+from tileformer.decoder.generation.static import PLAIN, SourceRows, StaticCache
 from tileformer.decoder.sublayers import kernels_serve
 from tileformer.kernels import add_layer_norm, layer_norm
 from tileformer.kernels.backend import FASTEST, choose, current_backend
@@ -87,7 +87,7 @@ class PackedStep:
 
     captures = True  # whether a step on a GPU becomes a CUDA graph
     cache_dtype: torch.dtype | None = None  # of keys and values, the weights' where it is None
-    form = Form()  # of the attention among the rows' own tokens
+    form = PLAIN  # of the attention among the rows' own tokens
 
     def __init__(self, parts: Parts, memory: int) -> None:
         self.copies: list[tuple[Tensor, Tensor]] = []  # each with the parameter that it is a copy of
