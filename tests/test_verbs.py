@@ -83,6 +83,8 @@ def leaves(
     parser: argparse.ArgumentParser, words: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], argparse.Action]]:
     """Every argument of a parser and of those below it."""
+    if words[:1] == ("search",) and words[1:] not in ((), ("pairs",)):
+        return  # the options of `train`, again
     for action in parser._actions:
         if words[:1] == ("search",) and "--data" in action.option_strings:
             continue  # looked at when it is known what to search
