@@ -24,6 +24,7 @@ from tileformer.decoder.pretrained import Saved
 from tileformer.decoder.sublayers import Sublayers
 from tileformer.kernels import attention, bias_activation_dropout, rotary, rotary_tables
 
+Turn = tuple[Tensor, Tensor] | None  # cos and sin of the positions; None: they are learned
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -190,12 +191,12 @@ class CausalBlock(nn.Module):
         self.dropout1, self.dropout2 = Dropout(config.dropout), Dropout(config.dropout)
         self.activation, self.gated = config.activation, config.gated
 
-    def forward(self, x: Tensor, turn: Any, cache: AttentionCache | None = None, **packed: Any) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, cache: AttentionCache | None = None, **packed: Any) -> Tensor:
         """(B, T, C) of ``x`` (B, T, C); ``turn``, ``cache`` and ``packed`` as of `CausalAttention`."""
         return self.between(x, None, None, turn=turn, cache=cache, **packed)[0]
 
     def between(
-        self, x: Tensor, h: Tensor | None, following: nn.Module | None, memory: None = None, *, turn: Any,
+        self, x: Tensor, h: Tensor | None, following: nn.Module | None, memory: None = None, *, turn: Turn,
         cache: AttentionCache | None = None, **packed: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``forward`` of a block whose norm1(x) is ``h``: following(y), and y, what it returns. See `through`."""

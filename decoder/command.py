@@ -144,7 +144,7 @@ def _row(tokenizer: Any, word: str) -> tuple[str, list[int]]:
 
 
 @torch.no_grad()
-def _classes(model: Any, tokenizer: Any, inputs: Sequence[Any]) -> Iterator[str]:
+def _classes(model: Classifier, tokenizer: Tokenizer, inputs: Sequence[tuple[str, list[int]]]) -> Iterator[str]:
     """`class share  text` for each text."""
     names = model.classes or [str(i) for i in range(model.head.linear.out_features)]
     for word, row in inputs:

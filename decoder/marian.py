@@ -12,9 +12,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -178,14 +178,14 @@ def load_marian(folder: PathLike | None = None) -> tuple[Marian, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def _named(read: dict[str, Tensor], config: MarianConfig) -> Any:
+def _named(read: dict[str, Tensor], config: MarianConfig) -> Iterator[tuple[str, Tensor]]:
     """Our tensors by name; Marian's matrices have their inputs first."""
 
-    def linear(name: str, weight: str, bias: str) -> Any:
+    def linear(name: str, weight: str, bias: str) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.weight", read[weight].t()
         yield f"{name}.bias", read[bias][0]
 
-    def norm(name: str, theirs: str) -> Any:
+    def norm(name: str, theirs: str) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.weight", read[f"{theirs}_ln_scale"][0]
         yield f"{name}.bias", read[f"{theirs}_ln_bias"][0]
 
